@@ -1,0 +1,1 @@
+"""dsconv: sharded training checkpoints into safetensors, streaming, exact and safe."""

@@ -1,0 +1,72 @@
+"""The element types that checkpoints hold, under the names that torch and safetensors give them.
+
+Sources: torch 2.13 ``torch/storage.py`` (storage classes), safetensors 0.8 ``safetensors/src/tensor.rs`` (``Dtype``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DType:
+    """One element type. ``itemsize`` is in bytes."""
+
+    name: str  # torch's name, as in ``torch.bfloat16``
+    safetensors: str
+    itemsize: int
+    floating: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_TABLE = (
+    DType("float64", "F64", 8, True),
+    DType("float32", "F32", 4, True),
+    DType("float16", "F16", 2, True),
+    DType("bfloat16", "BF16", 2, True),
+    DType("float8_e4m3fn", "F8_E4M3", 1, True),
+    DType("float8_e5m2", "F8_E5M2", 1, True),
+    DType("float8_e8m0fnu", "F8_E8M0", 1, True),
+    DType("float8_e4m3fnuz", "F8_E4M3FNUZ", 1, True),
+    DType("float8_e5m2fnuz", "F8_E5M2FNUZ", 1, True),
+    DType("complex64", "C64", 8),
+    DType("int64", "I64", 8),
+    DType("int32", "I32", 4),
+    DType("int16", "I16", 2),
+    DType("int8", "I8", 1),
+    DType("uint64", "U64", 8),
+    DType("uint32", "U32", 4),
+    DType("uint16", "U16", 2),
+    DType("uint8", "U8", 1),
+    DType("bool", "BOOL", 1),
+)
+BY_NAME = {dtype.name: dtype for dtype in _TABLE}
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE}
+STORAGE_CLASSES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "ComplexFloatStorage": "complex64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "half": "float16"}
+
+
+def parse_dtype(name: str) -> DType:
+    """The dtype for what a user types: ``fp32``, ``bf16``, ``fp16`` or torch's own name.
+
+    Raises ValueError for a name that is none of these.
+    """
+    name = name.removeprefix("torch.")
+    try:
+        return BY_NAME[ALIASES.get(name, name)]
+    except KeyError:
+        raise ValueError(f"unknown dtype {name!r}: use fp32, bf16 or fp16") from None

@@ -1,0 +1,335 @@
+"""ZeRO-1, 2 and 3 checkpoints: fp32 masters from the optimizer files, the rest from the model states.
+
+Facts read from DeepSpeed 0.19.8: ``runtime/engine.py`` (``_common_checkpoint_state``, ``_get_zero_param_shapes``: the
+order of ``param_shapes`` is the only key into the flat data), ``runtime/zero/stage_1_and_2.py`` and
+``runtime/bf16_optimizer.py`` (``state_dict``), ``runtime/zero/stage3.py`` (``_rigid_state_dict``).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.dtypes import DType
+from dsconv.checkpoint.formats import crosscheck
+from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, require
+from dsconv.checkpoint.standins import TensorRef
+from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
+from dsconv.checkpoint.torch_file import TorchFile
+from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.partition import group_padding_limit, share_numel
+
+
+@dataclass
+class Partition:
+    """One rank's optimizer file: the fp32 (or other master) flat tensor of each group or sub-group."""
+
+    file: TorchFile
+    state: dict[str, Any]
+    groups: list[TensorRef]
+    counts: tuple[int, ...]
+    is_zero3: bool
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+
+def read_partition(path: Path) -> Partition:
+    """Raises MalformedError where the file is not an optimizer partition."""
+    file = TorchFile(path)
+    state = require(file.root, "optimizer_state_dict", dict, path)
+    is_zero3 = "fp32_flat_groups" in state
+    key = "fp32_flat_groups" if is_zero3 else "single_partition_of_fp32_groups"
+    groups = state.get(key)
+    if not isinstance(groups, (list, tuple)):
+        raise MalformedError(f"{path}: not a ZeRO optimizer file: it has neither fp32_flat_groups nor single_partition_of_fp32_groups")
+    if not all(isinstance(group, TensorRef) and len(group.shape) == 1 for group in groups):
+        raise MalformedError(f"{path}: {key} holds something else than flat tensors")
+    count = state.get("partition_count")
+    counts = tuple(count) if isinstance(count, (list, tuple)) else (count,)
+    if not counts or not all(type(c) is int and c > 0 for c in counts):
+        raise MalformedError(f"{path}: partition_count is {count!r:.60}; expected the number of ranks")
+    stage = state.get("zero_stage")
+    if stage is not None and (stage == 3) != is_zero3:
+        raise MalformedError(f"{path}: says ZeRO stage {stage} and holds {key}")
+    return Partition(file, state, list(groups), counts, is_zero3)
+
+
+def read_zero(folder: TagFolder) -> Checkpoint:
+    """The tensor map of a ZeRO checkpoint whose optimizer files are there.
+
+    Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file.
+    """
+    if folder.layers:
+        raise UnsupportedError(f"{folder.path}: a pipeline checkpoint ({folder.layers[0].name} …); this version does not merge those")
+    if folder.experts:
+        raise UnsupportedError(f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those")
+    ranks = {mp for mp, _ in folder.optimizer} | set(folder.model) | {mp for mp, _ in folder.zero3}
+    if len(ranks) > 1:
+        raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(ranks)} mp_ranks; this version does not merge those")
+    warnings = list(folder.warnings)
+    partitions = _partitions(folder, warnings)
+    first = partitions[0]
+    if first.is_zero3:
+        checkpoint = _read_zero3(folder, partitions, warnings)
+    else:
+        checkpoint = _read_zero12(folder, partitions, warnings)
+    return checkpoint
+
+
+def _partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
+    """Each rank's partition in order; what is missing, surplus or stale is told apart here."""
+    paths = {dp: path for (_, dp), path in folder.optimizer.items()}
+    lowest = paths[min(paths)]
+    first = read_partition(lowest)
+    world = max(first.counts)
+    missing = sorted(set(range(world)) - set(paths))
+    if missing:
+        raise MissingShardError(
+            f"{folder.path}: {lowest.name} says {world} ranks; missing the optimizer files of rank "
+            f"{', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}: expected such as "
+            f"{lowest.name.replace(f'pp_rank_{min(paths)}_', f'pp_rank_{missing[0]}_')}. Copy them from the nodes that wrote them"
+        )
+    partitions = [first] + [read_partition(paths[dp]) for dp in range(min(paths) + 1, world)]
+    for partition in partitions[1:]:
+        if partition.counts != first.counts or partition.is_zero3 != first.is_zero3 or len(partition.groups) != len(first.groups):
+            raise InconsistentCheckpointError(
+                f"{partition.path} is of another save than {first.path}: partition counts {list(partition.counts)[:4]} and "
+                f"{list(first.counts)[:4]}, groups {len(partition.groups)} and {len(first.groups)}. A file was overwritten or left "
+                "over from another run: restore the files of one save"
+            )
+        for mine, theirs in zip(partition.groups, first.groups, strict=True):
+            if mine.dtype != theirs.dtype:
+                raise InconsistentCheckpointError(f"{partition.path} holds {mine.dtype} masters, {first.path} {theirs.dtype}")
+    surplus = sorted(set(paths) - set(range(world)))
+    if surplus:
+        kind = "left over from an older save with more ranks"
+        warnings.append(
+            f"ignored {len(surplus)} optimizer files of rank {surplus[0]} and above, {kind}: this checkpoint has {world} ranks"
+        )
+    for dp, partition in enumerate(partitions):
+        crosscheck.written_as(partition.file, dp)
+    crosscheck.same_step([(p.file, p.state) for p in partitions])
+    if any(count != world for count in first.counts):
+        raise UnsupportedError(f"{folder.path}: groups with their own partition counts {list(first.counts)} (expert parallelism); this version does not merge those")
+    if "ds_zero_partition_groups" in first.state:
+        raise UnsupportedError(f"{first.path}: AutoEP partitions experts over their own groups; this version does not merge those")
+    return partitions
+
+
+def _entry(name: str, dtype: DType, shape: tuple[int, ...], layout: Any, ties: dict[str, list[str]], role: str) -> TensorEntry:
+    return TensorEntry(name, dtype, shape, layout, tuple(ties.get(name, ())), role)
+
+
+def _flat_pieces(files: list[TorchFile], parts: list[TensorRef], starts: list[int], begin: int, numel: int) -> tuple[Piece, ...]:
+    """Stage 1/2: elements [begin, begin + numel) of the parts laid end to end; ``starts`` are the parts' positions."""
+    pieces = []
+    rank = bisect_right(starts, begin) - 1
+    position = begin
+    while position < begin + numel:
+        stop = min(begin + numel, starts[rank] + parts[rank].numel)
+        if stop > position:
+            extent = files[rank].extent(parts[rank], position - starts[rank], stop - position)
+            pieces.append(Piece(extent, position - begin, stop - position))
+            position = stop
+        rank += 1
+    return tuple(pieces)
+
+
+def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:
+    if not folder.model:
+        raise MissingShardError(f"{folder.path}: no mp_rank_00_model_states.pt, which holds the names and shapes of the parameters")
+    states = read_module_states(next(iter(folder.model.values())))
+    shapes = states.param_shapes
+    world = len(partitions)
+    first = partitions[0]
+    if len(shapes) != len(first.groups):
+        raise InconsistentCheckpointError(f"{states.path} lists {len(shapes)} parameter groups, {first.path} holds {len(first.groups)}")
+    files = [p.file for p in partitions]
+    entries: dict[str, TensorEntry] = {}
+    ties = states.ties()
+    for g, group in enumerate(shapes):
+        parts = [p.groups[g] for p in partitions]
+        starts = [0, *accumulate(part.numel for part in parts)]
+        paddings = _alignment_paddings(first, g, group)
+        position = 0
+        for (name, shape), padding in zip(group.items(), paddings, strict=True):
+            numel = math.prod(shape)
+            if position + numel > starts[-1]:
+                raise InconsistentCheckpointError(
+                    f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer files "
+                    f"of {world} ranks hold {starts[-1]} together. A file is of another save, or of another model"
+                )
+            layout = partial(_flat_pieces, files, parts, starts, position, numel)
+            entries[name] = _entry(name, parts[0].dtype, shape, layout, ties, "parameter")
+            position += numel + padding
+        _check_group(folder, g, position, [part.numel for part in parts])
+    if first.state.get("param_slice_mappings") is not None:
+        for partition_rank, partition in enumerate(partitions):
+            crosscheck.slice_mappings(partition.path, partition.state, shapes, [
+                [p.groups[g].numel for p in partitions] for g in range(len(shapes))
+            ], partition_rank)  # fmt: skip
+    for name, entry in states.module_entries(exclude=set(entries), ties=ties).items():
+        entries[name] = entry
+    crosscheck.masters_match_module(states, entries, warnings)
+    stage = first.state.get("zero_stage")
+    kind = f"ZeRO-{stage}" if stage else "ZeRO-1 (BF16_Optimizer)"
+    return _finish(folder, states, entries, partitions, kind, stage or 1, warnings)
+
+
+def _alignment_paddings(first: Partition, g: int, group: dict[str, tuple[int, ...]]) -> list[int]:
+    """Elements to skip after each parameter (``zero_optimization.parameter_alignment``, DeepSpeed 0.19.8)."""
+    paddings = first.state.get("param_alignment_paddings")
+    if paddings is None:
+        return [0] * len(group)
+    try:
+        row = list(paddings[g])
+    except (TypeError, IndexError):
+        row = []
+    if len(row) != len(group) or not all(type(p) is int and p >= 0 for p in row):
+        raise MalformedError(f"{first.path}: param_alignment_paddings of group {g} does not list {len(group)} paddings")
+    return row
+
+
+def _check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> None:
+    """All padding is at the group's end: cut off, or (BF16_Optimizer, old releases) kept."""
+    have = sum(lengths)
+    if not wanted <= have < wanted + group_padding_limit(len(lengths)):
+        raise InconsistentCheckpointError(
+            f"{folder.path}: group {g} has {wanted} elements by its parameter shapes and {have} in the optimizer files of "
+            f"{len(lengths)} ranks. The files are not of one save, or not all of one model"
+        )
+    full = max(lengths)
+    if any(length != full for length in lengths[: have // full if full else 0]):
+        raise InconsistentCheckpointError(
+            f"{folder.path}: group {g}: the ranks hold {lengths[:8]} elements; all but the last ones should hold {full}. "
+            "Two ranks' files were swapped, or one is of another save"
+        )
+
+
+def _equal_shares(files: list[TorchFile], flats: list[tuple[list[TensorRef], list[int]]], begin: int, share: int, numel: int) -> tuple[Piece, ...]:
+    """Stage 3: rank r holds elements [r × share, (r + 1) × share), at ``begin`` of its sub-groups laid end to end."""
+    pieces: list[Piece] = []
+    for rank, file in enumerate(files):
+        parts, starts = flats[rank]
+        wanted = min(share, numel - rank * share)
+        if wanted <= 0:
+            break
+        for piece in _flat_pieces([file] * len(parts), parts, starts, begin, wanted):
+            pieces.append(Piece(piece.extent, rank * share + piece.start, piece.numel))
+    return tuple(pieces)
+
+
+def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:
+    world = len(partitions)
+    models = {dp: path for (_, dp), path in folder.zero3.items()}
+    missing = sorted(set(range(world)) - set(models))
+    if missing:
+        raise MissingShardError(
+            f"{folder.path}: ZeRO-3 of {world} ranks; missing the model states of rank {', '.join(map(str, missing[:8]))}: "
+            f"expected such as zero_pp_rank_{missing[0]}_mp_rank_00_model_states.pt"
+        )
+    states = read_module_states(models[0])
+    has_frozen = any(math.prod(shape) for shape in states.frozen_shapes.values())
+    # Without frozen weights the other ranks' model states hold nothing that rank 0's does not.
+    all_states = [states] + ([read_module_states(models[dp]) for dp in range(1, world)] if has_frozen else [])
+    for dp, other in enumerate(all_states):
+        crosscheck.written_as(other.file, dp)
+        crosscheck.same_save(states, other)
+    files = [p.file for p in partitions]
+    flats = [(p.groups, [0, *accumulate(g.numel for g in p.groups)]) for p in partitions]
+    totals = [starts[-1] for _, starts in flats]
+    if len(set(totals)) > 1:
+        low = totals.index(min(totals))
+        raise InconsistentCheckpointError(
+            f"{partitions[low].path} holds {totals[low]} master elements, another rank's file {max(totals)}; ZeRO-3 ranks hold equal shares"
+        )
+    entries: dict[str, TensorEntry] = {}
+    ties = states.ties()
+    position = 0
+    wanted_total = sum(share_numel(math.prod(shape), world) for group in states.param_shapes for shape in group.values())
+    if wanted_total != totals[0]:
+        _refuse_offloaded(folder, totals[0])
+        raise InconsistentCheckpointError(
+            f"{folder.path}: the parameter shapes of {states.path.name} need {wanted_total} elements of each of {world} ranks, "
+            f"{partitions[0].path.name} holds {totals[0]}. The files are not of one save"
+        )
+    for group in states.param_shapes:
+        for name, shape in group.items():
+            numel = math.prod(shape)
+            share = share_numel(numel, world)
+            layout = partial(_equal_shares, files, flats, position, share, numel)
+            entries[name] = _entry(name, partitions[0].groups[0].dtype, shape, layout, ties, "parameter")
+            position += share
+    for name, shape in states.frozen_shapes.items():
+        if name not in entries:
+            entries[name] = _frozen_entry(name, shape, all_states, world, ties)
+    buffers = states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names))
+    entries.update(buffers)
+    return _finish(folder, states, entries, partitions, "ZeRO-3", 3, warnings)
+
+
+def _refuse_offloaded(folder: TagFolder, found: int) -> None:
+    swapped = folder.path / "offloaded_tensors"
+    if found == 0 and swapped.is_dir():
+        raise UnsupportedError(
+            f"{folder.path}: the fp32 masters were offloaded to NVMe and lie in {swapped.name}/*/*.swp, which this version does "
+            "not merge. Resume the run with offload_optimizer to cpu and save once more, or set "
+            "stage3_gather_16bit_weights_on_model_save and use the 16-bit weights"
+        )
+
+
+def _frozen_entry(name: str, shape: tuple[int, ...], all_states: list[ModuleStates], world: int, ties: dict[str, list[str]]) -> TensorEntry:
+    numel = math.prod(shape)
+    share = share_numel(numel, world)
+    fragments: list[tuple[TorchFile, TensorRef]] = []
+    for states in all_states:
+        fragment = states.frozen_fragments.get(name)
+        if not isinstance(fragment, TensorRef):
+            raise MalformedError(f"{states.path}: frozen parameter {name!r} has no fragment")
+        if numel and fragment.numel != share:
+            raise InconsistentCheckpointError(
+                f"{states.path}: frozen parameter {name!r} of shape {list(shape)} has a fragment of {fragment.numel} elements; "
+                f"expected {share} on each of {world} ranks"
+            )
+        fragments.append((states.file, fragment))
+
+    def layout() -> tuple[Piece, ...]:
+        pieces = []
+        for rank, (file, fragment) in enumerate(fragments):
+            wanted = min(share, numel - rank * share)
+            if wanted <= 0:
+                break
+            pieces.append(Piece(file.extent(fragment, 0, wanted), rank * share, wanted))
+        return tuple(pieces)
+
+    return _entry(name, fragments[0][1].dtype, shape, layout, ties, "frozen")
+
+
+def _finish(
+    folder: TagFolder, states: ModuleStates, entries: dict[str, TensorEntry], partitions: list[Partition], kind: str, stage: int, warnings: list[str]
+) -> Checkpoint:
+    if not all(p.file.archive.checksummed for p in partitions):
+        warnings.append("the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
+    ordered = states.in_module_order(entries)
+    masters = {str(e.dtype) for e in ordered.values() if e.role == "parameter"}
+    return Checkpoint(
+        folder.path,
+        kind,
+        ordered,
+        folder=folder.save_dir,
+        step=states.step,
+        world={"data_parallel": len(partitions), "model_parallel": 1},
+        info={"zero_stage": stage, "tag": folder.tag, "deepspeed_version": states.ds_version, "master_dtype": "/".join(sorted(masters)),
+              "parameter_groups": len(states.param_shapes)},
+        warnings=tuple(warnings),
+        sources=tuple(sorted({p.path for p in partitions} | {states.path})),
+        is_zero=True,
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""The tensor map: what a sharded checkpoint holds and where its bytes lie, without the bytes.
+
+The words are those of docs/architecture.md: an ``Extent`` is bytes on disk, a ``Piece`` says which part of the full
+tensor they fill, a ``TensorEntry`` is a name with its pieces, and a ``Checkpoint`` is a read-only mapping of entries.
+A layout makes its pieces when asked and keeps only the numbers they follow from, so that a map of a checkpoint of
+many ranks stays small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconv.checkpoint.dtypes import DType
+from dsconv.errors import InconsistentCheckpointError, TensorNotFoundError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run of bytes that was written as one and may carry a checksum: a storage in a ``.pt``, a safetensors payload."""
+
+    path: Path
+    offset_bytes: int
+    nbytes: int
+    crc32: int | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """``nbytes`` bytes from ``offset_bytes`` (both counted from the start of the file ``record.path``)."""
+
+    record: Record
+    offset_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An extent and the flat range [start, start + numel) of the full tensor, in row-major elements, that it fills.
+
+    ``strides`` is set only for a tensor that was saved as a non-contiguous view: the extent then spans the view and
+    the elements of ``shape`` are picked from it, ``strides`` elements apart.
+    """
+
+    extent: Extent
+    start: int
+    numel: int
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint: ``shape`` is the full shape, ``dtype`` what is stored, ``role`` what it was in training."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    layout: Callable[[], tuple[Piece, ...]] = field(repr=False)
+    aliases: tuple[str, ...] = ()
+    role: str = "parameter"  # parameter, frozen or buffer
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces in the order of the ranges they fill."""
+        return self.layout()
+
+    def read(self, index: Any = None) -> torch.Tensor:
+        """The tensor, or ``tensor[index]``: only the rows that a slice of the first dimension touches are read.
+
+        Raises MalformedError when the file ends early or a whole record fails its checksum.
+        """
+        from dsconv.checkpoint.reading import read_tensor
+
+        return read_tensor(self, index)
+
+
+def prove_tiling(entry: TensorEntry) -> None:
+    """Raise InconsistentCheckpointError unless the pieces of ``entry`` cover it exactly once."""
+    position = 0
+    for piece in entry.pieces:
+        where = f"tensor {entry.name!r} in {piece.extent.record.path}"
+        if piece.start != position:
+            kind = "a hole" if piece.start > position else "an overlap"
+            raise InconsistentCheckpointError(
+                f"{where}: {kind} at element {min(piece.start, position)}; the checkpoint's files do not fit together"
+            )
+        span = piece.extent.nbytes // entry.dtype.itemsize
+        if piece.strides is None and span != piece.numel:
+            raise InconsistentCheckpointError(f"{where}: a piece of {piece.numel} elements has {span} on disk")
+        position += piece.numel
+    if position != entry.numel:
+        raise InconsistentCheckpointError(
+            f"tensor {entry.name!r}: shape {list(entry.shape)} needs {entry.numel} elements, found {position}"
+        )
+
+
+class Checkpoint(Mapping[str, TensorEntry]):
+    """A read-only mapping of names to entries, and what was found on the way.
+
+    An alias (a tied name) is looked up like any other, but iteration and ``len`` count each tensor once.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        entries: Mapping[str, TensorEntry],
+        *,
+        folder: Path | None = None,
+        step: int | None = None,
+        world: Mapping[str, int] | None = None,
+        info: Mapping[str, Any] | None = None,
+        warnings: tuple[str, ...] = (),
+        sources: tuple[Path, ...] = (),
+        is_zero: bool = False,
+    ) -> None:
+        self.path = path
+        self.format = format
+        self.folder = folder or path  # where config.json and the tokenizer may lie
+        self.step = step
+        self.world = dict(world or {})
+        self.info = dict(info or {})
+        self.warnings = warnings
+        self.sources = sources
+        self.is_zero = is_zero
+        self._entries = dict(entries)
+        self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        try:
+            return self._entries[self._aliases.get(name, name)]
+        except KeyError:
+            raise TensorNotFoundError(f"{self.path} has no tensor {name!r}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._aliases
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """{alias: the name that holds the data}."""
+        return dict(self._aliases)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    @property
+    def numel(self) -> int:
+        return sum(entry.numel for entry in self._entries.values())
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.format} at {self.path}: {len(self)} tensors, {self.nbytes} bytes>"
