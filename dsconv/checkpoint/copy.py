@@ -1,0 +1,292 @@
+"""The copy: the only place that moves tensor bytes from files to files.
+
+A ``Copy`` says which bytes go where. Copies are sorted by where they lie on disk and cut into blocks; each of a few
+workers reads a block with one positioned read, checks it, casts it if need be, and writes its parts with positioned
+writes. Memory is workers × block, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from dsconv.checkpoint.checksums import RunningChecksum, crc32
+from dsconv.checkpoint.dtypes import BY_NAME, DType
+from dsconv.checkpoint.reading import Sources, gather_view
+from dsconv.checkpoint.tensormap import Piece, Record
+from dsconv.errors import MalformedError, OutputError
+
+BLOCK_BYTES = 8 << 20  # large enough to hide a system call, small enough to stay in the last cache level
+MAX_GAP_BYTES = 64 << 10  # bytes nobody wants that are read through rather than skipped, for one sequential read
+CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+@dataclass(frozen=True)
+class Target:
+    """One output tensor: ``offset_bytes`` in the file of ``descriptor``, and the checksum of what is written there."""
+
+    name: str
+    dtype: DType
+    descriptor: int
+    offset_bytes: int
+    checksum: RunningChecksum
+
+
+@dataclass(frozen=True)
+class Copy:
+    """``nbytes`` bytes at ``offset_bytes`` of a record's file; without a target they are only checked.
+
+    ``start`` is the first element of the target that they fill.
+    """
+
+    record: Record
+    offset_bytes: int
+    nbytes: int
+    source_dtype: DType
+    target: Target | None = None
+    start: int = 0
+    whole: Piece | None = None  # a non-contiguous piece, which is gathered in one go
+
+
+@dataclass
+class CopyStats:
+    """What a run did. ``overflowed`` counts, by tensor, finite values that became infinite in a cast."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    overflowed: dict[str, int] = field(default_factory=dict)
+
+
+class CopyRun:
+    """Runs copies with ``workers`` threads. ``checks`` are the running checksums of the source records, by record."""
+
+    def __init__(
+        self,
+        workers: int,
+        checks: dict[Record, RunningChecksum],
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.workers = max(1, workers)
+        self.checks = checks
+        self.progress = progress
+        self.stats = CopyStats()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self, copies: Iterable[Copy]) -> None:
+        """Run all ``copies`` to the end, or raise the first error once every worker has stopped."""
+        pending = _blocks(sorted(copies, key=lambda c: (str(c.record.path), c.offset_bytes)))
+        threads = [threading.Thread(target=self._work, args=(pending,), daemon=True) for _ in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def check_records(self) -> None:
+        """Raise MalformedError, naming it, if a record that was read to the end fails its CRC-32."""
+        for record, check in self.checks.items():
+            if record.crc32 is not None and check.complete and check.value != record.crc32:
+                raise MalformedError(
+                    f"{record.path}: record {record.name!r} fails its CRC-32 (expected {record.crc32:08x}, found {check.value:08x}): "
+                    "the file was damaged after it was saved. Restore it from another copy"
+                )
+
+    def _work(self, pending: Iterator[list[Copy]]) -> None:
+        buffer = bytearray(BLOCK_BYTES)
+        caster = Caster()
+        try:
+            with Sources() as sources:
+                while not self._stop.is_set():
+                    with self._lock:
+                        block = next(pending, None)
+                    if block is None:
+                        return
+                    self._copy_block(block, memoryview(buffer), sources, caster)
+        except BaseException as error:
+            with self._lock:
+                self._error = self._error or error
+            self._stop.set()
+
+    def _copy_block(self, block: list[Copy], buffer: memoryview, sources: Sources, caster: Caster) -> None:
+        first = block[0]
+        if first.whole is not None:
+            self._copy_view(first, first.whole, sources, caster)
+            return
+        base = first.offset_bytes
+        span = block[-1].offset_bytes + block[-1].nbytes - base
+        view = buffer[:span]
+        sources.read_into(first.record.path, base, view)
+        written = 0
+        for copy in block:
+            data = view[copy.offset_bytes - base : copy.offset_bytes - base + copy.nbytes]
+            crc = crc32(data)
+            check = self.checks.get(copy.record)
+            if check is not None:
+                check.add(copy.offset_bytes - copy.record.offset_bytes, copy.nbytes, crc)
+            if copy.target is not None:
+                written += self._write(copy.target, copy.source_dtype, copy.start, data, crc, caster)
+        self._count(span, written)
+
+    def _copy_view(self, copy: Copy, piece: Piece, sources: Sources, caster: Caster) -> None:
+        """A non-contiguous tensor is read whole: its memory is the one exception to the block's bound."""
+        assert copy.target is not None
+        raw = memoryview(bytearray(copy.nbytes))
+        sources.read_into(copy.record.path, copy.offset_bytes, raw)
+        data = memoryview(gather_view(raw, piece, copy.source_dtype.itemsize))
+        step = BLOCK_BYTES // copy.source_dtype.itemsize * copy.source_dtype.itemsize
+        written = 0
+        for at in range(0, len(data), step):
+            part = data[at : at + step]
+            start = copy.start + at // copy.source_dtype.itemsize
+            written += self._write(copy.target, copy.source_dtype, start, part, crc32(part), caster)
+        self._count(copy.nbytes, written)
+
+    def _write(self, target: Target, source: DType, start: int, data: memoryview, crc: int, caster: Caster) -> int:
+        if target.dtype != source:
+            data, overflowed = caster.cast(data, source, target.dtype)
+            crc = crc32(data)
+            if overflowed:
+                with self._lock:
+                    self.stats.overflowed[target.name] = self.stats.overflowed.get(target.name, 0) + overflowed
+        offset = start * target.dtype.itemsize
+        write_at(target.descriptor, data, target.offset_bytes + offset)
+        target.checksum.add(offset, len(data), crc)
+        return len(data)
+
+    def _count(self, read: int, written: int) -> None:
+        with self._lock:
+            self.stats.bytes_read += read
+            self.stats.bytes_written += written
+        if self.progress is not None and written:
+            self.progress(written)
+
+
+class Caster:
+    """Casts blocks with torch, once and to nearest even, into a buffer of its own."""
+
+    def __init__(self) -> None:
+        self._out = bytearray()
+
+    def cast(self, data: memoryview, source: DType, target: DType) -> tuple[memoryview, int]:
+        """The cast bytes, valid until the next call, and how many finite values became infinite."""
+        import torch
+
+        numel = len(data) // source.itemsize
+        if len(self._out) < numel * target.itemsize:
+            self._out = bytearray(numel * target.itemsize)
+        values = torch.frombuffer(data, dtype=getattr(torch, source.name))
+        out = torch.frombuffer(self._out, dtype=getattr(torch, target.name), count=numel)
+        out.copy_(values)
+        overflowed = 0
+        if target.name in ("float16", "bfloat16") and not bool(torch.isfinite(out).all()):
+            overflowed = int((torch.isinf(out) & torch.isfinite(values)).sum())
+        return memoryview(self._out)[: numel * target.itemsize], overflowed
+
+
+def write_at(descriptor: int, data: memoryview | bytes, offset_bytes: int) -> None:
+    """Write all of ``data``; a full disk or a failing one becomes OutputError."""
+    view = memoryview(data)
+    while len(view):
+        try:
+            count = os.pwrite(descriptor, view, offset_bytes)
+        except OSError as error:
+            raise OutputError(f"writing the output failed: {error.strerror}; nothing of it was kept") from None
+        view, offset_bytes = view[count:], offset_bytes + count
+
+
+def output_dtype(stored: DType, wanted: DType | None) -> DType:
+    """What a tensor is written as: floats of 16 bits and more are cast when asked; integers, bools and fp8 never are."""
+    return wanted if wanted is not None and stored.name in CASTABLE else stored
+
+
+def _blocks(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
+    """Copies, sorted by place, gathered into blocks of one file that one read of at most BLOCK_BYTES covers."""
+    block: list[Copy] = []
+    for whole in copies:
+        for copy in _cut(whole):
+            if block:
+                base = block[0].offset_bytes
+                end = max(block[-1].offset_bytes + block[-1].nbytes, base)
+                near = (
+                    copy.whole is None
+                    and block[0].whole is None
+                    and copy.record.path == block[0].record.path
+                    and end <= copy.offset_bytes <= end + MAX_GAP_BYTES
+                    and copy.offset_bytes + copy.nbytes - base <= BLOCK_BYTES
+                )
+                if not near:
+                    yield block
+                    block = []
+            block.append(copy)
+    if block:
+        yield block
+
+
+def _cut(copy: Copy) -> Iterator[Copy]:
+    if copy.whole is not None or copy.nbytes <= BLOCK_BYTES:
+        yield copy
+        return
+    itemsize = copy.source_dtype.itemsize
+    step = BLOCK_BYTES // itemsize * itemsize
+    for at in range(0, copy.nbytes, step):
+        yield Copy(
+            copy.record, copy.offset_bytes + at, min(step, copy.nbytes - at), copy.source_dtype, copy.target, copy.start + at // itemsize
+        )
+
+
+def source_checks(copies: Iterable[Copy]) -> tuple[dict[Record, RunningChecksum], list[Copy]]:
+    """Running checksums of the records that ``copies`` read, and the extra copies, of padding, that complete them.
+
+    A record that is read twice in part, or through a non-contiguous view, is read once more in full for its checksum.
+    """
+    by_record: dict[Record, list[tuple[int, int]]] = {}
+    scattered: set[Record] = set()
+    for copy in copies:
+        if copy.record.crc32 is None:
+            continue
+        spans = by_record.setdefault(copy.record, [])
+        low, high = copy.offset_bytes, copy.offset_bytes + copy.nbytes
+        if copy.whole is not None:
+            scattered.add(copy.record)
+        elif spans and spans[-1][1] == low:
+            spans[-1] = (spans[-1][0], high)
+        else:
+            spans.append((low, high))
+    raw = BY_NAME["uint8"]
+    extra: list[Copy] = []
+    for record, spans in by_record.items():
+        spans.sort()
+        begin, end = record.offset_bytes, record.offset_bytes + record.nbytes
+        if record in scattered or any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+            scattered.add(record)
+            continue
+        for low, high in zip([begin, *(high for _, high in spans)], [*(low for low, _ in spans), end], strict=True):
+            if low < high:
+                extra.append(Copy(record, low, high - low, raw))
+    twins = [_twin(record) for record in scattered]
+    checks = {r: RunningChecksum(r.nbytes) for r in (*by_record, *twins) if r not in scattered}
+    return checks, extra + [Copy(twin, twin.offset_bytes, twin.nbytes, raw) for twin in twins]
+
+
+def _twin(record: Record) -> Record:
+    """The same record as a distinct key, whose checksum is fed by a read of its own."""
+    return Record(record.path, record.offset_bytes, record.nbytes, record.crc32, record.name + " (whole)")
+
+
+def copies_of(pieces: Iterable[Piece], source: DType, target: Target) -> Iterator[Copy]:
+    """The copies that fill ``target`` from the pieces of its source."""
+    for piece in pieces:
+        record, offset = piece.extent.record, piece.extent.offset_bytes
+        whole = piece if piece.strides is not None else None
+        yield Copy(record, offset, piece.extent.nbytes, source, target, piece.start, whole)

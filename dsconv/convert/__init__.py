@@ -1,0 +1,1 @@
+"""From a checkpoint to files: safetensors folders and adapters, and the proof that nothing was lost."""

@@ -1,0 +1,319 @@
+"""``merge``: a checkpoint into a safetensors folder, streaming, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from dsconv._version import __version__
+from dsconv.checkpoint.checksums import RunningChecksum
+from dsconv.checkpoint.copy import Copy, CopyRun, Target, copies_of, source_checks
+from dsconv.checkpoint.dtypes import DType, parse_dtype
+from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.convert import adapter as peft
+from dsconv.convert import sidecars
+from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
+from dsconv.convert.staging import Staging, open_staging, require_space
+from dsconv.convert.ties import tied_keys
+from dsconv.convert.verify import verify
+from dsconv.errors import MismatchError, OutputError
+
+MANIFEST = "dsconv.manifest.json"
+FLUSH_BYTES = 64 << 20  # start the disk's work while the copy goes on, not after it
+MAX_DEFAULT_WORKERS = 8
+
+
+@dataclass
+class MergeReport:
+    """What a merge did, or with ``dry_run`` would do. Sizes are in bytes."""
+
+    source: str
+    output: str
+    format: str
+    step: int | None
+    tensors: int
+    parameters: int
+    nbytes: int
+    files: list[str]
+    sidecars: list[str]
+    ties: dict[str, str]
+    dry_run: bool = False
+    bytes_read: int = 0
+    overflowed: dict[str, int] = field(default_factory=dict)
+    verified: bool = False
+    warnings: list[str] = field(default_factory=list)
+    plan: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def default_output(checkpoint: Checkpoint, suffix: str = "fp32") -> Path:
+    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source."""
+    tag = checkpoint.info.get("tag")
+    if tag:
+        return checkpoint.folder / f"{tag}-{suffix}"
+    path = checkpoint.path.resolve()
+    return path.parent / f"{path.stem if path.is_file() else path.name}-{suffix}"
+
+
+def merge(
+    source: str | os.PathLike[str] | Checkpoint,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    tag: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    exclude_frozen: bool = False,
+    adapter: bool = False,
+    config_from: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    verify_output: bool = False,
+    force: bool = False,
+    fsync: bool = True,
+    sha256: bool = False,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> MergeReport:
+    """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads.
+
+    Weights of a ZeRO checkpoint come from its fp32 masters; frozen weights and buffers keep their stored dtype. With
+    ``dtype`` (fp32, bf16 or fp16) every floating tensor of 16 bits or more is cast, once, to nearest even. ``progress``
+    is called with (phase, bytes done, bytes in all), from any thread.
+
+    Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being written
+    by another run or does not fit the disk; MismatchError when ``verify_output`` finds a difference. ValueError for a
+    dtype or size that is none.
+    """
+    wanted = parse_dtype(dtype) if dtype else None
+    shard_bytes = parse_size(max_shard_size)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+    if output is None:
+        output = default_output(checkpoint, "adapter" if adapter else (dtype or ("fp32" if checkpoint.is_zero else "merged")))
+    target = Path(output)
+    config_folder = Path(config_from) if config_from is not None else None
+    near = list(dict.fromkeys([checkpoint.path, checkpoint.folder, checkpoint.folder.resolve().parent]))
+    folders = [config_folder] if config_folder else near
+    if adapter:
+        plan, extra = peft.adapter_plan(checkpoint, folders, wanted, shard_bytes)
+    else:
+        dropped = tied_keys(find_config(folders)) if checkpoint.ties else ()
+        plan = make_plan(checkpoint, dtype=wanted, max_shard_bytes=shard_bytes, exclude_frozen=exclude_frozen, dropped_names=dropped)
+        extra = _sidecar_files(config_folder, near, plan, target)
+    report = _report(checkpoint, target, plan, sorted(extra), dry_run)
+    if dry_run:
+        report.plan = [_row(shard.filename, t) for shard in plan.shards for t in shard.tensors]
+        return report
+    old = _existing(target, force)
+    require_space(target, plan.nbytes)
+    with open_staging(target, fsync) as staging:
+        checksums = _write(checkpoint, plan, staging, report, workers or _default_workers(), fsync, progress)
+        files = [shard.filename for shard in plan.shards]
+        manifest = _manifest(checkpoint, plan, checksums, report, _hash_files(staging, files, progress) if sha256 else {})
+        small = {**extra, MANIFEST: manifest}
+        for name, data in small.items():
+            staging.write(name, data)
+        index = plan.index()
+        if index is not None:
+            staging.write(plan.index_name, index)
+        order = [*small, *files, *([plan.index_name] if index is not None else [])]
+        staging.commit(order, (name for name in old if name not in order or name == plan.index_name or name in files))
+    if verify_output:
+        result = verify(checkpoint, target, allow_cast=wanted is not None, subset=exclude_frozen, renamed={t.name: t.entry.name for t in plan.placed}, progress=progress)
+        if not result.equal:
+            raise MismatchError(f"{target}: the output differs from {checkpoint.path}: {result.summary()}")
+        report.verified = True
+    return report
+
+
+def _default_workers() -> int:
+    return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _existing(target: Path, force: bool) -> list[str]:
+    """The weights of an earlier model in ``target``, which ``force`` replaces. Raises OutputError without it."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; the output is a folder")
+    names = sorted(p.name for p in target.iterdir() if _is_weights(p.name)) if target.is_dir() else []
+    if names and not force:
+        raise OutputError(f"{target} already holds a model ({names[0]}); give --force to replace it, or another folder")
+    return names
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name == MANIFEST
+
+
+def _sidecar_files(config_from: Path | None, near: list[Path], plan: Plan, target: Path) -> dict[str, bytes]:
+    """{name: content} of what goes beside the weights; config.json says the dtype that most of the bytes have."""
+    main = main_dtype(plan)
+    found = {}
+    for path in sidecars.find_sidecars(config_from, [folder for folder in near if folder.resolve() != target.resolve()]):
+        data = path.read_bytes()
+        found[path.name] = sidecars.with_dtype(data, main) if path.name == "config.json" else data
+    return found
+
+
+def main_dtype(plan: Plan) -> DType | None:
+    """The floating dtype of most of the plan's bytes."""
+    totals: dict[DType, int] = {}
+    for tensor in plan.placed:
+        if tensor.dtype.floating:
+            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
+    return max(totals, key=lambda d: totals[d]) if totals else None
+
+
+def _report(checkpoint: Checkpoint, target: Path, plan: Plan, extra: list[str], dry_run: bool) -> MergeReport:
+    placed = list(plan.placed)
+    ties = {name: t.name for t in placed for name in (t.entry.name, *t.entry.aliases) if t.entry.aliases and name != t.name}
+    files = [shard.filename for shard in plan.shards] + ([plan.index_name] if len(plan.shards) > 1 else [])
+    numel = sum(t.entry.numel for t in placed)
+    return MergeReport(
+        str(checkpoint.path), str(target), checkpoint.format, checkpoint.step, len(placed), numel, plan.nbytes, files, extra, ties,
+        dry_run=dry_run, warnings=list(checkpoint.warnings),
+    )  # fmt: skip
+
+
+def _row(filename: str, tensor: Any) -> dict[str, Any]:
+    return {"file": filename, "name": tensor.name, "dtype": str(tensor.dtype), "shape": list(tensor.entry.shape),
+            "stored_dtype": str(tensor.entry.dtype), "offset": tensor.offset_bytes, "bytes": tensor.nbytes,
+            "pieces": len(tensor.entry.pieces), "role": tensor.entry.role}  # fmt: skip
+
+
+def _write(
+    checkpoint: Checkpoint, plan: Plan, staging: Staging, report: MergeReport, workers: int, fsync: bool, progress: Callable[[str, int, int], None] | None
+) -> dict[str, int]:
+    """Write all shards into the staging folder; returns the CRC-32 of each tensor by its output name."""
+    descriptors: dict[str, int] = {}
+    targets: dict[str, Target] = {}
+    done = 0
+    total = plan.data_bytes
+    lock = threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            current = done
+        if progress is not None:
+            progress("copy", current, total)
+
+    try:
+        for shard in plan.shards:
+            descriptor = staging.create(shard.filename, shard.nbytes)
+            descriptors[shard.filename] = descriptor
+            os.pwrite(descriptor, shard.header, 0)
+            for t in shard.tensors:
+                targets[t.name] = Target(t.name, t.dtype, descriptor, len(shard.header) + t.offset_bytes, RunningChecksum(t.nbytes))
+        checks, padding = source_checks(_copies(plan, targets))
+        run = CopyRun(workers, checks, advance)
+        with _flusher(list(descriptors.values()), lambda: done) if fsync else _nothing():
+            run.run(chain(_copies(plan, targets), padding))
+            run.check_records()
+            if fsync:
+                for descriptor in descriptors.values():
+                    os.fsync(descriptor)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept") from None
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    report.bytes_read = run.stats.bytes_read
+    report.overflowed = dict(sorted(run.stats.overflowed.items()))
+    if report.overflowed:
+        count = sum(report.overflowed.values())
+        report.warnings.append(f"{count} values in {len(report.overflowed)} tensors are too large for the dtype and became infinite, first in {next(iter(report.overflowed))!r}")
+    incomplete = [name for name, target in targets.items() if not target.checksum.complete]
+    assert not incomplete, f"not all of {incomplete[:3]} was written"
+    return {name: target.checksum.value for name, target in targets.items()}
+
+
+def _copies(plan: Plan, targets: Mapping[str, Target]) -> Iterator[Copy]:
+    for t in plan.placed:
+        yield from copies_of(t.entry.pieces, t.entry.dtype, targets[t.name])
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class _flusher:
+    """Keeps the disk busy while the copy runs: syncs the files whenever FLUSH_BYTES more have been written."""
+
+    def __init__(self, descriptors: list[int], written: Callable[[], int]) -> None:
+        self._descriptors = descriptors
+        self._written = written
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        flushed = 0
+        while not self._end.wait(0.02):
+            if self._written() - flushed >= FLUSH_BYTES:
+                flushed = self._written()
+                for descriptor in self._descriptors:
+                    os.fdatasync(descriptor)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def _hash_files(staging: Staging, names: list[str], progress: Callable[[str, int, int], None] | None) -> dict[str, str]:
+    import hashlib
+
+    total = sum(staging.path(name).stat().st_size for name in names)
+    done = 0
+    digests = {}
+    for name in names:
+        digest = hashlib.sha256()
+        with open(staging.path(name), "rb", buffering=0) as file:
+            while chunk := file.read(8 << 20):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress("sha256", done, total)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _manifest(checkpoint: Checkpoint, plan: Plan, checksums: dict[str, int], report: MergeReport, digests: dict[str, str]) -> bytes:
+    """``dsconv.manifest.json``: what the output was made from and the CRC-32 of each tensor's bytes."""
+    tensors = {
+        t.name: {"file": shard.filename, "dtype": str(t.dtype), "shape": list(t.entry.shape), "crc32": f"{checksums[t.name]:08x}"}
+        for shard in plan.shards
+        for t in shard.tensors
+    }
+    files: dict[str, dict[str, Any]] = {s.filename: {"bytes": s.nbytes} for s in plan.shards}
+    for name, digest in digests.items():
+        files[name]["sha256"] = digest
+    manifest = {
+        "dsconv_version": __version__,
+        "source": {
+            "format": checkpoint.format,
+            "step": checkpoint.step,
+            "world": checkpoint.world,
+            **checkpoint.info,
+            "files": {p.name: p.stat().st_size for p in checkpoint.sources},
+        },
+        "ties": report.ties,
+        "overflowed": report.overflowed,
+        "warnings": report.warnings,
+        "files": files,
+        "tensors": tensors,
+    }
+    return (json.dumps(manifest, indent=1) + "\n").encode()
