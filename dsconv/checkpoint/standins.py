@@ -80,7 +80,10 @@ class FragmentAddress:
     start: int = 0
 
     def set_state(self, state: Any) -> None:
-        _need(isinstance(state, dict) and type(state.get("numel")) is int and type(state.get("start")) is int, "a fragment_address without integers")
+        _need(
+            isinstance(state, dict) and type(state.get("numel")) is int and type(state.get("start")) is int,
+            "a fragment_address without integers",
+        )
         self.numel, self.start = state["numel"], state["start"]
 
 

@@ -64,9 +64,7 @@ class TorchFile:
         if record is None:
             raise MalformedError(f"{self.path}: storage {key!r} is named and has no record in the file")
         if numel * itemsize != record.nbytes:
-            raise MalformedError(
-                f"{self.path}: storage {key!r} should have {numel * itemsize} bytes, its record has {record.nbytes}"
-            )
+            raise MalformedError(f"{self.path}: storage {key!r} should have {numel * itemsize} bytes, its record has {record.nbytes}")
         return StorageRef(key, kind.dtype, numel)
 
     def extent(self, tensor: TensorRef, start: int, numel: int) -> Extent:

@@ -19,7 +19,9 @@ from dsconv.errors import CheckpointNotFoundError, MalformedError
 STEM = "adapter_model"
 CONFIG = "adapter_config.json"
 # Parameters of PEFT's methods whose name is followed by the adapter's.
-ADAPTER_PART = re.compile(r"\.((?:lora|vera|loha|hada|lokr|oft|boft|ia3|hra|randlora|adalora|bone|miss|vblora|fourierft|prompt)_\w+)\.(\w+)(?=\.|$)")
+ADAPTER_PART = re.compile(
+    r"\.((?:lora|vera|loha|hada|lokr|oft|boft|ia3|hra|randlora|adalora|bone|miss|vblora|fourierft|prompt)_\w+)\.(\w+)(?=\.|$)"
+)
 SAVED_MODULE = re.compile(r"\.modules_to_save\.(\w+)\.")
 
 
@@ -41,7 +43,9 @@ def adapter_plan(checkpoint: Checkpoint, folders: list[Path], dtype: DType | Non
     named = {name: adapter_name(name) for name in checkpoint}
     adapters = sorted({found[1] for found in named.values() if found})
     if not adapters:
-        raise MalformedError(f"{checkpoint.path}: no tensor belongs to a PEFT adapter (no lora_A, modules_to_save …); merge without --adapter")
+        raise MalformedError(
+            f"{checkpoint.path}: no tensor belongs to a PEFT adapter (no lora_A, modules_to_save …); merge without --adapter"
+        )
     if len(adapters) > 1:
         raise MalformedError(f"{checkpoint.path}: holds {len(adapters)} adapters ({', '.join(adapters)}); --adapter writes one")
     config = find_config(folders, CONFIG)

@@ -126,7 +126,14 @@ def merge(
         order = [*small, *files, *([plan.index_name] if index is not None else [])]
         staging.commit(order, (name for name in old if name not in order or name == plan.index_name or name in files))
     if verify_output:
-        result = verify(checkpoint, target, allow_cast=wanted is not None, subset=exclude_frozen, renamed={t.name: t.entry.name for t in plan.placed}, progress=progress)
+        result = verify(
+            checkpoint,
+            target,
+            allow_cast=wanted is not None,
+            subset=exclude_frozen,
+            renamed={t.name: t.entry.name for t in plan.placed},
+            progress=progress,
+        )
         if not result.equal:
             raise MismatchError(f"{target}: the output differs from {checkpoint.path}: {result.summary()}")
         report.verified = True
@@ -188,7 +195,13 @@ def _row(filename: str, tensor: Any) -> dict[str, Any]:
 
 
 def _write(
-    checkpoint: Checkpoint, plan: Plan, staging: Staging, report: MergeReport, workers: int, fsync: bool, progress: Callable[[str, int, int], None] | None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    staging: Staging,
+    report: MergeReport,
+    workers: int,
+    fsync: bool,
+    progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, int]:
     """Write all shards into the staging folder; returns the CRC-32 of each tensor by its output name."""
     descriptors: dict[str, int] = {}
@@ -231,7 +244,9 @@ def _write(
     report.overflowed = dict(sorted(run.stats.overflowed.items()))
     if report.overflowed:
         count = sum(report.overflowed.values())
-        report.warnings.append(f"{count} values in {len(report.overflowed)} tensors are too large for the dtype and became infinite, first in {next(iter(report.overflowed))!r}")
+        report.warnings.append(
+            f"{count} values in {len(report.overflowed)} tensors are too large for the dtype and became infinite, first in {next(iter(report.overflowed))!r}"
+        )
     incomplete = [name for name, target in targets.items() if not target.checksum.complete]
     assert not incomplete, f"not all of {incomplete[:3]} was written"
     return {name: target.checksum.value for name, target in targets.items()}

@@ -117,4 +117,6 @@ def require_space(target: Path, nbytes: int) -> None:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < nbytes:
-        raise OutputError(f"{target}: the output needs {nbytes:,} bytes and the disk has {free:,} free. Choose another folder, or --dtype bf16")
+        raise OutputError(
+            f"{target}: the output needs {nbytes:,} bytes and the disk has {free:,} free. Choose another folder, or --dtype bf16"
+        )

@@ -94,7 +94,13 @@ def verify(
 
 
 def _compare(
-    a: TensorEntry, b: TensorEntry, allow_cast: bool, sources: Sources, caster: Caster, buffers: tuple[memoryview, memoryview], report: VerifyReport
+    a: TensorEntry,
+    b: TensorEntry,
+    allow_cast: bool,
+    sources: Sources,
+    caster: Caster,
+    buffers: tuple[memoryview, memoryview],
+    report: VerifyReport,
 ) -> Difference | None:
     if a.shape != b.shape:
         return Difference(b.name, f"shape {list(a.shape)} and {list(b.shape)}")
@@ -139,7 +145,17 @@ def _show(data: bytes, entry: TensorEntry) -> str:
     """An element as a person reads it, with its bytes when two floats could look alike."""
     import struct
 
-    codes = {"float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b", "uint8": "B", "bool": "?"}
+    codes = {
+        "float64": "d",
+        "float32": "f",
+        "float16": "e",
+        "int64": "q",
+        "int32": "i",
+        "int16": "h",
+        "int8": "b",
+        "uint8": "B",
+        "bool": "?",
+    }
     if entry.dtype.name == "bfloat16":
         return f"{struct.unpack('<f', bytes(2) + data)[0]!r} (0x{data[::-1].hex()})"
     code = codes.get(entry.dtype.name)

@@ -38,9 +38,7 @@ class TagFolder:
 
 def holds_states(folder: Path) -> bool:
     """Whether DeepSpeed shard files lie right in ``folder``."""
-    return folder.is_dir() and any(
-        pattern.fullmatch(name.name) for name in folder.iterdir() for pattern in (MODEL, ZERO3_MODEL, OPTIMIZER)
-    )
+    return folder.is_dir() and any(pattern.fullmatch(name.name) for name in folder.iterdir() for pattern in (MODEL, ZERO3_MODEL, OPTIMIZER))
 
 
 def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
@@ -57,9 +55,7 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
     if (path / "latest").is_file():
         tag = _checked_tag(read_latest(path / "latest"), path / "latest")
         if not holds_states(path / tag):
-            raise CheckpointNotFoundError(
-                f"{path / 'latest'} names {tag!r}, and {path / tag} holds no checkpoint{_others(path)}"
-            )
+            raise CheckpointNotFoundError(f"{path / 'latest'} names {tag!r}, and {path / tag} holds no checkpoint{_others(path)}")
         return scan(path / tag, tag, path)
     if holds_states(path):
         return scan(path, path.name, path.parent)

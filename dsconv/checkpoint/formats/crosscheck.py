@@ -69,7 +69,9 @@ def optimizer_step(file: TorchFile, state: dict[str, Any]) -> float | None:
     return None
 
 
-def slice_mappings(path: Path, state: dict[str, Any], shapes: list[dict[str, tuple[int, ...]]], lengths: list[list[int]], rank: int) -> None:
+def slice_mappings(
+    path: Path, state: dict[str, Any], shapes: list[dict[str, tuple[int, ...]]], lengths: list[list[int]], rank: int
+) -> None:
     """A rank's own list of the parameters it holds (param_slice_mappings) must name parameters of its range."""
     mappings = state.get("param_slice_mappings")
     if not isinstance(mappings, list) or len(mappings) != len(shapes):
@@ -79,7 +81,9 @@ def slice_mappings(path: Path, state: dict[str, Any], shapes: list[dict[str, tup
             raise MalformedError(f"{path}: param_slice_mappings of group {g} is not a mapping")
         for name, fragment in mapping.items():
             if name not in shapes[g]:
-                raise InconsistentCheckpointError(f"{path}: holds parameter {name!r} in group {g}, which the model states do not list there")
+                raise InconsistentCheckpointError(
+                    f"{path}: holds parameter {name!r} in group {g}, which the model states do not list there"
+                )
             if isinstance(fragment, FragmentAddress) and fragment.start + fragment.numel > lengths[g][rank]:
                 raise InconsistentCheckpointError(
                     f"{path}: parameter {name!r} should end at element {fragment.start + fragment.numel} of this file's group {g}, "
@@ -147,5 +151,3 @@ def cast(value: float, dtype: DType) -> float:
         except OverflowError:
             return float("inf") if value > 0 else float("-inf")
     return value
-
-

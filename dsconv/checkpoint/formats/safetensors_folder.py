@@ -97,7 +97,9 @@ def read_file(path: Path) -> dict[str, TensorEntry]:
     for name, item in header.items():
         dtype, shape, begin, end = _item(path, name, item)
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise MalformedError(f"{path}: {name!r} of {dtype} {list(shape)} should have {math.prod(shape) * dtype.itemsize} bytes, has {end - begin}")
+            raise MalformedError(
+                f"{path}: {name!r} of {dtype} {list(shape)} should have {math.prod(shape) * dtype.itemsize} bytes, has {end - begin}"
+            )
         spans.append((begin, end, name))
         record = Record(path, base + begin, end - begin, None, name)
         entries[name] = TensorEntry(name, dtype, shape, partial(_pieces, record, dtype.itemsize))
@@ -125,5 +127,3 @@ def _item(path: Path, name: str, item: Any) -> tuple[dtypes.DType, tuple[int, ..
     except (KeyError, TypeError, ValueError):
         raise MalformedError(f"{path}: the header's entry of {name!r} is malformed: {item!r:.120}") from None
     return dtype, shape, begin, end
-
-

@@ -27,13 +27,17 @@ def read_stage0(folder: TagFolder) -> Checkpoint:
     if folder.layers:
         raise UnsupportedError(f"{folder.path}: a pipeline checkpoint ({folder.layers[0].name} …); this version does not merge those")
     if folder.experts:
-        raise UnsupportedError(f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those")
+        raise UnsupportedError(
+            f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those"
+        )
     if len(folder.model) != 1:
         if folder.zero3:
             raise MissingShardError(
                 f"{folder.path}: ZeRO-3 model states without optimizer files (zero_pp_rank_*_optim_states.pt), which hold the weights"
             )
-        raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(folder.model)} mp_ranks; this version does not merge those")
+        raise UnsupportedError(
+            f"{folder.path}: a tensor-parallel checkpoint of {len(folder.model)} mp_ranks; this version does not merge those"
+        )
     states = read_module_states(next(iter(folder.model.values())))
     if states.param_shapes:
         raise MissingShardError(
@@ -121,7 +125,9 @@ def _agrees(states: ModuleStates, name: str, master: TensorRef) -> bool:
     return all(crosscheck.cast(h, weight.dtype) == w or h != h for h, w in zip(high, low, strict=True))
 
 
-def _match(states: ModuleStates, names: list[str], entries: dict[str, TensorEntry], tensors: list[TensorRef]) -> dict[str, TensorRef] | None:
+def _match(
+    states: ModuleStates, names: list[str], entries: dict[str, TensorEntry], tensors: list[TensorRef]
+) -> dict[str, TensorRef] | None:
     """Give each master the next parameter, in the module's order, of its shape and values; None where one finds none."""
     free = dict.fromkeys(names)
     matched: dict[str, TensorRef] = {}
@@ -138,7 +144,9 @@ def _match(states: ModuleStates, names: list[str], entries: dict[str, TensorEntr
     return matched
 
 
-def _match_flat(states: ModuleStates, names: list[str], entries: dict[str, TensorEntry], flats: list[TensorRef]) -> dict[str, TensorRef] | None:
+def _match_flat(
+    states: ModuleStates, names: list[str], entries: dict[str, TensorEntry], flats: list[TensorRef]
+) -> dict[str, TensorRef] | None:
     """The same for groups flattened into one tensor each: walk the module's order and cut the group as it goes."""
     matched: dict[str, TensorRef] = {}
     free = list(names)

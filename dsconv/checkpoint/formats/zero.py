@@ -70,7 +70,9 @@ def read_zero(folder: TagFolder) -> Checkpoint:
     if folder.layers:
         raise UnsupportedError(f"{folder.path}: a pipeline checkpoint ({folder.layers[0].name} …); this version does not merge those")
     if folder.experts:
-        raise UnsupportedError(f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those")
+        raise UnsupportedError(
+            f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those"
+        )
     ranks = {mp for mp, _ in folder.optimizer} | set(folder.model) | {mp for mp, _ in folder.zero3}
     if len(ranks) > 1:
         raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(ranks)} mp_ranks; this version does not merge those")
@@ -111,14 +113,14 @@ def _partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
     surplus = sorted(set(paths) - set(range(world)))
     if surplus:
         kind = "left over from an older save with more ranks"
-        warnings.append(
-            f"ignored {len(surplus)} optimizer files of rank {surplus[0]} and above, {kind}: this checkpoint has {world} ranks"
-        )
+        warnings.append(f"ignored {len(surplus)} optimizer files of rank {surplus[0]} and above, {kind}: this checkpoint has {world} ranks")
     for dp, partition in enumerate(partitions):
         crosscheck.written_as(partition.file, dp)
     crosscheck.same_step([(p.file, p.state) for p in partitions])
     if any(count != world for count in first.counts):
-        raise UnsupportedError(f"{folder.path}: groups with their own partition counts {list(first.counts)} (expert parallelism); this version does not merge those")
+        raise UnsupportedError(
+            f"{folder.path}: groups with their own partition counts {list(first.counts)} (expert parallelism); this version does not merge those"
+        )
     if "ds_zero_partition_groups" in first.state:
         raise UnsupportedError(f"{first.path}: AutoEP partitions experts over their own groups; this version does not merge those")
     return partitions
@@ -214,7 +216,9 @@ def _check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> 
         )
 
 
-def _equal_shares(files: list[TorchFile], flats: list[tuple[list[TensorRef], list[int]]], begin: int, share: int, numel: int) -> tuple[Piece, ...]:
+def _equal_shares(
+    files: list[TorchFile], flats: list[tuple[list[TensorRef], list[int]]], begin: int, share: int, numel: int
+) -> tuple[Piece, ...]:
     """Stage 3: rank r holds elements [r × share, (r + 1) × share), at ``begin`` of its sub-groups laid end to end."""
     pieces: list[Piece] = []
     for rank, file in enumerate(files):
@@ -314,7 +318,13 @@ def _frozen_entry(name: str, shape: tuple[int, ...], all_states: list[ModuleStat
 
 
 def _finish(
-    folder: TagFolder, states: ModuleStates, entries: dict[str, TensorEntry], partitions: list[Partition], kind: str, stage: int, warnings: list[str]
+    folder: TagFolder,
+    states: ModuleStates,
+    entries: dict[str, TensorEntry],
+    partitions: list[Partition],
+    kind: str,
+    stage: int,
+    warnings: list[str],
 ) -> Checkpoint:
     if not all(p.file.archive.checksummed for p in partitions):
         warnings.append("the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")

@@ -1,0 +1,129 @@
+"""What the commands share: sizes for people, warnings on stderr, one JSON object on stdout, and the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+LOG_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
+QUICK_BYTES = 64 << 20  # work below this is over before a bar is drawn
+
+Progress = Callable[[str, int, int], None]
+
+
+class Size(click.ParamType):
+    """Bytes as people write them: 5GB, 500MB, 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from dsconv.convert.plan import parse_size
+
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def size(nbytes: float) -> str:
+    """``1.55 GB``; decimal units, as disks and the Hub count."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def count(number: int, noun: str) -> str:
+    """``1 tensor``, ``1,234 tensors``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def show_json(data: dict[str, Any]) -> None:
+    click.echo(json.dumps(data, indent=1))
+
+
+def warn(messages: list[str]) -> None:
+    for message in messages:
+        click.echo(click.style("Warning: ", fg="yellow" if colour() else None) + message, err=True)
+
+
+def colour() -> bool:
+    """Whether stderr takes colours: a terminal, and NO_COLOR is not set (https://no-color.org)."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[Progress | None]:
+    """A callback for ``merge`` and ``verify`` that shows phase, bytes, rate and time left on stderr."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        bar = _Bar()
+        try:
+            yield bar
+        finally:
+            bar.close()
+    else:
+        yield _Log()
+
+
+class _Bar:
+    """A rich progress bar a phase; rich is imported when the first one is needed."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if total < QUICK_BYTES:
+            return
+        with self._lock:
+            if self._progress is None:
+                self._progress = _make_bar()
+                self._progress.start()
+            if phase not in self._tasks:
+                self._tasks[phase] = self._progress.add_task(phase, total=total)
+            self._progress.update(self._tasks[phase], completed=done)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _make_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description:>7}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+class _Log:
+    """A line now and then, for logs of batch jobs."""
+
+    def __init__(self) -> None:
+        self._began: dict[str, float] = {}
+        self._last = time.monotonic()
+        self._lock = threading.Lock()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        with self._lock:
+            began = self._began.setdefault(phase, now)
+            if now - self._last < LOG_SECONDS:
+                return
+            self._last = now
+            elapsed = now - began
+        rate = done / elapsed if elapsed else 0.0
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        click.echo(f"{phase}: {size(done)} of {size(total)}, {size(rate)}/s{left}", err=True)

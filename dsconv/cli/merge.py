@@ -1,0 +1,120 @@
+"""``dsconv merge`` and ``dsconv zero-to-fp32``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from dsconv.cli import console
+from dsconv.cli.console import Size
+
+CHECKPOINT = click.argument("checkpoint", type=click.Path(), metavar="CKPT")
+OUTPUT = click.argument("output", type=click.Path(), required=False, metavar="[OUT]")
+OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take, where CKPT holds several (default: what the file 'latest' names)."),
+    click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Cast floats, once, to nearest even (default: as stored)."),
+    click.option("--max-shard-size", "--max_shard_size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
+    click.option("--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."),
+    click.option("--adapter", is_flag=True, help="Write only the LoRA/PEFT adapter, as a folder that PeftModel loads."),
+    click.option("--config-from", type=click.Path(file_okay=False), metavar="DIR", help="Copy config and tokenizer from DIR (default: found beside the checkpoint)."),
+    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    click.option("--verify", "verify_output", is_flag=True, help="Read the output back and compare every byte."),
+    click.option("--force", is_flag=True, help="Replace a model that OUT already holds."),
+    click.option("--fsync/--no-fsync", default=True, show_default=True, help="Have the output on the disk before it counts as written."),
+    click.option("--sha256", is_flag=True, help="Put the sha256 of each file in the manifest."),
+    click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."),
+    click.option("--safe_serialization", is_flag=True, hidden=True, help="Of the old script; the output is always safetensors."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+    click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback."),
+)  # fmt: skip
+
+
+def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for decorate in (*reversed(OPTIONS), OUTPUT, CHECKPOINT):
+        function = decorate(function)
+    return function
+
+
+@click.command("zero-to-fp32", epilog="""\b
+Example:
+  dsconv zero-to-fp32 checkpoints/ merged/
+  dsconv zero-to-fp32 checkpoint-500/ merged/ --dtype bf16 --verify
+
+OUT defaults to CKPT/<tag>-fp32. The spellings of DeepSpeed's zero_to_fp32.py
+(--max_shard_size, --exclude_frozen_parameters, -t, -d) work too.""")  # fmt: skip
+@_with_options
+def zero_to_fp32(**options: Any) -> None:
+    """Merge a DeepSpeed ZeRO checkpoint into safetensors.
+
+    CKPT is a save folder, a tag folder (global_step100/) or a Trainer's checkpoint-N. The weights are the optimizer's
+    fp32 masters; frozen weights and buffers keep the dtype they were stored in.
+    """
+    _run(options)
+
+
+@click.command(epilog="""\b
+Example:
+  dsconv merge checkpoints/ merged/
+  dsconv merge merged/ small/ --dtype bf16 --max-shard-size 2GB""")  # fmt: skip
+@_with_options
+def merge(**options: Any) -> None:
+    """Merge a checkpoint of any format that dsconv reads into safetensors.
+
+    The format is detected. Tensors keep their stored dtype unless --dtype is given; of a ZeRO checkpoint the fp32
+    masters are taken.
+    """
+    _run(options)
+
+
+def _run(options: dict[str, Any]) -> None:
+    from dsconv.convert import merge as convert
+
+    source, output = options.pop("checkpoint"), options.pop("output")
+    as_json, quiet = options.pop("as_json"), options.pop("quiet")
+    del options["safe_serialization"], options["debug"]
+    began = time.monotonic()
+    with console.progress(quiet or as_json) as progress:
+        report = convert.merge(source, output, progress=progress, **options)
+    seconds = time.monotonic() - began
+    if as_json:
+        console.show_json({**report.to_dict(), "seconds": round(seconds, 3)})
+        return
+    if quiet:
+        return
+    console.warn(report.warnings)
+    step = "" if report.step is None else f", step {report.step}"
+    click.echo(f"{report.source} ({report.format}{step}) → {report.output}")
+    if report.dry_run:
+        _show_plan(report)
+        return
+    size = f"{console.count(report.tensors, 'tensor')}, {console.count(report.parameters, 'parameter')}, {console.size(report.nbytes)}"
+    click.echo(f"{size} in {console.count(len(report.files), 'file')}, {seconds:.2f} s{', verified' if report.verified else ''}")
+    for alias, name in report.ties.items():
+        click.echo(f"{alias} is tied to {name}, stored once")
+    if report.sidecars:
+        click.echo(f"with {', '.join(report.sidecars)}")
+    elif not options["adapter"]:
+        click.echo(
+            "no config.json was found beside the checkpoint: name the model's folder with --config-from to make OUT loadable", err=True
+        )
+
+
+def _show_plan(report: Any) -> None:
+    file = None
+    for row in report.plan:
+        if row["file"] != file:
+            file = row["file"]
+            click.echo(f"\n{file}")
+        cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
+        click.echo(
+            f"  {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']}  {row['name']}  ({row['role']}, {console.count(row['pieces'], 'piece')})"
+        )
+    click.echo(
+        f"\n{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in {console.count(len(report.files), 'file')}; nothing was written (--dry-run)"
+    )
+    if report.sidecars:
+        click.echo(f"with {', '.join(report.sidecars)}")
