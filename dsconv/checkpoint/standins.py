@@ -151,7 +151,7 @@ def _from_type(function: Any, kind: Any, args: Any, state: Any = None) -> Any:
 
 def _zero_stage(value: Any) -> int:
     _need(type(value) is int and 0 <= value <= 3, f"ZeRO stage {value!r:.40}")
-    return value
+    return int(value)
 
 
 def _fragment(numel: Any = 0, start: Any = 0) -> FragmentAddress:
@@ -162,7 +162,7 @@ def _fragment(numel: Any = 0, start: Any = 0) -> FragmentAddress:
 def _encode(text: Any, encoding: Any = "utf-8", *rest: Any) -> bytes:
     """Protocol 2 writes bytes as text to be encoded."""
     _need(isinstance(text, str) and encoding in ("latin1", "utf-8"), "_codecs.encode of something else than text")
-    return text.encode(encoding)
+    return bytes(text.encode(encoding))
 
 
 def _bytes(*args: Any) -> bytes:

@@ -253,7 +253,7 @@ def _string(m: Machine) -> None:
     line = m.line()
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"\"'":
         raise _Malformed("holds an unquoted string")
-    m.stack.append(codecs.escape_decode(line[1:-1])[0].decode("latin1"))  # type: ignore[attr-defined]
+    m.stack.append(codecs.escape_decode(line[1:-1])[0].decode("latin1"))
 
 
 def _unicode(m: Machine) -> None:

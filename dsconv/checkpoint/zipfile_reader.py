@@ -177,4 +177,4 @@ def _data_offset(descriptor: int, path: Path, header_offset: int, name: str) -> 
     name_bytes, extra_bytes = fields[9], fields[10]
     if header[LOCAL.size :] != encoded or name_bytes != len(encoded):
         raise UnsafeError(f"{path}: the directory says {name!r} where the record itself has another name; refused")
-    return header_offset + LOCAL.size + name_bytes + extra_bytes
+    return int(header_offset + LOCAL.size + name_bytes + extra_bytes)

@@ -19,7 +19,7 @@ QUICK_BYTES = 64 << 20  # work below this is over before a bar is drawn
 Progress = Callable[[str, int, int], None]
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
     """Bytes as people write them: 5GB, 500MB, 2GiB."""
 
     name = "size"

@@ -133,7 +133,7 @@ def _first_difference(b: TensorEntry, start: int, expected: memoryview, found: m
         else:
             low = middle
     flat = start + low
-    index = []
+    index: list[int] = []
     for size in reversed(b.shape):
         index.insert(0, flat % size)
         flat //= size
