@@ -7,10 +7,12 @@ writes. Memory is workers × block, whatever the size of the model.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from dsconv.checkpoint.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.dtypes import BY_NAME, DType
@@ -20,17 +22,17 @@ from dsconv.errors import MalformedError, OutputError
 
 BLOCK_BYTES = 8 << 20  # large enough to hide a system call, small enough to stay in the last cache level
 MAX_GAP_BYTES = 64 << 10  # bytes nobody wants that are read through rather than skipped, for one sequential read
+MAX_DEFAULT_WORKERS = 8
 CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
 @dataclass(frozen=True)
 class Target:
-    """One output tensor: ``offset_bytes`` in the file of ``descriptor``, and the checksum of what is written there."""
+    """One output tensor: ``write`` puts bytes at an offset of it, ``checksum`` is that of what was written."""
 
     name: str
     dtype: DType
-    descriptor: int
-    offset_bytes: int
+    write: Callable[[memoryview, int], None]
     checksum: RunningChecksum
 
 
@@ -78,7 +80,12 @@ class CopyRun:
 
     def run(self, copies: Iterable[Copy]) -> None:
         """Run all ``copies`` to the end, or raise the first error once every worker has stopped."""
-        pending = _blocks(sorted(copies, key=lambda c: (str(c.record.path), c.offset_bytes)))
+        ordered = sorted(copies, key=lambda c: (str(c.record.path), c.offset_bytes))
+        casts = any(c.target is not None and c.target.dtype != c.source_dtype for c in ordered)
+        with _one_torch_thread() if casts else contextlib.nullcontext():
+            self._run(_blocks(ordered))
+
+    def _run(self, pending: Iterator[list[Copy]]) -> None:
         threads = [threading.Thread(target=self._work, args=(pending,), daemon=True) for _ in range(self.workers)]
         for thread in threads:
             thread.start()
@@ -113,7 +120,7 @@ class CopyRun:
                     if block is None:
                         return
                     self._copy_block(block, memoryview(buffer), sources, caster)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by run()
             with self._lock:
                 self._error = self._error or error
             self._stop.set()
@@ -160,7 +167,7 @@ class CopyRun:
                 with self._lock:
                     self.stats.overflowed[target.name] = self.stats.overflowed.get(target.name, 0) + overflowed
         offset = start * target.dtype.itemsize
-        write_at(target.descriptor, data, target.offset_bytes + offset)
+        target.write(data, offset)
         target.checksum.add(offset, len(data), crc)
         return len(data)
 
@@ -170,6 +177,19 @@ class CopyRun:
             self.stats.bytes_written += written
         if self.progress is not None and written:
             self.progress(written)
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Threads that start in here cast on one core each: every one of them would else use all cores at once."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Caster:
@@ -189,20 +209,26 @@ class Caster:
         out = torch.frombuffer(self._out, dtype=getattr(torch, target.name), count=numel)
         out.copy_(values)
         overflowed = 0
-        if target.name in ("float16", "bfloat16") and not bool(torch.isfinite(out).all()):
+        # The extremes tell whether a look at every element, which takes forty times as long, is worth it.
+        if target.name in ("float16", "bfloat16") and not bool(torch.isfinite(torch.stack(torch.aminmax(values)).to(out.dtype)).all()):
             overflowed = int((torch.isinf(out) & torch.isfinite(values)).sum())
         return memoryview(self._out)[: numel * target.itemsize], overflowed
 
 
-def write_at(descriptor: int, data: memoryview | bytes, offset_bytes: int) -> None:
+def write_at(descriptor: int, base_bytes: int, data: memoryview, offset_bytes: int) -> None:
     """Write all of ``data``; a full disk or a failing one becomes OutputError."""
-    view = memoryview(data)
-    while len(view):
+    while len(data):
         try:
-            count = os.pwrite(descriptor, view, offset_bytes)
+            count = os.pwrite(descriptor, data, base_bytes + offset_bytes)
         except OSError as error:
             raise OutputError(f"writing the output failed: {error.strerror}; nothing of it was kept") from None
-        view, offset_bytes = view[count:], offset_bytes + count
+        data, offset_bytes = data[count:], offset_bytes + count
+
+
+def default_workers() -> int:
+    """One a core that this process may use, at most MAX_DEFAULT_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_DEFAULT_WORKERS, cores)
 
 
 def output_dtype(stored: DType, wanted: DType | None) -> DType:
@@ -268,7 +294,7 @@ def source_checks(copies: Iterable[Copy]) -> tuple[dict[Record, RunningChecksum]
     for record, spans in by_record.items():
         spans.sort()
         begin, end = record.offset_bytes, record.offset_bytes + record.nbytes
-        if record in scattered or any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+        if record in scattered or any(a[1] > b[0] for a, b in pairwise(spans)):
             scattered.add(record)
             continue
         for low, high in zip([begin, *(high for _, high in spans)], [*(low for low, _ in spans), end], strict=True):

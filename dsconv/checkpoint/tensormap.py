@@ -83,7 +83,7 @@ class TensorEntry:
     def read(self, index: Any = None) -> torch.Tensor:
         """The tensor, or ``tensor[index]``: only the rows that a slice of the first dimension touches are read.
 
-        Raises MalformedError when the file ends early or a whole record fails its checksum.
+        Checksums are not checked: they are of whole records. Raises MalformedError when the file ends early.
         """
         from dsconv.checkpoint.reading import read_tensor
 

@@ -14,12 +14,13 @@ from dsconv.cli.console import Size
 CHECKPOINT = click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 OUTPUT = click.argument("output", type=click.Path(), required=False, metavar="[OUT]")
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take, where CKPT holds several (default: what the file 'latest' names)."),
+    click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take (default: what the file 'latest' names)."),
     click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Cast floats, once, to nearest even (default: as stored)."),
     click.option("--max-shard-size", "--max_shard_size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
     click.option("--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."),
     click.option("--adapter", is_flag=True, help="Write only the LoRA/PEFT adapter, as a folder that PeftModel loads."),
-    click.option("--config-from", type=click.Path(file_okay=False), metavar="DIR", help="Copy config and tokenizer from DIR (default: found beside the checkpoint)."),
+    click.option("--config-from", type=click.Path(file_okay=False), metavar="DIR",
+                 help="Copy config and tokenizer from DIR (default: found beside the checkpoint)."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--verify", "verify_output", is_flag=True, help="Read the output back and compare every byte."),
     click.option("--force", is_flag=True, help="Replace a model that OUT already holds."),
@@ -111,10 +112,12 @@ def _show_plan(report: Any) -> None:
             click.echo(f"\n{file}")
         cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
         click.echo(
-            f"  {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']}  {row['name']}  ({row['role']}, {console.count(row['pieces'], 'piece')})"
+            f"  {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']}  {row['name']}"
+            f"  ({row['role']}, {console.count(row['pieces'], 'piece')})"
         )
     click.echo(
-        f"\n{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in {console.count(len(report.files), 'file')}; nothing was written (--dry-run)"
+        f"\n{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in {console.count(len(report.files), 'file')}; "
+        "nothing was written (--dry-run)"
     )
     if report.sidecars:
         click.echo(f"with {', '.join(report.sidecars)}")

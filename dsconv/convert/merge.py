@@ -7,27 +7,27 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dsconv._version import __version__
 from dsconv.checkpoint.checksums import RunningChecksum
-from dsconv.checkpoint.copy import Copy, CopyRun, Target, copies_of, source_checks
+from dsconv.checkpoint.copy import Copy, CopyRun, Target, copies_of, default_workers, source_checks, write_at
 from dsconv.checkpoint.dtypes import DType, parse_dtype
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
-from dsconv.convert.staging import Staging, open_staging, require_space
+from dsconv.convert.staging import Staging, debris, open_staging, require_space
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
 from dsconv.errors import MismatchError, OutputError
 
 MANIFEST = "dsconv.manifest.json"
 FLUSH_BYTES = 64 << 20  # start the disk's work while the copy goes on, not after it
-MAX_DEFAULT_WORKERS = 8
 
 
 @dataclass
@@ -114,7 +114,7 @@ def merge(
     old = _existing(target, force)
     require_space(target, plan.nbytes)
     with open_staging(target, fsync) as staging:
-        checksums = _write(checkpoint, plan, staging, report, workers or _default_workers(), fsync, progress)
+        checksums = _write(checkpoint, plan, staging, report, workers or default_workers(), fsync, progress)
         files = [shard.filename for shard in plan.shards]
         manifest = _manifest(checkpoint, plan, checksums, report, _hash_files(staging, files, progress) if sha256 else {})
         small = {**extra, MANIFEST: manifest}
@@ -123,25 +123,28 @@ def merge(
         index = plan.index()
         if index is not None:
             staging.write(plan.index_name, index)
+        if verify_output:
+            _verify(checkpoint, staging.folder, plan, report, wanted is not None, exclude_frozen or adapter, progress)
         order = [*small, *files, *([plan.index_name] if index is not None else [])]
         staging.commit(order, (name for name in old if name not in order or name == plan.index_name or name in files))
-    if verify_output:
-        result = verify(
-            checkpoint,
-            target,
-            allow_cast=wanted is not None,
-            subset=exclude_frozen,
-            renamed={t.name: t.entry.name for t in plan.placed},
-            progress=progress,
-        )
-        if not result.equal:
-            raise MismatchError(f"{target}: the output differs from {checkpoint.path}: {result.summary()}")
-        report.verified = True
     return report
 
 
-def _default_workers() -> int:
-    return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def _verify(
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: Plan,
+    report: MergeReport,
+    allow_cast: bool,
+    subset: bool,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    """Raise MismatchError, while the output is not in place yet, unless what was written is what the checkpoint holds."""
+    renamed = {t.name: t.entry.name for t in plan.placed}
+    result = verify(checkpoint, folder, allow_cast=allow_cast, subset=subset, renamed=renamed, progress=progress)
+    if not result.equal:
+        raise MismatchError(f"{report.output}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was kept")
+    report.verified = True
 
 
 def _existing(target: Path, force: bool) -> list[str]:
@@ -149,8 +152,9 @@ def _existing(target: Path, force: bool) -> list[str]:
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
     names = sorted(p.name for p in target.iterdir() if _is_weights(p.name)) if target.is_dir() else []
-    if names and not force:
-        raise OutputError(f"{target} already holds a model ({names[0]}); give --force to replace it, or another folder")
+    whole = [name for name in names if name not in debris(target)]
+    if whole and not force:
+        raise OutputError(f"{target} already holds a model ({whole[0]}); give --force to replace it, or another folder")
     return names
 
 
@@ -222,9 +226,10 @@ def _write(
         for shard in plan.shards:
             descriptor = staging.create(shard.filename, shard.nbytes)
             descriptors[shard.filename] = descriptor
-            os.pwrite(descriptor, shard.header, 0)
+            write_at(descriptor, 0, memoryview(shard.header), 0)
             for t in shard.tensors:
-                targets[t.name] = Target(t.name, t.dtype, descriptor, len(shard.header) + t.offset_bytes, RunningChecksum(t.nbytes))
+                write = partial(write_at, descriptor, len(shard.header) + t.offset_bytes)
+                targets[t.name] = Target(t.name, t.dtype, write, RunningChecksum(t.nbytes))
         checks, padding = source_checks(_copies(plan, targets))
         run = CopyRun(workers, checks, advance)
         with _flusher(list(descriptors.values()), lambda: done) if fsync else _nothing():
@@ -245,7 +250,8 @@ def _write(
     if report.overflowed:
         count = sum(report.overflowed.values())
         report.warnings.append(
-            f"{count} values in {len(report.overflowed)} tensors are too large for the dtype and became infinite, first in {next(iter(report.overflowed))!r}"
+            f"{count} values in {len(report.overflowed)} tensors are too large for the dtype and became infinite, "
+            f"first in {next(iter(report.overflowed))!r}"
         )
     incomplete = [name for name, target in targets.items() if not target.checksum.complete]
     assert not incomplete, f"not all of {incomplete[:3]} was written"

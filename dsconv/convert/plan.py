@@ -147,7 +147,8 @@ def _shard(filename: str, group: list[tuple[str, TensorEntry, DType]]) -> Shard:
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise UnsupportedError(
-            f"{filename}: a header of {len(text)} bytes for {len(placed)} tensors; safetensors allows {MAX_HEADER_BYTES}. Use a smaller --max-shard-size"
+            f"{filename}: a header of {len(text)} bytes for {len(placed)} tensors; safetensors allows {MAX_HEADER_BYTES}. "
+            "Use a smaller --max-shard-size"
         )
     return Shard(filename, len(text).to_bytes(8, "little") + text, tuple(placed), offset)
 

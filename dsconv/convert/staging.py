@@ -2,13 +2,15 @@
 
 Everything is written to a hidden folder inside the target, synced, and renamed into place, the file that makes the
 folder a model (the index, or the only weights file) last. A run that is killed leaves the hidden folder, which the next
-run takes over; the lock on it is the system's, and goes with the process.
+run takes over; the lock on it is the system's, and goes with the process. A run that is killed while it renames leaves
+in the hidden folder the names of what it was moving, so that the next one knows those files for debris.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,7 @@ from dsconv.errors import OutputError
 
 STAGING = ".dsconv-partial"
 LOCK = "lock"
+MOVING = "moving.json"
 
 
 class Staging:
@@ -32,11 +35,10 @@ class Staging:
         return self.folder / name
 
     def create(self, name: str, nbytes: int) -> int:
-        """A descriptor of a new file of ``nbytes``, its space reserved. Raises OutputError when the disk is too full."""
+        """A descriptor of a new file of ``nbytes``. Raises OutputError when it cannot be made."""
         try:
             descriptor = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            if nbytes:
-                os.truncate(descriptor, nbytes)
+            os.truncate(descriptor, nbytes)
         except OSError as error:
             raise OutputError(f"{self.path(name)}: cannot be created with {nbytes} bytes: {error.strerror}") from None
         return descriptor
@@ -54,14 +56,15 @@ class Staging:
 
     def commit(self, names: list[str], obsolete: Iterable[str]) -> None:
         """Take away ``obsolete`` files of the target, then move ``names`` into it in their order; the last one counts."""
+        self.write(MOVING, json.dumps(names).encode())
         try:
             for name in obsolete:
                 (self.target / name).unlink(missing_ok=True)
             self._sync_folder()
             for name in names[:-1]:
-                os.replace(self.path(name), self.target / name)
+                self.path(name).replace(self.target / name)
             self._sync_folder()
-            os.replace(self.path(names[-1]), self.target / names[-1])
+            self.path(names[-1]).replace(self.target / names[-1])
             self._sync_folder()
         except OSError as error:
             raise OutputError(f"{self.target}: moving the finished files into place failed: {error.strerror}") from None
@@ -90,13 +93,11 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
             lock = os.open(staging.path(LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise OutputError(f"{target}: cannot be written to: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(lock, staging.path(LOCK)):
             created = False
             os.close(lock)
             lock = None
-            raise OutputError(f"{target}: another dsconv run is writing here; wait for it or choose another folder") from None
+            raise OutputError(f"{target}: another dsconv run is writing here; wait for it or choose another folder")
         for leftover in staging.folder.iterdir():
             if leftover.name != LOCK:
                 leftover.unlink()
@@ -108,6 +109,24 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
         if created:
             with contextlib.suppress(OSError):
                 target.rmdir()  # only when nothing was put there
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    """Whether this run now has the lock, and has it on the file that is there: a run that ended took its own away."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def debris(target: Path) -> set[str]:
+    """Names of files in ``target`` that a run was killed while moving there: parts of no model."""
+    try:
+        names = json.loads((target / STAGING / MOVING).read_bytes())
+    except (OSError, ValueError):
+        return set()
+    return set(names)
 
 
 def require_space(target: Path, nbytes: int) -> None:

@@ -52,9 +52,7 @@ class ModuleStates:
         for names in groups.values():
             owner = next((n for n in names if n in trainable), next((n for n in names if n not in self.shared_params), names[0]))
             owner_of.update((name, owner) for name in names if name != owner and name not in trainable)
-        for alias, owner in self.shared_params.items():
-            if alias not in trainable:
-                owner_of[alias] = owner
+        owner_of.update((alias, owner) for alias, owner in self.shared_params.items() if alias not in trainable)
         result: dict[str, list[str]] = {}
         for alias, owner in owner_of.items():
             while owner in owner_of and owner_of[owner] != alias:

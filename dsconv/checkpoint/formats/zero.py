@@ -78,12 +78,8 @@ def read_zero(folder: TagFolder) -> Checkpoint:
         raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(ranks)} mp_ranks; this version does not merge those")
     warnings = list(folder.warnings)
     partitions = _partitions(folder, warnings)
-    first = partitions[0]
-    if first.is_zero3:
-        checkpoint = _read_zero3(folder, partitions, warnings)
-    else:
-        checkpoint = _read_zero12(folder, partitions, warnings)
-    return checkpoint
+    read = _read_zero3 if partitions[0].is_zero3 else _read_zero12
+    return read(folder, partitions, warnings)
 
 
 def _partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
@@ -119,7 +115,8 @@ def _partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
     crosscheck.same_step([(p.file, p.state) for p in partitions])
     if any(count != world for count in first.counts):
         raise UnsupportedError(
-            f"{folder.path}: groups with their own partition counts {list(first.counts)} (expert parallelism); this version does not merge those"
+            f"{folder.path}: groups with their own partition counts {list(first.counts)} (expert parallelism); "
+            "this version does not merge those"
         )
     if "ds_zero_partition_groups" in first.state:
         raise UnsupportedError(f"{first.path}: AutoEP partitions experts over their own groups; this version does not merge those")
@@ -178,8 +175,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
             crosscheck.slice_mappings(partition.path, partition.state, shapes, [
                 [p.groups[g].numel for p in partitions] for g in range(len(shapes))
             ], partition_rank)  # fmt: skip
-    for name, entry in states.module_entries(exclude=set(entries), ties=ties).items():
-        entries[name] = entry
+    entries.update(states.module_entries(exclude=set(entries), ties=ties))
     crosscheck.masters_match_module(states, entries, warnings)
     stage = first.state.get("zero_stage")
     kind = f"ZeRO-{stage}" if stage else "ZeRO-1 (BF16_Optimizer)"
@@ -226,8 +222,8 @@ def _equal_shares(
         wanted = min(share, numel - rank * share)
         if wanted <= 0:
             break
-        for piece in _flat_pieces([file] * len(parts), parts, starts, begin, wanted):
-            pieces.append(Piece(piece.extent, rank * share + piece.start, piece.numel))
+        mine = _flat_pieces([file] * len(parts), parts, starts, begin, wanted)
+        pieces += [Piece(piece.extent, rank * share + piece.start, piece.numel) for piece in mine]
     return tuple(pieces)
 
 
@@ -247,6 +243,7 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
     for dp, other in enumerate(all_states):
         crosscheck.written_as(other.file, dp)
         crosscheck.same_save(states, other)
+    _refuse_offloaded(folder, partitions)
     files = [p.file for p in partitions]
     flats = [(p.groups, [0, *accumulate(g.numel for g in p.groups)]) for p in partitions]
     totals = [starts[-1] for _, starts in flats]
@@ -260,7 +257,6 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
     position = 0
     wanted_total = sum(share_numel(math.prod(shape), world) for group in states.param_shapes for shape in group.values())
     if wanted_total != totals[0]:
-        _refuse_offloaded(folder, totals[0])
         raise InconsistentCheckpointError(
             f"{folder.path}: the parameter shapes of {states.path.name} need {wanted_total} elements of each of {world} ranks, "
             f"{partitions[0].path.name} holds {totals[0]}. The files are not of one save"
@@ -280,13 +276,19 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
     return _finish(folder, states, entries, partitions, "ZeRO-3", 3, warnings)
 
 
-def _refuse_offloaded(folder: TagFolder, found: int) -> None:
-    swapped = folder.path / "offloaded_tensors"
-    if found == 0 and swapped.is_dir():
+def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
+    """A sub-group that was swapped to NVMe is an empty tensor here (0.19.8 ``stage3.py`` ``_create_fp32_partitions``).
+
+    Its file is named by the ids that parameters had in the process, which the checkpoint does not record: which
+    parameters a file holds would be a guess.
+    """
+    swapped = sorted((folder.path / "offloaded_tensors").glob("rank*/*.swp"))
+    if swapped and any(group.numel == 0 for partition in partitions for group in partition.groups):
         raise UnsupportedError(
-            f"{folder.path}: the fp32 masters were offloaded to NVMe and lie in {swapped.name}/*/*.swp, which this version does "
-            "not merge. Resume the run with offload_optimizer to cpu and save once more, or set "
-            "stage3_gather_16bit_weights_on_model_save and use the 16-bit weights"
+            f"{folder.path}: fp32 masters were offloaded to NVMe and lie in {swapped[0].parent.parent.name}/ "
+            f"({len(swapped)} files, such as {swapped[0].name}), which dsconv does not merge: the checkpoint does not say which "
+            "parameters are in which file. Resume the run with offload_optimizer to cpu and save once more, or take the 16-bit "
+            "weights that stage3_gather_16bit_weights_on_model_save saves"
         )
 
 

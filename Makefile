@@ -1,0 +1,44 @@
+# Every target sets itself up: the first one makes .venv and installs there what it needs.
+PYTHON ?= python3
+# Another build of torch: make TORCH='torch==2.12.0' …
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit fixtures bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(READY) ## train with ZeRO-3 on the CPU, merge the checkpoint, load it and generate
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/zero3_demo.py demo
+
+test: lint types unit ## the linter, the type checker and all tests
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+unit: $(READY) ## the tests; the checkpoints they read are trained by the first run (2 to 3 minutes on 2 cores)
+	$(BIN)/python -m pytest $(ARGS)
+
+fixtures: $(READY) ## train again the checkpoints that are kept in tests/data (compiles DeepSpeed's native ops)
+	$(BIN)/python -m tests.fixtures.session --native --root tests/data/native_ops
+
+bench: $(READY) ## measure against the official script and cp: 40 GB of disk, half an hour
+	$(BIN)/python -m benchmarks.zero_to_fp32 --plot docs/zero_to_fp32.svg
+
+clean: ## remove what these targets made, but not .venv
+	rm -rf demo tests/.cache .pytest_cache .ruff_cache .mypy_cache
