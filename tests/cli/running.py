@@ -1,0 +1,34 @@
+"""The command line as a user runs it: a process of its own, its streams and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Ran:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def dsconv(*arguments: str | Path, cwd: Path | None = None, python: tuple[str, ...] = (), **environment: str) -> Ran:
+    """Run ``dsconv`` with ``arguments``; ``python`` are options of the interpreter."""
+    command = [sys.executable, *python, "-m", "dsconv", *map(str, arguments)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, check=False
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    return Ran(result.returncode, result.stdout, result.stderr)
