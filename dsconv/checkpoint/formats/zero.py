@@ -328,7 +328,7 @@ def _finish(
     stage: int,
     warnings: list[str],
 ) -> Checkpoint:
-    if not all(p.file.archive.checksummed for p in partitions):
+    if not all(file.archive.checksummed for file in (states.file, *(p.file for p in partitions))):
         warnings.append("the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
     ordered = states.in_module_order(entries)
     masters = {str(e.dtype) for e in ordered.values() if e.role == "parameter"}

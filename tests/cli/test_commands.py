@@ -1,0 +1,238 @@
+"""The commands as people and programs use them: what they print, where, and what they need to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dsconv as package
+from tests.cli.running import dsconv
+from tests.trained import Trained, load_safetensors
+
+CASE = "llama_tied-z3-bf16-w3"
+COMMANDS = ["zero-to-fp32", "merge", "inspect", "verify"]
+
+
+@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
+def test_help_fits_80_columns_and_has_an_example(command: list[str]) -> None:
+    result = dsconv(*command, "--help", COLUMNS="200")
+    assert result.code == 0
+    assert "Example:" in result.out
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert dsconv(*command, "-h").out == dsconv(*command, "--help").out
+
+
+def test_the_surface_of_the_command_line() -> None:
+    """Names that users type do not change by accident: a change here is a change for them."""
+    from dsconv.cli import cli
+
+    surface = {}
+    for name, command in cli.commands.items():
+        options = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
+        surface[name] = sorted(option for option in options if option[0] == "-")
+    merge = ["--adapter", "--config-from", "--debug", "--dry-run", "--dtype", "--exclude-frozen", "--exclude_frozen_parameters",
+             "--force", "--fsync", "--json", "--max-shard-size", "--max_shard_size", "--no-fsync", "--quiet", "--safe_serialization",
+             "--sha256", "--tag", "--verify", "--workers", "-d", "-q", "-t"]  # fmt: skip
+    assert surface == {
+        "zero-to-fp32": merge,
+        "merge": merge,
+        "inspect": ["--all", "--debug", "--json", "--tag", "-d", "-t"],
+        "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--subset", "-d", "-q"],
+    }
+
+
+def test_version() -> None:
+    assert dsconv("--version").out == f"dsconv, version {package.__version__}\n"
+
+
+def test_zero_to_fp32_prints_what_it_did(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    result = dsconv("zero-to-fp32", trained(CASE).checkpoint, tmp_path / "out", "--verify")
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[0] == f"{trained(CASE).checkpoint / 'global_step2'} (ZeRO-3, step 2) → {tmp_path / 'out'}"
+    assert lines[1].startswith("20 tensors, 5,376 parameters, ")
+    assert lines[1].endswith(" s, verified")
+    assert lines[2:] == ["lm_head.weight is tied to model.embed_tokens.weight, stored once", "with config.json"]
+    assert not result.err
+
+
+def test_quiet_and_json(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    quiet = dsconv("zero-to-fp32", trained(CASE).checkpoint, tmp_path / "a", "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    result = dsconv("zero-to-fp32", trained(CASE).checkpoint, tmp_path / "b", "--json", "--dtype", "bf16")
+    assert not result.err
+    report = result.json
+    assert report["output"] == str(tmp_path / "b")
+    assert report["tensors"] == 20
+    assert report["files"] == ["model.safetensors"]
+    assert report["dry_run"] is False
+    assert report["seconds"] > 0
+
+
+def test_dry_run_prints_the_plan(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    result = dsconv("zero-to-fp32", trained(CASE).checkpoint, tmp_path / "out", "--dry-run", "--dtype", "bf16", "--max-shard-size", "5KB")
+    assert result.code == 0
+    assert "model-00001-of-0000" in result.out
+    assert "model.layers.1.mlp.up_proj.weight" in result.out
+    assert "bfloat16 from float32" in result.out
+    assert "nothing was written" in result.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_old_scripts_spellings(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    made = trained("llama_frozen-z3-bf16-w2")
+    arguments = ["--max_shard_size", "5KB", "--safe_serialization", "-t", "global_step2", "--exclude_frozen_parameters", "-d"]
+    result = dsconv("zero-to-fp32", made.checkpoint, tmp_path / "out", *arguments)
+    assert result.code == 0, result.err
+    assert set(load_safetensors(tmp_path / "out")) == set(made.facts["trainable"])
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_a_missing_config_is_said(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    save_dir = copied(CASE)
+    (save_dir / "config.json").unlink()
+    result = dsconv("zero-to-fp32", save_dir, tmp_path / "out")
+    assert result.code == 0
+    assert "--config-from" in result.err
+
+
+def test_inspect_for_people(trained: Callable[[str], Trained]) -> None:
+    result = dsconv("inspect", trained("odd-z3-bf16-w2").checkpoint, NO_COLOR="1")
+    assert result.code == 0
+    assert "\x1b" not in result.out
+    for words in ("ZeRO-3", "2 data parallel", "embed.weight", "= head.weight", "13 × 7", "bool", "buffer", "frozen", "float32"):
+        assert words in result.out
+    listed = dsconv("inspect", trained("mixtral-z3-bf16-w2").checkpoint)
+    assert "more; --all lists them" not in listed.out
+
+
+def test_inspect_lists_forty_and_all(tmp_path: Path) -> None:
+    save_file({f"layer.{i}": torch.zeros(2) for i in range(50)}, tmp_path / "model.safetensors")
+    assert "… 10 more; --all lists them" in dsconv("inspect", tmp_path).out
+    assert "layer.49" in dsconv("inspect", tmp_path, "--all").out
+
+
+def test_inspect_for_programs(trained: Callable[[str], Trained]) -> None:
+    made = trained("odd-z3-bf16-w2")
+    found = dsconv("inspect", made.checkpoint, "--json").json
+    assert found["format"] == "ZeRO-3"
+    assert found["step"] == 2
+    assert found["world"] == {"data_parallel": 2, "model_parallel": 1}
+    assert found["ties"] == made.tied
+    rows = {row["name"]: row for row in found["tensors"]}
+    assert set(rows) | set(made.tied) == set(made.truth)
+    assert rows["cube"] == {
+        "name": "cube",
+        "dtype": "float32",
+        "shape": [3, 5, 1],
+        "role": "parameter",
+        "bytes": 60,
+        "pieces": 2,
+        "aliases": [],
+    }
+    assert found["parameters"] == sum(made.truth[name].numel() for name in rows)
+    assert found["warnings"] == []
+
+
+def test_inspect_says_what_is_odd(copied: Callable[[str], Path]) -> None:
+    save_dir = copied(CASE)
+    (save_dir / "latest").unlink()
+    result = dsconv("inspect", save_dir)
+    assert "Problem: " in result.out
+    assert "no file 'latest'" in result.out
+
+
+def test_verify_equal_and_not(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    made = trained(CASE)
+    assert dsconv("zero-to-fp32", made.checkpoint, tmp_path / "out").code == 0
+    same = dsconv("verify", made.checkpoint, tmp_path / "out")
+    assert same.code == 0
+    assert same.out.startswith("equal: 20 tensors, ")
+    path = tmp_path / "out" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x80  # the sign of the last element of the last tensor
+    path.write_bytes(bytes(data))
+    differs = dsconv("verify", made.checkpoint, tmp_path / "out")
+    assert differs.code == 5
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    index = [size - 1 for size in header[last]["shape"]]
+    assert differs.out.startswith(f"{last}: first differs at element {index}: ")
+    assert "1 difference between" in differs.err
+    report = dsconv("verify", made.checkpoint, tmp_path / "out", "--json")
+    assert report.code == 5
+    assert report.json["equal"] is False
+    assert report.json["differences"][0]["name"] == last
+    assert report.json["differences"][0]["element"] == index
+    quiet = dsconv("verify", made.checkpoint, tmp_path / "out", "--quiet")
+    assert (quiet.code, quiet.out) == (5, "")
+
+
+NO_HEAVY = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "deepspeed", "transformers", "numpy", "safetensors", "huggingface_hub"}:
+            raise ImportError(f"{name} was imported")
+sys.meta_path.insert(0, Refuse())
+from dsconv.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "case", ["llama_groups-z0-bf16-w2", "llama_tied-z1-bf16-w3", "llama_frozen-z2-bf16-w2", "odd-z3-bf16-w2", "mixtral-z3-fp32-w4"]
+)
+def test_a_merge_without_a_cast_needs_no_torch_and_no_deepspeed(case: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    made = trained(case)
+    for arguments in (
+        ["zero-to-fp32", made.checkpoint, tmp_path / "out", "--verify", "--sha256"],
+        ["inspect", made.checkpoint, "--json"],
+        ["verify", made.checkpoint, tmp_path / "out"],
+    ):
+        result = subprocess.run([sys.executable, "-c", NO_HEAVY, *map(str, arguments)], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    made.check(load_safetensors(tmp_path / "out"))
+
+
+def test_the_reader_of_the_output_may_leave(trained: Callable[[str], Trained]) -> None:
+    command = f"{sys.executable} -m dsconv inspect {trained(CASE).checkpoint} --json | head -1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+
+
+def test_progress_on_a_terminal_and_in_a_log(tmp_path: Path) -> None:
+    """A bar with bytes, rate and time left on a terminal's stderr; the output of a pipe stays clean."""
+    import pty
+
+    save_file({f"w{i}": torch.zeros(4 << 20) for i in range(5)}, tmp_path / "model.safetensors")
+    command = [sys.executable, "-m", "dsconv", "merge", str(tmp_path), str(tmp_path / "out")]
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command, stderr=slave, stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": "100", "TERM": "xterm"})
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(master)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "copy" in text
+    assert "MB" in text
+    assert "/s" in text
+    piped = dsconv("merge", tmp_path, tmp_path / "out2")
+    assert piped.code == 0
+    assert not [line for line in piped.err.splitlines() if "config.json" not in line]
