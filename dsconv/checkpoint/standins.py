@@ -10,10 +10,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from dsconv.checkpoint import dtypes
 from dsconv.checkpoint.dtypes import DType
+
+MAX_DIMENSIONS = 64  # of a tensor, as in numpy; the product of a longer shape takes quadratic time
+MAX_NUMEL = 1 << 63  # torch counts elements in an int64
+BASE_WORK = 1_000_000
+SMALL = 1 << 20
+MAX_KEY_DEPTH = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +31,12 @@ class OpaqueClass:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        text = f"{self.module}.{self.name}"
+        return text if text.isprintable() else repr(text)
+
+    @property
+    def makes_objects(self) -> bool:
+        return (self.module, self.name) in OBJECT_MAKERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,101 +103,200 @@ class BadArguments(Exception):
     """A stand-in was called with arguments that the real thing would not take."""
 
 
+class NoStandIn(Exception):
+    """A sound file holds a tensor of a kind that dsconv has no stand-in for."""
+
+
+class Work:
+    """What is left of the work that a pickle of ``nbytes`` may cause beyond reading it, in items handled.
+
+    A few bytes can hand the same large list to a constructor again, or put one more key into a dictionary where all keys
+    have one hash; either takes quadratic time. Real files stay far below the limit (the largest seen
+    causes 0.06 items a byte).
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.left = BASE_WORK + nbytes
+        self.odd_keys = 0
+
+    def spend(self, items: int) -> None:
+        self.left -= items
+        if self.left < 0:
+            raise BadArguments("values that take more work to build than a file of its size has use for")
+
+    def key(self, value: Any, depth: int = 0) -> Any:
+        """``value`` as a dictionary key or an item of a set, if it is one that hashes at a bounded cost.
+
+        Python's hashes of text are secret, those of numbers are not: a file can choose numbers that collide, so each
+        number that is not a plain index pays for the comparisons with those before it.
+        """
+        kind = type(value)
+        if kind is str or kind is bytes:
+            if len(value) > 64:
+                self.spend(len(value) // 64)
+        elif kind is int or kind is float:
+            if depth or kind is float or not -SMALL < value < SMALL:
+                self.odd_keys += 1
+                self.spend(self.odd_keys // 32)
+        elif kind is tuple or kind is frozenset:
+            if depth == MAX_KEY_DEPTH:
+                raise BadArguments(f"a dictionary key nested over {MAX_KEY_DEPTH} deep")
+            self.spend(len(value))
+            for item in value:
+                self.key(item, depth + 1)
+        elif value is not None and not isinstance(value, (bool, *STAND_INS)) and not callable(value):
+            raise BadArguments(f"a {kind.__name__} as a dictionary key")
+        return value
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """``repr`` of a value out of a file, for a message: safe for any depth and size, and cut to ``limit`` characters."""
+    text = _shown(value, limit, 3)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _shown(value: object, limit: int, depth: int) -> str:
+    if isinstance(value, (str, bytes)):
+        return repr(value[:limit]) if len(value) <= limit else repr(value[:limit]) + "…"
+    if isinstance(value, int) and value.bit_length() > 512:
+        return f"<an integer of {value.bit_length()} bits>"
+    if value is None or isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (OpaqueClass, DType)):
+        return str(value)
+    if isinstance(value, Opaque):
+        return f"<{value.cls}>"
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        opening, closing = {list: ("[", "]"), tuple: ("(", ")")}.get(type(value), ("{", "}"))
+        if depth == 0:
+            return f"{opening}…{closing}"
+        parts = []
+        for item in islice(value, 9):
+            parts.append(_shown(item, limit, depth - 1))
+            if isinstance(value, dict):
+                parts[-1] += f": {_shown(value[item], limit, depth - 1)}"
+        if len(value) > 9:
+            parts.append("…")
+        return opening + ", ".join(parts) + ("," if opening == "(" and len(parts) == 1 else "") + closing
+    return f"<{type(value).__name__}>"
+
+
 def _need(condition: bool, what: str) -> None:
     if not condition:
         raise BadArguments(what)
 
 
 def _naturals(value: Any, what: str) -> tuple[int, ...]:
-    _need(isinstance(value, (tuple, list)), f"{what} is not a tuple")
-    _need(all(type(v) is int and 0 <= v < 1 << 63 for v in value), f"{what} {value!r:.80} holds something else than sizes")
+    _need(isinstance(value, (tuple, list)), f"{what} that is not a tuple")
+    _need(len(value) <= MAX_DIMENSIONS, f"{what} of {len(value)} dimensions; the limit is {MAX_DIMENSIONS}")
+    if not all(type(v) is int and 0 <= v < MAX_NUMEL for v in value):
+        raise BadArguments(f"{what} {shown(value)} of something else than sizes")
     return tuple(value)
 
 
-def _ordered_dict(*args: Any) -> dict[Any, Any]:
+def _ordered_dict(work: Work, *args: Any) -> dict[Any, Any]:
     if not args:
         return {}
-    result: dict[Any, Any] = {}
     pairs = args[0].items() if isinstance(args[0], dict) else args[0]
-    _need(len(args) == 1 and not isinstance(pairs, (str, bytes)), "OrderedDict takes one list of pairs")
+    _need(len(args) == 1 and (pairs is not args[0] or isinstance(pairs, (list, tuple))), "an OrderedDict of something else than pairs")
+    work.spend(len(pairs))
+    result: dict[Any, Any] = {}
     for pair in pairs:
-        _need(isinstance(pair, (tuple, list)) and len(pair) == 2, "OrderedDict takes pairs")
-        _need(isinstance(pair[0], (str, int, float, bytes, type(None))), "an OrderedDict key is not a plain value")
-        result[pair[0]] = pair[1]
+        _need(isinstance(pair, (tuple, list)) and len(pair) == 2, "an OrderedDict of something else than pairs")
+        result[work.key(pair[0])] = pair[1]
     return result
 
 
-def _default_dict(*args: Any) -> dict[Any, Any]:
-    return _ordered_dict(*args[1:])
+def _default_dict(work: Work, *args: Any) -> dict[Any, Any]:
+    return _ordered_dict(work, *args[1:])
 
 
-def _size(*args: Any) -> tuple[int, ...]:
-    return _naturals(args[0] if args else (), "torch.Size")
+def _size(work: Work, *args: Any) -> tuple[int, ...]:
+    return _naturals(args[0] if args else (), "a torch.Size")
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRef:
-    _need(isinstance(storage, StorageRef), "a tensor's storage is not a storage")
-    _need(type(offset) is int and 0 <= offset < 1 << 63, f"storage offset {offset!r:.80}")
+def _tensor(work: Work, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRef:
+    """``rest`` is requires_grad, hooks and metadata (torch 2.13 ``torch/_utils.py`` ``get_tensor_metadata``)."""
+    _need(isinstance(storage, StorageRef), "a tensor whose storage is not a storage")
+    if type(offset) is not int or not 0 <= offset < MAX_NUMEL:
+        raise BadArguments(f"a tensor at the storage offset {shown(offset)}")
     dtype = storage.dtype
-    _need(dtype is not None, "an untyped storage without a dtype")
+    _need(dtype is not None, "a tensor of an untyped storage without a dtype")
     shape = _naturals(shape, "a tensor's size")
     strides = _naturals(strides, "a tensor's stride")
-    _need(len(shape) == len(strides), "a tensor's size and stride differ in length")
-    return TensorRef(storage, dtype, offset, shape, strides)
+    _need(len(shape) == len(strides), "a tensor whose size and stride differ in length")
+    metadata = rest[2] if len(rest) > 2 else None
+    if metadata:
+        raise NoStandIn(f"a tensor with the lazy marks {shown(metadata)}: save it again after resolve_conj() and resolve_neg()")
+    tensor = TensorRef(storage, dtype, offset, shape, strides)
+    if tensor.numel >= MAX_NUMEL:
+        raise BadArguments(f"a tensor of shape {shown(shape)}, more elements than torch can count")
+    return tensor
 
 
-def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
-    _need(isinstance(storage, StorageRef) and isinstance(dtype, DType), "a tensor without storage or dtype")
-    return _tensor(StorageRef(storage.key, dtype, storage.numel // dtype.itemsize), offset, shape, strides)
+def _tensor_v3(work: Work, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
+    _need(isinstance(storage, StorageRef), "a tensor whose storage is not a storage")
+    if isinstance(dtype, OpaqueClass):
+        raise NoStandIn(f"a tensor of {dtype}, which dsconv does not read")
+    _need(isinstance(dtype, DType), "a tensor without a dtype")
+    return _tensor(work, StorageRef(storage.key, dtype, storage.numel // dtype.itemsize), offset, shape, strides, grad, hooks, *rest)
 
 
-def _parameter(data: Any, *rest: Any) -> Any:
+def _parameter(work: Work, data: Any, *rest: Any) -> Any:
     return data
 
 
-def _from_type(function: Any, kind: Any, args: Any, state: Any = None) -> Any:
-    _need(callable(function) and isinstance(args, tuple), "a tensor subclass rebuilt by something unknown")
+def _from_type(work: Work, function: Any, kind: Any, args: Any, state: Any = None) -> Any:
+    # Not by this function again: a file could nest that as deep as it likes.
+    _need(callable(function) and function is not _from_type, "a tensor subclass rebuilt by something unknown")
+    _need(isinstance(args, tuple), "a tensor subclass rebuilt without a tuple of arguments")
     _need(isinstance(kind, OpaqueClass), "a tensor subclass without a class")
-    return function(*args)
+    work.spend(len(args))
+    return function(work, *args)
 
 
-def _zero_stage(value: Any) -> int:
-    _need(type(value) is int and 0 <= value <= 3, f"ZeRO stage {value!r:.40}")
-    return int(value)
+def _zero_stage(work: Work, value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= 3:
+        raise BadArguments(f"the ZeRO stage {shown(value)}")
+    return value
 
 
-def _fragment(numel: Any = 0, start: Any = 0) -> FragmentAddress:
-    _need(type(numel) is int and type(start) is int, "fragment_address of something else than integers")
+def _fragment(work: Work, numel: Any = 0, start: Any = 0) -> FragmentAddress:
+    _need(type(numel) is int and type(start) is int, "a fragment_address of something else than integers")
     return FragmentAddress(numel, start)
 
 
-def _encode(text: Any, encoding: Any = "utf-8", *rest: Any) -> bytes:
+def _encode(work: Work, text: Any, encoding: Any = "utf-8", *rest: Any) -> bytes:
     """Protocol 2 writes bytes as text to be encoded."""
-    _need(isinstance(text, str) and encoding in ("latin1", "utf-8"), "_codecs.encode of something else than text")
+    _need(isinstance(text, str) and encoding in ("latin1", "latin-1", "utf-8"), "bytes made of something else than text")
+    work.spend(len(text) // 16)
     return bytes(text.encode(encoding))
 
 
-def _bytes(*args: Any) -> bytes:
-    _need(not args or (len(args) == 1 and isinstance(args[0], (bytes, bytearray))), "bytes made of something else than bytes")
-    return bytes(args[0]) if args else b""
+def _bytes(work: Work, *args: Any) -> bytes:
+    if len(args) == 2:  # a bytearray of protocol 2
+        return _encode(work, *args)
+    _need(not args or (len(args) == 1 and isinstance(args[0], bytes)), "bytes made of something else than bytes")
+    return args[0] if args else b""
 
 
-def _set(*args: Any) -> frozenset[Any]:
+def _set(work: Work, *args: Any) -> frozenset[Any]:
     items = args[0] if args else ()
     _need(len(args) <= 1 and isinstance(items, (list, tuple, set, frozenset)), "a set made of something else than a list")
-    _need(all(isinstance(item, (str, int, float, bytes, type(None))) for item in items), "a set of something else than plain values")
-    return frozenset(items)
+    work.spend(len(items))
+    return frozenset(work.key(item) for item in items)
 
 
 def _inert(label: str) -> Callable[..., Opaque]:
     """For harmless values that dsconv has no use for (dates, paths, devices): keep the arguments, build nothing."""
 
-    def make(*args: Any) -> Opaque:
+    def make(work: Work, *args: Any) -> Opaque:
         return Opaque(label, args)
 
     return make
 
 
+STAND_INS = (OpaqueClass, Opaque, StorageKind, TensorRef, DType)
 CONSTRUCTORS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): _default_dict,
@@ -245,9 +356,12 @@ for _module, _names in {
         CONSTRUCTORS[_module, _name] = _inert(f"{_module}.{_name}")
 
 # These only ever make an object without running its __init__, from the class that is their argument.
-OBJECT_MAKERS = {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__")}
-BASE_CLASSES = {("builtins", "object"), ("__builtin__", "object"), ("builtins", "dict"), ("builtins", "list"),
-                ("builtins", "int"), ("builtins", "str"), ("builtins", "float"), ("builtins", "tuple")}  # fmt: skip
+OBJECT_MAKERS = {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__"), ("copy_reg", "__newobj__")}
+BASE_CLASSES = {  # named as data: the base of a plain object, the factory of a defaultdict
+    (module, name)
+    for module in ("builtins", "__builtin__")
+    for name in ("object", "bool", "dict", "list", "int", "str", "float", "tuple", "long", "unicode")
+}
 # Python 2's names and C modules behind the standard library's are not in sys.stdlib_module_names on every platform.
 STANDARD_MODULES = frozenset(sys.stdlib_module_names) | {"__builtin__", "copy_reg", "commands", "nt", "posix", "os2", "ce"}
 

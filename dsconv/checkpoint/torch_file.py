@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint import unpickler, zipfile_reader
-from dsconv.checkpoint.standins import StorageKind, StorageRef, TensorRef
-from dsconv.checkpoint.tensormap import Extent, Piece, Record
+from dsconv.checkpoint.standins import OpaqueClass, StorageKind, StorageRef, TensorRef, shown
+from dsconv.checkpoint.tensormap import Extent, Piece
 from dsconv.checkpoint.zipfile_reader import Archive
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsupportedError
 
+MAX_KEY_CHARS = 100  # of a storage's name; torch numbers them
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch 2.13 torch/serialization.py MAGIC_NUMBER, pickled
 
 
@@ -32,11 +33,14 @@ class TorchFile:
                 raise MalformedError(f"{path}: the file is empty")
             self.archive: Archive = zipfile_reader.open_archive(descriptor, path)
             data = self._read(descriptor, "data.pkl")
-            if "byteorder" in self.archive.records and self._read(descriptor, "byteorder") != b"little":
-                raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
+            if "byteorder" in self.archive.records:
+                order = self._read(descriptor, "byteorder")
+                if order == b"big":
+                    raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
+                if order != b"little":
+                    raise MalformedError(f"{path}: the byte order is {shown(order)}; expected little or big")
         finally:
             os.close(descriptor)
-        self._storages: dict[tuple[str, int], Record] = {}
         self.root: Any = unpickler.load(data, path, self._persistent)
 
     def _read(self, descriptor: int, name: str) -> bytes:
@@ -44,7 +48,7 @@ class TorchFile:
 
         record = self.archive.records.get(name)
         if record is None:
-            raise MalformedError(f"{self.path}: no record {name!r}: not written by torch.save, or by torch.jit")
+            raise MalformedError(f"{self.path}: no record {name!r}: not written by torch.save")
         if record.nbytes > unpickler.MAX_PICKLE_BYTES:
             raise MalformedError(f"{self.path}: {name} has {record.nbytes} bytes; the limit is {unpickler.MAX_PICKLE_BYTES}")
         data = zipfile_reader.read_at(descriptor, record.nbytes, record.offset_bytes, self.path)
@@ -57,8 +61,12 @@ class TorchFile:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
             raise ValueError("a persistent id that is not a storage's")
         _, kind, key, _, numel = pid[:5]
-        if not isinstance(kind, StorageKind) or not isinstance(key, str) or type(numel) is not int or numel < 0:
+        if not isinstance(key, str) or len(key) > MAX_KEY_CHARS or type(numel) is not int or numel < 0:
             raise ValueError("a storage id of the wrong types")
+        if isinstance(kind, OpaqueClass):
+            raise UnsupportedError(f"{self.path}: storage {key!r} is a {kind}, which dsconv does not read")
+        if not isinstance(kind, StorageKind):
+            raise ValueError("a storage id without a storage class")
         itemsize = kind.dtype.itemsize if kind.dtype else 1
         record = self.archive.records.get(f"data/{key}")
         if record is None:

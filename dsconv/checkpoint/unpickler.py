@@ -5,42 +5,32 @@ lets a file call only the functions of ``standins.CONSTRUCTORS``. It is written 
 ``pickle.Unpickler`` because the C machine allocates what a file tells it to (a memo index of 2**31, a string of 2**40)
 and hashes what a file nests, before a ``find_class`` hook sees anything.
 
-Cost: about 1 µs an opcode; the pickle of one rank of a model of 300 tensors takes some 10 ms.
+Cost: about 1 µs an opcode; the pickle of one rank of a model of 300 tensors takes some 10 ms. What a file makes the
+constructors and the dictionaries do on top is bounded by ``standins.Work``.
 """
 
 from __future__ import annotations
 
-import codecs
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint import standins
-from dsconv.checkpoint.standins import Opaque, OpaqueClass
-from dsconv.errors import MalformedError, UnsafeError
+from dsconv.checkpoint.pickle_opcodes import OPERATIONS, BadPickle
+from dsconv.checkpoint.standins import Opaque, OpaqueClass, shown
+from dsconv.errors import DsconvError, MalformedError, UnsafeError, UnsupportedError
 
 MAX_PICKLE_BYTES = 256 << 20  # 100,000 tensors need some 20 MB
-MAX_MARKS = 200  # nesting of open containers; real files stay under 10
-MAX_INTEGER_BYTES = 64  # torch's generator seeds and Python's random state stay under 16
-PLAIN_KEYS = (str, int, float, bytes, bool, type(None))
-
-_U16 = struct.Struct("<H")
-_I32 = struct.Struct("<i")
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
-_F64 = struct.Struct(">d")
+MAX_NAME_CHARS = 1000  # of a class and its module; without a limit, one long name that is used often costs quadratic time
+STOP = ord(".")
 
 
-class _Malformed(Exception):
-    """The pickle breaks its own grammar; turned into MalformedError with the file's name."""
-
-
-def load(data: bytes | memoryview, path: Path, persistent_load: Callable[[Any], Any], what: str = "data.pkl") -> Any:
+def load(data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: str = "data.pkl") -> Any:
     """The object that ``data`` describes, of plain Python data and stand-ins.
 
-    Raises UnsafeError, naming file and function, where the pickle calls anything off the list; MalformedError where it
-    is not a pickle, is truncated, or exceeds the limits above.
+    Raises UnsafeError, naming file and function, where the pickle calls anything off the list; UnsupportedError where a
+    tensor is of a kind that has no stand-in; MalformedError where it is not a pickle, is truncated, or exceeds a limit.
     """
     return Machine(data, path, persistent_load, what).run()
 
@@ -48,7 +38,7 @@ def load(data: bytes | memoryview, path: Path, persistent_load: Callable[[Any], 
 class Machine:
     """One run over one pickle. ``position`` is where it stopped reading."""
 
-    def __init__(self, data: bytes | memoryview, path: Path, persistent_load: Callable[[Any], Any], what: str) -> None:
+    def __init__(self, data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: str) -> None:
         if len(data) > MAX_PICKLE_BYTES:
             raise MalformedError(f"{path}: {what} is a pickle of {len(data)} bytes; the limit is {MAX_PICKLE_BYTES}")
         self.data = data
@@ -59,31 +49,35 @@ class Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.work = standins.Work(len(data))
 
     def run(self) -> Any:
-        operations = _OPERATIONS
         data = self.data
         end = len(data)
         try:
             while self.position < end:
                 code = data[self.position]
                 self.position += 1
-                if code == 0x2E:  # STOP
+                if code == STOP:
                     if self.marks or len(self.stack) != 1:
-                        raise _Malformed("stops with an unfinished stack")
+                        raise BadPickle("stops with an unfinished stack")
                     return self.stack[0]
-                operation = operations[code]
+                operation = OPERATIONS[code]
                 if operation is None:
-                    raise _Malformed(f"has an unknown opcode 0x{code:02x}")
+                    raise BadPickle(f"has an unknown opcode 0x{code:02x}")
                 operation(self)
-            raise _Malformed("is truncated")
-        except _Malformed as error:
+            raise BadPickle("is truncated")
+        except DsconvError:  # from refuse or persistent_load; these are ValueErrors too, so first
+            raise
+        except BadPickle as error:
             raise MalformedError(f"{self.path}: {self.what} {error} at its byte {self.position}") from None
         except standins.BadArguments as error:
             raise MalformedError(f"{self.path}: {self.what} holds {error}, at its byte {self.position}") from None
-        except (IndexError, KeyError, struct.error, ValueError, TypeError, OverflowError, UnicodeError) as error:
+        except standins.NoStandIn as error:
+            raise UnsupportedError(f"{self.path}: {self.what} holds {error}, at its byte {self.position}") from None
+        except (IndexError, struct.error, ValueError, TypeError, OverflowError) as error:
             raise MalformedError(
-                f"{self.path}: {self.what} is corrupt at its byte {self.position} ({type(error).__name__}: {error})"
+                f"{self.path}: {self.what} is corrupt at its byte {self.position} ({type(error).__name__}: {error!s:.200})"
             ) from None
 
     def refuse(self, why: str) -> UnsafeError:
@@ -94,25 +88,24 @@ class Machine:
 
     # Reading the stream
 
-    def take(self, nbytes: int) -> bytes | memoryview:
+    def take(self, nbytes: int) -> bytes:
         start = self.position
         if nbytes > len(self.data) - start:
-            raise _Malformed(f"is truncated: it wants {nbytes} bytes where {len(self.data) - start} are left")
+            raise BadPickle(f"is truncated: it wants {nbytes} bytes where {len(self.data) - start} are left")
         self.position = start + nbytes
         return self.data[start : start + nbytes]
 
     def line(self) -> bytes:
-        data = self.data if isinstance(self.data, bytes) else bytes(self.data)
-        end = data.find(b"\n", self.position)
+        end = self.data.find(b"\n", self.position)
         if end < 0:
-            raise _Malformed("is truncated inside a line")
-        line = data[self.position : end]
+            raise BadPickle("is truncated inside a line")
+        line = self.data[self.position : end]
         self.position = end + 1
         return line
 
     def pop_mark(self) -> list[Any]:
         if not self.marks:
-            raise _Malformed("closes a container that it never opened")
+            raise BadPickle("closes a container that it never opened")
         items = self.stack
         self.stack = self.marks.pop()
         return items
@@ -120,346 +113,31 @@ class Machine:
     # What a name means
 
     def find(self, module: str, name: str) -> Any:
+        if len(module) + len(name) > MAX_NAME_CHARS:
+            raise BadPickle(f"names something in {len(module) + len(name)} characters; the limit is {MAX_NAME_CHARS}")
         known = standins.CONSTRUCTORS.get((module, name))
         if known is not None:
             return known
+        unknown = OpaqueClass(module, name)
         pair = (module, name)
-        if pair in standins.OBJECT_MAKERS or pair in standins.BASE_CLASSES:
-            return OpaqueClass(module, name)
-        if standins.belongs_to_python(module):
-            raise self.refuse(f"names {module}.{name}, which no checkpoint needs")
-        return OpaqueClass(module, name)
+        if pair not in standins.OBJECT_MAKERS and pair not in standins.BASE_CLASSES and standins.belongs_to_python(module):
+            raise self.refuse(f"names {unknown}, which no checkpoint needs")
+        return unknown
 
     def call(self, function: Any, args: Any) -> Any:
         if not isinstance(args, tuple):
-            raise _Malformed("calls something without a tuple of arguments")
+            raise BadPickle("calls something without a tuple of arguments")
         if isinstance(function, OpaqueClass):
-            if (function.module, function.name) in standins.OBJECT_MAKERS and args and isinstance(args[0], OpaqueClass):
+            if function.makes_objects and args and isinstance(args[0], OpaqueClass):
                 return self.make(args[0])
-            raise self.refuse(f"calls {function}{_describe(args)}")
+            raise self.refuse(f"calls {function}{shown(args)}")
         if not callable(function):
-            raise self.refuse(f"calls {_name(function)}, which is not a function")
-        return function(*args)
+            raise self.refuse(f"calls {shown(function)}, which is not a function")
+        self.work.spend(len(args))
+        return function(self.work, *args)
 
-    def make(self, cls: Any) -> Any:
+    def make(self, cls: OpaqueClass) -> Opaque:
         """An object of a class, its __init__ not run: data, whatever the class."""
-        if isinstance(cls, OpaqueClass):
-            if (cls.module, cls.name) in standins.OBJECT_MAKERS:
-                raise self.refuse(f"makes an object of {cls}, which is a function")
-            return Opaque(str(cls))
-        return None
-
-
-def _name(value: Any) -> str:
-    return value.cls if isinstance(value, Opaque) else type(value).__name__
-
-
-def _describe(args: tuple[Any, ...]) -> str:
-    """The arguments of a refused call, so far as they are plain and short."""
-    plain = ", ".join(repr(a) if isinstance(a, (str, int, float, bytes)) else "…" for a in args[:3])
-    return f"({plain[:80]})"
-
-
-def _key(value: Any) -> Any:
-    """A dictionary key or set item; nested tuples are kept out, whose hash recurses as deep as the file likes."""
-    if isinstance(value, PLAIN_KEYS) or (isinstance(value, tuple) and all(isinstance(v, PLAIN_KEYS) for v in value)):
-        return value
-    if isinstance(value, (Opaque, OpaqueClass, standins.StorageKind)) or callable(value):
-        return value
-    raise _Malformed(f"uses a {type(value).__name__} as a dictionary key")
-
-
-# One small function for an opcode; the table at the end maps opcodes to them.
-
-
-def _mark(m: Machine) -> None:
-    if len(m.marks) >= MAX_MARKS:
-        raise _Malformed(f"nests containers over {MAX_MARKS} deep")
-    m.marks.append(m.stack)
-    m.stack = []
-
-
-def _proto(m: Machine) -> None:
-    version = m.take(1)[0]
-    if version > 5:
-        raise _Malformed(f"is of protocol {version}; 5 is the last known")
-
-
-def _frame(m: Machine) -> None:
-    size = _U64.unpack(m.take(8))[0]
-    if size > len(m.data) - m.position:
-        raise _Malformed(f"is truncated: a frame of {size} bytes where {len(m.data) - m.position} are left")
-
-
-def _push(value: Any) -> Callable[[Machine], None]:
-    def push(m: Machine) -> None:
-        m.stack.append(value)
-
-    return push
-
-
-def _new(kind: type) -> Callable[[Machine], None]:
-    def new(m: Machine) -> None:
-        m.stack.append(kind())
-
-    return new
-
-
-def _binint(m: Machine) -> None:
-    m.stack.append(_I32.unpack(m.take(4))[0])
-
-
-def _binint1(m: Machine) -> None:
-    m.stack.append(m.take(1)[0])
-
-
-def _binint2(m: Machine) -> None:
-    m.stack.append(_U16.unpack(m.take(2))[0])
-
-
-def _long(m: Machine, nbytes: int) -> None:
-    if nbytes > MAX_INTEGER_BYTES:
-        raise _Malformed(f"holds an integer of {nbytes} bytes; the limit is {MAX_INTEGER_BYTES}")
-    m.stack.append(int.from_bytes(m.take(nbytes), "little", signed=True))
-
-
-def _long1(m: Machine) -> None:
-    _long(m, m.take(1)[0])
-
-
-def _long4(m: Machine) -> None:
-    _long(m, _U32.unpack(m.take(4))[0])
-
-
-def _text_int(m: Machine) -> None:
-    line = m.line()
-    if line in (b"00", b"01"):  # protocol 0 writes bools so
-        m.stack.append(line == b"01")
-        return
-    if len(line) > 3 * MAX_INTEGER_BYTES:
-        raise _Malformed("holds an integer of too many digits")
-    m.stack.append(int(line.removesuffix(b"L")))
-
-
-def _binfloat(m: Machine) -> None:
-    m.stack.append(_F64.unpack(m.take(8))[0])
-
-
-def _text_float(m: Machine) -> None:
-    m.stack.append(float(m.line()))
-
-
-def _string(m: Machine) -> None:
-    line = m.line()
-    if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"\"'":
-        raise _Malformed("holds an unquoted string")
-    m.stack.append(codecs.escape_decode(line[1:-1])[0].decode("latin1"))
-
-
-def _unicode(m: Machine) -> None:
-    m.stack.append(m.line().decode("raw-unicode-escape"))
-
-
-def _text(size: struct.Struct, codec: str) -> Callable[[Machine], None]:
-    def text(m: Machine) -> None:
-        m.stack.append(str(m.take(size.unpack(m.take(size.size))[0]), codec, "surrogatepass" if codec == "utf-8" else "strict"))
-
-    return text
-
-
-def _blob(size: struct.Struct) -> Callable[[Machine], None]:
-    def blob(m: Machine) -> None:
-        m.stack.append(bytes(m.take(size.unpack(m.take(size.size))[0])))
-
-    return blob
-
-
-def _tuple(count: int) -> Callable[[Machine], None]:
-    def build(m: Machine) -> None:
-        if len(m.stack) < count:
-            raise _Malformed("makes a tuple of more than it has")
-        items = tuple(m.stack[-count:])
-        m.stack[-count:] = [items]
-
-    return build
-
-
-def _marked_tuple(m: Machine) -> None:
-    items = m.pop_mark()
-    m.stack.append(tuple(items))
-
-
-def _marked_list(m: Machine) -> None:
-    items = m.pop_mark()
-    m.stack.append(items)
-
-
-def _marked_dict(m: Machine) -> None:
-    items = m.pop_mark()
-    m.stack.append({})
-    _fill(m, items)
-
-
-def _marked_set(m: Machine) -> None:
-    items = m.pop_mark()
-    m.stack.append(frozenset(_key(item) for item in items))
-
-
-def _fill(m: Machine, items: list[Any]) -> None:
-    target = m.stack[-1]
-    if len(items) % 2:
-        raise _Malformed("sets a dictionary key without a value")
-    if isinstance(target, dict):
-        for i in range(0, len(items), 2):
-            target[_key(items[i])] = items[i + 1]
-    elif not isinstance(target, Opaque):  # the items of an unknown mapping are dropped unread
-        raise _Malformed(f"sets a key of a {type(target).__name__}")
-
-
-def _setitem(m: Machine) -> None:
-    value, key = m.stack.pop(), m.stack.pop()
-    _fill(m, [key, value])
-
-
-def _setitems(m: Machine) -> None:
-    _fill(m, m.pop_mark())
-
-
-def _extend(m: Machine, items: list[Any]) -> None:
-    target = m.stack[-1]
-    if isinstance(target, list):
-        target.extend(items)
-    elif not isinstance(target, Opaque):
-        raise _Malformed(f"appends to a {type(target).__name__}")
-
-
-def _append(m: Machine) -> None:
-    _extend(m, [m.stack.pop()])
-
-
-def _appends(m: Machine) -> None:
-    _extend(m, m.pop_mark())
-
-
-def _additems(m: Machine) -> None:
-    items = [_key(item) for item in m.pop_mark()]
-    target = m.stack[-1]
-    if isinstance(target, set):
-        target.update(items)
-    elif not isinstance(target, Opaque):
-        raise _Malformed(f"adds to a {type(target).__name__}")
-
-
-def _put(m: Machine, index: int) -> None:
-    if index < 0 or index > len(m.data):
-        raise _Malformed(f"memorises under number {index}, more than the file has bytes")
-    m.memo[index] = m.stack[-1]
-
-
-def _get(m: Machine, index: int) -> None:
-    m.stack.append(m.memo[index])
-
-
-def _binput(m: Machine) -> None:
-    m.memo[m.data[m.position]] = m.stack[-1]
-    m.position += 1
-
-
-def _binget(m: Machine) -> None:
-    m.stack.append(m.memo[m.data[m.position]])
-    m.position += 1
-
-
-def _memoize(m: Machine) -> None:
-    m.memo[len(m.memo)] = m.stack[-1]
-
-
-def _pop(m: Machine) -> None:
-    if m.stack:
-        m.stack.pop()
-    else:
-        m.pop_mark()
-
-
-def _global(m: Machine) -> None:
-    module, name = m.line().decode("utf-8"), m.line().decode("utf-8")
-    m.stack.append(m.find(module, name))
-
-
-def _stack_global(m: Machine) -> None:
-    name, module = m.stack.pop(), m.stack.pop()
-    if not isinstance(name, str) or not isinstance(module, str):
-        raise _Malformed("names a global by something else than text")
-    m.stack.append(m.find(module, name))
-
-
-def _reduce(m: Machine) -> None:
-    args, function = m.stack.pop(), m.stack.pop()
-    m.stack.append(m.call(function, args))
-
-
-def _newobj(m: Machine) -> None:
-    args, cls = m.stack.pop(), m.stack.pop()
-    m.stack.append(m.make(cls) if isinstance(cls, OpaqueClass) else m.call(cls, args))
-
-
-def _newobj_ex(m: Machine) -> None:
-    keywords, args, cls = m.stack.pop(), m.stack.pop(), m.stack.pop()
-    if not isinstance(keywords, dict):
-        raise _Malformed("makes an object with keywords that are no dictionary")
-    m.stack.append(m.make(cls) if isinstance(cls, OpaqueClass) else m.call(cls, args))
-
-
-def _inst(m: Machine) -> None:
-    module, name = m.line().decode("utf-8"), m.line().decode("utf-8")
-    args = tuple(m.pop_mark())
-    m.stack.append(m.call(m.find(module, name), args))
-
-
-def _obj(m: Machine) -> None:
-    items = m.pop_mark()
-    if not items:
-        raise _Malformed("makes an object of nothing")
-    m.stack.append(m.call(items[0], tuple(items[1:])))
-
-
-def _build(m: Machine) -> None:
-    state = m.stack.pop()
-    if not m.stack:
-        raise _Malformed("sets the state of nothing")
-    if isinstance(m.stack[-1], standins.FragmentAddress):
-        m.stack[-1].set_state(state)
-    # Any other state is dropped: __setstate__ and attributes are code's, and dsconv needs none of them.
-
-
-def _persistent(m: Machine) -> None:
-    m.stack.append(m.persistent_load(m.stack.pop()))
-
-
-def _extension(m: Machine) -> None:
-    raise m.refuse("uses copyreg's extension registry")
-
-
-def _out_of_band(m: Machine) -> None:
-    raise _Malformed("wants buffers from outside the file")
-
-
-_OPERATIONS: list[Callable[[Machine], None] | None] = [None] * 256
-for _code, _operation in {
-    b"(": _mark, b"0": _pop, b"1": lambda m: (m.pop_mark(), None)[1], b"2": lambda m: m.stack.append(m.stack[-1]),
-    b"F": _text_float, b"I": _text_int, b"J": _binint, b"K": _binint1, b"L": _text_int, b"M": _binint2,
-    b"N": _push(None), b"Q": _persistent, b"P": lambda m: m.stack.append(m.persistent_load(m.line().decode("ascii"))),
-    b"R": _reduce, b"S": _string, b"T": _text(_U32, "latin1"), b"U": _text(struct.Struct("<B"), "latin1"),
-    b"V": _unicode, b"X": _text(_U32, "utf-8"), b"a": _append, b"b": _build, b"c": _global, b"d": _marked_dict,
-    b"}": _new(dict), b"e": _appends, b"g": lambda m: _get(m, int(m.line())), b"h": _binget, b"i": _inst,
-    b"j": lambda m: _get(m, _U32.unpack(m.take(4))[0]), b"l": _marked_list, b"]": _new(list), b"o": _obj,
-    b"p": lambda m: _put(m, int(m.line())), b"q": _binput, b"r": lambda m: _put(m, _U32.unpack(m.take(4))[0]),
-    b"s": _setitem, b"t": _marked_tuple, b")": _push(()), b"u": _setitems, b"G": _binfloat,
-    b"\x80": _proto, b"\x81": _newobj, b"\x82": _extension, b"\x83": _extension, b"\x84": _extension,
-    b"\x85": _tuple(1), b"\x86": _tuple(2), b"\x87": _tuple(3), b"\x88": _push(True), b"\x89": _push(False),
-    b"\x8a": _long1, b"\x8b": _long4, b"B": _blob(_U32), b"C": _blob(struct.Struct("<B")),
-    b"\x8c": _text(struct.Struct("<B"), "utf-8"), b"\x8d": _text(_U64, "utf-8"), b"\x8e": _blob(_U64),
-    b"\x8f": _new(set), b"\x90": _additems, b"\x91": _marked_set, b"\x92": _newobj_ex, b"\x93": _stack_global,
-    b"\x94": _memoize, b"\x95": _frame, b"\x96": _blob(_U64), b"\x97": _out_of_band, b"\x98": _out_of_band,
-}.items():  # fmt: skip
-    _OPERATIONS[_code[0]] = _operation
+        if cls.makes_objects:
+            raise self.refuse(f"makes an object of {cls}, which is a function")
+        return Opaque(str(cls))

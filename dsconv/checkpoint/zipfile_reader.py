@@ -3,7 +3,8 @@
 ``torch.save`` writes an uncompressed zip whose records are aligned to 64 bytes (torch 2.13
 ``torch/utils/serialization/config.py``, ``save.storage_alignment``), zip64 when large. The directory at the end is the
 authority; each local header is read too, since its name and extra field may differ in length from the directory's.
-Anything torch.save does not do (compression, encryption, duplicate or odd names, records that overlap) is refused.
+Anything torch.save does not do (compression, encryption, duplicate or odd names, records that overlap, bytes before or
+after the zip, two directories that disagree) is refused: where readers of one file can differ, one of them is deceived.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from dsconv.checkpoint.standins import shown
 from dsconv.checkpoint.tensormap import Record
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
 
@@ -22,8 +25,11 @@ END64 = struct.Struct("<4sQ2H2L4Q")
 CENTRAL = struct.Struct("<4s6H3L5H2L")
 LOCAL = struct.Struct("<4s5H3L2H")
 MAX_COMMENT_BYTES = 65535
-MAX_DIRECTORY_BYTES = 1 << 30  # 10 million records: no real checkpoint comes near
+MAX_DIRECTORY_BYTES = 64 << 20  # over half a million records; torch.save writes some 60 bytes for each
 FLAG_ENCRYPTED = 0x1
+FLAG_SIZES_FOLLOW = 0x8  # the local header has zeros for CRC-32 and sizes; torch.save writes it so
+FULL16 = 0xFFFF  # "see the zip64 field"
+FULL32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,16 @@ class Archive:
 
 
 def read_at(descriptor: int, nbytes: int, offset_bytes: int, path: Path) -> bytes:
-    """Exactly ``nbytes`` bytes from ``offset_bytes``; raises MalformedError when the file ends before."""
-    data = os.pread(descriptor, nbytes, offset_bytes)
-    while len(data) < nbytes:
-        more = os.pread(descriptor, nbytes - len(data), offset_bytes + len(data))
-        if not more:
-            raise MalformedError(f"{path}: truncated: expected {nbytes} bytes at offset {offset_bytes}, found {len(data)}")
-        data += more
+    """Exactly ``nbytes`` bytes from ``offset_bytes``; raises MalformedError when the file ends before or cannot be read."""
+    data = b""
+    try:
+        while len(data) < nbytes:
+            more = os.pread(descriptor, nbytes - len(data), offset_bytes + len(data))
+            if not more:
+                raise MalformedError(f"{path}: truncated: expected {nbytes} bytes at offset {offset_bytes}, found {len(data)}")
+            data += more
+    except OSError as error:
+        raise MalformedError(f"{path}: cannot be read at offset {offset_bytes}: {error.strerror}") from None
     return data
 
 
@@ -57,7 +66,9 @@ def open_archive(descriptor: int, path: Path) -> Archive:
     Raises MalformedError (not a zip, truncated, inconsistent), UnsupportedError (compressed) or UnsafeError (names).
     """
     size_bytes = os.fstat(descriptor).st_size
-    directory, count = _read_directory(descriptor, path, size_bytes)
+    directory, count, directory_offset = _read_directory(descriptor, path, size_bytes)
+    if b"/constants.pkl" in directory:  # torch 2.13 torch/serialization.py _is_torchscript_zip
+        raise UnsupportedError(f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() with torch.save")
     records: dict[str, Record] = {}
     roots: set[str] = set()
     spans: list[tuple[int, int, str]] = []
@@ -67,18 +78,25 @@ def open_archive(descriptor: int, path: Path) -> Archive:
         root, inner = _split_name(name, path)
         roots.add(root)
         if inner in records:
-            raise UnsafeError(f"{path}: the zip has two records named {name!r}; refused: readers differ on which one counts")
-        data_offset = _data_offset(descriptor, path, header_offset, name)
-        if data_offset + nbytes > size_bytes:
-            raise MalformedError(f"{path}: truncated: record {name!r} ends at byte {data_offset + nbytes} of {size_bytes}")
+            raise UnsafeError(f"{path}: the zip has two records named {shown(name)}; refused: readers differ on which one counts")
+        if header_offset >= directory_offset:
+            raise MalformedError(f"{path}: record {shown(name)} begins at byte {header_offset}, beyond the zip's records")
+        data_offset = _data_offset(descriptor, path, header_offset, name, nbytes)
+        if data_offset + nbytes > directory_offset:
+            raise MalformedError(
+                f"{path}: record {shown(name)} ends at byte {data_offset + nbytes}, beyond the zip's records, "
+                f"which end at {directory_offset}"
+            )
         spans.append((header_offset, data_offset + nbytes, name))
         records[inner] = Record(path, data_offset, nbytes, crc32, name)
+    if position != len(directory):
+        raise MalformedError(f"{path}: the zip directory says {count} records and holds {len(directory) - position} bytes more")
     if len(roots) > 1:
-        raise MalformedError(f"{path}: records under {len(roots)} root folders ({', '.join(sorted(roots)[:3])}); expected one")
+        raise MalformedError(f"{path}: records under {len(roots)} root folders {shown(sorted(roots))}; expected one")
     spans.sort()
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
-            raise UnsafeError(f"{path}: zip records {name!r} and {other!r} overlap; refused")
+            raise UnsafeError(f"{path}: zip records {shown(name)} and {shown(other)} overlap; refused")
     # A real data.pkl whose CRC-32 is 0 is one in four thousand million, and then the checks are off, not wrong.
     checksummed = not ("data.pkl" in records and records["data.pkl"].crc32 == 0 and records["data.pkl"].nbytes)
     if not checksummed:
@@ -86,16 +104,21 @@ def open_archive(descriptor: int, path: Path) -> Archive:
     return Archive(path, roots.pop() if roots else "", records, checksummed)
 
 
-def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes, int]:
-    """The bytes of the central directory and the number of its entries."""
+def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes, int, int]:
+    """The bytes of the central directory, the number of its entries, and where it begins."""
     tail_bytes = min(size_bytes, END.size + MAX_COMMENT_BYTES + END64_LOCATOR.size)
     tail = read_at(descriptor, tail_bytes, size_bytes - tail_bytes, path)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + END.size > len(tail):
         raise MalformedError(f"{path}: truncated or not a torch.save file: no zip directory at its end ({size_bytes} bytes)")
-    _, disk, _, _, count, directory_bytes, directory_offset, _ = END.unpack_from(tail, at)
-    if disk not in (0, 0xFFFF):
+    _, disk, first_disk, count_here, *narrow, comment_bytes = END.unpack_from(tail, at)
+    trailing = len(tail) - at - END.size - comment_bytes
+    if trailing:
+        what = f"{trailing} bytes follow" if trailing > 0 else f"{-trailing} bytes are missing from"
+        raise MalformedError(f"{path}: damaged: {what} the end of the zip")
+    if disk not in (0, FULL16) or first_disk not in (0, FULL16) or count_here != narrow[0]:
         raise MalformedError(f"{path}: a zip of several volumes; torch.save writes one")
+    count, directory_bytes, directory_offset = narrow
     end_offset = size_bytes - tail_bytes + at
     locator_at = at - END64_LOCATOR.size
     if locator_at >= 0 and tail[locator_at : locator_at + 4] == b"PK\x06\x07":
@@ -105,12 +128,21 @@ def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes
         fields = END64.unpack(read_at(descriptor, END64.size, end64_offset, path))
         if fields[0] != b"PK\x06\x06":
             raise MalformedError(f"{path}: no zip64 directory at byte {end64_offset}, where the file says it is")
-        count, directory_bytes, directory_offset, end_offset = fields[7], fields[8], fields[9], end64_offset
-    if directory_offset + directory_bytes > end_offset or directory_bytes > MAX_DIRECTORY_BYTES:
-        raise MalformedError(f"{path}: the zip directory ({directory_bytes} bytes at {directory_offset}) does not fit the file")
+        wide = fields[7:10]
+        if any(n not in (w, full) for n, w, full in zip(narrow, wide, (FULL16, FULL32, FULL32), strict=True)):
+            raise MalformedError(f"{path}: the zip's two ends disagree: {narrow} and {list(wide)} for records, directory bytes and offset")
+        count, directory_bytes, directory_offset = wide
+        end_offset = end64_offset
+    if directory_offset + directory_bytes != end_offset:
+        raise MalformedError(
+            f"{path}: the zip directory ({directory_bytes} bytes at {directory_offset}) does not end at byte {end_offset}, where the "
+            "file ends it: damaged, or bytes were put before the zip"
+        )
+    if directory_bytes > MAX_DIRECTORY_BYTES:
+        raise MalformedError(f"{path}: the zip directory has {directory_bytes} bytes; the limit is {MAX_DIRECTORY_BYTES}")
     if count * CENTRAL.size > directory_bytes:
         raise MalformedError(f"{path}: the zip directory says {count} records and has room for fewer")
-    return read_at(descriptor, directory_bytes, directory_offset, path), count
+    return read_at(descriptor, directory_bytes, directory_offset, path), count, directory_offset
 
 
 def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int, int]:
@@ -129,16 +161,18 @@ def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int
         name = directory[name_at:extra_at].decode("utf-8")
     except UnicodeDecodeError:
         raise MalformedError(f"{path}: a record's name is not UTF-8") from None
+    if fields[13] not in (0, FULL16):
+        raise MalformedError(f"{path}: record {shown(name)} is of a zip of several volumes; torch.save writes one")
     if flags & FLAG_ENCRYPTED:
-        raise UnsupportedError(f"{path}: record {name!r} is encrypted; torch.save never does that")
+        raise UnsupportedError(f"{path}: record {shown(name)} is encrypted; torch.save never does that")
     if method != 0:
         raise UnsupportedError(
-            f"{path}: record {name!r} is compressed (method {method}); torch.save stores records as they are. "
+            f"{path}: record {shown(name)} is compressed (method {method}); torch.save stores records as they are. "
             "The file was re-zipped: unzip it and load and save it again with torch"
         )
     nbytes, packed, header_offset = _zip64(directory[extra_at : extra_at + extra_bytes], nbytes, packed, header_offset)
     if packed != nbytes:
-        raise MalformedError(f"{path}: record {name!r} is stored, yet its sizes differ ({packed} and {nbytes} bytes)")
+        raise MalformedError(f"{path}: record {shown(name)} is stored, yet its sizes differ ({packed} and {nbytes} bytes)")
     return name, crc32, nbytes, header_offset, following
 
 
@@ -148,12 +182,13 @@ def _zip64(extra: bytes, nbytes: int, packed: int, header_offset: int) -> tuple[
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
-            wide = [v[0] for v in struct.iter_unpack("<Q", extra[at + 4 : at + 4 + length // 8 * 8])]
-            if nbytes == 0xFFFFFFFF and wide:
+            field = extra[at + 4 : at + 4 + length]
+            wide = [v[0] for v in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
+            if nbytes == FULL32 and wide:
                 nbytes = wide.pop(0)
-            if packed == 0xFFFFFFFF and wide:
+            if packed == FULL32 and wide:
                 packed = wide.pop(0)
-            if header_offset == 0xFFFFFFFF and wide:
+            if header_offset == FULL32 and wide:
                 header_offset = wide.pop(0)
         at += 4 + length
     return nbytes, packed, header_offset
@@ -162,19 +197,25 @@ def _zip64(extra: bytes, nbytes: int, packed: int, header_offset: int) -> tuple[
 def _split_name(name: str, path: Path) -> tuple[str, str]:
     """('root', 'data/0') of 'root/data/0'; a name that could leave a folder is refused."""
     root, slash, inner = name.partition("/")
-    if not slash or not root or not inner or "\\" in name or "\0" in name or ".." in name.split("/") or "" in name.split("/"):
-        raise UnsafeError(f"{path}: the zip holds a record named {name!r}; refused: torch.save writes ROOT/NAME only")
+    if not slash or "\\" in name or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise UnsafeError(f"{path}: the zip holds a record named {shown(name)}; refused: torch.save writes ROOT/NAME only")
     return root, inner
 
 
-def _data_offset(descriptor: int, path: Path, header_offset: int, name: str) -> int:
-    """Where the data of a record begins; the local header must agree with the directory on the name."""
+def _data_offset(descriptor: int, path: Path, header_offset: int, name: str, nbytes: int) -> int:
+    """Where the data of a record begins; the local header must agree with the directory so far as it says anything."""
     encoded = name.encode()
     header = read_at(descriptor, LOCAL.size + len(encoded), header_offset, path)
     fields = LOCAL.unpack_from(header)
     if fields[0] != b"PK\x03\x04":
-        raise MalformedError(f"{path}: no record header at byte {header_offset}, where the directory puts {name!r}")
-    name_bytes, extra_bytes = fields[9], fields[10]
+        raise MalformedError(f"{path}: no record header at byte {header_offset}, where the directory puts {shown(name)}")
+    flags, method, packed, unpacked, name_bytes, extra_bytes = fields[2], fields[3], *fields[7:]
     if header[LOCAL.size :] != encoded or name_bytes != len(encoded):
-        raise UnsafeError(f"{path}: the directory says {name!r} where the record itself has another name; refused")
+        raise UnsafeError(f"{path}: the directory says {shown(name)} where the record itself has another name; refused")
+    unknown = {FULL32, 0} if flags & FLAG_SIZES_FOLLOW else {FULL32}
+    if method != 0 or flags & FLAG_ENCRYPTED or not {packed, unpacked} <= {nbytes, *unknown}:
+        raise MalformedError(
+            f"{path}: record {shown(name)} is stored in {nbytes} bytes by the directory and of method {method}, flags {flags:#x} and "
+            f"{packed}/{unpacked} bytes by its own header"
+        )
     return int(header_offset + LOCAL.size + name_bytes + extra_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from tests.trained import Trained, load_safetensors, same
 @given(data=st.binary(min_size=1, max_size=300), cuts=st.lists(st.integers(0, 300), max_size=12), order=st.randoms(use_true_random=False))
 def test_a_checksum_of_blocks_in_any_order(data: bytes, cuts: list[int], order: object) -> None:
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
-    spans = list(zip(edges, edges[1:], strict=False))
+    spans = list(pairwise(edges))
     order.shuffle(spans)  # type: ignore[attr-defined]
     running = RunningChecksum(len(data))
     for start, end in spans:
