@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import dsconv
 from dsconv.checkpoint import copy as copying
+from dsconv.checkpoint import dtypes
 from dsconv.checkpoint.checksums import RunningChecksum
 from dsconv.checkpoint.formats.zero import _equal_shares, _flat_pieces
 from dsconv.checkpoint.loading import load_tensors
@@ -69,7 +70,7 @@ def test_stage_3_pieces_are_what_partitioning_does(
         share = share_numel(parameter.numel(), world)
         pieces = _equal_shares(files, flats, position, share, parameter.numel())
         position += share
-        entry = dsconv.TensorEntry("w", copying.BY_NAME["float32"], (parameter.numel(),), lambda pieces=pieces: pieces)  # type: ignore[misc]
+        entry = dsconv.TensorEntry("w", dtypes.BY_NAME["float32"], (parameter.numel(),), lambda pieces=pieces: pieces)  # type: ignore[misc]
         dsconv.checkpoint.tensormap.prove_tiling(entry)
         assert same(entry.read(), parameter)
 
@@ -87,7 +88,7 @@ def test_stage_2_pieces_cross_ranks(lengths: list[int], data: st.DataObject, tmp
     begin = data.draw(st.integers(0, len(flat)))
     numel = data.draw(st.integers(0, len(flat) - begin))
     pieces = _flat_pieces(files, [file.root for file in files], starts, begin, numel)
-    entry = dsconv.TensorEntry("w", copying.BY_NAME["float32"], (numel,), lambda: pieces)
+    entry = dsconv.TensorEntry("w", dtypes.BY_NAME["float32"], (numel,), lambda: pieces)
     dsconv.checkpoint.tensormap.prove_tiling(entry)
     assert same(entry.read(), flat[begin : begin + numel])
 
@@ -111,7 +112,7 @@ def test_casts_of_any_bits_equal_torch(bits: list[int], wanted: str) -> None:
     values = torch.tensor(bits, dtype=torch.uint32).view(torch.float32)
     expected = values.to(getattr(torch, wanted))
     data = memoryview(bytearray(values.view(torch.uint8).numpy().tobytes()))
-    out, overflowed = copying.Caster().cast(data, copying.BY_NAME["float32"], copying.BY_NAME[wanted])
+    out, overflowed = copying.Caster().cast(data, dtypes.BY_NAME["float32"], dtypes.BY_NAME[wanted])
     assert bytes(out) == expected.view(torch.uint8).numpy().tobytes()
     assert overflowed == int((expected.isinf() & values.isfinite()).sum())
 
@@ -146,8 +147,8 @@ def test_reading_parts(tmp_path: Path) -> None:
 def test_a_view_that_was_saved_without_its_gaps_closed(tmp_path: Path) -> None:
     """Stage 0 saves what the module holds: a transposed weight is a view with strides."""
     base = torch.randn(4, 6)
-    state = {"module": {"t": base.t(), "part": base[1:3, 2:5], "step": base[::2], "same": base.t()}, "buffer_names": [], "optimizer": None,
-             "global_steps": 1, "param_shapes": None}  # fmt: skip
+    module = {"t": base.t(), "part": base[1:3, 2:5], "step": base[::2], "same": base.t()}
+    state: dict[str, object] = {"module": module, "buffer_names": [], "optimizer": None, "global_steps": 1, "param_shapes": None}
     (tmp_path / "global_step1").mkdir()
     torch.save(state, tmp_path / "global_step1" / "mp_rank_00_model_states.pt")
     (tmp_path / "latest").write_text("global_step1")
@@ -155,7 +156,7 @@ def test_a_view_that_was_saved_without_its_gaps_closed(tmp_path: Path) -> None:
     merged = load_safetensors(tmp_path / "out")
     assert dsconv.open_checkpoint(tmp_path).ties == {"same": "t"}
     for name in ("t", "part", "step"):
-        assert same(merged[name], state["module"][name].contiguous()), name  # type: ignore[index]
+        assert same(merged[name], module[name].contiguous()), name
 
 
 def test_load_tensors_checks_what_it_reads(copied: Callable[[str], Path]) -> None:

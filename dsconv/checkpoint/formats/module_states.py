@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsconv.checkpoint.standins import TensorRef
+from dsconv.checkpoint.standins import TensorRef, shown
 from dsconv.checkpoint.tensormap import TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.errors import MalformedError
@@ -94,7 +94,7 @@ def _shapes(value: Any, what: str, path: Path) -> dict[str, tuple[int, ...]]:
         raise MalformedError(f"{path}: {what} is a {type(value).__name__}; expected names and shapes")
     for name, shape in value.items():
         if not isinstance(name, str) or not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-            raise MalformedError(f"{path}: {what} holds {name!r:.80} with shape {shape!r:.80}")
+            raise MalformedError(f"{path}: {what} holds {shown(name)} with shape {shown(shape)}")
     return value
 
 

@@ -116,7 +116,7 @@ def _agrees(states: ModuleStates, name: str, master: TensorRef) -> bool:
     """Whether the first elements of a master, cast, are the module's."""
     weight: Any = states.module[name]
     if weight.shape != master.shape or not is_contiguous(weight.shape, weight.strides) or not is_contiguous(master.shape, master.strides):
-        return weight.shape == master.shape
+        return bool(weight.shape == master.shape)
     count = min(crosscheck.SAMPLES * 4, weight.numel)
     high = crosscheck.decode(read_extent(states.file.extent(master, 0, count)), master.dtype)
     low = crosscheck.decode(read_extent(states.file.extent(weight, 0, count)), weight.dtype)

@@ -18,7 +18,7 @@ from typing import Any
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, require
-from dsconv.checkpoint.standins import TensorRef
+from dsconv.checkpoint.standins import TensorRef, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
@@ -55,7 +55,7 @@ def read_partition(path: Path) -> Partition:
     count = state.get("partition_count")
     counts = tuple(count) if isinstance(count, (list, tuple)) else (count,)
     if not counts or not all(type(c) is int and c > 0 for c in counts):
-        raise MalformedError(f"{path}: partition_count is {count!r:.60}; expected the number of ranks")
+        raise MalformedError(f"{path}: partition_count is {shown(count)}; expected the number of ranks")
     stage = state.get("zero_stage")
     if stage is not None and (stage == 3) != is_zero3:
         raise MalformedError(f"{path}: says ZeRO stage {stage} and holds {key}")
