@@ -147,7 +147,7 @@ def draw(results: list[dict[str, Any]], where: str, path: Path) -> None:
     show_default=True,
     help="In 10⁹ parameters, as train_llama.py lists them; may be given again.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw time and memory against size.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of tables.")
 def main(folder: Path, sizes: tuple[float, ...], rounds: int, plot: Path | None, as_json: bool) -> None:
