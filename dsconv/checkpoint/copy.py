@@ -12,17 +12,20 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
+from pathlib import Path
 
 from dsconv.checkpoint.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.dtypes import BY_NAME, DType
-from dsconv.checkpoint.reading import Sources, gather_view
-from dsconv.checkpoint.tensormap import Piece, Record
+from dsconv.checkpoint.reading import Part, Sources, gather_view, parts_of
+from dsconv.checkpoint.regions import runs
+from dsconv.checkpoint.tensormap import Piece, Record, TensorEntry
 from dsconv.errors import MalformedError, OutputError
 
 BLOCK_BYTES = 8 << 20  # large enough to hide a system call, small enough to stay in the last cache level
 MAX_GAP_BYTES = 64 << 10  # bytes nobody wants that are read through rather than skipped, for one sequential read
 MAX_DEFAULT_WORKERS = 8
+SHORT_RUN = 16  # elements
 CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
@@ -51,6 +54,40 @@ class Copy:
     start: int = 0
     whole: Piece | None = None  # a non-contiguous piece, which is gathered in one go
 
+    @property
+    def path(self) -> Path:
+        return self.record.path
+
+    @property
+    def spans(self) -> Iterator[tuple[Record, int, int, bool]]:
+        """(record, offset, bytes, whether each byte between is wanted) of what is read."""
+        yield self.record, self.offset_bytes, self.nbytes, self.whole is None
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A run of a target, from its element ``start`` on, that is put together from parts of several regions."""
+
+    parts: tuple[Part, ...]
+    source_dtype: DType
+    target: Target
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+
+    @property
+    def path(self) -> Path:
+        return self.parts[0].piece.extent.record.path
+
+    @property
+    def offset_bytes(self) -> int:
+        return self.parts[0].span(self.source_dtype.itemsize)[0]
+
+    @property
+    def spans(self) -> Iterator[tuple[Record, int, int, bool]]:
+        for part in self.parts:
+            yield part.piece.extent.record, *part.span(self.source_dtype.itemsize), part.piece.strides is None
+
 
 @dataclass
 class CopyStats:
@@ -78,14 +115,14 @@ class CopyRun:
         self._stop = threading.Event()
         self._error: BaseException | None = None
 
-    def run(self, copies: Iterable[Copy]) -> None:
+    def run(self, copies: Iterable[Copy | Gather]) -> None:
         """Run all ``copies`` to the end, or raise the first error once every worker has stopped."""
-        ordered = sorted(copies, key=lambda c: (str(c.record.path), c.offset_bytes))
+        ordered = sorted(copies, key=lambda c: (str(c.path), c.offset_bytes))
         casts = any(c.target is not None and c.target.dtype != c.source_dtype for c in ordered)
         with _one_torch_thread() if casts else contextlib.nullcontext():
             self._run(_blocks(ordered))
 
-    def _run(self, pending: Iterator[list[Copy]]) -> None:
+    def _run(self, pending: Iterator[list[Copy] | Gather]) -> None:
         threads = [threading.Thread(target=self._work, args=(pending,), daemon=True) for _ in range(self.workers)]
         for thread in threads:
             thread.start()
@@ -119,7 +156,10 @@ class CopyRun:
                         block = next(pending, None)
                     if block is None:
                         return
-                    self._copy_block(block, memoryview(buffer), sources, caster)
+                    if isinstance(block, Gather):
+                        self._gather(block, memoryview(buffer), sources, caster)
+                    else:
+                        self._copy_block(block, memoryview(buffer), sources, caster)
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             with self._lock:
                 self._error = self._error or error
@@ -144,6 +184,24 @@ class CopyRun:
             if copy.target is not None:
                 written += self._write(copy.target, copy.source_dtype, copy.start, data, crc, caster)
         self._count(span, written)
+
+    def _gather(self, gather: Gather, buffer: memoryview, sources: Sources, caster: Caster) -> None:
+        """Read each part once, check it, and put it in its places of the block, which is then written as one."""
+        itemsize = gather.source_dtype.itemsize
+        nbytes = gather.numel * itemsize
+        spans = list(gather.spans)
+        wanted = nbytes + max(length for _, _, length, _ in spans)
+        room = buffer if wanted <= len(buffer) else memoryview(bytearray(wanted))  # larger only for a non-contiguous piece
+        block = room[:nbytes]
+        for part, (record, offset, length, _) in zip(gather.parts, spans, strict=True):
+            raw = room[nbytes : nbytes + length]
+            sources.read_into(record.path, offset, raw)
+            check = self.checks.get(record)
+            if check is not None:
+                check.add(offset - record.offset_bytes, length, crc32(raw))
+            part.place(raw, block, gather.start, gather.shape, itemsize)
+        written = self._write(gather.target, gather.source_dtype, gather.start, block, crc32(block), caster)
+        self._count(sum(length for _, _, length, _ in spans), written)
 
     def _copy_view(self, copy: Copy, piece: Piece, sources: Sources, caster: Caster) -> None:
         """A non-contiguous tensor is read whole: its memory is the one exception to the block's bound."""
@@ -236,10 +294,13 @@ def output_dtype(stored: DType, wanted: DType | None) -> DType:
     return wanted if wanted is not None and stored.name in CASTABLE else stored
 
 
-def _blocks(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
-    """Copies, sorted by place, gathered into blocks of one file that one read of at most BLOCK_BYTES covers."""
+def _blocks(copies: Sequence[Copy | Gather]) -> Iterator[list[Copy] | Gather]:
+    """Copies, sorted by place, joined into blocks of one file that one read of at most BLOCK_BYTES covers."""
     block: list[Copy] = []
     for whole in copies:
+        if isinstance(whole, Gather):
+            yield whole
+            continue
         for copy in _cut(whole):
             if block:
                 base = block[0].offset_bytes
@@ -271,24 +332,23 @@ def _cut(copy: Copy) -> Iterator[Copy]:
         )
 
 
-def source_checks(copies: Iterable[Copy]) -> tuple[dict[Record, RunningChecksum], list[Copy]]:
+def source_checks(copies: Iterable[Copy | Gather]) -> tuple[dict[Record, RunningChecksum], list[Copy]]:
     """Running checksums of the records that ``copies`` read, and the extra copies, of padding, that complete them.
 
     A record that is read twice in part, or through a non-contiguous view, is read once more in full for its checksum.
     """
     by_record: dict[Record, list[tuple[int, int]]] = {}
     scattered: set[Record] = set()
-    for copy in copies:
-        if copy.record.crc32 is None:
+    for record, low, nbytes, wanted in chain.from_iterable(copy.spans for copy in copies):
+        if record.crc32 is None:
             continue
-        spans = by_record.setdefault(copy.record, [])
-        low, high = copy.offset_bytes, copy.offset_bytes + copy.nbytes
-        if copy.whole is not None:
-            scattered.add(copy.record)
+        spans = by_record.setdefault(record, [])
+        if not wanted:
+            scattered.add(record)
         elif spans and spans[-1][1] == low:
-            spans[-1] = (spans[-1][0], high)
+            spans[-1] = (spans[-1][0], low + nbytes)
         else:
-            spans.append((low, high))
+            spans.append((low, low + nbytes))
     raw = BY_NAME["uint8"]
     extra: list[Copy] = []
     for record, spans in by_record.items():
@@ -310,9 +370,25 @@ def _twin(record: Record) -> Record:
     return Record(record.path, record.offset_bytes, record.nbytes, record.crc32, record.name + " (whole)")
 
 
-def copies_of(pieces: Iterable[Piece], source: DType, target: Target) -> Iterator[Copy]:
+def copies_of(entry: TensorEntry, target: Target) -> Iterator[Copy | Gather]:
     """The copies that fill ``target`` from the pieces of its source."""
+    pieces = entry.pieces
+    if any(piece.region is not None for piece in pieces):
+        yield from _gathers(entry, pieces, target)
+        return
     for piece in pieces:
-        record, offset = piece.extent.record, piece.extent.offset_bytes
         whole = piece if piece.strides is not None else None
-        yield Copy(record, offset, piece.extent.nbytes, source, target, piece.start, whole)
+        yield Copy(piece.extent.record, piece.extent.offset_bytes, piece.extent.nbytes, entry.dtype, target, piece.start, whole)
+
+
+def _gathers(entry: TensorEntry, pieces: tuple[Piece, ...], target: Target) -> Iterator[Gather]:
+    """The target in runs, each with room for one part beside it in a block."""
+    step = BLOCK_BYTES // 2 // entry.dtype.itemsize
+    if min(runs(piece.region, entry.shape)[0] for piece in pieces if piece.region is not None) < SHORT_RUN:
+        step //= 8  # the places of very short runs take more memory than the runs
+    if any(piece.strides is not None for piece in pieces):
+        step = entry.numel  # read once, in full
+    step = max(1, step)
+    for start in range(0, entry.numel, step):
+        numel = min(step, entry.numel - start)
+        yield Gather(tuple(parts_of(pieces, entry.shape, start, start + numel)), entry.dtype, target, entry.shape, start, numel)

@@ -37,7 +37,7 @@ def load_tensors(
         if tensor.numel():
             checksum = RunningChecksum(entry.numel * dtype.itemsize)
             targets.append((entry, Target(entry.name, dtype, partial(_fill, tensor_bytes(tensor)), checksum)))
-    copies = [copy for entry, target in targets for copy in copies_of(entry.pieces, entry.dtype, target)]
+    copies = [copy for entry, target in targets for copy in copies_of(entry, target)]
     checks, padding = source_checks(copies)
     run = CopyRun(workers or default_workers(), checks)
     run.run(chain(copies, padding))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsconv.checkpoint.regions import count_before, scatter
 from dsconv.checkpoint.tensormap import Piece, TensorEntry
 from dsconv.checkpoint.torch_file import open_for_reading
 from dsconv.errors import MalformedError
@@ -68,22 +70,56 @@ def gather_view(raw: memoryview, piece: Piece, itemsize: int) -> bytearray:
     return out
 
 
+@dataclass(frozen=True)
+class Part:
+    """Elements [first, first + numel) of what a piece fills: its share of a run of the tensor. ``first`` counts as ``start`` does."""
+
+    piece: Piece
+    first: int
+    numel: int
+
+    def span(self, itemsize: int) -> tuple[int, int]:
+        """(offset, number) of the bytes to read; of a non-contiguous piece, all."""
+        extent = self.piece.extent
+        if self.piece.strides is not None:
+            return extent.offset_bytes, extent.nbytes
+        return extent.offset_bytes + (self.first - self.piece.start) * itemsize, self.numel * itemsize
+
+    def place(self, raw: memoryview, block: memoryview, block_start: int, shape: tuple[int, ...], itemsize: int) -> None:
+        """Put the bytes of ``span`` where they belong in ``block``, the tensor's elements from ``block_start`` on."""
+        piece = self.piece
+        if piece.strides is not None:
+            skip = (self.first - piece.start) * itemsize
+            raw = memoryview(gather_view(raw, piece, itemsize))[skip : skip + self.numel * itemsize]
+        if piece.region is not None:
+            scatter(block, block_start, raw, self.first, piece.region, shape, itemsize)
+        else:
+            block[(self.first - block_start) * itemsize : (self.first - block_start + self.numel) * itemsize] = raw
+
+
+def parts_of(pieces: Iterable[Piece], shape: tuple[int, ...], start: int, stop: int) -> Iterator[Part]:
+    """What elements [start, stop) of a tensor of ``shape`` are made of."""
+    for piece in pieces:
+        low, high = start, stop
+        if piece.region is not None:
+            low, high = count_before(piece.region, shape, start), count_before(piece.region, shape, stop)
+        low, high = max(low, piece.start), min(high, piece.start + piece.numel)
+        if low < high:
+            yield Part(piece, low, high - low)
+
+
 def read_flat_into(entry: TensorEntry, start: int, view: memoryview, sources: Sources, pieces: tuple[Piece, ...] | None = None) -> None:
     """Fill ``view`` with the elements of ``entry`` from flat element ``start`` on, in row-major order."""
     itemsize = entry.dtype.itemsize
-    stop = start + len(view) // itemsize
-    for piece in entry.pieces if pieces is None else pieces:
-        low, high = max(start, piece.start), min(stop, piece.start + piece.numel)
-        if low >= high:
-            continue
-        target = view[(low - start) * itemsize : (high - start) * itemsize]
-        skip = (low - piece.start) * itemsize
-        if piece.strides is None:
-            sources.read_into(piece.extent.record.path, piece.extent.offset_bytes + skip, target)
+    for part in parts_of(entry.pieces if pieces is None else pieces, entry.shape, start, start + len(view) // itemsize):
+        offset, nbytes = part.span(itemsize)
+        path = part.piece.extent.record.path
+        if part.piece.region is None and part.piece.strides is None:
+            sources.read_into(path, offset, view[(part.first - start) * itemsize :][:nbytes])
         else:
-            raw = memoryview(bytearray(piece.extent.nbytes))
-            sources.read_into(piece.extent.record.path, piece.extent.offset_bytes, raw)
-            target[:] = gather_view(raw, piece, itemsize)[skip : skip + len(target)]
+            raw = memoryview(bytearray(nbytes))
+            sources.read_into(path, offset, raw)
+            part.place(raw, view, start, entry.shape, itemsize)
 
 
 def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.dtypes import DType
+from dsconv.checkpoint.regions import Region, check_inside, numel_of, prove_cover
 from dsconv.errors import InconsistentCheckpointError, TensorNotFoundError
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ class Extent:
 
 @dataclass(frozen=True)
 class Piece:
-    """An extent and the flat range [start, start + numel) of the full tensor, in row-major elements, that it fills.
+    """An extent, and the range [start, start + numel) of a region of the full tensor, in row-major order, that it fills.
 
-    ``strides`` is set only for a tensor that was saved as a non-contiguous view: the extent then spans the view and
-    the elements of ``shape`` are picked from it, ``strides`` elements apart.
+    ``region`` is None for the whole tensor. ``strides`` is set only for a tensor that was saved as a non-contiguous view:
+    the extent then spans the view and the elements of ``shape`` are picked from it, ``strides`` elements apart.
     """
 
     extent: Extent
@@ -54,6 +55,7 @@ class Piece:
     numel: int
     shape: tuple[int, ...] = ()
     strides: tuple[int, ...] | None = None
+    region: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class TensorEntry:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """The pieces in the order of the ranges they fill."""
+        """The pieces, those of one region in the order of the ranges they fill."""
         return self.layout()
 
     def read(self, index: Any = None) -> torch.Tensor:
@@ -92,9 +94,10 @@ class TensorEntry:
 
 def prove_tiling(entry: TensorEntry) -> None:
     """Raise InconsistentCheckpointError unless the pieces of ``entry`` cover it exactly once."""
-    position = 0
+    filled: dict[Region | None, int] = {}
     for piece in entry.pieces:
         where = f"tensor {entry.name!r} in {piece.extent.record.path}"
+        position = filled.get(piece.region, 0)
         if piece.start != position:
             kind = "a hole" if piece.start > position else "an overlap"
             raise InconsistentCheckpointError(
@@ -103,11 +106,21 @@ def prove_tiling(entry: TensorEntry) -> None:
         span = piece.extent.nbytes // entry.dtype.itemsize
         if piece.strides is None and span != piece.numel:
             raise InconsistentCheckpointError(f"{where}: a piece of {piece.numel} elements has {span} on disk")
-        position += piece.numel
-    if position != entry.numel:
-        raise InconsistentCheckpointError(
-            f"tensor {entry.name!r}: shape {list(entry.shape)} needs {entry.numel} elements, found {position}"
-        )
+        if piece.region is not None and not position:
+            check_inside(piece.region, entry.shape, where)
+        filled[piece.region] = position + piece.numel
+    if set(filled) <= {None}:
+        if filled.get(None, 0) != entry.numel:
+            raise InconsistentCheckpointError(
+                f"tensor {entry.name!r}: shape {list(entry.shape)} needs {entry.numel} elements, found {filled.get(None, 0)}"
+            )
+        return
+    regions = []
+    for region, count in filled.items():
+        if region is None or count != numel_of(region):
+            raise InconsistentCheckpointError(f"tensor {entry.name!r}: a shard of it has {count} elements of those it should have")
+        regions.append(region)
+    prove_cover(regions, entry.shape, entry.name)
 
 
 class Checkpoint(Mapping[str, TensorEntry]):

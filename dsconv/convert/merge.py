@@ -14,7 +14,7 @@ from typing import Any
 
 from dsconv._version import __version__
 from dsconv.checkpoint.checksums import RunningChecksum
-from dsconv.checkpoint.copy import Copy, CopyRun, Target, copies_of, default_workers, source_checks, write_at
+from dsconv.checkpoint.copy import Copy, CopyRun, Gather, Target, copies_of, default_workers, source_checks, write_at
 from dsconv.checkpoint.dtypes import DType, parse_dtype
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
@@ -258,9 +258,9 @@ def _write(
     return {name: target.checksum.value for name, target in targets.items()}
 
 
-def _copies(plan: Plan, targets: Mapping[str, Target]) -> Iterator[Copy]:
+def _copies(plan: Plan, targets: Mapping[str, Target]) -> Iterator[Copy | Gather]:
     for t in plan.placed:
-        yield from copies_of(t.entry.pieces, t.entry.dtype, targets[t.name])
+        yield from copies_of(t.entry, targets[t.name])
 
 
 class _nothing:
