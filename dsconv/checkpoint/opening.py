@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
-from dsconv.checkpoint.formats import safetensors_folder
-from dsconv.checkpoint.formats.stage0 import read_stage0
-from dsconv.checkpoint.formats.zero import read_zero
 from dsconv.checkpoint.tensormap import Checkpoint, prove_tiling
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
-from dsconv.zero_utils.files import find_tag_folder
+
+# Modules of ``formats``, in the order in which they are asked. Each has ``detect(path, tag)``, which looks at names only,
+# and ``read(path, tag)``, which yields the map; one is imported when it is asked.
+FORMATS = ("deepspeed", "safetensors_folder")
 
 
 def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
@@ -36,11 +37,11 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Che
 
 
 def _open(root: Path, tag: str | None) -> Checkpoint:
-    folder = find_tag_folder(root, tag) if root.is_dir() else None
-    if folder is not None:
-        return read_zero(folder) if folder.optimizer else read_stage0(folder)
-    if tag is None and safetensors_folder.detect(root):
-        return safetensors_folder.read(root)
+    for name in FORMATS:
+        module = import_module(f"dsconv.checkpoint.formats.{name}")
+        if module.detect(root, tag):
+            checkpoint: Checkpoint = module.read(root, tag)
+            return checkpoint
     what = "a file that is not safetensors" if root.is_file() else "a folder that holds none"
     raise CheckpointNotFoundError(
         f"{root}: {what}: expected a DeepSpeed checkpoint (a folder with 'latest', global_stepN/ or *_states.pt) or safetensors"

@@ -266,7 +266,7 @@ def _reduce(m: Machine) -> None:
 
 def _newobj(m: Machine) -> None:
     args, cls = m.stack.pop(), m.stack.pop()
-    m.stack.append(m.make(cls) if isinstance(cls, OpaqueClass) else m.call(cls, args))
+    m.stack.append(m.make(cls, args) if isinstance(cls, OpaqueClass) else m.call(cls, args))
 
 
 def _newobj_ex(m: Machine) -> None:
@@ -275,7 +275,7 @@ def _newobj_ex(m: Machine) -> None:
         raise BadPickle("makes an object with keywords that are no dictionary")
     if keywords and not isinstance(cls, OpaqueClass):
         raise BadPickle("makes a plain value with keywords")
-    m.stack.append(m.make(cls) if isinstance(cls, OpaqueClass) else m.call(cls, args))
+    m.stack.append(m.make(cls, args) if isinstance(cls, OpaqueClass) else m.call(cls, args))
 
 
 def _inst(m: Machine) -> None:
@@ -297,6 +297,8 @@ def _build(m: Machine) -> None:
         raise BadPickle("sets the state of nothing")
     if isinstance(m.stack[-1], standins.FragmentAddress):
         m.stack[-1].set_state(state)
+    elif isinstance(m.stack[-1], standins.Instance):
+        m.stack[-1].state = state
     # Any other state is dropped: __setstate__ and attributes are code's, and dsconv needs none of them.
 
 

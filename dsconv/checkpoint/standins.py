@@ -38,6 +38,10 @@ class OpaqueClass:
     def makes_objects(self) -> bool:
         return (self.module, self.name) in OBJECT_MAKERS
 
+    @property
+    def is_kept(self) -> bool:
+        return (self.module, self.name) in KEPT
+
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
@@ -45,6 +49,19 @@ class Opaque:
 
     cls: str
     args: tuple[Any, ...] = ()
+
+
+@dataclass(eq=False)
+class Instance:
+    """An object of a class of ``KEPT``: ``args`` are what it was made of, ``state`` its attributes, neither interpreted here."""
+
+    cls: str
+    args: tuple[Any, ...] = ()
+    state: Any = None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute; ``default`` where there is none."""
+        return self.state.get(name, default) if isinstance(self.state, dict) else default
 
 
 @dataclass(frozen=True)
@@ -164,7 +181,7 @@ def _shown(value: object, limit: int, depth: int) -> str:
         return repr(value)
     if isinstance(value, (OpaqueClass, DType)):
         return str(value)
-    if isinstance(value, Opaque):
+    if isinstance(value, (Opaque, Instance)):
         return f"<{value.cls}>"
     if isinstance(value, (list, tuple, set, frozenset, dict)):
         opening, closing = {list: ("[", "]"), tuple: ("(", ")")}.get(type(value), ("{", "}"))
@@ -296,7 +313,7 @@ def _inert(label: str) -> Callable[..., Opaque]:
     return make
 
 
-STAND_INS = (OpaqueClass, Opaque, StorageKind, TensorRef, DType)
+STAND_INS = (OpaqueClass, Opaque, Instance, StorageKind, TensorRef, DType)
 CONSTRUCTORS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): _default_dict,
@@ -354,6 +371,9 @@ for _module, _names in {
 }.items():
     for _name in _names:
         CONSTRUCTORS[_module, _name] = _inert(f"{_module}.{_name}")
+
+# Classes of which a format reads the attributes; their objects become ``Instance``.
+KEPT: set[tuple[str, str]] = set()
 
 # These only ever make an object without running its __init__, from the class that is their argument.
 OBJECT_MAKERS = {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__"), ("copy_reg", "__newobj__")}

@@ -18,7 +18,7 @@ from typing import Any
 
 from dsconv.checkpoint import standins
 from dsconv.checkpoint.pickle_opcodes import OPERATIONS, BadPickle
-from dsconv.checkpoint.standins import Opaque, OpaqueClass, shown
+from dsconv.checkpoint.standins import Instance, Opaque, OpaqueClass, shown
 from dsconv.errors import DsconvError, MalformedError, UnsafeError, UnsupportedError
 
 MAX_PICKLE_BYTES = 256 << 20  # 100,000 tensors need some 20 MB
@@ -129,15 +129,17 @@ class Machine:
             raise BadPickle("calls something without a tuple of arguments")
         if isinstance(function, OpaqueClass):
             if function.makes_objects and args and isinstance(args[0], OpaqueClass):
-                return self.make(args[0])
+                return self.make(args[0], args[1:])
             raise self.refuse(f"calls {function}{shown(args)}")
         if not callable(function):
             raise self.refuse(f"calls {shown(function)}, which is not a function")
         self.work.spend(len(args))
         return function(self.work, *args)
 
-    def make(self, cls: OpaqueClass) -> Opaque:
+    def make(self, cls: OpaqueClass, args: Any) -> Opaque | Instance:
         """An object of a class, its __init__ not run: data, whatever the class."""
         if cls.makes_objects:
             raise self.refuse(f"makes an object of {cls}, which is a function")
+        if cls.is_kept:
+            return Instance(str(cls), args if isinstance(args, tuple) else ())
         return Opaque(str(cls))

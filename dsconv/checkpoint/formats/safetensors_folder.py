@@ -29,13 +29,13 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 
 
-def detect(path: Path) -> bool:
+def detect(path: Path, tag: str | None = None) -> bool:
     if path.is_file():
         return path.suffix == ".safetensors"
     return any((path / name).is_file() for name in (INDEX, SINGLE, ADAPTER))
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, tag: str | None = None) -> Checkpoint:
     """Raises MalformedError, MissingShardError, UnsupportedError or UnsafeError (a weight_map that leaves the folder)."""
     warnings: list[str] = []
     if path.is_file():

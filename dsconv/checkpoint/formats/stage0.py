@@ -15,7 +15,7 @@ from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_st
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.torch_file import is_contiguous, read_extent
-from dsconv.errors import MalformedError, MissingShardError, UnsupportedError
+from dsconv.errors import MalformedError, MissingShardError
 from dsconv.zero_utils.files import TagFolder
 
 
@@ -24,19 +24,9 @@ def read_stage0(folder: TagFolder) -> Checkpoint:
 
     Raises MissingShardError where the model states say that there should be some.
     """
-    if folder.layers:
-        raise UnsupportedError(f"{folder.path}: a pipeline checkpoint ({folder.layers[0].name} …); this version does not merge those")
-    if folder.experts:
-        raise UnsupportedError(
-            f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those"
-        )
-    if len(folder.model) != 1:
-        if folder.zero3:
-            raise MissingShardError(
-                f"{folder.path}: ZeRO-3 model states without optimizer files (zero_pp_rank_*_optim_states.pt), which hold the weights"
-            )
-        raise UnsupportedError(
-            f"{folder.path}: a tensor-parallel checkpoint of {len(folder.model)} mp_ranks; this version does not merge those"
+    if not folder.model:
+        raise MissingShardError(
+            f"{folder.path}: ZeRO-3 model states without optimizer files (zero_pp_rank_*_optim_states.pt), which hold the weights"
         )
     states = read_module_states(next(iter(folder.model.values())))
     if states.param_shapes:

@@ -67,15 +67,6 @@ def read_zero(folder: TagFolder) -> Checkpoint:
 
     Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file.
     """
-    if folder.layers:
-        raise UnsupportedError(f"{folder.path}: a pipeline checkpoint ({folder.layers[0].name} …); this version does not merge those")
-    if folder.experts:
-        raise UnsupportedError(
-            f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those"
-        )
-    ranks = {mp for mp, _ in folder.optimizer} | set(folder.model) | {mp for mp, _ in folder.zero3}
-    if len(ranks) > 1:
-        raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(ranks)} mp_ranks; this version does not merge those")
     warnings = list(folder.warnings)
     partitions = _partitions(folder, warnings)
     read = _read_zero3 if partitions[0].is_zero3 else _read_zero12
