@@ -35,6 +35,22 @@ class TagFolder:
     experts: list[Path] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def mp_ranks(self) -> list[int]:
+        """The model-parallel ranks that have files here, in order."""
+        return sorted({mp for mp, _ in (*self.optimizer, *self.zero3)} | set(self.model))
+
+    def of_rank(self, mp: int) -> TagFolder:
+        """The files of one model-parallel rank."""
+        return TagFolder(
+            self.path,
+            self.tag,
+            self.save_dir,
+            {key: path for key, path in self.optimizer.items() if key[0] == mp},
+            {key: path for key, path in self.zero3.items() if key[0] == mp},
+            {mp: self.model[mp]} if mp in self.model else {},
+        )
+
 
 def holds_states(folder: Path) -> bool:
     """Whether DeepSpeed shard files lie right in ``folder``."""

@@ -18,13 +18,24 @@ SAMPLES = 16  # elements compared of each tensor's start; 64 bytes of each file
 
 
 def written_as(file: TorchFile, rank: int) -> None:
-    """torch.save names the zip's root after the file it writes, so a file that was renamed to another rank's is seen."""
+    """``rank`` is the data-parallel one. torch.save names the zip's root after the file it writes, so a file that was renamed to another rank's is seen."""
     for pattern in (files.OPTIMIZER, files.ZERO3_MODEL):
         match = pattern.fullmatch(file.archive.root + ".pt")
         if match and int(match["dp"]) != rank:
             raise InconsistentCheckpointError(
                 f"{file.path} was written as {file.archive.root}.pt: it is the file of rank {match['dp']}, not {rank}. "
                 "Shard files were renamed or swapped: give them their own names again"
+            )
+    own_name(file)
+
+
+def own_name(file: TorchFile) -> None:
+    """The same of every rank in a name: pipeline layer, model-parallel and data-parallel rank."""
+    for pattern in (files.OPTIMIZER, files.ZERO3_MODEL, files.MODEL, files.LAYER):
+        written, named = pattern.fullmatch(file.archive.root + ".pt"), pattern.fullmatch(file.path.name)
+        if written and named and any(written[key] != named[key] for key in ("layer", "mp", "dp") if key in pattern.groupindex):
+            raise InconsistentCheckpointError(
+                f"{file.path} was written as {file.archive.root}.pt: shard files were renamed or swapped. Give them their own names again"
             )
 
 

@@ -25,9 +25,10 @@ def read(path: Path, tag: str | None) -> Checkpoint:
         raise UnsupportedError(
             f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those"
         )
-    ranks = {mp for mp, _ in folder.optimizer} | set(folder.model) | {mp for mp, _ in folder.zero3}
-    if len(ranks) > 1:
-        raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(ranks)} mp_ranks; this version does not merge those")
+    if len(folder.mp_ranks) > 1:
+        from dsconv.checkpoint.formats.tensor_parallel import read_tensor_parallel
+
+        return read_tensor_parallel(folder)
     if folder.optimizer:
         from dsconv.checkpoint.formats.zero import read_zero
 

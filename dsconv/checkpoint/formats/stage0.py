@@ -12,6 +12,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
+from dsconv.checkpoint.formats.rank_map import RankMap, of_one_rank
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.torch_file import is_contiguous, read_extent
@@ -20,42 +21,34 @@ from dsconv.zero_utils.files import TagFolder
 
 
 def read_stage0(folder: TagFolder) -> Checkpoint:
-    """The tensor map of a checkpoint without ZeRO optimizer files.
+    """The tensor map of a checkpoint of one model-parallel rank without ZeRO optimizer files.
 
     Raises MissingShardError where the model states say that there should be some.
     """
+    warnings = list(folder.warnings)
+    return of_one_rank(folder, read_rank(folder, warnings), warnings)
+
+
+def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
+    """The map of a model-parallel rank from its files alone (``TagFolder.of_rank``); raises what ``read_stage0`` does."""
     if not folder.model:
         raise MissingShardError(
             f"{folder.path}: ZeRO-3 model states without optimizer files (zero_pp_rank_*_optim_states.pt), which hold the weights"
         )
     states = read_module_states(next(iter(folder.model.values())))
+    crosscheck.own_name(states.file)
     if states.param_shapes:
         raise MissingShardError(
             f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there are none. "
             "Copy them from the nodes that wrote them"
         )
-    warnings = list(folder.warnings)
     ties = states.ties()
     entries = states.module_entries(exclude=set(), ties=ties)
     if not entries:
         raise MalformedError(f"{states.path}: the module holds no tensors")
     entries = {name: _as_parameter(entry) for name, entry in entries.items()}
     masters = _masters(states, entries, warnings)
-    entries.update(masters)
-    if not states.file.archive.checksummed:
-        warnings.append("the file was saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
-    return Checkpoint(
-        folder.path,
-        "DeepSpeed stage 0",
-        entries,
-        folder=folder.save_dir,
-        step=states.step,
-        world={"data_parallel": _world(states), "model_parallel": 1},
-        info={"zero_stage": 0, "tag": folder.tag, "deepspeed_version": states.ds_version, "masters": len(masters)},
-        warnings=tuple(warnings),
-        sources=(states.path,),
-        is_zero=True,
-    )
+    return RankMap(states, entries | masters, (), "DeepSpeed stage 0", 0, _world(states), len(masters))
 
 
 def _as_parameter(entry: TensorEntry) -> TensorEntry:

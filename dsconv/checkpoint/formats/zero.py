@@ -18,6 +18,7 @@ from typing import Any
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, require
+from dsconv.checkpoint.formats.rank_map import RankMap, of_one_rank
 from dsconv.checkpoint.standins import TensorRef, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
@@ -63,18 +64,23 @@ def read_partition(path: Path) -> Partition:
 
 
 def read_zero(folder: TagFolder) -> Checkpoint:
-    """The tensor map of a ZeRO checkpoint whose optimizer files are there.
+    """The tensor map of a ZeRO checkpoint of one model-parallel rank whose optimizer files are there.
 
     Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file.
     """
     warnings = list(folder.warnings)
-    partitions = _partitions(folder, warnings)
+    return of_one_rank(folder, read_rank(folder, warnings), warnings)
+
+
+def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
+    """The map of a model-parallel rank from its files alone (``TagFolder.of_rank``); raises what ``read_zero`` does."""
+    partitions = read_partitions(folder, warnings)
     read = _read_zero3 if partitions[0].is_zero3 else _read_zero12
     return read(folder, partitions, warnings)
 
 
-def _partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
-    """Each rank's partition in order; what is missing, surplus or stale is told apart here."""
+def read_partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
+    """Each data-parallel rank's partition in order; what is missing, surplus or stale is told apart here."""
     paths = {dp: path for (_, dp), path in folder.optimizer.items()}
     lowest = paths[min(paths)]
     first = read_partition(lowest)
@@ -133,10 +139,12 @@ def _flat_pieces(files: list[TorchFile], parts: list[TensorRef], starts: list[in
     return tuple(pieces)
 
 
-def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:
+def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> RankMap:
     if not folder.model:
-        raise MissingShardError(f"{folder.path}: no mp_rank_00_model_states.pt, which holds the names and shapes of the parameters")
+        mp = folder.mp_ranks[0]
+        raise MissingShardError(f"{folder.path}: no mp_rank_{mp:02d}_model_states.pt, which holds the names and shapes of the parameters")
     states = read_module_states(next(iter(folder.model.values())))
+    crosscheck.own_name(states.file)
     shapes = states.param_shapes
     world = len(partitions)
     first = partitions[0]
@@ -170,7 +178,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
     crosscheck.masters_match_module(states, entries, warnings)
     stage = first.state.get("zero_stage")
     kind = f"ZeRO-{stage}" if stage else "ZeRO-1 (BF16_Optimizer)"
-    return _finish(folder, states, entries, partitions, kind, stage or 1, warnings)
+    return RankMap(states, entries, partitions, kind, stage or 1, world)
 
 
 def _alignment_paddings(first: Partition, g: int, group: dict[str, tuple[int, ...]]) -> list[int]:
@@ -218,14 +226,14 @@ def _equal_shares(
     return tuple(pieces)
 
 
-def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:
+def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> RankMap:
     world = len(partitions)
     models = {dp: path for (_, dp), path in folder.zero3.items()}
     missing = sorted(set(range(world)) - set(models))
     if missing:
         raise MissingShardError(
             f"{folder.path}: ZeRO-3 of {world} ranks; missing the model states of rank {', '.join(map(str, missing[:8]))}: "
-            f"expected such as zero_pp_rank_{missing[0]}_mp_rank_00_model_states.pt"
+            f"expected such as zero_pp_rank_{missing[0]}_mp_rank_{folder.mp_ranks[0]:02d}_model_states.pt"
         )
     states = read_module_states(models[0])
     has_frozen = any(math.prod(shape) for shape in states.frozen_shapes.values())
@@ -264,7 +272,7 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
             entries[name] = _frozen_entry(name, shape, all_states, world, ties)
     buffers = states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names))
     entries.update(buffers)
-    return _finish(folder, states, entries, partitions, "ZeRO-3", 3, warnings)
+    return RankMap(states, entries, partitions, "ZeRO-3", 3, world)
 
 
 def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
@@ -308,31 +316,3 @@ def _frozen_entry(name: str, shape: tuple[int, ...], all_states: list[ModuleStat
         return tuple(pieces)
 
     return _entry(name, fragments[0][1].dtype, shape, layout, ties, "frozen")
-
-
-def _finish(
-    folder: TagFolder,
-    states: ModuleStates,
-    entries: dict[str, TensorEntry],
-    partitions: list[Partition],
-    kind: str,
-    stage: int,
-    warnings: list[str],
-) -> Checkpoint:
-    if not all(file.archive.checksummed for file in (states.file, *(p.file for p in partitions))):
-        warnings.append("the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
-    ordered = states.in_module_order(entries)
-    masters = {str(e.dtype) for e in ordered.values() if e.role == "parameter"}
-    return Checkpoint(
-        folder.path,
-        kind,
-        ordered,
-        folder=folder.save_dir,
-        step=states.step,
-        world={"data_parallel": len(partitions), "model_parallel": 1},
-        info={"zero_stage": stage, "tag": folder.tag, "deepspeed_version": states.ds_version, "master_dtype": "/".join(sorted(masters)),
-              "parameter_groups": len(states.param_shapes)},
-        warnings=tuple(warnings),
-        sources=tuple(sorted({p.path for p in partitions} | {states.path})),
-        is_zero=True,
-    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""What one model-parallel rank's files hold: the tensor map of its shard of the model.
+
+The data-parallel partitions of ZeRO are put together here already, so that what is left is to join ranks. A plain
+checkpoint has one rank, and its map is the checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconv.checkpoint.formats.module_states import ModuleStates
+from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.checkpoint.torch_file import TorchFile
+from dsconv.errors import MissingShardError
+from dsconv.zero_utils.files import TagFolder
+
+if TYPE_CHECKING:
+    from dsconv.checkpoint.formats.zero import Partition
+
+
+@dataclass
+class RankMap:
+    """``entries`` have the shapes of this rank's shard; ``states`` is its (first) model-states file."""
+
+    states: ModuleStates
+    entries: dict[str, TensorEntry]
+    partitions: Sequence[Partition]
+    kind: str  # such as ZeRO-1
+    stage: int
+    data_parallel: int
+    masters: int = 0  # of stage 0: how many entries are read from the inline optimizer
+
+    @property
+    def files(self) -> list[TorchFile]:
+        return [self.states.file, *(p.file for p in self.partitions)]
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that the model was cut over, by what the file says."""
+        count = self.states.raw.get("mp_world_size")
+        return count if type(count) is int and count > 0 else 1
+
+
+def read_rank(folder: TagFolder, mp: int, warnings: list[str]) -> RankMap:
+    """The map of rank ``mp``, with or without ZeRO; raises what ``zero.read_rank`` and ``stage0.read_rank`` raise."""
+    mine = folder.of_rank(mp)
+    if mine.optimizer:
+        from dsconv.checkpoint.formats import zero
+
+        return zero.read_rank(mine, warnings)
+    from dsconv.checkpoint.formats import stage0
+
+    return stage0.read_rank(mine, warnings)
+
+
+def of_one_rank(folder: TagFolder, rank: RankMap, warnings: list[str]) -> Checkpoint:
+    """The checkpoint of a model that was not cut; raises MissingShardError where the file says that it was."""
+    if rank.model_parallel > 1:
+        raise MissingShardError(
+            f"{rank.states.path} is one of {rank.model_parallel} model-parallel ranks (mp_world_size), and {folder.path} holds the "
+            "files of one. Copy the others, such as *mp_rank_01_*.pt, from the nodes that wrote them"
+        )
+    return to_checkpoint(folder, [rank], rank.states.in_module_order(rank.entries), rank.kind, warnings)
+
+
+def to_checkpoint(
+    folder: TagFolder,
+    ranks: Sequence[RankMap],
+    entries: Mapping[str, TensorEntry],
+    kind: str,
+    warnings: list[str],
+    world: Mapping[str, int] | None = None,
+    more_files: Sequence[TorchFile] = (),
+) -> Checkpoint:
+    """The checkpoint of ``entries``, which come from the files of ``ranks`` and ``more_files``."""
+    first = ranks[0]
+    files = [*(file for rank in ranks for file in rank.files), *more_files]
+    if not all(file.archive.checksummed for file in files):
+        warnings.append("the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
+    masters = {str(entry.dtype) for entry in entries.values() if entry.role == "parameter"}
+    info: dict[str, Any] = {"zero_stage": first.stage, "tag": folder.tag, "deepspeed_version": first.states.ds_version}
+    if not first.stage:
+        info["masters"] = sum(rank.masters for rank in ranks)
+    if first.partitions:
+        info |= {"master_dtype": "/".join(sorted(masters)), "parameter_groups": len(first.states.param_shapes)}
+    paths: set[Path] = {file.path for file in files}
+    return Checkpoint(
+        folder.path,
+        kind,
+        entries,
+        folder=folder.save_dir,
+        step=first.states.step,
+        world=world or {"data_parallel": first.data_parallel, "model_parallel": 1},
+        info=info,
+        warnings=tuple(warnings),
+        sources=tuple(sorted(paths)),
+        is_zero=True,
+    )
