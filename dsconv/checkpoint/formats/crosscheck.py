@@ -18,7 +18,10 @@ SAMPLES = 16  # elements compared of each tensor's start; 64 bytes of each file
 
 
 def written_as(file: TorchFile, rank: int) -> None:
-    """``rank`` is the data-parallel one. torch.save names the zip's root after the file it writes, so a file that was renamed to another rank's is seen."""
+    """torch.save names the zip's root after the file it writes, so a file that was renamed to another rank's is seen.
+
+    ``rank`` is the data-parallel one.
+    """
     for pattern in (files.OPTIMIZER, files.ZERO3_MODEL):
         match = pattern.fullmatch(file.archive.root + ".pt")
         if match and int(match["dp"]) != rank:
@@ -116,16 +119,7 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             raise InconsistentCheckpointError(
                 f"{states.path}: parameter {name!r} has shape {list(tensor.shape)} in the module and {list(entry.shape)} in param_shapes"
             )
-        if not is_contiguous(tensor.shape, tensor.strides):
-            continue
-        piece = entry.pieces[0]
-        count = min(SAMPLES, piece.numel)
-        extent = Extent(piece.extent.record, piece.extent.offset_bytes, count * entry.dtype.itemsize)
-        master = decode(read_extent(extent), entry.dtype)
-        weight = decode(read_extent(states.file.extent(tensor, 0, count)), tensor.dtype)
-        if master is None or weight is None:
-            continue
-        if any(not _same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True)):
+        if not begins_with(entry, states.file, tensor):
             differing.append(name)
     if differing:
         warnings.append(
@@ -133,6 +127,22 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             f"{differing[0]!r}: the files are of different saves, or the weights were changed without the optimizer. "
             "The masters were taken"
         )
+
+
+def begins_with(entry: TensorEntry, file: TorchFile, tensor: TensorRef) -> bool:
+    """Whether the first elements of ``entry``, cast, are those of a weight of ``file``; True where that cannot be seen."""
+    if tensor.shape != entry.shape:
+        return False
+    if not entry.numel or not is_contiguous(tensor.shape, tensor.strides):
+        return True
+    piece = entry.pieces[0]
+    count = min(SAMPLES, piece.numel)
+    extent = Extent(piece.extent.record, piece.extent.offset_bytes, count * entry.dtype.itemsize)
+    master = decode(read_extent(extent), entry.dtype)
+    weight = decode(read_extent(file.extent(tensor, 0, count)), tensor.dtype)
+    if master is None or weight is None:
+        return True
+    return all(_same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True))
 
 
 def _same(a: float, b: float) -> bool:

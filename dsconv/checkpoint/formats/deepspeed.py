@@ -19,12 +19,14 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     folder = find_tag_folder(path, tag)
     if folder is None:
         raise CheckpointNotFoundError(f"{path}: no DeepSpeed checkpoint")
-    if folder.layers:
-        raise UnsupportedError(f"{folder.path}: a pipeline checkpoint ({folder.layers[0].name} …); this version does not merge those")
     if folder.experts:
         raise UnsupportedError(
             f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those"
         )
+    if folder.layers:
+        from dsconv.checkpoint.formats.pipeline import read_pipeline
+
+        return read_pipeline(folder)
     if len(folder.mp_ranks) > 1:
         from dsconv.checkpoint.formats.tensor_parallel import read_tensor_parallel
 

@@ -59,9 +59,10 @@ def read_rank(folder: TagFolder, mp: int, warnings: list[str]) -> RankMap:
 def of_one_rank(folder: TagFolder, rank: RankMap, warnings: list[str]) -> Checkpoint:
     """The checkpoint of a model that was not cut; raises MissingShardError where the file says that it was."""
     if rank.model_parallel > 1:
+        missing = next(mp for mp in range(rank.model_parallel) if mp not in folder.mp_ranks)
         raise MissingShardError(
             f"{rank.states.path} is one of {rank.model_parallel} model-parallel ranks (mp_world_size), and {folder.path} holds the "
-            "files of one. Copy the others, such as *mp_rank_01_*.pt, from the nodes that wrote them"
+            f"files of one. Copy the others, such as *mp_rank_{missing:02d}_*.pt, from the nodes that wrote them"
         )
     return to_checkpoint(folder, [rank], rank.states.in_module_order(rank.entries), rank.kind, warnings)
 

@@ -7,15 +7,16 @@ module's tensors by order and shape, and each match is checked by casting the fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
 from dsconv.checkpoint.formats.rank_map import RankMap, of_one_rank
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
-from dsconv.checkpoint.torch_file import is_contiguous, read_extent
+from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent
 from dsconv.errors import MalformedError, MissingShardError
 from dsconv.zero_utils.files import TagFolder
 
@@ -31,6 +32,21 @@ def read_stage0(folder: TagFolder) -> Checkpoint:
 
 def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
     """The map of a model-parallel rank from its files alone (``TagFolder.of_rank``); raises what ``read_stage0`` does."""
+    states = read_states(folder)
+    ties = states.ties()
+    entries = states.module_entries(exclude=set(), ties=ties)
+    if not entries:
+        raise MalformedError(f"{states.path}: the module holds no tensors")
+    entries = {name: as_parameter(entry) for name, entry in entries.items()}
+    weights = {name: (states.file, states.module[name]) for name in entries}
+    masters = match_masters(states, weights, entries, warnings)
+    if masters:
+        entries |= replaced_by_masters(states.file, entries, masters)
+    return RankMap(states, entries, (), "DeepSpeed stage 0", 0, world_of(states), len(masters))
+
+
+def read_states(folder: TagFolder) -> ModuleStates:
+    """The model states of a rank that should have no optimizer files; raises MissingShardError where it should."""
     if not folder.model:
         raise MissingShardError(
             f"{folder.path}: ZeRO-3 model states without optimizer files (zero_pp_rank_*_optim_states.pt), which hold the weights"
@@ -42,29 +58,29 @@ def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
             f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there are none. "
             "Copy them from the nodes that wrote them"
         )
-    ties = states.ties()
-    entries = states.module_entries(exclude=set(), ties=ties)
-    if not entries:
-        raise MalformedError(f"{states.path}: the module holds no tensors")
-    entries = {name: _as_parameter(entry) for name, entry in entries.items()}
-    masters = _masters(states, entries, warnings)
-    return RankMap(states, entries | masters, (), "DeepSpeed stage 0", 0, _world(states), len(masters))
+    return states
 
 
-def _as_parameter(entry: TensorEntry) -> TensorEntry:
+def as_parameter(entry: TensorEntry) -> TensorEntry:
     """Stage 0 does not say what was frozen."""
     if entry.role == "buffer":
         return entry
     return TensorEntry(entry.name, entry.dtype, entry.shape, entry.layout, entry.aliases, "parameter")
 
 
-def _world(states: ModuleStates) -> int:
+def world_of(states: ModuleStates) -> int:
     world = states.raw.get("dp_world_size")
     return world if type(world) is int and world > 0 else 1
 
 
-def _masters(states: ModuleStates, entries: dict[str, TensorEntry], warnings: list[str]) -> dict[str, TensorEntry]:
-    """Entries read from the fp32 masters, by name; empty where there are none or they cannot be told apart."""
+Weights = Mapping[str, tuple[TorchFile, TensorRef]]
+
+
+def match_masters(states: ModuleStates, weights: Weights, entries: Mapping[str, TensorEntry], warnings: list[str]) -> dict[str, TensorRef]:
+    """The fp32 masters in the optimizer of ``states`` by name, of ``entries`` whose weights are ``weights``, in their order.
+
+    Empty where there are none or they cannot be told apart.
+    """
     optimizer = states.optimizer
     if not isinstance(optimizer, dict):
         return {}
@@ -73,9 +89,9 @@ def _masters(states: ModuleStates, entries: dict[str, TensorEntry], warnings: li
     names = [name for name, entry in entries.items() if entry.role == "parameter"]
     if isinstance(groups, list) and groups:
         tensors = [t for group in groups if isinstance(group, list) for t in group if isinstance(t, TensorRef)]
-        matched = _match(states, names, entries, tensors)
+        matched = _match(states.file, weights, names, tensors)
     elif isinstance(flat, list) and all(isinstance(t, TensorRef) for t in flat):
-        matched = _match_flat(states, names, entries, flat)
+        matched = _match_flat(states.file, weights, names, flat)
     else:
         return {}
     if matched is None:
@@ -83,41 +99,43 @@ def _masters(states: ModuleStates, entries: dict[str, TensorEntry], warnings: li
             "the fp32 masters in the optimizer's state could not be matched to the parameters: the module's own weights were taken"
         )
         return {}
+    return matched
+
+
+def replaced_by_masters(file: TorchFile, entries: Mapping[str, TensorEntry], masters: Mapping[str, TensorRef]) -> dict[str, TensorEntry]:
+    """``entries`` that are parameters, read from their masters in ``file``; one without a master was not trained."""
     result = {}
-    for name, master in matched.items():
-        old = entries[name]
-        result[name] = TensorEntry(name, master.dtype, old.shape, partial(states.file.pieces, master), old.aliases, "parameter")
-        result[name].layout()
-    unmatched = [name for name in names if name not in matched]
-    for name in unmatched:  # no master, so the optimizer did not own it
-        old = entries[name]
-        result[name] = TensorEntry(name, old.dtype, old.shape, old.layout, old.aliases, "frozen")
+    for name, old in entries.items():
+        master = masters.get(name)
+        if master is not None:
+            result[name] = TensorEntry(name, master.dtype, old.shape, partial(file.pieces, master), old.aliases, "parameter")
+            result[name].layout()
+        elif old.role == "parameter":  # the optimizer did not own it
+            result[name] = replace(old, role="frozen")
     return result
 
 
-def _agrees(states: ModuleStates, name: str, master: TensorRef) -> bool:
-    """Whether the first elements of a master, cast, are the module's."""
-    weight: Any = states.module[name]
+def _agrees(file: TorchFile, weights: Weights, name: str, master: TensorRef) -> bool:
+    """Whether the first elements of a master in ``file``, cast, are the weight's."""
+    holder, weight = weights[name]
     if weight.shape != master.shape or not is_contiguous(weight.shape, weight.strides) or not is_contiguous(master.shape, master.strides):
-        return bool(weight.shape == master.shape)
+        return weight.shape == master.shape
     count = min(crosscheck.SAMPLES * 4, weight.numel)
-    high = crosscheck.decode(read_extent(states.file.extent(master, 0, count)), master.dtype)
-    low = crosscheck.decode(read_extent(states.file.extent(weight, 0, count)), weight.dtype)
+    high = crosscheck.decode(read_extent(file.extent(master, 0, count)), master.dtype)
+    low = crosscheck.decode(read_extent(holder.extent(weight, 0, count)), weight.dtype)
     if high is None or low is None:
         return True
     return all(crosscheck.cast(h, weight.dtype) == w or h != h for h, w in zip(high, low, strict=True))
 
 
-def _match(
-    states: ModuleStates, names: list[str], entries: dict[str, TensorEntry], tensors: list[TensorRef]
-) -> dict[str, TensorRef] | None:
-    """Give each master the next parameter, in the module's order, of its shape and values; None where one finds none."""
+def _match(file: TorchFile, weights: Weights, names: list[str], tensors: list[TensorRef]) -> dict[str, TensorRef] | None:
+    """Give each master the next parameter, in the order of ``names``, of its shape and values; None where one finds none."""
     free = dict.fromkeys(names)
     matched: dict[str, TensorRef] = {}
     position = 0
     index = {name: i for i, name in enumerate(names)}
     for master in tensors:
-        candidates = [name for name in free if _agrees(states, name, master)]
+        candidates = [name for name in free if _agrees(file, weights, name, master)]
         if not candidates:
             return None
         name = next((c for c in candidates if index[c] >= position), candidates[0])
@@ -127,25 +145,22 @@ def _match(
     return matched
 
 
-def _match_flat(
-    states: ModuleStates, names: list[str], entries: dict[str, TensorEntry], flats: list[TensorRef]
-) -> dict[str, TensorRef] | None:
-    """The same for groups flattened into one tensor each: walk the module's order and cut the group as it goes."""
+def _match_flat(file: TorchFile, weights: Weights, names: list[str], flats: list[TensorRef]) -> dict[str, TensorRef] | None:
+    """The same for groups flattened into one tensor each: walk the names and cut the group as it goes."""
     matched: dict[str, TensorRef] = {}
     free = list(names)
     for flat in flats:
         offset = 0
         while offset < flat.numel:
             for name in free:
-                entry = entries[name]
-                if not entry.numel or offset + entry.numel > flat.numel:
+                shape, numel = weights[name][1].shape, weights[name][1].numel
+                if not numel or offset + numel > flat.numel:
                     continue
-                strides = _row_major(entry.shape)
-                view = TensorRef(flat.storage, flat.dtype, flat.offset + offset, entry.shape, strides)
-                if _agrees(states, name, view):
+                view = TensorRef(flat.storage, flat.dtype, flat.offset + offset, shape, _row_major(shape))
+                if _agrees(file, weights, name, view):
                     matched[name] = view
                     free.remove(name)
-                    offset += entry.numel
+                    offset += numel
                     break
             else:
                 return None

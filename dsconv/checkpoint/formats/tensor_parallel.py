@@ -6,7 +6,7 @@ DeepSpeed 0.19.8 ``runtime/engine.py`` names the files of tensor-parallel rank t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -39,10 +39,13 @@ def read_tensor_parallel(folder: TagFolder) -> Checkpoint:
     return rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, tensor parallel", warnings, world)
 
 
-def read_ranks(folder: TagFolder, warnings: list[str]) -> list[RankMap]:
+ReadRank = Callable[[TagFolder, int, list[str]], RankMap]
+
+
+def read_ranks(folder: TagFolder, warnings: list[str], read_rank: ReadRank = rank_map.read_rank) -> list[RankMap]:
     """The map of every model-parallel rank; missing ones, those of a larger world and those of another save are told apart."""
     present = folder.mp_ranks
-    first = rank_map.read_rank(folder, present[0], warnings)
+    first = read_rank(folder, present[0], warnings)
     world = first.model_parallel
     missing = sorted(set(range(world)) - set(present))
     if missing:
@@ -57,7 +60,7 @@ def read_ranks(folder: TagFolder, warnings: list[str]) -> list[RankMap]:
             f"ignored the files of model-parallel rank {present[world]} and above, left over from an older save with more ranks: "
             f"this checkpoint has {world}"
         )
-    ranks = [first] + [rank_map.read_rank(folder, mp, warnings) for mp in range(1, world)]
+    ranks = [first] + [read_rank(folder, mp, warnings) for mp in range(1, world)]
     for other in ranks[1:]:
         _same_run(first, other)
     crosscheck.same_step([(p.file, p.state) for rank in ranks for p in rank.partitions])

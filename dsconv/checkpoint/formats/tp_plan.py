@@ -1,21 +1,193 @@
-"""How tensor-parallel shards are joined where the trainer saved no rules (DeepSpeed before 0.18.5 and AutoTP)."""
+"""How tensor-parallel shards are joined where the trainer saved no rules: the model's config and its tensor-parallel plan.
+
+AutoTP training of DeepSpeed before 0.18.5 saves no ``universal_checkpoint_info``. A shard's shape then says how it was cut if
+``config.json`` leaves one way only in which the full tensor has a model's sizes; the plan that transformers has for the
+architecture (5.24 ``distributed/tensor_parallel.py``: ``base_model_tp_plan`` of the config class, ``_tp_plan`` of the model
+class) decides between several. Fused projections, whose order the shape does not tell, are refused unless the plan packs them.
+The sources of transformers are read, not imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dsconv.checkpoint.formats.joining import Join, Shape
+from dsconv.checkpoint.formats.joining import Join, Shape, concatenated, in_parts, replicated
 from dsconv.errors import UnsupportedError
+
+MAX_SOURCE_BYTES = 4 << 20
+COLUMNS = {"colwise", "colwise_rep", "colwise_gather_output", "embedding_rowwise"}
+ROWS = {"rowwise", "rowwise_rep", "rowwise_split_input", "embedding_colwise"}
+WHOLE = {"replicated_with_grad_allreduce", "replicate"}
+# The shapes that weights of these names have in every architecture of the Llama kind.
+LAYERS = {
+    "q_proj": ("query", "hidden"),
+    "k_proj": ("key", "hidden"),
+    "v_proj": ("key", "hidden"),
+    "o_proj": ("hidden", "query"),
+    "gate_proj": ("inner", "hidden"),
+    "up_proj": ("inner", "hidden"),
+    "down_proj": ("hidden", "inner"),
+    "embed_tokens": ("vocabulary", "hidden"),
+    "lm_head": ("vocabulary", "hidden"),
+    "input_layernorm": ("hidden",),
+    "post_attention_layernorm": ("hidden",),
+    "norm": ("hidden",),
+    "q_norm": ("head",),
+    "k_norm": ("head",),
+}
+FUSED = re.compile(r"qkv|query_key_value|c_attn|W_pack|Wqkv|gate_up|in_proj", re.IGNORECASE)
 
 
 class PlanRules:
-    def __init__(self, path: Path) -> None:
+    """``sizes`` are the model's by config.json; ``plan`` maps patterns of modules to styles."""
+
+    def __init__(self, path: Path, config: Path | None, sizes: dict[str, int], plan: dict[str, str]) -> None:
         self.path = path
+        self.config = config
+        self.known = {1, *sizes.values()} - {0}
+        self.layers = {leaf: tuple(sizes[size] for size in full) for leaf, full in LAYERS.items() if all(sizes[size] for size in full)}
+        self.plan = [(re.compile(r"(?:.*\.)?" + re.escape(key).replace(r"\*", r"\d+")), style) for key, style in plan.items()]
 
     @classmethod
     def find(cls, folders: Sequence[Path], path: Path) -> PlanRules:
-        return cls(path)
+        """From the first ``config.json`` in ``folders``; ``path`` is the file that has no rules, for messages."""
+        for folder in folders:
+            config = folder / "config.json"
+            if config.is_file():
+                try:
+                    data = json.loads(config.read_bytes())
+                except (OSError, ValueError, RecursionError):
+                    continue
+                if isinstance(data, dict):
+                    return cls(path, config, _sizes(data), _plan(data))
+        return cls(path, None, _sizes({}), {})
 
     def join(self, name: str, shapes: Sequence[Shape]) -> Join:
-        raise UnsupportedError(f"{self.path}: no universal_checkpoint_info for {name}")
+        """How shards of ``shapes`` make ``name``; raises UnsupportedError where that is not certain."""
+        where = f"{self.path}: parameter {name!r}"
+        if self.config is None:
+            raise UnsupportedError(
+                f"{where}: the trainer saved no universal_checkpoint_info, so how its {len(shapes)} shards make the full tensor is not "
+                "known. Put the model's config.json beside the checkpoint, or save again with DeepSpeed 0.18.5 or later"
+            )
+        style = self._style(name)
+        options = self._options(name, shapes)
+        chosen = _of_style(style, name, shapes)
+        # A plan may not have been followed: where a shard could as well be the whole tensor it decides nothing.
+        way = options[0] if len(options) == 1 else chosen if chosen in options and "whole" not in options else None
+        fused = style != "packed_colwise" and FUSED.search(name)
+        if way is None or fused:
+            reason = "its parts may be in any order" if fused else f"{len(options)} ways would fit" if options else "no way fits"
+            raise UnsupportedError(
+                f"{where}: no universal_checkpoint_info, and by {self.config} how its shards of shapes "
+                f"{', '.join(str(list(shape)) for shape in shapes[:8])} make the full tensor is not certain ({reason}). "
+                "Save again with DeepSpeed 0.18.5 or later"
+            )
+        if way == "whole":
+            return replicated(shapes[0], len(shapes))
+        if style == "packed_colwise" and way == "0":
+            rows = [shape[0] for shape in shapes]
+            return in_parts(shapes, 0, [[row - row // 2 for row in rows], [row // 2 for row in rows]], where)
+        return concatenated(shapes, int(way), where)
+
+    def _style(self, name: str) -> str | None:
+        module = name.rpartition(".")[0]
+        return next((style for pattern, style in self.plan if pattern.fullmatch(module)), None)
+
+    def _options(self, name: str, shapes: Sequence[Shape]) -> list[str]:
+        """The ways, of whole and joined along a dimension, that give a tensor of the shape or of sizes that the model has."""
+        leaf, _, kind = name.rpartition(".")
+        full = self.layers.get(leaf.rpartition(".")[2])
+        full = full if kind == "weight" or full is None else full[:1]
+
+        def fits(shape: Shape) -> bool:
+            return shape == full if full is not None else all(size in self.known for size in shape)
+
+        found = []
+        if len(set(shapes)) == 1 and fits(shapes[0]):
+            found.append("whole")
+        for dim in range(min(len(shapes[0]), 2)):
+            rests = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
+            joined = (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
+            if len(rests) == 1 and fits(joined):
+                found.append(str(dim))
+        return found
+
+
+def _of_style(style: str | None, name: str, shapes: Sequence[Shape]) -> str | None:
+    """What a style does to a weight, and to its bias, which a row-parallel layer keeps whole."""
+    if style in COLUMNS or style == "packed_colwise":
+        return "0"
+    if style in ROWS:
+        return "1" if len(shapes[0]) > 1 else "whole"
+    return "whole" if style in WHOLE else None
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, int]:
+    """The sizes that ``LAYERS`` names and others that dimensions have; 0 where the config does not tell."""
+    text = config.get("text_config")
+    data = config | text if isinstance(text, dict) else config
+
+    def first(*keys: str) -> int:
+        return next((data[key] for key in keys if type(data.get(key)) is int and data[key] > 0), 0)
+
+    hidden, heads = first("hidden_size", "n_embd", "d_model"), first("num_attention_heads", "n_head", "num_heads")
+    kv = first("num_key_value_heads", "num_kv_heads") or heads
+    inner = first("intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden
+    head = first("head_dim") or (hidden // heads if heads else 0)
+    places = first("max_position_embeddings", "n_positions")
+    sizes = {"hidden": hidden, "inner": inner, "head": head, "query": heads * head, "key": kv * head, "vocabulary": first("vocab_size")}
+    return sizes | {"places": places, "gate_up": 2 * inner}
+
+
+def _plan(config: dict[str, Any]) -> dict[str, str]:
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
+        return {}
+    plan: dict[str, str] = {}
+    for node in _classes(model_type, "configuration"):
+        if _literal(node, "model_type") == model_type:
+            plan |= _styles(_literal(node, "base_model_tp_plan"))
+    for node in _classes(model_type, "modeling"):
+        if isinstance(architectures, list) and node.name in architectures:
+            plan |= _styles(_literal(node, "_tp_plan"))
+    return plan
+
+
+def _styles(value: Any) -> dict[str, str]:
+    return {key: style for key, style in value.items() if isinstance(style, str)} if isinstance(value, dict) else {}
+
+
+def _classes(model_type: str, kind: str) -> list[ast.ClassDef]:
+    """The classes in a model's source file of transformers; none where it is not installed."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    name = model_type.replace("-", "_")
+    source = Path(spec.submodule_search_locations[0]) / "models" / name / f"{kind}_{name}.py"
+    try:
+        if source.stat().st_size > MAX_SOURCE_BYTES:
+            return []
+        return [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    except (OSError, SyntaxError, ValueError):
+        return []
+
+
+def _literal(node: ast.ClassDef, name: str) -> Any:
+    for statement in node.body:
+        targets = (
+            statement.targets if isinstance(statement, ast.Assign) else [statement.target] if isinstance(statement, ast.AnnAssign) else []
+        )
+        value = getattr(statement, "value", None)
+        if value is not None and any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            try:
+                return ast.literal_eval(value)
+            except ValueError:
+                return None
+    return None

@@ -9,6 +9,7 @@ the same keys, without maps, under names such as ``\\d+.mlp.dense_h_to_4h.weight
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ class UniversalInfo:
         self.maps = self._mapping("params", maps)
         # AutoTP never pads: its original_vocab_size is that of whichever parameter came first.
         self.vocabulary_size = None if "autotp_unsupported_parameter_patterns" in info else info.get("original_vocab_size")
+
+    @property
+    def tied_names(self) -> set[str]:
+        """The names of tied pipeline modules' parameters among the patterns, which is all that may tell their keys."""
+        lists = (value for value in self._info.values() if isinstance(value, (list, tuple)))
+        texts = (text for value in lists for text in value if isinstance(text, str) and len(text) < 1024)
+        plain = (re.sub(r"\\([^0-9A-Za-z])", r"\1", text.removeprefix("^").removesuffix("$")) for text in texts)
+        return {name for name in plain if re.fullmatch(r"tied_modules\.[\w.]+", name)}
 
     def _list(self, key: str) -> Patterns:
         value = self._info.get(key) or []
@@ -121,7 +130,7 @@ class UniversalInfo:
         sizes = shape[dim]
         total = sum(math.prod(s) for s in shapes)
         if type(sizes) is int and sizes > 0:
-            if len(shape) != len(shapes[0]):
+            if dim >= len(shapes[0]):
                 raise UnsupportedError(f"{where}: {sizes} sub-parameters of the view {shown(shape)}, which records no widths")
             full = sum(s[dim] for s in shapes)
             sizes = (full // sizes,) * sizes if full % sizes == 0 else ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -19,12 +20,15 @@ from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, require
 from dsconv.checkpoint.formats.rank_map import RankMap, of_one_rank
-from dsconv.checkpoint.standins import TensorRef, shown
+from dsconv.checkpoint.standins import FragmentAddress, TensorRef, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import group_padding_limit, share_numel
+
+# {name: elements} of parameters → their shapes, of those that are known.
+ShapesOf = Callable[[Mapping[str, int]], Mapping[str, tuple[int, ...]]]
 
 
 @dataclass
@@ -72,11 +76,15 @@ def read_zero(folder: TagFolder) -> Checkpoint:
     return of_one_rank(folder, read_rank(folder, warnings), warnings)
 
 
-def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
-    """The map of a model-parallel rank from its files alone (``TagFolder.of_rank``); raises what ``read_zero`` does."""
+def read_rank(folder: TagFolder, warnings: list[str], shapes_of: ShapesOf | None = None) -> RankMap:
+    """The map of a model-parallel rank from its files alone (``TagFolder.of_rank``); raises what ``read_zero`` does.
+
+    ``shapes_of`` is for a checkpoint that keeps its weights elsewhere than in ``module``.
+    """
     partitions = read_partitions(folder, warnings)
-    read = _read_zero3 if partitions[0].is_zero3 else _read_zero12
-    return read(folder, partitions, warnings)
+    if partitions[0].is_zero3:
+        return _read_zero3(folder, partitions)
+    return _read_zero12(folder, partitions, warnings, shapes_of)
 
 
 def read_partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
@@ -139,15 +147,46 @@ def _flat_pieces(files: list[TorchFile], parts: list[TensorRef], starts: list[in
     return tuple(pieces)
 
 
-def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> RankMap:
+def _shapes_from_mappings(partitions: list[Partition], shapes_of: ShapesOf) -> list[dict[str, tuple[int, ...]]]:
+    """The parameters of each group, in order, of a stage-0 run with BF16_Optimizer.
+
+    Such a run writes optimizer files and no ``param_shapes`` (0.19.8 ``runtime/engine.py`` ``_common_checkpoint_state``): names
+    and order are in the ranks' ``param_slice_mappings``, shapes are those of the weights.
+    """
+    numels: list[dict[str, int]] = [{} for _ in partitions[0].groups]
+    for partition in partitions:
+        mappings = partition.state.get("param_slice_mappings")
+        if not isinstance(mappings, list) or len(mappings) != len(numels):
+            raise MalformedError(f"{partition.path}: no param_slice_mappings of {len(numels)} groups, and no param_shapes beside it")
+        for group, mapping in zip(numels, mappings, strict=True):
+            held = (
+                [(f.start, name, f) for name, f in mapping.items() if isinstance(f, FragmentAddress)] if isinstance(mapping, dict) else []
+            )
+            for _, name, fragment in sorted(held, key=lambda item: item[:2]):
+                group[name] = group.get(name, 0) + fragment.numel
+    shapes = shapes_of({name: numel for group in numels for name, numel in group.items()})
+    for group in numels:
+        for name, numel in group.items():
+            if math.prod(shapes.get(name, (0,))) != numel:
+                raise MissingShardError(
+                    f"{partitions[0].path}: holds parameter {name!r} of {numel} elements, and no file beside it has a weight like that"
+                )
+    return [{name: shapes[name] for name in group} for group in numels]
+
+
+def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[str], shapes_of: ShapesOf | None = None) -> RankMap:
     if not folder.model:
         mp = folder.mp_ranks[0]
         raise MissingShardError(f"{folder.path}: no mp_rank_{mp:02d}_model_states.pt, which holds the names and shapes of the parameters")
     states = read_module_states(next(iter(folder.model.values())))
     crosscheck.own_name(states.file)
-    shapes = states.param_shapes
     world = len(partitions)
     first = partitions[0]
+    in_stage0 = not states.param_shapes and any(group.numel for group in first.groups)
+    if in_stage0:
+        module = {name: tensor.shape for name, tensor in states.module.items() if isinstance(tensor, TensorRef)}
+        states.param_shapes = _shapes_from_mappings(partitions, shapes_of or (lambda _: module))
+    shapes = states.param_shapes
     if len(shapes) != len(first.groups):
         raise InconsistentCheckpointError(f"{states.path} lists {len(shapes)} parameter groups, {first.path} holds {len(first.groups)}")
     files = [p.file for p in partitions]
@@ -177,8 +216,8 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
     entries.update(states.module_entries(exclude=set(entries), ties=ties))
     crosscheck.masters_match_module(states, entries, warnings)
     stage = first.state.get("zero_stage")
-    kind = f"ZeRO-{stage}" if stage else "ZeRO-1 (BF16_Optimizer)"
-    return RankMap(states, entries, partitions, kind, stage or 1, world)
+    kind = f"ZeRO-{stage}" if stage else f"{'DeepSpeed stage 0' if in_stage0 else 'ZeRO-1'} (BF16_Optimizer)"
+    return RankMap(states, entries, partitions, kind, 0 if in_stage0 else stage or 1, world)
 
 
 def _alignment_paddings(first: Partition, g: int, group: dict[str, tuple[int, ...]]) -> list[int]:
@@ -226,7 +265,7 @@ def _equal_shares(
     return tuple(pieces)
 
 
-def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> RankMap:
+def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
     world = len(partitions)
     models = {dp: path for (_, dp), path in folder.zero3.items()}
     missing = sorted(set(range(world)) - set(models))
