@@ -293,7 +293,7 @@ def test_one_mp_rank_alone_is_not_a_model(damaged: Callable[[str], Path]) -> Non
 
 
 def test_without_rules_the_config_tells(damaged: Callable[[str], Path], made: Callable[[str], Trained]) -> None:
-    """As releases before 0.18.5 save: three ranks with uneven and empty shards, joined by config.json and the model's plan."""
+    """As releases before 0.18.9 save: three ranks with uneven and empty shards, joined by config.json and the model's plan."""
     for name in ("llama-tp3-z1", "llama-tp3-z3", "qwen-tp2-dp2-z3", "llama-tp2-z0-bf16"):
         tag = damaged(name)
         for path in tag.glob("*model_states.pt"):
@@ -309,3 +309,15 @@ def test_without_rules_fused_projections_are_refused(damaged: Callable[[str], Pa
     for path in tag.glob("*model_states.pt"):
         resave(path, universal_checkpoint_info=None)
     error(tag, UnsupportedError, "qkv_proj", "any order", "config.json")
+
+
+OLD = sorted(path.parent for path in (Path(__file__).parent.parent / "data" / "old_tensor_parallel").glob("*/*/truth.json"))
+
+
+@pytest.mark.parametrize("folder", OLD, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+def test_old_releases_save_no_rules(folder: Path, tmp_path: Path) -> None:
+    trained = Trained(folder)
+    report = dsconv.merge(trained.checkpoint, tmp_path / "out", fsync=False, verify_output=True)
+    trained.check(load_safetensors(tmp_path / "out"))
+    assert not report.warnings
+    assert len(OLD) == 4

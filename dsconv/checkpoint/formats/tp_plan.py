@@ -1,6 +1,6 @@
 """How tensor-parallel shards are joined where the trainer saved no rules: the model's config and its tensor-parallel plan.
 
-AutoTP training of DeepSpeed before 0.18.5 saves no ``universal_checkpoint_info``. A shard's shape then says how it was cut if
+AutoTP training of DeepSpeed before 0.18.9 saves no ``universal_checkpoint_info``. A shard's shape then says how it was cut if
 ``config.json`` leaves one way only in which the full tensor has a model's sizes; the plan that transformers has for the
 architecture (5.24 ``distributed/tensor_parallel.py``: ``base_model_tp_plan`` of the config class, ``_tp_plan`` of the model
 class) decides between several. Fused projections, whose order the shape does not tell, are refused unless the plan packs them.
@@ -74,7 +74,7 @@ class PlanRules:
         if self.config is None:
             raise UnsupportedError(
                 f"{where}: the trainer saved no universal_checkpoint_info, so how its {len(shapes)} shards make the full tensor is not "
-                "known. Put the model's config.json beside the checkpoint, or save again with DeepSpeed 0.18.5 or later"
+                "known. Put the model's config.json beside the checkpoint, or save again with DeepSpeed 0.18.9 or later"
             )
         style = self._style(name)
         options = self._options(name, shapes)
@@ -87,7 +87,7 @@ class PlanRules:
             raise UnsupportedError(
                 f"{where}: no universal_checkpoint_info, and by {self.config} how its shards of shapes "
                 f"{', '.join(str(list(shape)) for shape in shapes[:8])} make the full tensor is not certain ({reason}). "
-                "Save again with DeepSpeed 0.18.5 or later"
+                "Save again with DeepSpeed 0.18.9 or later"
             )
         if way == "whole":
             return replicated(shapes[0], len(shapes))
