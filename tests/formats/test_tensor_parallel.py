@@ -250,6 +250,17 @@ def test_averaged_parameters(damaged: Callable[[str], Path], made: Callable[[str
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
+        (
+            lambda i: (i.pop("autotp_unsupported_parameter_patterns"), i.pop("affine_map"), i.update(original_vocab_size="67")),
+            MalformedError,
+            "original_vocab_size",
+        ),
+        (
+            lambda i: i["affine_map"]["params"][r"^lm_head\.weight$"]["ranks"][1]["pieces"][0]["source"].__setitem__(1, 24),
+            MalformedError,
+            "lm_head.weight",
+        ),
+        (lambda i: i["affine_map"]["params"][r"^lm_head\.weight$"]["ranks"].pop(1), MalformedError, "not one of 2 ranks"),
         (lambda i: i.update(tp_replicated_parameter_patterns=3), MalformedError, "tp_replicated_parameter_patterns"),
         (lambda i: i["affine_map"].update(version=2), UnsupportedError, "version 2"),
         (lambda i: i["affine_map"]["params"].update({r"^lm_head\.weight$": {"logical_shape": [3]}}), MalformedError, "lm_head.weight"),
@@ -274,7 +285,7 @@ def test_averaged_parameters(damaged: Callable[[str], Path], made: Callable[[str
         (lambda i: i.update(parameter_to_average_patterns=[r"(a+)+$"]), UnsupportedError, "(a+)+$"),
         (lambda i: i.update(parameter_with_sub_params=[{"patterns": ["a"]}]), MalformedError, "parameter_with_sub_params"),
     ],
-    ids=["list", "version", "map", "scale", "overlap", "unsupported", "regex", "sub-params"],
+    ids=["type of size", "strides", "ranks", "list", "version", "map", "scale", "overlap", "unsupported", "regex", "sub-params"],
 )
 def test_metadata_that_cannot_be_followed(
     change: Callable[[dict[str, Any]], None], kind: type[DsconvError], words: str, damaged: Callable[[str], Path]
@@ -321,3 +332,20 @@ def test_old_releases_save_no_rules(folder: Path, tmp_path: Path) -> None:
     trained.check(load_safetensors(tmp_path / "out"))
     assert not report.warnings
     assert len(OLD) == 4
+
+
+def test_a_model_that_is_not_cut_beside_leftovers_of_one_that_was(
+    copied: Callable[[str], Path], trained: Callable[[str], Trained], made: Callable[[str], Trained]
+) -> None:
+    tag = copied("llama_tied-z1-bf16-w2") / "global_step2"
+    for path in made("llama-tp2-z1-bf16").checkpoint.glob("global_step2/*mp_rank_01*"):
+        shutil.copy(path, tag)
+    checkpoint = dsconv.open_checkpoint(tag)
+    assert "left over from an older save" in checkpoint.warnings[0]
+    trained("llama_tied-z1-bf16-w2").check({name: entry.read() for name, entry in checkpoint.items()})
+
+
+def test_a_world_too_large_to_be_listed(damaged: Callable[[str], Path]) -> None:
+    tag = damaged("llama-tp2-z0-bf16")
+    resave(tag / "mp_rank_00_model_states.pt", mp_world_size=1 << 60)
+    error(tag, MissingShardError, "missing all files of rank 2, 3, 4")

@@ -7,6 +7,7 @@ DeepSpeed 0.19.8 ``runtime/engine.py`` names the files of tensor-parallel rank t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -47,11 +48,11 @@ def read_ranks(folder: TagFolder, warnings: list[str], read_rank: ReadRank = ran
     present = folder.mp_ranks
     first = read_rank(folder, present[0], warnings)
     world = first.model_parallel
-    missing = sorted(set(range(world)) - set(present))
+    missing = list(islice((mp for mp in range(world) if mp not in present), 8))
     if missing:
         raise MissingShardError(
             f"{folder.path}: {first.states.path.name} says {world} model-parallel ranks (mp_world_size); missing all files of rank "
-            f"{', '.join(map(str, missing[:8]))}: expected such as *mp_rank_{missing[0]:02d}_*.pt. Copy them from the nodes that wrote them"
+            f"{', '.join(map(str, missing))}: expected such as *mp_rank_{missing[0]:02d}_*.pt. Copy them from the nodes that wrote them"
         )
     for mp in present[world:]:
         _refuse_unless_stale(folder, mp, world, first)

@@ -109,10 +109,12 @@ class UniversalInfo:
 
     def _without_padding(self, name: str, join: Join, where: str) -> Join:
         size = self.vocabulary_size
-        if size is None or self.vocabulary.find(name) is None or not join.shape or join.shape[0] <= size:
+        if size is None or self.vocabulary.find(name) is None or not join.shape:
             return join
         if type(size) is not int or size <= 0:
             raise MalformedError(f"{where}: original_vocab_size is {shown(size)}")
+        if join.shape[0] <= size:
+            return join
         runs: list[tuple[Interval, ...]]
         if join.copies:
             runs = [((0, join.shape[0]),)] * (1 + len(join.copies))
@@ -191,7 +193,7 @@ def from_affine_map(entry: Any, shapes: Sequence[Shape], where: str) -> Join:
         logical = tuple(entry["logical_shape"])
         ranks = [entry["ranks"][rank] for rank in range(len(shapes))]
         held = [tuple(rank["shard_shape"]) for rank in ranks]
-        pieces = [[(tuple(p["shape"]), *p["source"], *p["dest"], p.get("scale", 1.0)) for p in rank["pieces"]] for rank in ranks]
+        pieces = [[_piece(piece) for piece in rank["pieces"]] for rank in ranks]
         numbers = [*logical, *(n for shape in held for n in shape)]
         numbers += [n for mine in pieces for shape, first, _, start, _, _ in mine for n in (*shape, first, start)]
         if not all(type(n) is int and n >= 0 for n in numbers) or len(entry["ranks"]) != len(shapes):
@@ -213,11 +215,7 @@ def from_affine_map(entry: Any, shapes: Sequence[Shape], where: str) -> Join:
             inner = math.prod(logical[dim + 1 :])
             if not math.prod(shape):
                 continue
-            if (
-                (tuple(source_strides), tuple(dest_strides)) != (_row_major(logical), _row_major(held[rank]))
-                or source % inner
-                or dest % inner
-            ):
+            if (source_strides, dest_strides) != (_row_major(logical), _row_major(held[rank])) or source % inner or dest % inner:
                 raise UnsupportedError(f"{where}: a piece of its affine map is not a box: {shown(entry, 200)}")
             found.append((dest // inner, source // inner, shape[dim]))
         found.sort()
@@ -226,6 +224,12 @@ def from_affine_map(entry: Any, shapes: Sequence[Shape], where: str) -> Join:
             raise MalformedError(f"{where}: rank {rank}'s pieces of its affine map do not fill its shard: {shown(entry, 200)}")
         runs.append([(source, source + width) for _, source, width in found])
     return of_view(logical, dim, runs, shapes, where)
+
+
+def _piece(piece: Any) -> tuple[Shape, int, Shape, int, Shape, Any]:
+    """(shape, offset and strides in the full tensor, those in the shard, scale)."""
+    (source, source_strides), (dest, dest_strides) = piece["source"], piece["dest"]
+    return tuple(piece["shape"]), source, tuple(source_strides), dest, tuple(dest_strides), piece.get("scale", 1.0)
 
 
 def _row_major(shape: Shape) -> Shape:
