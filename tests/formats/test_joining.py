@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsconv
-from dsconv.checkpoint.formats import replicas
+from dsconv.checkpoint.formats import shard_copies
 from dsconv.checkpoint.formats.joining import Join, along, in_parts
 from dsconv.checkpoint.formats.name_patterns import Patterns
 from dsconv.checkpoint.formats.universal_info import UniversalInfo, from_affine_map
@@ -175,8 +175,8 @@ def test_large_copies_are_compared_in_places(tmp_path: Path, monkeypatch: pytest
     """The first and the last block are among them, whatever the size."""
     from safetensors.torch import save_file
 
-    monkeypatch.setattr(replicas, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(replicas, "WHOLE_BYTES", 1024)
+    monkeypatch.setattr(shard_copies, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(shard_copies, "WHOLE_BYTES", 1024)
     tensor = torch.arange(16 * 200 + 5, dtype=torch.float32)
     for place, found in ((None, True), (0, False), (len(tensor) - 1, False)):
         other = tensor.clone()
@@ -185,4 +185,4 @@ def test_large_copies_are_compared_in_places(tmp_path: Path, monkeypatch: pytest
         save_file({"a": tensor, "b": other}, tmp_path / "model.safetensors")
         checkpoint = dsconv.open_checkpoint(tmp_path / "model.safetensors")
         with Sources() as sources:
-            assert replicas.same(checkpoint["a"], 0, checkpoint["b"], 0, len(tensor), sources) is found
+            assert shard_copies.same(checkpoint["a"], 0, checkpoint["b"], 0, len(tensor), sources) is found

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from dsconv.checkpoint.formats import crosscheck, rank_map, replicas, stage0, tensor_parallel, zero
+from dsconv.checkpoint.formats import crosscheck, rank_map, shard_copies, stage0, tensor_parallel, zero
 from dsconv.checkpoint.formats.module_states import ModuleStates
 from dsconv.checkpoint.formats.rank_map import RankMap
 from dsconv.checkpoint.formats.universal_info import UniversalInfo
@@ -208,7 +208,7 @@ def _same_copy(first: TensorEntry, other: TensorEntry, rules: UniversalInfo | No
 
     (0.19.8 ``checkpoint/ds_to_universal.py`` ``extract_zero_shards`` skips ``pipeline_replicated_parameter_patterns`` on later stages.)
     """
-    if first.shape == other.shape and replicas.same(first, 0, other, 0, first.numel, sources):
+    if first.shape == other.shape and shard_copies.same(first, 0, other, 0, first.numel, sources):
         return
     paths = " and ".join(str(entry.pieces[0].extent.record.path) if entry.pieces else "a file" for entry in (first, other))
     if rules is not None and first.shape == other.shape and rules.pipeline_replicated.find(first.name) is not None:

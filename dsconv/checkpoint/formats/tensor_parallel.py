@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from dsconv.checkpoint.formats import crosscheck, rank_map, replicas, tp_plan
+from dsconv.checkpoint.formats import crosscheck, rank_map, shard_copies, tp_plan
 from dsconv.checkpoint.formats.joining import Join, Shape, joined, replicated
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
 from dsconv.checkpoint.formats.rank_map import RankMap
@@ -141,7 +141,7 @@ def _join(name: str, shards: dict[int, TensorEntry], rules: Rules, first: Tensor
     else:
         join = rules.join(name, shapes)
     for owner, copy in join.copies:
-        if not replicas.same(shards[owner.rank], owner.start, shards[copy.rank], copy.start, owner.numel, sources):
+        if not shard_copies.same(shards[owner.rank], owner.start, shards[copy.rank], copy.start, owner.numel, sources):
             paths = f"rank {owner.rank}{_path_of(shards[owner.rank])} and rank {copy.rank}{_path_of(shards[copy.rank])}"
             if join.averaged:
                 raise UnsupportedError(
