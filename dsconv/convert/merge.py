@@ -155,7 +155,7 @@ def _existing(target: Path, force: bool) -> list[str]:
     names = sorted(p.name for p in target.iterdir() if _is_weights(p.name)) if target.is_dir() else []
     whole = [name for name in names if name not in debris(target)]
     if whole and not force:
-        raise OutputError(f"{target} already holds a model ({whole[0]}); give --force to replace it, or another folder")
+        raise OutputError(f"{target} already holds a model ({whole[-1]}); give --force to replace it, or another folder")
     return names
 
 
