@@ -42,7 +42,8 @@ class Slot:
 @dataclass(frozen=True)
 class Patch:
     """A box of ``entry`` that makes a box of a tensor: element ``at[d] + i`` of dimension d is ``source[k] + i`` of
-    dimension k of the entry, where k is ``dims[d]``; a dimension of size 1 that the entry lacks has None."""
+    dimension k of the entry, where k is ``dims[d]``. A dimension of size 1 that the entry lacks has None; of a dimension of
+    the entry that no d has, the one index ``source[k]`` is taken."""
 
     entry: TensorEntry
     source: tuple[int, ...]
@@ -95,7 +96,10 @@ def _meet(patch: Patch, piece: Piece, slot: Slot, wanted: Region, inside: Region
     # The common region in the entry's dimensions; those that the entry lacks have one index.
     shifts = {k: patch.at[d] - patch.source[k] for d, k in enumerate(patch.dims) if k is not None}
     dims = {k: d for d, k in enumerate(patch.dims) if k is not None}
-    moved = tuple(tuple((a - shifts[k], b - shifts[k]) for a, b in inside[dims[k]]) for k in range(len(shape)))
+    moved = tuple(
+        tuple((a - shifts[k], b - shifts[k]) for a, b in inside[dims[k]]) if k in dims else ((patch.source[k], patch.source[k] + 1),)
+        for k in range(len(shape))
+    )
     common = intersect(held, moved)
     if not all(common) and shape:
         return
@@ -105,6 +109,10 @@ def _meet(patch: Patch, piece: Piece, slot: Slot, wanted: Region, inside: Region
     target_strides = _strides(shape_of(wanted))
     joined = True  # whether the dimensions so far are one run on both sides
     for k in range(len(shape) - 1, -1, -1):
+        if k not in dims:  # one index of a dimension that the target lacks
+            sources = sources + int(_ranks(held[k], np.array([patch.source[k]]))[0]) * held_stride
+            held_stride *= width(held[k])
+            continue
         d = dims[k]
         intervals, step = common[k], target_strides[d]
         unit = 1
