@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from dsconv.convert.merge import MergeReport, merge
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
+    from dsconv.loaders.report import LoadReport
+    from dsconv.loaders.stream import stream_into
+    from dsconv.loaders.zero3 import load_zero3
 
 _HOMES = {
     "Checkpoint": "dsconv.checkpoint",
@@ -25,8 +28,24 @@ _HOMES = {
     "VerifyReport": "dsconv.convert.verify",
     "verify": "dsconv.convert.verify",
     "DsconvError": "dsconv.errors",
+    "LoadReport": "dsconv.loaders.report",
+    "load_zero3": "dsconv.loaders.zero3",
+    "stream_into": "dsconv.loaders.stream",
 }
-__all__ = ["Checkpoint", "DsconvError", "MergeReport", "TensorEntry", "VerifyReport", "__version__", "merge", "open_checkpoint", "verify"]
+__all__ = [
+    "Checkpoint",
+    "DsconvError",
+    "LoadReport",
+    "MergeReport",
+    "TensorEntry",
+    "VerifyReport",
+    "__version__",
+    "load_zero3",
+    "merge",
+    "open_checkpoint",
+    "stream_into",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
