@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dsconv.errors import DsconvError
     from dsconv.loaders.report import LoadReport
     from dsconv.loaders.stream import stream_into
+    from dsconv.loaders.tensor_parallel import load_tp
     from dsconv.loaders.zero3 import load_zero3
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "verify": "dsconv.convert.verify",
     "DsconvError": "dsconv.errors",
     "LoadReport": "dsconv.loaders.report",
+    "load_tp": "dsconv.loaders.tensor_parallel",
     "load_zero3": "dsconv.loaders.zero3",
     "stream_into": "dsconv.loaders.stream",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "TensorEntry",
     "VerifyReport",
     "__version__",
+    "load_tp",
     "load_zero3",
     "merge",
     "open_checkpoint",

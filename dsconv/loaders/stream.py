@@ -108,9 +108,9 @@ def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, tor
         return
     local, region = tensor.detach(), None
     if hasattr(tensor, "placements"):
-        from dsconv.checkpoint.placements import region_of_dtensor
+        from dsconv.loaders.dtensors import region_of
 
-        local, region = tensor.to_local().detach(), region_of_dtensor(tensor)
+        local, region = tensor.to_local().detach(), region_of(tensor, name)
     if local.device.type == "meta":
         raise UnsupportedError(f"{name} is on the meta device: give the model memory first, with model.to_empty(device=…)")
     devices.add(local.device.type)
@@ -166,13 +166,15 @@ def _info(missing: set[str], unexpected: set[str]) -> Any:
     )  # fmt: skip
 
 
-def finish_transformers(model: Any, matched: Matched, folder: Path | None) -> None:
+def finish_transformers(model: Any, matched: Matched, folder: Path | None, device_map: dict[str, Any] | None = None) -> None:
     """What ``from_pretrained`` does after the weights (5.24 ``_finalize_model_loading``): missing weights, ties, generation."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in matched.sources:
             tensor._is_hf_initialized = True
     info = _info(matched.missing | set(matched.mismatched), matched.unexpected)
     model.mark_tied_weights_as_initialized(info)
+    if device_map is not None:  # under ZeRO-3 nothing is on the meta device
+        model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), device_map, None, None)
     model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model.eval()

@@ -20,6 +20,7 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 from dsconv.loaders.agreement import agreement
+from dsconv.loaders.models import config_folder, model_class_of, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +57,8 @@ def load_zero3(
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
         folder = config_folder(checkpoint)
         if config is None:
-            config = _read_config(checkpoint, folder)
-        kind = _model_class(model_class, config)
+            config = read_config(checkpoint, folder)
+        kind = model_class_of(model_class, config)
     with _hf_zero3(settings):
         with agreement("load_zero3"):
             model = _build(kind, config, dtype)
@@ -89,36 +90,6 @@ def _settings(ds_config: str | os.PathLike[str] | dict[str, Any]) -> dict[str, A
         raise UnsupportedError(f"ds_config says ZeRO stage {stage}: load_zero3 needs stage 3; for others load with from_pretrained")
     checked: dict[str, Any] = settings
     return checked
-
-
-def config_folder(checkpoint: Checkpoint) -> Path | None:
-    """The folder whose config.json describes the checkpoint's model: its own, or the parent."""
-    near = (checkpoint.path, checkpoint.folder, checkpoint.folder.parent)
-    return next((folder for folder in near if (folder / "config.json").is_file()), None)
-
-
-def _read_config(checkpoint: Checkpoint, folder: Path | None) -> Any:
-    from transformers import AutoConfig
-
-    if folder is None:
-        raise CheckpointNotFoundError(
-            f"{checkpoint.path}: no config.json there or in the parent: pass config=AutoConfig.from_pretrained(…)"
-        )
-    return AutoConfig.from_pretrained(str(folder))
-
-
-def _model_class(model_class: Any, config: Any) -> Any:
-    """The class to build: given, chosen by an Auto class, or named by the configuration."""
-    import transformers
-
-    if model_class is not None:
-        mapping = getattr(model_class, "_model_mapping", None)
-        return mapping[type(config)] if mapping is not None else model_class
-    name = (getattr(config, "architectures", None) or [None])[0]
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if found is None:
-        raise UnsupportedError(f"the configuration names the architecture {name!r}, which transformers does not have: pass model_class=")
-    return found
 
 
 @contextmanager
