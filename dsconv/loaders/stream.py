@@ -19,6 +19,7 @@ from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.mapping import Computed, Matched, full_shape, match
+from dsconv.loaders.masters import master_slots
 from dsconv.loaders.memory import block_maker, slot_of
 from dsconv.loaders.report import LoadReport, check_strict
 from dsconv.loaders.zero3 import partition_slots
@@ -36,17 +37,26 @@ def stream_into(
     """Fill ``model`` from any checkpoint that ``open_checkpoint`` reads; each rank reads the bytes that it holds, once.
 
     Parameters may be plain, ZeRO-3 partitions (``zero.Init``), or DTensors of any placements but Partial; buffers are
-    filled too. Every rank that holds a part of the model must call it. With ``strict`` a tensor that is missing,
+    filled too. Where ``model`` is a DeepSpeed engine, or the model of one, the optimizer's fp32 masters are filled from the
+    checkpoint as well, at their own precision. Every rank that holds a part of the model must call it. With ``strict`` a tensor that is missing,
     unexpected or of another shape raises InconsistentCheckpointError before anything is changed; without, what fits is
     loaded. Raises UnsupportedError, RankFailedError, and what ``open_checkpoint`` raises.
     """
     began = time.monotonic()
+    model = _unwrapped(model)
     with agreement("stream_into"):
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
         report, _ = fill_model(model, checkpoint, strict=strict, ignore_mismatched_sizes=not strict, workers=workers, progress=progress)
     report.seconds = time.monotonic() - began
     print_once(report)
     return report
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside a DeepSpeed engine or DistributedDataParallel, whose names are the checkpoint's."""
+    if type(model).__name__ in ("DeepSpeedEngine", "DeepSpeedHybridEngine", "DistributedDataParallel"):
+        return model.module
+    return model
 
 
 def fill_model(
@@ -105,6 +115,7 @@ def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, tor
     if hasattr(tensor, "ds_tensor"):
         devices.add(tensor.ds_tensor.device.type)
         yield from partition_slots(tensor)
+        yield from master_slots(name, tensor)
         return
     local, region = tensor.detach(), None
     if hasattr(tensor, "placements"):
@@ -114,6 +125,7 @@ def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, tor
     if local.device.type == "meta":
         raise UnsupportedError(f"{name} is on the meta device: give the model memory first, with model.to_empty(device=…)")
     devices.add(local.device.type)
+    yield from master_slots(name, tensor)
     if not local.is_contiguous():
         copies.append((local, torch.empty(local.shape, dtype=local.dtype, device=local.device)))
         local = copies[-1][1]
