@@ -23,7 +23,7 @@ def rank(method: str, path: Path) -> None:
 
     torch.distributed.init_process_group("gloo")
 
-    def load() -> int:
+    def load(path: Path) -> int:
         if method == LIMIT:
             return plain_read(path)
         if method == DSCONV:
@@ -31,7 +31,7 @@ def rank(method: str, path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=torch.distributed.get_world_size()))
         return 0
 
-    one_rank(load)
+    one_rank(load, path)
 
 
 @click.command()

@@ -32,7 +32,7 @@ def rank(method: str, path: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for every collective
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
-    def load() -> int:
+    def load(path: Path) -> int:
         if method == LIMIT:
             return plain_read(path)
         if method == DSCONV:
@@ -42,7 +42,7 @@ def rank(method: str, path: Path) -> None:
         del keep
         return sum(file.stat().st_size for file in path.glob("*.safetensors")) if deepspeed.comm.get_rank() == 0 else 0
 
-    one_rank(load)
+    one_rank(load, path)
 
 
 @click.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LAYERS = {
+    0: (1, 64),
     0.1: (8, 768),
     0.4: (20, 1152),
     0.8: (22, 1664),

@@ -37,10 +37,10 @@ def stream_into(
     """Fill ``model`` from any checkpoint that ``open_checkpoint`` reads; each rank reads the bytes that it holds, once.
 
     Parameters may be plain, ZeRO-3 partitions (``zero.Init``), or DTensors of any placements but Partial; buffers are
-    filled too. Where ``model`` is a DeepSpeed engine, or the model of one, the optimizer's fp32 masters are filled from the
-    checkpoint as well, at their own precision. Every rank that holds a part of the model must call it. With ``strict`` a tensor that is missing,
-    unexpected or of another shape raises InconsistentCheckpointError before anything is changed; without, what fits is
-    loaded. Raises UnsupportedError, RankFailedError, and what ``open_checkpoint`` raises.
+    filled too. Where ``model`` is a DeepSpeed engine, or the model of one, the optimizer's fp32 masters are filled from
+    the checkpoint as well, at their own precision. Every rank that holds a part of the model must call it. With
+    ``strict`` a tensor that is missing, unexpected or of another shape raises InconsistentCheckpointError before anything
+    is changed; without, what fits is loaded. Raises UnsupportedError, RankFailedError, and what ``open_checkpoint`` raises.
     """
     began = time.monotonic()
     model = _unwrapped(model)
