@@ -12,6 +12,7 @@ from dsconv._version import __version__
 
 if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+    from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.merge import MergeReport, merge
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
@@ -24,9 +25,23 @@ _HOMES = {
     "merge": "dsconv.convert.merge",
     "VerifyReport": "dsconv.convert.verify",
     "verify": "dsconv.convert.verify",
+    "DcpReport": "dsconv.convert.dcp_writer",
+    "to_dcp": "dsconv.convert.dcp_writer",
     "DsconvError": "dsconv.errors",
 }
-__all__ = ["Checkpoint", "DsconvError", "MergeReport", "TensorEntry", "VerifyReport", "__version__", "merge", "open_checkpoint", "verify"]
+__all__ = [
+    "Checkpoint",
+    "DcpReport",
+    "DsconvError",
+    "MergeReport",
+    "TensorEntry",
+    "VerifyReport",
+    "__version__",
+    "merge",
+    "open_checkpoint",
+    "to_dcp",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
