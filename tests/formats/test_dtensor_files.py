@@ -219,7 +219,7 @@ def test_a_tensor_that_one_rank_lacks_is_named(copied: Copy) -> None:
     folder = copied("everything-w4")
     shutil.copy(folder / "save_rank_2.pt", folder / "kept")
     torch.save({"model": {"plain": torch.arange(7)}}, folder / "save_rank_2.pt")
-    refused(folder, MissingShardError, "save_rank_2.pt", "lacks 'rows'", "save_rank_0.pt")
+    refused(folder, MissingShardError, "save_rank_2.pt", "lacks 'rows'", "mesh [2, 2] of ranks [0, 1, 2, 3]")
 
 
 def test_of_several_models_one_is_named_by_a_file(made: dict[str, Path]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,17 @@ MAX_SPLIT_FACTOR = 1 << 16  # FSDP2's is the number of tensor-parallel ranks
 PLACEMENTS = "placement_types."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mesh:
-    """Ranks in a grid of ``shape``, row-major. ``coordinate`` is where the rank that wrote the file is, None if outside."""
+    """Ranks in a grid of ``shape``, row-major. Of one save there is one object for each mesh."""
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
-    coordinate: tuple[int, ...] | None
 
-    @property
-    def writer(self) -> int | None:
-        """The rank at ``coordinate``."""
-        if self.coordinate is None:
-            return None
-        position = 0
-        for size, index in zip(self.shape, self.coordinate, strict=True):
-            position = position * size + index
-        return self.ranks[position]
+    @cached_property
+    def world(self) -> int:
+        """The least number of ranks that there must have been."""
+        return max(self.ranks) + 1
 
     def __str__(self) -> str:
         return f"mesh {list(self.shape)} of ranks {shown(list(self.ranks))}"
@@ -49,17 +44,35 @@ class Mesh:
 
 @dataclass(frozen=True)
 class DTensor:
-    """``shape`` is that of the full tensor; ``local`` is this rank's share, a tensor of the file."""
+    """``shape`` is that of the full tensor; ``local`` is the share of the rank at ``coordinate``, None for one outside the mesh."""
 
     dtype: DType
     shape: tuple[int, ...]
     mesh: Mesh
+    coordinate: tuple[int, ...] | None
     placements: Placements
     local: TensorRef
 
     @property
-    def spec(self) -> str:
-        """What the files of all ranks must agree on, for a message."""
+    def rank(self) -> int | None:
+        """Which rank says that it wrote this."""
+        if self.coordinate is None:
+            return None
+        position = 0
+        for size, index in zip(self.mesh.shape, self.coordinate, strict=True):
+            position = position * size + index
+        return self.mesh.ranks[position]
+
+    @property
+    def world(self) -> int:
+        return self.mesh.world
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the files of all ranks must agree on; ``str`` says it."""
+        return self.dtype, self.shape, self.placements
+
+    def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)} with placements ({', '.join(map(str, self.placements))})"
 
 
@@ -75,16 +88,20 @@ class ShardedTensor:
     local: tuple[tuple[Region, TensorRef], ...]
 
     @property
-    def spec(self) -> str:
+    def key(self) -> tuple[Any, ...]:
+        return self.dtype, self.shape, self.owners
+
+    def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)} in {len(self.owners)} shards"
 
 
 class Reader:
-    """Reads the values of one file; a mesh, which all of its tensors share, is read once."""
+    """Reads the values of one file; a mesh, which all of its tensors share, is read once. ``meshes`` are those of all files."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, meshes: dict[tuple[Any, ...], Mesh]) -> None:
         self.path = path
-        self._meshes: dict[int, Mesh] = {}
+        self._meshes = meshes
+        self._read: dict[int, tuple[Mesh, tuple[int, ...] | None]] = {}
 
     def read(self, name: str, value: Any) -> TensorRef | DTensor | ShardedTensor | None:
         """A tensor, or None for a value that is none.
@@ -112,7 +129,7 @@ class Reader:
         dtype, shape = _kind(where, value)
         state = attributes(value)
         spec = attributes(state.get("_spec"))
-        mesh = self._mesh(where, spec.get("mesh"))
+        mesh, coordinate = self._mesh(where, spec.get("mesh"))
         placements = spec.get("placements")
         if not isinstance(placements, (tuple, list)) or len(placements) != len(mesh.shape):
             raise MalformedError(
@@ -123,12 +140,14 @@ class Reader:
             raise UnsupportedError(f"{where}: this rank's share is {shown(local)}; dsconv reads plain tensors")
         if local.dtype != dtype:
             raise MalformedError(f"{where}: a tensor of {dtype} whose share is of {local.dtype}")
-        return DTensor(dtype, shape, mesh, tuple(_placement(where, p, len(shape)) for p in placements), local)
+        return DTensor(dtype, shape, mesh, coordinate, tuple(_placement(where, p, len(shape)) for p in placements), local)
 
-    def _mesh(self, where: str, value: Any) -> Mesh:
-        known = self._meshes.get(id(value))
+    def _mesh(self, where: str, value: Any) -> tuple[Mesh, tuple[int, ...] | None]:
+        """The mesh and the writer's coordinate in it."""
+        known = self._read.get(id(value))
         if known is None:
-            known = self._meshes[id(value)] = _mesh(where, value)
+            shape, ranks, coordinate = _mesh(where, value)
+            known = self._read[id(value)] = self._meshes.setdefault((shape, ranks), Mesh(shape, ranks)), coordinate
         return known
 
     def _sharded_tensor(self, where: str, value: Instance) -> ShardedTensor:
@@ -204,7 +223,8 @@ def _placement(where: str, value: Any, ndim: int) -> Shard | Replicate:
     return Shard(dim % ndim, factor)
 
 
-def _mesh(where: str, value: Any) -> Mesh:
+def _mesh(where: str, value: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+    """Shape, ranks, and the coordinate of the rank that wrote the file."""
     state = attributes(value)
     coordinate = state.get("_coordinate_on_dim")
     if "_layout" in state and "_flatten_rank_map" in state:
@@ -218,7 +238,7 @@ def _mesh(where: str, value: Any) -> Mesh:
         coordinate = _naturals(where, coordinate)
         if len(coordinate) != len(shape) or any(index >= size for index, size in zip(coordinate, shape, strict=True)):
             raise MalformedError(f"{where}: the coordinate {list(coordinate)} in a mesh of shape {list(shape)}")
-    return Mesh(shape, ranks, coordinate)
+    return shape, ranks, coordinate
 
 
 def _from_layout(where: str, state: dict[str, Any], coordinate: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

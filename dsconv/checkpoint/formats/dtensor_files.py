@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.distributed_tensors import DTensor, Reader, ShardedTensor
+from dsconv.checkpoint.formats.distributed_tensors import DTensor, Mesh, Reader, ShardedTensor
 from dsconv.checkpoint.formats.replicas import same_bytes
 from dsconv.checkpoint.placements import local_region, region_in_order
-from dsconv.checkpoint.regions import Region, is_whole, numel_of, shape_of
+from dsconv.checkpoint.regions import Region, is_whole, numel_of, shape_of, show
 from dsconv.checkpoint.standins import Instance, TensorRef, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
@@ -72,17 +72,18 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     group = _choose(path, _groups(home), warnings)
     ranks = sorted(group.files)
     files = {rank: TorchFile(group.files[rank]) for rank in ranks}
-    readers = {rank: Reader(files[rank].path) for rank in ranks}
+    meshes: dict[tuple[Any, ...], Mesh] = {}
     found: dict[str, dict[int, TensorRef | DTensor | ShardedTensor]] = {}
     for rank in ranks:
+        reader = Reader(files[rank].path, meshes)
         for name, value in _state_dict(files[rank]).items():
-            tensor = readers[rank].read(name, value)
+            tensor = reader.read(name, value)
             if tensor is not None:
                 found.setdefault(name, {})[rank] = tensor
     if not found:
         raise MalformedError(f"{files[ranks[0]].path}: holds no tensors")
     _check_ranks(group, files, found)
-    entries = _entries(group, files, found)
+    entries = _entries(files, found)
     if not all(file.archive.checksummed for file in files.values()):
         warnings.append("the files were saved without checksums: damage, and copies that differ between ranks, cannot be seen")
     return Checkpoint(
@@ -171,25 +172,27 @@ def _state_dict(file: TorchFile) -> dict[str, Any]:
 
 def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> None:
     """Raise unless every file is of the rank and the run that its name and the others say, and no rank's is missing."""
-    world = group.world or max(files) + 1
+    told = 0  # the world, by what the files hold
     for tensors in found.values():
         spread = {rank: tensor for rank, tensor in tensors.items() if not isinstance(tensor, TensorRef)}
         first = min(spread, default=0)
         for rank, tensor in spread.items():
-            writer, told = _told(tensor, rank)
-            if writer != rank and (writer is not None or rank in tensor.mesh.ranks):
-                by = "another rank" if writer is None else f"rank {writer}"
+            if tensor.rank != rank and (tensor.rank is not None or rank in tensor.mesh.ranks):
+                by = "another rank" if tensor.rank is None else f"rank {tensor.rank}"
                 raise InconsistentCheckpointError(
                     f"{files[rank].path}: was written by {by}, its name says rank {rank}; files were renamed or swapped"
                 )
-            if group.world and _world(tensor) > group.world:
-                raise InconsistentCheckpointError(f"{files[rank].path}: was written on a {told}, its name says {group.world} ranks")
+            if group.world and tensor.world > group.world:
+                raise InconsistentCheckpointError(
+                    f"{files[rank].path}: was written on a {_ground(tensor)}, its name says {group.world} ranks"
+                )
             if _of_other_runs(spread[first], tensor):
                 raise InconsistentCheckpointError(
-                    f"{files[rank].path}: was written on a {told}, {files[first].path.name} on a {_told(spread[first], first)[1]}: "
+                    f"{files[rank].path}: was written on a {_ground(tensor)}, {files[first].path.name} on a {_ground(spread[first])}: "
                     "a file of another run lies among these; move it away"
                 )
-            world = max(world, _world(tensor))
+            told = max(told, tensor.world)
+    world = group.world or max(told, max(files) + 1)
     lowest = min(files)
     missing = sorted(set(range(world)) - set(files))
     if missing:
@@ -198,32 +201,22 @@ def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dic
             f"{' …' if len(missing) > 8 else ''}: expected such as {_renumbered(files[lowest].path.name, lowest, missing[0])}. "
             "Copy them from the nodes that wrote them"
         )
-    told_by = [tensor for tensors in found.values() for tensor in tensors.values() if not isinstance(tensor, TensorRef)]
-    known = max(map(_world, told_by), default=world)
-    if group.world is None and max(files) >= known:
+    surplus = max(files)
+    if surplus >= (group.world or told or world):
         raise InconsistentCheckpointError(
-            f"{files[max(files)].path}: the other files are of {known} ranks: it was left over from another run; move it away"
+            f"{files[surplus].path}: the other files are of {group.world or told} ranks: it was left over from another run; move it away"
         )
 
 
-def _told(tensor: DTensor | ShardedTensor, rank: int) -> tuple[int | None, str]:
-    """The rank that says it wrote the tensor (None: one outside its mesh), and on what."""
-    if isinstance(tensor, ShardedTensor):
-        return tensor.rank, f"group of {tensor.world} ranks"
-    return tensor.mesh.writer, str(tensor.mesh)
-
-
-def _world(tensor: DTensor | ShardedTensor) -> int:
-    """The least number of ranks that there must have been."""
-    return tensor.world if isinstance(tensor, ShardedTensor) else max(tensor.mesh.ranks) + 1
+def _ground(tensor: DTensor | ShardedTensor) -> str:
+    return str(tensor.mesh) if isinstance(tensor, DTensor) else f"group of {tensor.world} ranks"
 
 
 def _of_other_runs(a: DTensor | ShardedTensor, b: DTensor | ShardedTensor) -> bool:
     """Whether two ranks' parts of a tensor cannot be of one run: their meshes share ranks and yet differ, or are of other shapes."""
     if isinstance(a, DTensor) and isinstance(b, DTensor):
-        one, two = a.mesh, b.mesh
-        return (one.shape, one.ranks) != (two.shape, two.ranks) and (one.shape != two.shape or not set(one.ranks).isdisjoint(two.ranks))
-    return type(a) is not type(b) or _world(a) != _world(b)
+        return a.mesh is not b.mesh and (a.mesh.shape != b.mesh.shape or not set(a.mesh.ranks).isdisjoint(b.mesh.ranks))
+    return type(a) is not type(b) or a.world != b.world
 
 
 def _renumbered(name: str, rank: int, other: int) -> str:
@@ -231,16 +224,16 @@ def _renumbered(name: str, rank: int, other: int) -> str:
     return f"{head}{other}{tail}"
 
 
-def _entries(group: Group, files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> dict[str, TensorEntry]:
+def _entries(files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, list[str]] = {}
     owners: dict[tuple[Any, ...], str] = {}
     for name, tensors in found.items():
         first = next(iter(tensors.values()))
         for rank, tensor in tensors.items():
-            if type(tensor) is not type(first) or _spec(tensor) != _spec(first):
+            if type(tensor) is not type(first) or _key(tensor) != _key(first):
                 raise InconsistentCheckpointError(
-                    f"{files[rank].path}: {shown(name)} is {_spec(tensor)}, in {files[next(iter(tensors))].path.name} {_spec(first)}; "
+                    f"{files[rank].path}: {shown(name)} is {_said(tensor)}, in {files[next(iter(tensors))].path.name} {_said(first)}; "
                     "the files are not of one save"
                 )
         held = _held(name, files, tensors)
@@ -260,8 +253,12 @@ def _entries(group: Group, files: dict[int, TorchFile], found: dict[str, dict[in
     }
 
 
-def _spec(tensor: TensorRef | DTensor | ShardedTensor) -> str:
-    return f"a plain {tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, TensorRef) else tensor.spec
+def _key(tensor: TensorRef | DTensor | ShardedTensor) -> tuple[Any, ...]:
+    return (tensor.dtype, tensor.shape) if isinstance(tensor, TensorRef) else tensor.key
+
+
+def _said(tensor: TensorRef | DTensor | ShardedTensor) -> str:
+    return f"a plain {tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, TensorRef) else str(tensor)
 
 
 def _held(name: str, files: dict[int, TorchFile], tensors: dict[int, Any]) -> list[Held]:
@@ -270,43 +267,45 @@ def _held(name: str, files: dict[int, TorchFile], tensors: dict[int, Any]) -> li
         return _boxes(name, files, tensors)
     if all(isinstance(tensor, TensorRef) for tensor in tensors.values()):
         return [Held(rank, files[rank], None, tensor) for rank, tensor in tensors.items() if tensor.numel]
-    members = {rank: tensor for rank, tensor in tensors.items() if tensor.mesh.coordinate is not None}
-    for rank, tensor in members.items():
-        lost = [other for other in tensor.mesh.ranks if other not in members]
+    members: dict[int, DTensor] = {rank: tensor for rank, tensor in tensors.items() if tensor.coordinate is not None}
+    for mesh in {id(tensor.mesh): tensor.mesh for tensor in members.values()}.values():
+        lost = sorted(set(mesh.ranks) - set(members))
         if lost:
-            raise MissingShardError(
-                f"{files[lost[0]].path}: lacks {shown(name)}, which {files[rank].path.name} says lies on a {tensor.mesh}"
-            )
+            raise MissingShardError(f"{files[lost[0]].path}: lacks {shown(name)}, which the other files say lies on a {mesh}")
+    wrong = None
     for rule in (local_region, region_in_order):
-        regions = {rank: rule(t.shape, t.mesh.shape, t.mesh.coordinate, t.placements) for rank, t in members.items()}
-        if all(region is not None and shape_of(region) == members[rank].local.shape for rank, region in regions.items()):
-            held = [(rank, members[rank], region) for rank, region in regions.items() if region is not None and numel_of(region)]
-            return [Held(rank, files[rank], None if is_whole(region, t.shape) else region, t.local) for rank, t, region in held]
-    rank, tensor = next(
-        (rank, t)
-        for rank, t in members.items()
-        if shape_of(local_region(t.shape, t.mesh.shape, t.mesh.coordinate, t.placements)) != t.local.shape
-    )
-    region = local_region(tensor.shape, tensor.mesh.shape, tensor.mesh.coordinate, tensor.placements)
+        held = []
+        for rank, tensor in members.items():
+            region = rule(tensor.shape, tensor.mesh.shape, tensor.coordinate or (), tensor.placements)
+            if region is None or shape_of(region) != tensor.local.shape:
+                wrong = wrong or (rank, tensor, region)
+                break
+            if numel_of(region):
+                held.append(Held(rank, files[rank], None if is_whole(region, tensor.shape) else region, tensor.local))
+        else:
+            return held
+    assert wrong is not None
+    rank, tensor, region = wrong
     raise InconsistentCheckpointError(
-        f"{files[rank].path}: {shown(name)}, {tensor.spec}, holds a share of {list(tensor.local.shape)} at {list(tensor.mesh.coordinate)} "
-        f"of a {tensor.mesh}; expected {list(shape_of(region))}"
+        f"{files[rank].path}: {shown(name)}, {tensor}, holds a share of {list(tensor.local.shape)} at {list(tensor.coordinate or ())} "
+        f"of a {tensor.mesh}; expected {list(shape_of(region or ()))}"
     )
 
 
 def _boxes(name: str, files: dict[int, TorchFile], tensors: dict[int, ShardedTensor]) -> list[Held]:
+    shape, owners = next((tensor.shape, tensor.owners) for tensor in tensors.values())
     held = [
-        Held(rank, files[rank], None if is_whole(region, tensor.shape) else region, part)
+        (region, Held(rank, files[rank], None if is_whole(region, shape) else region, part))
         for rank, tensor in tensors.items()
         for region, part in tensor.local
         if part.numel
     ]
-    have = {part.region for part in held}
-    for region, rank in next(iter(tensors.values())).owners:
-        if numel_of(region) and (None if is_whole(region, next(iter(tensors.values())).shape) else region) not in have:
-            where = files[rank].path if rank in files else next(iter(files.values())).path.parent
-            raise MissingShardError(f"{where}: lacks the shard of {shown(name)} that the files say rank {rank} holds")
-    return held
+    have = {region for region, _ in held}
+    for region, rank in owners:
+        if numel_of(region) and region not in have:
+            where = files[rank].path if rank in files else files[min(files)].path.parent
+            raise MissingShardError(f"{where}: lacks the shard {show(region)} of {shown(name)} that the files say rank {rank} holds")
+    return [part for _, part in held]
 
 
 def _same_copies(name: str, held: list[Held]) -> None:
