@@ -19,7 +19,9 @@ from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert import dcp_layout
 from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, PlacedTensor, make_dcp_plan
 from dsconv.convert.flushing import Flusher
+from dsconv.convert.merge import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
+from dsconv.convert.sidecars import read_json
 from dsconv.convert.staging import Staging, debris, open_staging, require_space
 from dsconv.convert.ties import tied_pairs
 from dsconv.errors import OutputError
@@ -66,7 +68,7 @@ def to_dcp(
     """Write any checkpoint as a DCP directory, from which plain, FSDP2 and tensor-parallel models of any layout load.
 
     ``prefix`` is the key that the trainer keeps its model under, such as ``model.``. Tied weights are stored once and
-    found under all of their names, also under those that the model's class ties and the source does not hold.
+    found under all of their names, also under those that a safetensors folder left out.
 
     Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being written
     by another run or does not fit the disk. ValueError for a dtype, size or prefix that is none.
@@ -92,10 +94,16 @@ def to_dcp(
 
 
 def _tied_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """{name: the names that the model's class ties to it and the checkpoint lacks}: a safetensors folder keeps one of them."""
+    """{name: further names of it that the checkpoint lacks}: a safetensors folder keeps one name of a tied weight.
+
+    They are those that the model's class ties, and those in the manifest of a merge.
+    """
+    manifest = read_json(checkpoint.path / MANIFEST)
+    noted = manifest.get("ties") if isinstance(manifest, dict) else None
+    pairs = {**tied_pairs(find_config([checkpoint.path, checkpoint.folder])), **(noted if isinstance(noted, dict) else {})}
     names: dict[str, list[str]] = {}
-    for alias, owner in tied_pairs(find_config([checkpoint.path, checkpoint.folder])).items():
-        if owner in checkpoint and alias not in checkpoint:
+    for alias, owner in pairs.items():
+        if isinstance(owner, str) and owner in checkpoint and alias not in checkpoint:
             names.setdefault(checkpoint[owner].name, []).append(alias)
     return names
 

@@ -177,6 +177,17 @@ def test_a_tied_name_that_safetensors_lacks_is_there_too(tmp_path: Path) -> None
     check(loaded(tmp_path / "out", state), state)
 
 
+def test_the_ties_of_a_merge_are_kept(tmp_path: Path) -> None:
+    """Of a model that transformers does not know, its manifest tells them."""
+    made = Trained(gloo.ensure("rankfiles")["verl-fsdp2-w4"])
+    dsconv.merge(made.folder / "global_step_7", tmp_path / "merged", fsync=False)
+    report = dsconv.to_dcp(tmp_path / "merged", tmp_path / "out", fsync=False)
+    assert report.ties == {"head.weight": "embed.weight"}
+    check(loaded(tmp_path / "out", made.truth), made.truth)
+    (tmp_path / "merged" / "dsconv.manifest.json").write_text('{"ties": {"x": 3, "embed.weight": "norm.bias", "y": "nowhere"}}')
+    assert not dsconv.to_dcp(tmp_path / "merged", tmp_path / "again", fsync=False).ties
+
+
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.lists(st.integers(0, 9), max_size=4), st.sampled_from([1, 2, 4, 8]), st.sampled_from([8, 24, 64, 1 << 20]))
 def test_chunks_follow_each_other_and_tile_the_tensor(sizes: list[int], itemsize: int, limit: int) -> None:

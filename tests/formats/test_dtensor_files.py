@@ -234,6 +234,16 @@ def test_files_without_tensors_are_refused(content: object, tmp_path: Path) -> N
     refused(tmp_path, MalformedError, "rank_0.pt")
 
 
+def test_the_model_in_a_training_state(tmp_path: Path) -> None:
+    weight = torch.randn(3)
+    torch.save({"rng": torch.get_rng_state(), "optimizer": {"m": weight}, "state_dict": {"w": weight}}, tmp_path / "rank_0.pt")
+    checkpoint = dsconv.open_checkpoint(tmp_path)
+    assert list(checkpoint) == ["w"]
+    assert same(checkpoint["w"].read(), weight)
+    torch.save({"rng": torch.get_rng_state(), "net": {"w": weight}}, tmp_path / "rank_0.pt")
+    refused(tmp_path, MalformedError, "rank_0.pt", "holds tensors under ['net']")
+
+
 def test_other_files_are_not_taken_for_models(tmp_path: Path) -> None:
     for name in ("optim_world_size_2_rank_0.pt", "extra_state_world_size_2_rank_0.pt", "optimizer_0_rank0.bin", "crank_0.pt", "rank_x.pt",
                  "rng_state_rank_0.pt", "rank_0.json"):  # fmt: skip

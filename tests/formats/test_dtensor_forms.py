@@ -106,13 +106,15 @@ def test_torch_2_10_to_2_11(tmp_path: Path) -> None:
     assert same(dsconv.open_checkpoint(tmp_path)["w"].read(), FULL)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_mesh_cut_out_of_a_larger_one(nested: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form_of", ["2.10", "2.11"])
+def test_a_mesh_cut_out_of_a_larger_one(form_of: str, tmp_path: Path) -> None:
     """Ranks (0, 2) and (1, 3) each hold a whole copy, on the first dimension of a 2 × 2 mesh."""
     for rank in range(4):
         row = rank // 2
-        shape, stride = ((2,), (2,)) if nested else (2, 2)
-        form = torch_2_10(shape, stride, [0, 1, 2, 3], [row], [LAST], _rank=rank)
+        if form_of == "2.10":  # says the mesh's own ranks, and not the writer's
+            form = torch_2_10((2,), (2,), [0, 1, 2, 3], [row], [LAST], _flatten_mesh_list=(rank % 2, rank % 2 + 2))
+        else:
+            form = torch_2_10(2, 2, [0, 1, 2, 3], [row], [LAST], _rank=rank)
         write(tmp_path, rank, form, FULL[:, row : row + 1])
     assert same(dsconv.open_checkpoint(tmp_path)["w"].read(), FULL)
     (tmp_path / "rank_3.pt").unlink()

@@ -244,7 +244,8 @@ def _mesh(where: str, value: Any) -> tuple[tuple[int, ...], tuple[int, ...], tup
 def _from_layout(where: str, state: dict[str, Any], coordinate: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and ranks of a mesh kept as a layout: for each dimension, steps in the list of the ranks of its root mesh.
 
-    A mesh cut out of a larger one begins where the writer's own coordinate puts it (``_MeshLayout.remap_to_tensor``).
+    torch 2.10 wrote the ranks of the mesh itself too. Later, a mesh cut out of a larger one begins where the writer's own
+    coordinate puts it (``_MeshLayout.remap_to_tensor``).
     """
     everyone = _naturals(where, state["_flatten_rank_map"])
     layout = attributes(state["_layout"])
@@ -258,6 +259,8 @@ def _from_layout(where: str, state: dict[str, Any], coordinate: Any) -> tuple[tu
     shape = tuple(len(step) for step in steps)
     if math.prod(shape) > MAX_RANKS:
         raise MalformedError(f"{where}: a device mesh of {math.prod(shape)} ranks")
+    if "_flatten_mesh_list" in state:
+        return shape, _naturals(where, state["_flatten_mesh_list"])
     begin = 0
     if coordinate is not None and len(everyone) != math.prod(shape):
         writer = state.get("_rank")

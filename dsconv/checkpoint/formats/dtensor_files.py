@@ -32,7 +32,7 @@ VERL = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 ACCELERATE = re.compile(r"(pytorch_model_fsdp(?:_\d+)?)_rank(\d+)\.bin")
 PLAIN = re.compile(r"((?:.*[_.-])?)rank[_-]?(\d+)\.(pt|pth|bin)")
 NOT_MODELS = re.compile(r"optim|extra_state|scheduler|rng|random|dataloader|trainer", re.IGNORECASE)
-STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict", "module")
+STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict", "module")  # the first that there is
 MAX_RANK_DIGITS = 7
 
 
@@ -161,13 +161,22 @@ def _step(home: Path) -> int | None:
 
 
 def _state_dict(file: TorchFile) -> dict[str, Any]:
-    """What was saved, or the model in it."""
+    """The model: what was saved, or what lies under the usual key in it, beside an optimizer or random states."""
     root = file.root
-    if isinstance(root, dict) and not any(isinstance(value, (TensorRef, Instance)) for value in root.values()):
-        root = next((root[key] for key in STATE_DICT_KEYS if isinstance(root.get(key), dict)), root)
     if not isinstance(root, dict):
         raise MalformedError(f"{file.path}: holds a {type(root).__name__}; expected a state dict")
-    return {name: value for name, value in root.items() if isinstance(name, str)}
+    nested = [key for key, value in root.items() if isinstance(value, dict) and any(map(_is_tensor, value.values()))]
+    key = next((key for key in STATE_DICT_KEYS if key in nested), None)
+    if key is None and nested:
+        raise MalformedError(
+            f"{file.path}: holds tensors under {shown(nested)}; the model is expected at the top, or under {STATE_DICT_KEYS}"
+        )
+    state = root if key is None else root[key]
+    return {name: value for name, value in state.items() if isinstance(name, str)}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (TensorRef, Instance))
 
 
 def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> None:
