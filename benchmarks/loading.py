@@ -145,9 +145,8 @@ def compare(script: str, folder: Path, sizes: tuple[float, ...], worlds: tuple[i
                     f"  {method:16} {values['seconds']:6.2f} s   worst rank + {values['added_peak_bytes'] / 1e6:6,.0f} MB   "
                     f"read {values['bytes_read'] / nbytes:.2f} × the weights"
                 )
-            click.echo(
-                f"  dsconv: {faster:.1f} times as fast as from_pretrained (goal: at least {goal:g}) and {over:.1f} × the plain read (goal: 2)"
-            )
+            click.echo(f"  dsconv: {faster:.1f} times as fast as from_pretrained (goal: at least {goal:g})")
+            click.echo(f"  {over:.1f} × the plain read (goal: at most 2)")
             click.echo(f"  added peak {medians[DSCONV]['added_peak_bytes'] / allowed:.2f} of model/W + 256 MB (goal: at most 1)")
             results.append({"size": size, "world": world, "bytes": nbytes, "median": medians, "faster": faster, "over_plain_read": over})
     return results

@@ -12,6 +12,7 @@ from dsconv._version import __version__
 
 if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+    from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.merge import MergeReport, merge
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
@@ -28,6 +29,8 @@ _HOMES = {
     "merge": "dsconv.convert.merge",
     "VerifyReport": "dsconv.convert.verify",
     "verify": "dsconv.convert.verify",
+    "DcpReport": "dsconv.convert.dcp_writer",
+    "to_dcp": "dsconv.convert.dcp_writer",
     "DsconvError": "dsconv.errors",
     "LoadReport": "dsconv.loaders.report",
     "load_tp": "dsconv.loaders.tensor_parallel",
@@ -36,6 +39,7 @@ _HOMES = {
 }
 __all__ = [
     "Checkpoint",
+    "DcpReport",
     "DsconvError",
     "LoadReport",
     "MergeReport",
@@ -47,6 +51,7 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "stream_into",
+    "to_dcp",
     "verify",
 ]
 
