@@ -9,7 +9,7 @@ from typing import Any
 from dsconv.checkpoint import unpickler, zipfile_reader
 from dsconv.checkpoint.standins import OpaqueClass, StorageKind, StorageRef, TensorRef, shown
 from dsconv.checkpoint.tensormap import Extent, Piece
-from dsconv.checkpoint.zipfile_reader import Archive
+from dsconv.checkpoint.zipfile_reader import Archive, Span
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsupportedError
 
 MAX_KEY_CHARS = 100  # of a storage's name; torch numbers them
@@ -17,33 +17,42 @@ LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch 2.13 torch/seriali
 
 
 class TorchFile:
-    """An opened ``.pt``: ``root`` is what was saved, ``archive`` its records. No file handle is kept."""
+    """An opened ``.pt``, or one that is a span of a larger file: ``root`` is what was saved, ``archive`` its records.
 
-    def __init__(self, path: Path) -> None:
+    No file handle is kept.
+    """
+
+    def __init__(self, path: Path, span: Span | None = None) -> None:
         self.path = path
+        if span is not None:
+            self._open(span)
+            return
         descriptor = open_for_reading(path)
         try:
-            head = os.pread(descriptor, 16, 0)
-            if LEGACY_MAGIC[:10] in head:
-                raise UnsupportedError(
-                    f"{path}: saved in torch's legacy format, from before torch 1.6 or with "
-                    "_use_new_zipfile_serialization=False; load it and save it again with a current torch"
-                )
             if os.fstat(descriptor).st_size == 0:
                 raise MalformedError(f"{path}: the file is empty")
-            self.archive: Archive = zipfile_reader.open_archive(descriptor, path)
-            data = self._read(descriptor, "data.pkl")
-            if "byteorder" in self.archive.records:
-                order = self._read(descriptor, "byteorder")
-                if order == b"big":
-                    raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
-                if order != b"little":
-                    raise MalformedError(f"{path}: the byte order is {shown(order)}; expected little or big")
+            self._open(Span(descriptor, path))
         finally:
             os.close(descriptor)
+
+    def _open(self, span: Span) -> None:
+        path = self.path
+        if LEGACY_MAGIC[:10] in span.read(min(16, span.nbytes), 0):
+            raise UnsupportedError(
+                f"{path}: saved in torch's legacy format, from before torch 1.6 or with "
+                "_use_new_zipfile_serialization=False; load it and save it again with a current torch"
+            )
+        self.archive: Archive = zipfile_reader.open_archive(span)
+        data = self._read(span, "data.pkl")
+        if "byteorder" in self.archive.records:
+            order = self._read(span, "byteorder")
+            if order == b"big":
+                raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
+            if order != b"little":
+                raise MalformedError(f"{path}: the byte order is {shown(order)}; expected little or big")
         self.root: Any = unpickler.load(data, path, self._persistent)
 
-    def _read(self, descriptor: int, name: str) -> bytes:
+    def _read(self, span: Span, name: str) -> bytes:
         from zlib_ng import zlib_ng
 
         record = self.archive.records.get(name)
@@ -51,7 +60,7 @@ class TorchFile:
             raise MalformedError(f"{self.path}: no record {name!r}: not written by torch.save")
         if record.nbytes > unpickler.MAX_PICKLE_BYTES:
             raise MalformedError(f"{self.path}: {name} has {record.nbytes} bytes; the limit is {unpickler.MAX_PICKLE_BYTES}")
-        data = zipfile_reader.read_at(descriptor, record.nbytes, record.offset_bytes, self.path)
+        data = span.read(record.nbytes, record.offset_bytes - span.offset_bytes)
         if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
             raise MalformedError(f"{self.path}: {name} fails its CRC-32: the file was damaged after it was saved")
         return data

@@ -1,0 +1,160 @@
+"""Directories of torch.distributed.checkpoint (DCP): ``.metadata`` and ``__R_N.distcp``.
+
+That is what FSDP1 (sharded state dicts), FSDP2, HSDP, tensor parallelism and any mesh of these write, through
+``dcp.save``, accelerate and the Trainer (``pytorch_model_fsdp_0/``), torchtitan (``step-N/``) and others. A chunk is a box
+of its tensor, also where FSDP2 and TP cut one dimension (``_StridedShard``): DCP writes the box that a rank's share is, and
+refuses to save one that is no box (torch 2.13 ``default_planner.py`` ``_validate_global_plan``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.dtypes import DType
+from dsconv.checkpoint.formats.dcp_chunks import ChunkFiles, Unpacked, arranged, checksum_of
+from dsconv.checkpoint.formats.dcp_metadata import METADATA, Metadata, Sizes, Stored, TensorMeta, read_metadata
+from dsconv.checkpoint.formats.dcp_names import Names, choose
+from dsconv.checkpoint.standins import shown
+from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
+from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MissingShardError, UnsupportedError
+
+FIRST_RANK_METADATA = "__0.metadata"
+STEP = re.compile(r"(?:step|checkpoint)-(?P<step>\d+)")
+# accelerate 1.15 utils/constants.py FSDP_MODEL_NAME; 0 is the first model that was prepared
+NESTED = re.compile(r"pytorch_model_fsdp_\d+")
+CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def detect(path: Path, tag: str | None) -> bool:
+    """Whether the folder, the ``pytorch_model_fsdp_0`` or the ``step-N`` in it is a DCP directory."""
+    if not path.is_dir():
+        return False
+    if tag is not None:
+        return STEP.fullmatch(tag) is not None and bool(_model_folders(path / tag))
+    return bool(_model_folders(path) or _steps(path))
+
+
+def read(path: Path, tag: str | None) -> Checkpoint:
+    """Raises CheckpointNotFoundError (which step, which model?) and what ``read_metadata``, ``choose`` and chunks raise."""
+    top, warnings = path, []
+    if tag is not None:
+        top = path / tag
+    elif not _model_folders(path):
+        steps = _steps(path)
+        step, top = max(steps.items())
+        unfinished = [n for n, _ in _step_folders(path) if n > step]
+        if unfinished:
+            warnings.append(f"{path} holds step {max(unfinished)} without {METADATA}: its save did not finish; took step {step}")
+    folders = _model_folders(top)
+    if len(folders) > 1:
+        raise CheckpointNotFoundError(f"{top} holds {len(folders)} models: give one of them, such as {folders[0]}")
+    folder = folders[0]
+    near = list(dict.fromkeys([top, folder, *_outer(folder), *_outer(top)]))
+    config_folder = next((f for f in near if any((f / name).is_file() for name in CONFIGS)), None)
+    config = config_folder / "config.json" if config_folder is not None and (config_folder / "config.json").is_file() else None
+    metadata = read_metadata(folder)
+    names = choose(metadata.tensors, metadata.objects, metadata.paths, folder, config)
+    entries, more = _entries(metadata, names, folder)
+    info: dict[str, Any] = {"tag": top.name} if top != path else {}
+    if names.removed:
+        info["removed_prefixes"] = names.removed
+    if names.left_out:
+        info["left_out"] = dict(sorted(names.left_out.items()))
+    return Checkpoint(
+        path,
+        "DCP",
+        entries,
+        folder=path if top != path else config_folder or top,
+        step=_step_of(folder),
+        world={"ranks": metadata.ranks} if metadata.ranks else {},
+        info=info,
+        warnings=(*warnings, *more),
+        sources=(*metadata.files, *(folder / name for name in sorted({s.file for s in _chosen_chunks(metadata, names)}))),
+    )
+
+
+def _is_dcp(folder: Path) -> bool:
+    return (folder / METADATA).is_file() or (folder / FIRST_RANK_METADATA).is_file()
+
+
+def _model_folders(path: Path) -> list[Path]:
+    """The folder itself, or the models that accelerate has put into it."""
+    if _is_dcp(path):
+        return [path]
+    return sorted(p for p in path.iterdir() if NESTED.fullmatch(p.name) and _is_dcp(p)) if path.is_dir() else []
+
+
+def _step_folders(path: Path) -> Iterable[tuple[int, Path]]:
+    return ((int(match["step"]), p) for p in path.iterdir() if (match := STEP.fullmatch(p.name)) and p.is_dir())
+
+
+def _steps(path: Path) -> dict[int, Path]:
+    return {step: folder for step, folder in _step_folders(path) if _model_folders(folder)}
+
+
+def _outer(folder: Path) -> list[Path]:
+    """The folders around one whose name says that it is part of something larger."""
+    return [folder.absolute().parent] if STEP.fullmatch(folder.name) or NESTED.fullmatch(folder.name) else []
+
+
+def _step_of(folder: Path) -> int | None:
+    for part in (folder.absolute(), folder.absolute().parent):
+        if match := STEP.fullmatch(part.name):
+            return int(match["step"])
+    return None
+
+
+def _chosen_chunks(metadata: Metadata, names: Names) -> Iterable[Stored]:
+    return (stored for name in names.chosen for places in metadata.tensors[name].chunks.values() for stored in places)
+
+
+def _entries(metadata: Metadata, names: Names, folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+    missing = sorted({s.file for s in _chosen_chunks(metadata, names) if not (folder / s.file).is_file()})
+    if missing:
+        raise MissingShardError(
+            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first {shown(missing[0], 255)}: copy them too"
+        )
+    unknown = next((name for name in names.chosen if metadata.tensors[name].dtype is None), None)
+    if unknown is not None:
+        meta = metadata.tensors[unknown]
+        raise UnsupportedError(f"{meta.path}: {shown(unknown)} is of dtype {meta.dtype_name}, which dsconv does not read")
+    found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in names.chosen}
+    differing: set[str] = set()
+    todo = [(places, name, chunk) for name in names.chosen for chunk, places in metadata.tensors[name].chunks.items()]
+    todo.sort(key=lambda item: (item[0][0].file, item[0][0].offset_bytes))  # as they lie on disk
+    with ChunkFiles(folder) as files, ChunkFiles(folder) as others:
+        for (first, *copies), name, (offsets, sizes) in todo:
+            dtype = _dtype(metadata.tensors[name])
+            piece = files.piece(name, dtype, sizes, first)
+            found[name].append((offsets, sizes, piece))
+            for copy in copies:
+                if checksum_of(others.piece(name, dtype, sizes, copy)) != checksum_of(piece):
+                    differing.add(name)
+        unpacked = files.unpacked
+    warnings = []
+    if differing:
+        warnings.append(
+            f"{len(differing)} tensors that several ranks stored differ between them, the first {shown(min(differing))}: took the lowest rank's"
+        )
+    if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
+        warnings.append("the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
+    entries: dict[str, TensorEntry] = {}
+    for flat, name in names.chosen.items():
+        if name in entries:
+            raise InconsistentCheckpointError(f"{folder}: two tensors are called {shown(name)}")
+        meta = metadata.tensors[flat]
+        entries[name] = TensorEntry(name, _dtype(meta), meta.shape, partial(_layout, arranged(found[flat], meta.shape), unpacked))
+    return entries, warnings
+
+
+def _dtype(meta: TensorMeta) -> DType:
+    assert meta.dtype is not None
+    return meta.dtype
+
+
+def _layout(pieces: tuple[Piece, ...], unpacked: Unpacked | None) -> tuple[Piece, ...]:
+    return pieces  # and ``unpacked``, the file that they lie in, is there as long as they can be asked for
