@@ -116,7 +116,8 @@ def _entries(metadata: Metadata, names: Names, folder: Path) -> tuple[dict[str, 
     missing = sorted({s.file for s in _chosen_chunks(metadata, names) if not (folder / s.file).is_file()})
     if missing:
         raise MissingShardError(
-            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first {shown(missing[0], 255)}: copy them too"
+            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first {shown(missing[0], 255)}: "
+            "copy the files of all ranks"
         )
     unknown = next((name for name in names.chosen if metadata.tensors[name].dtype is None), None)
     if unknown is not None:
@@ -138,7 +139,8 @@ def _entries(metadata: Metadata, names: Names, folder: Path) -> tuple[dict[str, 
     warnings = []
     if differing:
         warnings.append(
-            f"{len(differing)} tensors that several ranks stored differ between them, the first {shown(min(differing))}: took the lowest rank's"
+            f"{len(differing)} tensors that several ranks stored differ between them, the first {shown(min(differing))}: "
+            "took the lowest rank's"
         )
     if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
         warnings.append("the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")

@@ -134,7 +134,8 @@ class Unpacked:
             raise MalformedError(f"{path}: not a zstd frame, or a damaged one: {error}") from None
         except OSError as error:
             raise OutputError(
-                f"decompressing {path} into {tempfile.gettempdir()} failed: {error.strerror}; set TMPDIR to a folder with room for the tensors"
+                f"decompressing {path} into {tempfile.gettempdir()} failed: {error.strerror}; "
+                "set TMPDIR to a folder with room for all tensors"
             ) from None
         if not stream.eof or position < end or stream.unused_data:
             raise MalformedError(f"{path}: a zstd frame that does not end where the chunk does")

@@ -79,8 +79,8 @@ def metadata_files(folder: Path) -> list[Path]:
     missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
     if missing:
         raise MissingShardError(
-            f"{folder}: {len(found)} ranks wrote their own metadata, up to __{max(found)}.metadata, and __{missing[0]}.metadata is not there: "
-            f"copy the files of all ranks into one folder"
+            f"{folder}: {len(found)} ranks wrote their own metadata, the last __{max(found)}.metadata, and __{missing[0]}.metadata "
+            "is not there: copy the files of all ranks into one folder"
         )
     return [path for _, path in sorted(found.items())]
 
@@ -95,7 +95,8 @@ def read_metadata(folder: Path) -> Metadata:
         for (start, nbytes, name), (following, _, other) in pairwise(items):
             if following < start + nbytes:
                 raise MalformedError(
-                    f"{whole.files[0]}: {shown(name)} and {shown(other)} are stored in the same bytes of {file}, which {following} lies in; refused"
+                    f"{whole.files[0]}: {shown(name)} and {shown(other)} share byte {following} of {shown(file, 255)}: "
+                    "damaged, or not written by torch"
                 )
     return whole
 

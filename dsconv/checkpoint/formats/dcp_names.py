@@ -59,7 +59,8 @@ def choose(tensors: Iterable[str], objects: Iterable[str], paths: Mapping[str, P
         _leave(names, (EXTRA_STATE,) if path[-1].endswith(EXTRA_STATE) else path)
     if not names.chosen:
         raise UnsupportedError(
-            f"{folder}: no tensor of a model; it holds {shown(dict(names.left_out))}. Give the folder that the model's weights were saved to"
+            f"{folder}: no tensor of a model; it holds {shown(dict(names.left_out))}. "
+            "Give the folder that the model's weights were saved to"
         )
     if root:
         names.removed.append(".".join(root) + ".")
