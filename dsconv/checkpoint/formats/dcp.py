@@ -53,7 +53,7 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     if len(folders) > 1:
         raise CheckpointNotFoundError(f"{top} holds {len(folders)} models: give one of them, such as {folders[0]}")
     folder = folders[0]
-    near = list(dict.fromkeys([top, folder, *_outer(folder), *_outer(top)]))
+    near = list(dict.fromkeys([top, folder, *_outer(folder)]))
     config_folder = next((f for f in near if any((f / name).is_file() for name in CONFIGS)), None)
     config = config_folder / "config.json" if config_folder is not None and (config_folder / "config.json").is_file() else None
     metadata = read_metadata(folder)
@@ -97,8 +97,12 @@ def _steps(path: Path) -> dict[int, Path]:
 
 
 def _outer(folder: Path) -> list[Path]:
-    """The folders around one whose name says that it is part of something larger."""
-    return [folder.absolute().parent] if STEP.fullmatch(folder.name) or NESTED.fullmatch(folder.name) else []
+    """The folders around one, as long as a name says that it is part of something larger."""
+    found, inner = [], folder.absolute()
+    while STEP.fullmatch(inner.name) or NESTED.fullmatch(inner.name):
+        inner = inner.parent
+        found.append(inner)
+    return found
 
 
 def _step_of(folder: Path) -> int | None:

@@ -49,14 +49,14 @@ def choose(tensors: Iterable[str], objects: Iterable[str], paths: Mapping[str, P
     for name, path in where.items():
         inner = path[len(root) :]
         if path[: len(root)] != root or not inner or _is_training(path):
-            _leave(names, path)
-        elif inner[-1].endswith(EXTRA_STATE):
-            _leave(names, (EXTRA_STATE,))
+            _leave(names, path, root)
+        elif _is_extra(inner):
+            _leave(names, (EXTRA_STATE,), ())
         else:
             names.chosen[name] = ".".join(inner)
     for name in objects:
         path = paths.get(name, (name,))
-        _leave(names, (EXTRA_STATE,) if path[-1].endswith(EXTRA_STATE) else path)
+        _leave(names, *(((EXTRA_STATE,), ()) if _is_extra(path) else (path, root)))
     if not names.chosen:
         raise UnsupportedError(
             f"{folder}: no tensor of a model; it holds {shown(dict(names.left_out))}. "
@@ -69,8 +69,18 @@ def choose(tensors: Iterable[str], objects: Iterable[str], paths: Mapping[str, P
     return names
 
 
-def _leave(names: Names, path: Parts) -> None:
-    names.left_out[path[0]] = names.left_out.get(path[0], 0) + 1
+def _leave(names: Names, path: Parts, root: Parts) -> None:
+    """Count an item under the dictionary, beside the model's, that holds it."""
+    shared = 0
+    while shared < min(len(root), len(path) - 1) and path[shared] == root[shared]:
+        shared += 1
+    holder = ".".join(path[: shared + 1])
+    names.left_out[holder] = names.left_out.get(holder, 0) + 1
+
+
+def _is_extra(path: Parts) -> bool:
+    """Whether it is, or lies in, what a module keeps beside its parameters (fp8 scales and the like, as a tensor or a dict)."""
+    return any(part.endswith(EXTRA_STATE) for part in path)
 
 
 def _is_training(path: Parts) -> bool:
