@@ -13,17 +13,23 @@ from dsconv.checkpoint.zipfile_reader import Archive, Span
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsupportedError
 
 MAX_KEY_CHARS = 100  # of a storage's name; torch numbers them
+MAX_KNOWN = 4096  # pickles of a few hundred bytes each
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch 2.13 torch/serialization.py MAGIC_NUMBER, pickled
+
+KnownPickles = dict[bytes, tuple[TensorRef, dict[str, int]]]
 
 
 class TorchFile:
     """An opened ``.pt``, or one that is a span of a larger file: ``root`` is what was saved, ``archive`` its records.
 
-    No file handle is kept.
+    No file handle is kept. ``known`` is shared by files of which many hold the same few bytes of pickle: what one of them
+    meant is kept there, and only its storages are looked up again.
     """
 
-    def __init__(self, path: Path, span: Span | None = None) -> None:
+    def __init__(self, path: Path, span: Span | None = None, known: KnownPickles | None = None) -> None:
         self.path = path
+        self._known = known
+        self._storages: dict[str, int] = {}  # key → bytes
         if span is not None:
             self._open(span)
             return
@@ -50,7 +56,20 @@ class TorchFile:
                 raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
             if order != b"little":
                 raise MalformedError(f"{path}: the byte order is {shown(order)}; expected little or big")
-        self.root: Any = unpickler.load(data, path, self._persistent)
+        self.root: Any = self._unpickled(data)
+
+    def _unpickled(self, data: bytes) -> Any:
+        if self._known is None:
+            return unpickler.load(data, self.path, self._persistent)
+        if data in self._known:
+            root, self._storages = self._known[data]
+            for key, nbytes in self._storages.items():
+                self._check_storage(key, nbytes)
+            return root
+        root = unpickler.load(data, self.path, self._persistent)
+        if isinstance(root, TensorRef) and len(self._known) < MAX_KNOWN:
+            self._known[data] = root, self._storages
+        return root
 
     def _read(self, span: Span, name: str) -> bytes:
         from zlib_ng import zlib_ng
@@ -77,12 +96,16 @@ class TorchFile:
         if not isinstance(kind, StorageKind):
             raise ValueError("a storage id without a storage class")
         itemsize = kind.dtype.itemsize if kind.dtype else 1
+        self._check_storage(key, numel * itemsize)
+        return StorageRef(key, kind.dtype, numel)
+
+    def _check_storage(self, key: str, nbytes: int) -> None:
         record = self.archive.records.get(f"data/{key}")
         if record is None:
             raise MalformedError(f"{self.path}: storage {key!r} is named and has no record in the file")
-        if numel * itemsize != record.nbytes:
-            raise MalformedError(f"{self.path}: storage {key!r} should have {numel * itemsize} bytes, its record has {record.nbytes}")
-        return StorageRef(key, kind.dtype, numel)
+        if nbytes != record.nbytes:
+            raise MalformedError(f"{self.path}: storage {key!r} should have {nbytes} bytes, its record has {record.nbytes}")
+        self._storages[key] = nbytes
 
     def extent(self, tensor: TensorRef, start: int, numel: int) -> Extent:
         """The bytes of ``numel`` elements of a contiguous tensor from its element ``start``."""

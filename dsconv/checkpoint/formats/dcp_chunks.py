@@ -21,7 +21,7 @@ from dsconv.checkpoint.formats.dcp_metadata import Sizes, Stored
 from dsconv.checkpoint.regions import box, is_whole
 from dsconv.checkpoint.standins import TensorRef, shown
 from dsconv.checkpoint.tensormap import Extent, Piece
-from dsconv.checkpoint.torch_file import TorchFile, open_for_reading
+from dsconv.checkpoint.torch_file import KnownPickles, TorchFile, open_for_reading
 from dsconv.checkpoint.zipfile_reader import Span
 from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, OutputError, UnsupportedError
 
@@ -37,6 +37,7 @@ class ChunkFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.unpacked: Unpacked | None = None
+        self._known: KnownPickles = {}  # chunks of one shape have one pickle
         self._path = Path()
         self._descriptor = -1
         self._size = 0
@@ -76,7 +77,7 @@ class ChunkFiles:
                 span = self.unpacked.add(self._descriptor, path, stored, limit)
             else:
                 span = Span(self._descriptor, path, stored.offset_bytes, stored.nbytes)
-            file = TorchFile(path, span)
+            file = TorchFile(path, span, self._known)
             tensor = file.root
             if not isinstance(tensor, TensorRef):
                 raise UnsupportedError(f"{path}: expected a plain tensor, found {shown(tensor)}, which dsconv does not read")
