@@ -37,6 +37,7 @@ from dsconv.errors import (
     UnsafeError,
     UnsupportedError,
 )
+from tests.cli.running import dsconv as command
 from tests.fixtures.dcp import CASES, STEP
 from tests.fixtures.gloo import ensure
 from tests.trained import Trained, load_safetensors, same
@@ -88,6 +89,26 @@ def test_what_is_left_out_is_told(name: str, left_out: dict[str, int] | None, re
     else:
         assert found == left_out
     assert info.get("removed_prefixes") == removed
+
+
+def test_inspect_and_merge_from_the_command_line(tmp_path: Path) -> None:
+    shown = command("inspect", ckpt("hsdp-w4"))
+    assert "left out          30 app.optim" in shown.out
+    assert "removed prefixes  app.model." in shown.out
+    assert command("inspect", ckpt("titan-w3"), "--tag", "step-2", "--json").json["info"]["left_out"]["train_state"] == 2
+    assert command("merge", ckpt("titan-w3"), tmp_path / "out", "--tag", "step-2", "--quiet").code == 0
+    refused = command("merge", ckpt("titan-w3"), tmp_path / "other", "--tag", "step-3")
+    assert refused.code == 3
+    assert "no checkpoint of tag 'step-3'; choose one with --tag: step-2, step-10" in " ".join(refused.err.split())
+
+
+def test_weights_of_the_folder_itself_come_before_checkpoints_in_it(tmp_path: Path) -> None:
+    """The Trainer's output folder after a last save_model: the model, and beside it the checkpoints."""
+    folder = Path(shutil.copytree(ckpt("trainer-w2"), tmp_path / "run"))
+    assert dsconv.open_checkpoint(folder).info["tag"] == "checkpoint-1"
+    dsconv.merge(folder, tmp_path / "out", fsync=False)
+    shutil.copyfile(tmp_path / "out" / "model.safetensors", folder / "model.safetensors")
+    assert dsconv.open_checkpoint(folder).format == "safetensors"
 
 
 def test_the_latest_whole_step_is_taken_and_any_by_tag(tmp_path: Path) -> None:

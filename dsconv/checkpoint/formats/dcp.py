@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.dtypes import DType
+from dsconv.checkpoint.formats import safetensors_folder
 from dsconv.checkpoint.formats.dcp_chunks import ChunkFiles, Unpacked, arranged, checksum_of
 from dsconv.checkpoint.formats.dcp_metadata import METADATA, Metadata, Sizes, Stored, TensorMeta, read_metadata
 from dsconv.checkpoint.formats.dcp_names import Names, choose
@@ -30,12 +31,12 @@ CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "token
 
 
 def detect(path: Path, tag: str | None) -> bool:
-    """Whether the folder, the ``pytorch_model_fsdp_0`` or the ``step-N`` in it is a DCP directory."""
+    """Whether the folder is a DCP directory, or holds ``pytorch_model_fsdp_0`` or ``step-N`` and no weights of its own."""
     if not path.is_dir():
         return False
     if tag is not None:
-        return STEP.fullmatch(tag) is not None and bool(_model_folders(path / tag))
-    return bool(_model_folders(path) or _steps(path))
+        return STEP.fullmatch(tag) is not None and bool(_steps(path))
+    return _is_dcp(path) or (not safetensors_folder.detect(path) and bool(_model_folders(path) or _steps(path)))
 
 
 def read(path: Path, tag: str | None) -> Checkpoint:
@@ -43,9 +44,11 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     top, warnings = path, []
     if tag is not None:
         top = path / tag
+        if not _model_folders(top):
+            steps = ", ".join(folder.name for _, folder in sorted(_steps(path).items()))
+            raise CheckpointNotFoundError(f"{path}: no checkpoint of tag {tag!r}; choose one with --tag: {steps}")
     elif not _model_folders(path):
-        steps = _steps(path)
-        step, top = max(steps.items())
+        step, top = max(_steps(path).items())
         unfinished = [n for n, _ in _step_folders(path) if n > step]
         if unfinished:
             warnings.append(f"{path} holds step {max(unfinished)} without {METADATA}: its save did not finish; took step {step}")
