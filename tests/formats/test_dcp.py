@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -141,6 +142,20 @@ def test_transformers_loads_what_accelerate_saved(path: str, tmp_path: Path) -> 
     assert not info["unexpected_keys"]
     state = model.state_dict()
     assert all(same(state[name], tensor) for name, tensor in made("accelerate-w3").truth.items())
+
+
+def test_tied_weights_load_though_they_are_written_twice(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = dsconv.open_checkpoint(ckpt("tied-w3"))
+    assert checkpoint.info == {"removed_prefixes": ["state.model.", "module."]}
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(checkpoint)
+    dsconv.merge(checkpoint, tmp_path / "out", fsync=False)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(same(model.state_dict()[name], tensor) for name, tensor in made("tied-w3").truth.items())
 
 
 def test_a_folder_of_optimizer_state_holds_no_model() -> None:
@@ -370,6 +385,32 @@ def test_each_rank_s_metadata_is_needed(broken: Callable[[str], Path]) -> None:
     (folder / "__1.metadata").unlink()
     with pytest.raises(MissingShardError, match=f"^{folder}: 2 ranks wrote their own metadata, .* __1.metadata is not there"):
         dsconv.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_random_damage_is_an_error_or_harmless(file: str, broken: Callable[[str], Path]) -> None:
+    """Flipped, cut and doubled bytes: each opens or raises DsconvError, nothing else, and soon."""
+    folder = broken("fsdp2-w1")
+    whole = (folder / file).read_bytes()
+    random = Random(3)
+    refused = []
+    for _ in range(400):
+        data = bytearray(whole)
+        at = random.randrange(len(data))
+        kind = random.randrange(3)
+        if kind == 0:
+            data[at] = random.randrange(256)
+        elif kind == 1:
+            del data[at : at + random.randrange(1, 40)]
+        else:
+            data[at:at] = data[at : at + random.randrange(1, 40)]
+        (folder / file).write_bytes(bytes(data))
+        try:
+            dsconv.open_checkpoint(folder)
+        except DsconvError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert max(map(len, refused)) < 900
 
 
 # zstd -----------------------------------------------------------------------------------------------------------------
