@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import safetensors_folder
-from dsconv.checkpoint.formats.dcp_chunks import ChunkFiles, Unpacked, arranged, checksum_of
-from dsconv.checkpoint.formats.dcp_metadata import METADATA, Metadata, Sizes, Stored, TensorMeta, read_metadata
-from dsconv.checkpoint.formats.dcp_names import Names, choose
-from dsconv.checkpoint.standins import shown
-from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
-from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MissingShardError, UnsupportedError
+from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.errors import CheckpointNotFoundError
 
+METADATA = ".metadata"
 FIRST_RANK_METADATA = "__0.metadata"
 STEP = re.compile(r"(?:step|checkpoint)-(?P<step>\d+)")
 # accelerate 1.15 utils/constants.py FSDP_MODEL_NAME; 0 is the first model that was prepared
@@ -41,6 +36,10 @@ def detect(path: Path, tag: str | None) -> bool:
 
 def read(path: Path, tag: str | None) -> Checkpoint:
     """Raises CheckpointNotFoundError (which step, which model?) and what ``read_metadata``, ``choose`` and chunks raise."""
+    from dsconv.checkpoint.formats.dcp_chunks import entries_of, files_of
+    from dsconv.checkpoint.formats.dcp_metadata import read_metadata
+    from dsconv.checkpoint.formats.dcp_names import choose
+
     top, warnings = path, []
     if tag is not None:
         top = path / tag
@@ -61,7 +60,7 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     config = config_folder / "config.json" if config_folder is not None and (config_folder / "config.json").is_file() else None
     metadata = read_metadata(folder)
     names = choose(metadata.tensors, metadata.objects, metadata.paths, folder, config)
-    entries, more = _entries(metadata, names, folder)
+    entries, more = entries_of(metadata, names.chosen, folder)
     info: dict[str, Any] = {"tag": top.name} if top != path else {}
     if names.removed:
         info["removed_prefixes"] = names.removed
@@ -76,7 +75,7 @@ def read(path: Path, tag: str | None) -> Checkpoint:
         world={"ranks": metadata.ranks} if metadata.ranks else {},
         info=info,
         warnings=(*warnings, *more),
-        sources=(*metadata.files, *(folder / name for name in sorted({s.file for s in _chosen_chunks(metadata, names)}))),
+        sources=(*metadata.files, *(folder / name for name in files_of(metadata, names.chosen))),
     )
 
 
@@ -113,57 +112,3 @@ def _step_of(folder: Path) -> int | None:
         if match := STEP.fullmatch(part.name):
             return int(match["step"])
     return None
-
-
-def _chosen_chunks(metadata: Metadata, names: Names) -> Iterable[Stored]:
-    return (stored for name in names.chosen for places in metadata.tensors[name].chunks.values() for stored in places)
-
-
-def _entries(metadata: Metadata, names: Names, folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
-    missing = sorted({s.file for s in _chosen_chunks(metadata, names) if not (folder / s.file).is_file()})
-    if missing:
-        raise MissingShardError(
-            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first {shown(missing[0], 255)}: "
-            "copy the files of all ranks"
-        )
-    unknown = next((name for name in names.chosen if metadata.tensors[name].dtype is None), None)
-    if unknown is not None:
-        meta = metadata.tensors[unknown]
-        raise UnsupportedError(f"{meta.path}: {shown(unknown)} is of dtype {meta.dtype_name}, which dsconv does not read")
-    found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in names.chosen}
-    differing: set[str] = set()
-    todo = [(places, name, chunk) for name in names.chosen for chunk, places in metadata.tensors[name].chunks.items()]
-    todo.sort(key=lambda item: (item[0][0].file, item[0][0].offset_bytes))  # as they lie on disk
-    with ChunkFiles(folder) as files, ChunkFiles(folder) as others:
-        for (first, *copies), name, (offsets, sizes) in todo:
-            dtype = _dtype(metadata.tensors[name])
-            piece = files.piece(name, dtype, sizes, first)
-            found[name].append((offsets, sizes, piece))
-            for copy in copies:
-                if checksum_of(others.piece(name, dtype, sizes, copy)) != checksum_of(piece):
-                    differing.add(name)
-        unpacked = files.unpacked
-    warnings = []
-    if differing:
-        warnings.append(
-            f"{len(differing)} tensors that several ranks stored differ between them, the first {shown(min(differing))}: "
-            "took the lowest rank's"
-        )
-    if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
-        warnings.append("the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
-    entries: dict[str, TensorEntry] = {}
-    for flat, name in names.chosen.items():
-        if name in entries:
-            raise InconsistentCheckpointError(f"{folder}: two tensors are called {shown(name)}")
-        meta = metadata.tensors[flat]
-        entries[name] = TensorEntry(name, _dtype(meta), meta.shape, partial(_layout, arranged(found[flat], meta.shape), unpacked))
-    return entries, warnings
-
-
-def _dtype(meta: TensorMeta) -> DType:
-    assert meta.dtype is not None
-    return meta.dtype
-
-
-def _layout(pieces: tuple[Piece, ...], unpacked: Unpacked | None) -> tuple[Piece, ...]:
-    return pieces  # and ``unpacked``, the file that they lie in, is there as long as they can be asked for

@@ -11,19 +11,20 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.dtypes import DType
-from dsconv.checkpoint.formats.dcp_metadata import Sizes, Stored
+from dsconv.checkpoint.formats.dcp_metadata import Metadata, Sizes, Stored, TensorMeta
 from dsconv.checkpoint.regions import box, is_whole
 from dsconv.checkpoint.standins import TensorRef, shown
-from dsconv.checkpoint.tensormap import Extent, Piece
+from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import KnownPickles, TorchFile, open_for_reading
 from dsconv.checkpoint.zipfile_reader import Span
-from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, OutputError, UnsupportedError
+from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, MissingShardError, OutputError, UnsupportedError
 
 ZSTD = "stream.zstd"
 ZSTD_VERSION = "1"
@@ -192,3 +193,62 @@ def _flat_start(offsets: Sizes, shape: Sizes) -> int:
 def checksum_of(piece: Piece) -> Any:
     """What two copies of a chunk must share."""
     return piece.extent.record.crc32, piece.extent.nbytes
+
+
+def files_of(metadata: Metadata, chosen: Mapping[str, str]) -> list[str]:
+    """The files in which the chunks of the chosen tensors are stored."""
+    return sorted({s.file for name in chosen for places in metadata.tensors[name].chunks.values() for s in places})
+
+
+def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+    """The entries of the tensors in ``chosen`` (flat name → name), all of their chunks opened, and warnings.
+
+    Raises MissingShardError where a file is not there, UnsupportedError for a dtype that is not known, and what chunks raise.
+    """
+    missing = [file for file in files_of(metadata, chosen) if not (folder / file).is_file()]
+    if missing:
+        raise MissingShardError(
+            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first {shown(missing[0], 255)}: "
+            "copy the files of all ranks"
+        )
+    unknown = next((name for name in chosen if metadata.tensors[name].dtype is None), None)
+    if unknown is not None:
+        meta = metadata.tensors[unknown]
+        raise UnsupportedError(f"{meta.path}: {shown(unknown)} is of dtype {meta.dtype_name}, which dsconv does not read")
+    found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in chosen}
+    differing: set[str] = set()
+    todo = [(places, name, chunk) for name in chosen for chunk, places in metadata.tensors[name].chunks.items()]
+    todo.sort(key=lambda item: (item[0][0].file, item[0][0].offset_bytes))  # as they lie on disk
+    with ChunkFiles(folder) as files, ChunkFiles(folder) as others:
+        for (first, *copies), name, (offsets, sizes) in todo:
+            dtype = _dtype(metadata.tensors[name])
+            piece = files.piece(name, dtype, sizes, first)
+            found[name].append((offsets, sizes, piece))
+            for copy in copies:
+                if checksum_of(others.piece(name, dtype, sizes, copy)) != checksum_of(piece):
+                    differing.add(name)
+        unpacked = files.unpacked
+    warnings = []
+    if differing:
+        warnings.append(
+            f"{len(differing)} tensors that several ranks stored differ between them, the first {shown(min(differing))}: "
+            "took the lowest rank's"
+        )
+    if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
+        warnings.append("the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
+    entries: dict[str, TensorEntry] = {}
+    for flat, name in chosen.items():
+        if name in entries:
+            raise InconsistentCheckpointError(f"{folder}: two tensors are called {shown(name)}")
+        meta = metadata.tensors[flat]
+        entries[name] = TensorEntry(name, _dtype(meta), meta.shape, partial(_layout, arranged(found[flat], meta.shape), unpacked))
+    return entries, warnings
+
+
+def _dtype(meta: TensorMeta) -> DType:
+    assert meta.dtype is not None
+    return meta.dtype
+
+
+def _layout(pieces: tuple[Piece, ...], unpacked: Unpacked | None) -> tuple[Piece, ...]:
+    return pieces  # and ``unpacked``, the file that they lie in, is there as long as they can be asked for

@@ -16,9 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.config_sizes import too_small
-from dsconv.checkpoint.formats.dcp_chunks import arranged
-from dsconv.checkpoint.formats.dcp_metadata import Sizes
 from dsconv.checkpoint.formats.safetensors_folder import INDEX, parse_object, read_file_and_metadata
 from dsconv.checkpoint.standins import MAX_NUMEL, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
@@ -27,6 +24,7 @@ from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingSh
 SHARD = re.compile(r"shard-(?P<rank>\d{5,})-model-(?P<part>\d{5,})-of-(?P<parts>\d{5,})\.safetensors")
 SHARDED = "sharded"  # torch 2.13 _hf_utils.py SHARDED_DIR_NAME
 INFO = "DCP_SHARDING_INFO"
+Sizes = tuple[int, ...]
 MAX_INDEX_BYTES = 100_000_000
 
 
@@ -36,6 +34,8 @@ def detect(path: Path, tag: str | None) -> bool:
 
 def read(path: Path, tag: str | None) -> Checkpoint:
     """Raises MalformedError, InconsistentCheckpointError (shards of two saves), MissingShardError."""
+    from dsconv.checkpoint.formats.dcp_chunks import arranged
+
     folder = path if _shards(path) else path / SHARDED
     files = _shards(folder)
     chunks: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {}
@@ -118,6 +118,8 @@ def _numbering(folder: Path, files: list[Path]) -> list[str]:
 
 
 def _ends(folder: Path, shapes: dict[str, Sizes], config_folder: Path | None) -> list[str]:
+    from dsconv.checkpoint.formats.config_sizes import too_small
+
     compared = 0
     if config_folder is not None:
         compared, problem = too_small(config_folder / "config.json", shapes)

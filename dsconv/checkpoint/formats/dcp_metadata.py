@@ -20,12 +20,12 @@ from typing import Any
 
 from dsconv.checkpoint import unpickler
 from dsconv.checkpoint.dtypes import DType
+from dsconv.checkpoint.formats.dcp import METADATA
 from dsconv.checkpoint.standins import MAX_NUMEL, Instance, shown
 from dsconv.checkpoint.torch_file import open_for_reading
 from dsconv.checkpoint.zipfile_reader import read_at
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsafeError
 
-METADATA = ".metadata"
 RANK_METADATA = re.compile(r"__(?P<rank>\d+)\.metadata")
 RANK_FILE = re.compile(r"__(?P<rank>\d+)_\d+\.distcp")
 PACKAGE = "torch.distributed.checkpoint"
