@@ -387,6 +387,7 @@ for _module, _names in {
     "numpy.core.numeric": ("_frombuffer",),
     "numpy._core.numeric": ("_frombuffer",),
     "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "torch.distributed.checkpoint.metadata": ("_MEM_FORMAT_ENCODING",),
     "torch.distributed._shard.sharded_tensor.metadata": ("MEM_FORMAT_ENCODING",),
 }.items():
     for _name in _names:
@@ -394,6 +395,10 @@ for _module, _names in {
 
 # Classes of which a format reads the attributes; their objects become ``Instance``.
 KEPT: set[tuple[str, str]] = set(distributed_names.CLASSES)
+for _name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"):
+    KEPT.add(("torch.distributed.checkpoint.metadata", _name))
+KEPT.add(("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"))  # torch before 2.3
+KEPT.add(("torch.distributed.checkpoint.filesystem", "_StorageInfo"))
 
 # These only ever make an object without running its __init__, from the class that is their argument.
 OBJECT_MAKERS = {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__"), ("copy_reg", "__newobj__")}
