@@ -35,7 +35,7 @@ def measure(command: Sequence[str], env: dict[str, str] | None = None) -> Run:
     )
     peak = 0
     while process.poll() is None:
-        peak = max(peak, sum(_anonymous(pid) for pid in _tree(process.pid)))
+        peak = max(peak, sum(anonymous_bytes(pid) for pid in _tree(process.pid)))
         time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - began
     assert process.stdout is not None
@@ -53,7 +53,8 @@ def _tree(pid: int) -> list[int]:
     return pids
 
 
-def _anonymous(pid: int) -> int:
+def anonymous_bytes(pid: int) -> int:
+    """The anonymous memory of a process now; 0 when it has ended."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):

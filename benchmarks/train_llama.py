@@ -7,8 +7,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-LAYERS = {0.1: (8, 768), 0.4: (20, 1152), 1.0: (23, 1792), 2.0: (26, 2432)}  # nominal size in 10⁹ parameters → layers, width
+LAYERS = {
+    0: (1, 64),
+    0.1: (8, 768),
+    0.4: (20, 1152),
+    0.8: (22, 1664),
+    1.0: (23, 1792),
+    2.0: (26, 2432),
+}  # nominal size in 10⁹ parameters → layers, width
 
 
 def checkpoint(folder: Path, size: float, stage: int = 3, world: int = 2, dtype: str = "bf16") -> Path:
@@ -36,22 +44,29 @@ def checkpoint(folder: Path, size: float, stage: int = 3, world: int = 2, dtype:
     return target
 
 
+def llama_config(size: float) -> Any:
+    """The configuration of a Llama of about ``size`` × 10⁹ parameters; ``size`` is a key of LAYERS."""
+    from transformers import LlamaConfig
+
+    layers, width = LAYERS[size]
+    return LlamaConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=width * 8 // 3 // 32 * 32, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=128, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
 def train(target: Path, size: float, stage: int, dtype: str) -> None:
     import deepspeed
     import torch
     import torch._dynamo  # before zero.Init patches what it looks at
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for every collective; the other would be compiled
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank = torch.distributed.get_rank()
-    layers, width = LAYERS[size]
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=width * 8 // 3 // 32 * 32, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=128, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = llama_config(size)
     # Sub-groups, stepped one after another, keep the fp32 gradients of 10⁹ parameters within 24 GB of memory.
     zero = {"stage": stage, "overlap_comm": False, "sub_group_size": 50_000_000}
     settings = {

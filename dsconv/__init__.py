@@ -12,9 +12,14 @@ from dsconv._version import __version__
 
 if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+    from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.merge import MergeReport, merge
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
+    from dsconv.loaders.report import LoadReport
+    from dsconv.loaders.stream import stream_into
+    from dsconv.loaders.tensor_parallel import load_tp
+    from dsconv.loaders.zero3 import load_zero3
 
 _HOMES = {
     "Checkpoint": "dsconv.checkpoint",
@@ -24,9 +29,31 @@ _HOMES = {
     "merge": "dsconv.convert.merge",
     "VerifyReport": "dsconv.convert.verify",
     "verify": "dsconv.convert.verify",
+    "DcpReport": "dsconv.convert.dcp_writer",
+    "to_dcp": "dsconv.convert.dcp_writer",
     "DsconvError": "dsconv.errors",
+    "LoadReport": "dsconv.loaders.report",
+    "load_tp": "dsconv.loaders.tensor_parallel",
+    "load_zero3": "dsconv.loaders.zero3",
+    "stream_into": "dsconv.loaders.stream",
 }
-__all__ = ["Checkpoint", "DsconvError", "MergeReport", "TensorEntry", "VerifyReport", "__version__", "merge", "open_checkpoint", "verify"]
+__all__ = [
+    "Checkpoint",
+    "DcpReport",
+    "DsconvError",
+    "LoadReport",
+    "MergeReport",
+    "TensorEntry",
+    "VerifyReport",
+    "__version__",
+    "load_tp",
+    "load_zero3",
+    "merge",
+    "open_checkpoint",
+    "stream_into",
+    "to_dcp",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

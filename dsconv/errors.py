@@ -60,3 +60,7 @@ class MismatchError(DsconvError):
     """Two checkpoints that were to be equal are not."""
 
     exit_code = EXIT_MISMATCH
+
+
+class RankFailedError(DsconvError, RuntimeError):
+    """Another rank of a distributed load failed; the message is its own."""

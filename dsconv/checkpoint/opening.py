@@ -11,13 +11,14 @@ from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
 
 # Modules of ``formats``, in the order in which they are asked. Each has ``detect(path, tag)``, which looks at names only,
 # and ``read(path, tag)``, which yields the map; one is imported when it is asked.
-FORMATS = ("deepspeed", "safetensors_folder")
+FORMATS = ("dcp", "dcp_hf", "deepspeed", "safetensors_folder", "dtensor_files")
 
 
 def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
     """Open a checkpoint for reading, its metadata only, and prove that its pieces tile every tensor exactly once.
 
-    ``path`` is a DeepSpeed save dir, tag dir or Trainer ``checkpoint-N``, or a safetensors file or folder.
+    ``path`` is a DeepSpeed save dir, tag dir or Trainer ``checkpoint-N``, a torch.distributed.checkpoint directory or one
+    that holds it, a safetensors file or folder, or a folder of one torch.save a rank (verl, accelerate, FSDP).
 
     Raises CheckpointNotFoundError, MissingShardError, MalformedError, InconsistentCheckpointError, UnsupportedError or
     UnsafeError, all of them DsconvError.
@@ -44,5 +45,7 @@ def _open(root: Path, tag: str | None) -> Checkpoint:
             return checkpoint
     what = "a file that is not safetensors" if root.is_file() else "a folder that holds none"
     raise CheckpointNotFoundError(
-        f"{root}: {what}: expected a DeepSpeed checkpoint (a folder with 'latest', global_stepN/ or *_states.pt) or safetensors"
+        f"{root}: {what}: expected a DeepSpeed checkpoint (a folder with 'latest', global_stepN/ or *_states.pt), "
+        "a torch.distributed.checkpoint directory (.metadata and *.distcp), safetensors, or one file a rank "
+        "(such as model_world_size_N_rank_R.pt)"
     )

@@ -19,6 +19,7 @@ from dsconv.errors import InconsistentCheckpointError
 Interval = tuple[int, int]
 Region = tuple[tuple[Interval, ...], ...]
 
+UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # numpy's types to move elements of so many bytes
 MAX_SLABS = 4_000_000  # of a proof; a real mesh of 1,000 × 1,000 ranks needs two million
 
 
@@ -43,6 +44,15 @@ def numel_of(region: Region) -> int:
 
 def is_whole(region: Region, shape: Sequence[int]) -> bool:
     return all(intervals == ((0, size),) for intervals, size in zip(region, shape, strict=True))
+
+
+def intersect(a: Region, b: Region) -> Region:
+    """What two regions of one tensor have in common; a dimension without any index is ()."""
+    common = []
+    for ours, theirs in zip(a, b, strict=True):
+        overlaps = ((max(i[0], j[0]), min(i[1], j[1])) for i in ours for j in theirs)
+        common.append(tuple((low, high) for low, high in overlaps if low < high))
+    return tuple(common)
 
 
 def check_inside(region: Region, shape: Sequence[int], where: str) -> None:
@@ -149,7 +159,7 @@ def scatter(
 
     run, outer = runs(region, shape)
     counts = [len(steps) for steps in outer]
-    out, values = np.frombuffer(block, dtype=_UNITS[itemsize]), np.frombuffer(data, dtype=_UNITS[itemsize])
+    out, values = np.frombuffer(block, dtype=UNITS[itemsize]), np.frombuffer(data, dtype=UNITS[itemsize])
     low, high = first // run, (first + len(values) - 1) // run
     indices = np.unravel_index(np.arange(low, high + 1), counts) if counts else (np.zeros(1, dtype=np.int64),)
     places = np.zeros(high - low + 1, dtype=np.int64) - block_start
@@ -166,13 +176,11 @@ def scatter(
         out[places[-1] : places[-1] + tail] = values[len(values) - tail :]
         places = places[:-1]
     if len(places):
-        _put_runs(out, places, values[done : len(values) - tail].reshape(len(places), run))
+        put_runs(out, places, values[done : len(values) - tail].reshape(len(places), run))
 
 
-_UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
-
-
-def _put_runs(out: Any, places: Any, rows: Any) -> None:
+def put_runs(out: Any, places: Any, rows: Any) -> None:
+    """``out[places[i] : places[i] + len(rows[i])] = rows[i]`` for all i; ``places`` ascend."""
     import numpy as np
 
     step = int(places[1] - places[0]) if len(places) > 1 else 0

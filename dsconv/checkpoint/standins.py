@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from dsconv.checkpoint import dtypes
+from dsconv.checkpoint import distributed_names, dtypes
 from dsconv.checkpoint.dtypes import DType
 
 MAX_DIMENSIONS = 64  # of a tensor, as in numpy; the product of a longer shape takes quadratic time
@@ -122,6 +122,10 @@ class BadArguments(Exception):
 
 class NoStandIn(Exception):
     """A sound file holds a tensor of a kind that dsconv has no stand-in for."""
+
+
+class Refused(Exception):
+    """A call of a listed function with arguments that no checkpoint has use for."""
 
 
 class Work:
@@ -264,12 +268,25 @@ def _parameter(work: Work, data: Any, *rest: Any) -> Any:
 
 
 def _from_type(work: Work, function: Any, kind: Any, args: Any, state: Any = None) -> Any:
-    # Not by this function again: a file could nest that as deep as it likes.
-    _need(callable(function) and function is not _from_type, "a tensor subclass rebuilt by something unknown")
     _need(isinstance(args, tuple), "a tensor subclass rebuilt without a tuple of arguments")
     _need(isinstance(kind, OpaqueClass), "a tensor subclass without a class")
     work.spend(len(args))
+    if isinstance(function, OpaqueClass) and (function.module, function.name) == ("torch._utils", "_rebuild_wrapper_subclass"):
+        if kind.is_kept:  # a tensor without a storage of its own: its state says which tensors it is made of
+            return Instance(str(kind), args, state)
+        raise NoStandIn(f"a tensor of class {kind}, which dsconv does not read")
+    # Not by this function again: a file could nest that as deep as it likes.
+    _need(callable(function) and function is not _from_type, "a tensor subclass rebuilt by something unknown")
     return function(work, *args)
+
+
+def _nested_class(work: Work, *args: Any) -> OpaqueClass:
+    """``getattr``, by which protocols 2 and 3 name a class inside another: only for the pairs that real files hold."""
+    if len(args) == 2 and isinstance(args[0], OpaqueClass) and isinstance(args[1], str):
+        owner, name = args
+        if (owner.module, f"{owner.name}.{name}") in distributed_names.NESTED:
+            return OpaqueClass(owner.module, f"{owner.name}.{name}")
+    raise Refused(f"calls builtins.getattr{shown(args)}")
 
 
 def _zero_stage(work: Work, value: Any) -> int:
@@ -330,6 +347,8 @@ CONSTRUCTORS: dict[tuple[str, str], Any] = {
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _zero_stage,
     ("deepspeed.utils.tensor_fragment", "fragment_address"): _fragment,
     ("_codecs", "encode"): _encode,
+    ("builtins", "getattr"): _nested_class,
+    ("__builtin__", "getattr"): _nested_class,
     ("builtins", "set"): _set,
     ("builtins", "frozenset"): _set,
     ("__builtin__", "set"): _set,
@@ -368,12 +387,18 @@ for _module, _names in {
     "numpy.core.numeric": ("_frombuffer",),
     "numpy._core.numeric": ("_frombuffer",),
     "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "torch.distributed.checkpoint.metadata": ("_MEM_FORMAT_ENCODING",),
+    "torch.distributed._shard.sharded_tensor.metadata": ("MEM_FORMAT_ENCODING",),
 }.items():
     for _name in _names:
         CONSTRUCTORS[_module, _name] = _inert(f"{_module}.{_name}")
 
 # Classes of which a format reads the attributes; their objects become ``Instance``.
-KEPT: set[tuple[str, str]] = set()
+KEPT: set[tuple[str, str]] = set(distributed_names.CLASSES)
+for _name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"):
+    KEPT.add(("torch.distributed.checkpoint.metadata", _name))
+KEPT.add(("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"))  # torch before 2.3
+KEPT.add(("torch.distributed.checkpoint.filesystem", "_StorageInfo"))
 
 # These only ever make an object without running its __init__, from the class that is their argument.
 OBJECT_MAKERS = {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__"), ("copy_reg", "__newobj__")}

@@ -9,41 +9,69 @@ from typing import Any
 from dsconv.checkpoint import unpickler, zipfile_reader
 from dsconv.checkpoint.standins import OpaqueClass, StorageKind, StorageRef, TensorRef, shown
 from dsconv.checkpoint.tensormap import Extent, Piece
-from dsconv.checkpoint.zipfile_reader import Archive
+from dsconv.checkpoint.zipfile_reader import Archive, Span
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsupportedError
 
 MAX_KEY_CHARS = 100  # of a storage's name; torch numbers them
+MAX_KNOWN = 4096  # pickles of a few hundred bytes each
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch 2.13 torch/serialization.py MAGIC_NUMBER, pickled
+
+KnownPickles = dict[bytes, tuple[TensorRef, dict[str, int]]]
 
 
 class TorchFile:
-    """An opened ``.pt``: ``root`` is what was saved, ``archive`` its records. No file handle is kept."""
+    """An opened ``.pt``, or one that is a span of a larger file: ``root`` is what was saved, ``archive`` its records.
 
-    def __init__(self, path: Path) -> None:
+    No file handle is kept. ``known`` is shared by files of which many hold the same few bytes of pickle: what one of them
+    meant is kept there, and only its storages are looked up again.
+    """
+
+    def __init__(self, path: Path, span: Span | None = None, known: KnownPickles | None = None) -> None:
         self.path = path
+        self._known = known
+        self._storages: dict[str, int] = {}  # key → bytes
+        if span is not None:
+            self._open(span)
+            return
         descriptor = open_for_reading(path)
         try:
-            head = os.pread(descriptor, 16, 0)
-            if LEGACY_MAGIC[:10] in head:
-                raise UnsupportedError(
-                    f"{path}: saved in torch's legacy format, from before torch 1.6 or with "
-                    "_use_new_zipfile_serialization=False; load it and save it again with a current torch"
-                )
             if os.fstat(descriptor).st_size == 0:
                 raise MalformedError(f"{path}: the file is empty")
-            self.archive: Archive = zipfile_reader.open_archive(descriptor, path)
-            data = self._read(descriptor, "data.pkl")
-            if "byteorder" in self.archive.records:
-                order = self._read(descriptor, "byteorder")
-                if order == b"big":
-                    raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
-                if order != b"little":
-                    raise MalformedError(f"{path}: the byte order is {shown(order)}; expected little or big")
+            self._open(Span(descriptor, path))
         finally:
             os.close(descriptor)
-        self.root: Any = unpickler.load(data, path, self._persistent)
 
-    def _read(self, descriptor: int, name: str) -> bytes:
+    def _open(self, span: Span) -> None:
+        path = self.path
+        if LEGACY_MAGIC[:10] in span.read(min(16, span.nbytes), 0):
+            raise UnsupportedError(
+                f"{path}: saved in torch's legacy format, from before torch 1.6 or with "
+                "_use_new_zipfile_serialization=False; load it and save it again with a current torch"
+            )
+        self.archive: Archive = zipfile_reader.open_archive(span)
+        data = self._read(span, "data.pkl")
+        if "byteorder" in self.archive.records:
+            order = self._read(span, "byteorder")
+            if order == b"big":
+                raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
+            if order != b"little":
+                raise MalformedError(f"{path}: the byte order is {shown(order)}; expected little or big")
+        self.root: Any = self._unpickled(data)
+
+    def _unpickled(self, data: bytes) -> Any:
+        if self._known is None:
+            return unpickler.load(data, self.path, self._persistent)
+        if data in self._known:
+            root, self._storages = self._known[data]
+            for key, nbytes in self._storages.items():
+                self._check_storage(key, nbytes)
+            return root
+        root = unpickler.load(data, self.path, self._persistent)
+        if isinstance(root, TensorRef) and len(self._known) < MAX_KNOWN:
+            self._known[data] = root, self._storages
+        return root
+
+    def _read(self, span: Span, name: str) -> bytes:
         from zlib_ng import zlib_ng
 
         record = self.archive.records.get(name)
@@ -51,7 +79,7 @@ class TorchFile:
             raise MalformedError(f"{self.path}: no record {name!r}: not written by torch.save")
         if record.nbytes > unpickler.MAX_PICKLE_BYTES:
             raise MalformedError(f"{self.path}: {name} has {record.nbytes} bytes; the limit is {unpickler.MAX_PICKLE_BYTES}")
-        data = zipfile_reader.read_at(descriptor, record.nbytes, record.offset_bytes, self.path)
+        data = span.read(record.nbytes, record.offset_bytes - span.offset_bytes)
         if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
             raise MalformedError(f"{self.path}: {name} fails its CRC-32: the file was damaged after it was saved")
         return data
@@ -68,12 +96,16 @@ class TorchFile:
         if not isinstance(kind, StorageKind):
             raise ValueError("a storage id without a storage class")
         itemsize = kind.dtype.itemsize if kind.dtype else 1
+        self._check_storage(key, numel * itemsize)
+        return StorageRef(key, kind.dtype, numel)
+
+    def _check_storage(self, key: str, nbytes: int) -> None:
         record = self.archive.records.get(f"data/{key}")
         if record is None:
             raise MalformedError(f"{self.path}: storage {key!r} is named and has no record in the file")
-        if numel * itemsize != record.nbytes:
-            raise MalformedError(f"{self.path}: storage {key!r} should have {numel * itemsize} bytes, its record has {record.nbytes}")
-        return StorageRef(key, kind.dtype, numel)
+        if nbytes != record.nbytes:
+            raise MalformedError(f"{self.path}: storage {key!r} should have {nbytes} bytes, its record has {record.nbytes}")
+        self._storages[key] = nbytes
 
     def extent(self, tensor: TensorRef, start: int, numel: int) -> Extent:
         """The bytes of ``numel`` elements of a contiguous tensor from its element ``start``."""

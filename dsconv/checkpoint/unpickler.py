@@ -73,6 +73,8 @@ class Machine:
             raise MalformedError(f"{self.path}: {self.what} {error} at its byte {self.position}") from None
         except standins.BadArguments as error:
             raise MalformedError(f"{self.path}: {self.what} holds {error}, at its byte {self.position}") from None
+        except standins.Refused as error:
+            raise self.refuse(str(error)) from None
         except standins.NoStandIn as error:
             raise UnsupportedError(f"{self.path}: {self.what} holds {error}, at its byte {self.position}") from None
         except (IndexError, struct.error, ValueError, TypeError, OverflowError) as error:

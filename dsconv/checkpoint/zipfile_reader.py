@@ -25,6 +25,7 @@ END64 = struct.Struct("<4sQ2H2L4Q")
 CENTRAL = struct.Struct("<4s6H3L5H2L")
 LOCAL = struct.Struct("<4s5H3L2H")
 MAX_COMMENT_BYTES = 65535
+EDGE_BYTES = 2048  # at each end of a zip: what torch.save writes around one tensor takes some 600 bytes before and 900 after
 MAX_DIRECTORY_BYTES = 64 << 20  # over half a million records; torch.save writes some 60 bytes for each
 FLAG_ENCRYPTED = 0x1
 FLAG_SIZES_FOLLOW = 0x8  # the local header has zeros for CRC-32 and sizes; torch.save writes it so
@@ -60,13 +61,43 @@ def read_at(descriptor: int, nbytes: int, offset_bytes: int, path: Path) -> byte
     return data
 
 
-def open_archive(descriptor: int, path: Path) -> Archive:
-    """Read the zip directory of an open file.
+class Span:
+    """``nbytes`` bytes of an open file from ``offset_bytes``: a whole file, or one of the zips that a ``.distcp`` is made of.
+
+    Offsets are counted from the span's start, and no read leaves it. A zip keeps what describes it at its two ends: each
+    is read once, so that opening one of thousands costs two reads.
+    """
+
+    def __init__(self, descriptor: int, path: Path, offset_bytes: int = 0, nbytes: int | None = None) -> None:
+        self.descriptor = descriptor
+        self.path = path
+        self.offset_bytes = offset_bytes
+        self.nbytes = os.fstat(descriptor).st_size - offset_bytes if nbytes is None else nbytes
+        head_bytes = self.nbytes if self.nbytes <= 2 * EDGE_BYTES else EDGE_BYTES
+        self._head = read_at(descriptor, head_bytes, offset_bytes, path)
+        self._tail_at = max(head_bytes, self.nbytes - EDGE_BYTES)
+        self._tail = read_at(descriptor, self.nbytes - self._tail_at, offset_bytes + self._tail_at, path)
+
+    def read(self, nbytes: int, at: int) -> bytes:
+        """Exactly ``nbytes`` bytes from byte ``at`` of the span; raises MalformedError where it ends before."""
+        if at + nbytes > self.nbytes:
+            found = max(0, self.nbytes - at)
+            raise MalformedError(f"{self.path}: truncated: expected {nbytes} bytes at offset {at}, found {found}")
+        if at + nbytes <= len(self._head):
+            return self._head[at : at + nbytes]
+        if at >= self._tail_at:
+            return self._tail[at - self._tail_at : at - self._tail_at + nbytes]
+        return read_at(self.descriptor, nbytes, self.offset_bytes + at, self.path)
+
+
+def open_archive(span: Span) -> Archive:
+    """Read the zip directory of an open file, or of a span of it.
 
     Raises MalformedError (not a zip, truncated, inconsistent), UnsupportedError (compressed) or UnsafeError (names).
+    Offsets in messages are counted from the span's start, those of the records from the file's.
     """
-    size_bytes = os.fstat(descriptor).st_size
-    directory, count, directory_offset = _read_directory(descriptor, path, size_bytes)
+    path = span.path
+    directory, count, directory_offset = _read_directory(span)
     if b"/constants.pkl" in directory:  # torch 2.13 torch/serialization.py _is_torchscript_zip
         raise UnsupportedError(f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() with torch.save")
     records: dict[str, Record] = {}
@@ -81,14 +112,14 @@ def open_archive(descriptor: int, path: Path) -> Archive:
             raise UnsafeError(f"{path}: the zip has two records named {shown(name)}; refused: readers differ on which one counts")
         if header_offset >= directory_offset:
             raise MalformedError(f"{path}: record {shown(name)} begins at byte {header_offset}, beyond the zip's records")
-        data_offset = _data_offset(descriptor, path, header_offset, name, nbytes)
+        data_offset = _data_offset(span, header_offset, name, nbytes)
         if data_offset + nbytes > directory_offset:
             raise MalformedError(
                 f"{path}: record {shown(name)} ends at byte {data_offset + nbytes}, beyond the zip's records, "
                 f"which end at {directory_offset}"
             )
         spans.append((header_offset, data_offset + nbytes, name))
-        records[inner] = Record(path, data_offset, nbytes, crc32, name)
+        records[inner] = Record(path, span.offset_bytes + data_offset, nbytes, crc32, name)
     if position != len(directory):
         raise MalformedError(f"{path}: the zip directory says {count} records and holds {len(directory) - position} bytes more")
     if len(roots) > 1:
@@ -104,11 +135,15 @@ def open_archive(descriptor: int, path: Path) -> Archive:
     return Archive(path, roots.pop() if roots else "", records, checksummed)
 
 
-def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes, int, int]:
+def _read_directory(span: Span) -> tuple[bytes, int, int]:
     """The bytes of the central directory, the number of its entries, and where it begins."""
-    tail_bytes = min(size_bytes, END.size + MAX_COMMENT_BYTES + END64_LOCATOR.size)
-    tail = read_at(descriptor, tail_bytes, size_bytes - tail_bytes, path)
-    at = tail.rfind(b"PK\x05\x06")
+    path, size_bytes = span.path, span.nbytes
+    for most in (EDGE_BYTES, END.size + MAX_COMMENT_BYTES + END64_LOCATOR.size):  # the last signature counts, wherever it is
+        tail_bytes = min(size_bytes, most)
+        tail = span.read(tail_bytes, size_bytes - tail_bytes)
+        at = tail.rfind(b"PK\x05\x06")
+        if at >= END64_LOCATOR.size:
+            break
     if at < 0 or at + END.size > len(tail):
         raise MalformedError(f"{path}: truncated or not a torch.save file: no zip directory at its end ({size_bytes} bytes)")
     _, disk, first_disk, count_here, *narrow, comment_bytes = END.unpack_from(tail, at)
@@ -125,7 +160,7 @@ def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes
         _, _, end64_offset, _ = END64_LOCATOR.unpack_from(tail, locator_at)
         if end64_offset + END64.size > size_bytes:
             raise MalformedError(f"{path}: the zip64 directory lies at byte {end64_offset}, beyond the file's {size_bytes}")
-        fields = END64.unpack(read_at(descriptor, END64.size, end64_offset, path))
+        fields = END64.unpack(span.read(END64.size, end64_offset))
         if fields[0] != b"PK\x06\x06":
             raise MalformedError(f"{path}: no zip64 directory at byte {end64_offset}, where the file says it is")
         wide = fields[7:10]
@@ -142,7 +177,7 @@ def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes
         raise MalformedError(f"{path}: the zip directory has {directory_bytes} bytes; the limit is {MAX_DIRECTORY_BYTES}")
     if count * CENTRAL.size > directory_bytes:
         raise MalformedError(f"{path}: the zip directory says {count} records and has room for fewer")
-    return read_at(descriptor, directory_bytes, directory_offset, path), count, directory_offset
+    return span.read(directory_bytes, directory_offset), count, directory_offset
 
 
 def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int, int]:
@@ -202,10 +237,10 @@ def _split_name(name: str, path: Path) -> tuple[str, str]:
     return root, inner
 
 
-def _data_offset(descriptor: int, path: Path, header_offset: int, name: str, nbytes: int) -> int:
+def _data_offset(span: Span, header_offset: int, name: str, nbytes: int) -> int:
     """Where the data of a record begins; the local header must agree with the directory so far as it says anything."""
-    encoded = name.encode()
-    header = read_at(descriptor, LOCAL.size + len(encoded), header_offset, path)
+    encoded, path = name.encode(), span.path
+    header = span.read(LOCAL.size + len(encoded), header_offset)
     fields = LOCAL.unpack_from(header)
     if fields[0] != b"PK\x03\x04":
         raise MalformedError(f"{path}: no record header at byte {header_offset}, where the directory puts {shown(name)}")

@@ -60,6 +60,13 @@ def describe(found: Checkpoint) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _said(value: Any) -> str:
+    """A value of ``info``: counts as ``12 optim, 1 step``, a list by its items."""
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
 def _show(found: Checkpoint, rows: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -76,7 +83,7 @@ def _show(found: Checkpoint, rows: int | None) -> None:
         ("format", found.format),
         ("step", "" if found.step is None else str(found.step)),
         ("world", world),
-        *((name.replace("_", " "), "" if value is None else str(value)) for name, value in found.info.items()),
+        *((name.replace("_", " "), _said(value)) for name, value in found.info.items()),
         ("files", f"{len(found.sources)} read, {console.size(sum(p.stat().st_size for p in found.sources))}"),
         ("tensors", f"{len(found):,} ({', '.join(f'{n:,} {role}' for role, n in kinds.items())})"),
         ("parameters", f"{found.numel:,}"),

@@ -48,5 +48,7 @@ def verify(context: click.Context, a: str, b: str, allow_cast: bool, subset: boo
             click.echo(f"… and {len(report.differences) - SHOWN} more")
     if not report.equal:
         if not as_json:
-            click.echo(f"Error: {console.count(len(report.differences), 'difference')} between {a} and {b}", err=True)
+            cast_only = not allow_cast and all(difference.what.startswith("dtype") for difference in report.differences)
+            hint = ", in dtype alone: --allow-cast compares what was cast on purpose" if cast_only else ""
+            click.echo(f"Error: {console.count(len(report.differences), 'difference')} between {a} and {b}{hint}", err=True)
         context.exit(EXIT_MISMATCH)

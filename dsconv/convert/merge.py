@@ -20,6 +20,7 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
+from dsconv.convert.flushing import Flusher
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.staging import Staging, debris, open_staging, require_space
 from dsconv.convert.ties import tied_keys
@@ -27,7 +28,6 @@ from dsconv.convert.verify import verify
 from dsconv.errors import MismatchError, OutputError
 
 MANIFEST = "dsconv.manifest.json"
-FLUSH_BYTES = 64 << 20  # start the disk's work while the copy goes on, not after it
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _existing(target: Path, force: bool) -> list[str]:
     names = sorted(p.name for p in target.iterdir() if _is_weights(p.name)) if target.is_dir() else []
     whole = [name for name in names if name not in debris(target)]
     if whole and not force:
-        raise OutputError(f"{target} already holds a model ({whole[0]}); give --force to replace it, or another folder")
+        raise OutputError(f"{target} already holds a model ({whole[-1]}); give --force to replace it, or another folder")
     return names
 
 
@@ -232,7 +232,7 @@ def _write(
                 targets[t.name] = Target(t.name, t.dtype, write, RunningChecksum(t.nbytes))
         checks, padding = source_checks(_copies(plan, targets))
         run = CopyRun(workers, checks, advance)
-        with _flusher(list(descriptors.values()), lambda: done) if fsync else _nothing():
+        with Flusher(list(descriptors.values()), lambda: done, fsync):
             run.run(chain(_copies(plan, targets), padding))
             run.check_records()
             if fsync:
@@ -261,37 +261,6 @@ def _write(
 def _copies(plan: Plan, targets: Mapping[str, Target]) -> Iterator[Copy | Gather]:
     for t in plan.placed:
         yield from copies_of(t.entry, targets[t.name])
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-class _flusher:
-    """Keeps the disk busy while the copy runs: syncs the files whenever FLUSH_BYTES more have been written."""
-
-    def __init__(self, descriptors: list[int], written: Callable[[], int]) -> None:
-        self._descriptors = descriptors
-        self._written = written
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        flushed = 0
-        while not self._end.wait(0.02):
-            if self._written() - flushed >= FLUSH_BYTES:
-                flushed = self._written()
-                for descriptor in self._descriptors:
-                    os.fdatasync(descriptor)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self._end.set()
-        self._thread.join()
 
 
 def _hash_files(staging: Staging, names: list[str], progress: Callable[[str, int, int], None] | None) -> dict[str, str]:

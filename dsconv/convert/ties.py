@@ -13,12 +13,24 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 MAX_SOURCE_BYTES = 4 << 20
 
 
 def tied_keys(config: Path | None) -> tuple[str, ...]:
     """The patterns of the names that transformers drops for the architecture of ``config``; () when not known."""
+    return tuple(str(key) for key in _table(config))
+
+
+def tied_pairs(config: Path | None) -> dict[str, str]:
+    """{name that transformers drops: name that it keeps} where the architecture of ``config`` says both; some may be patterns."""
+    table = _table(config)
+    return {str(key): str(value) for key, value in table.items()} if isinstance(table, dict) else {}
+
+
+def _table(config: Path | None) -> Any:
+    """``_tied_weights_keys`` of the architecture of ``config``: a list or, from transformers 5 on, a dict; () when not known."""
     if config is None:
         return ()
     try:
@@ -43,14 +55,14 @@ def tied_keys(config: Path | None) -> tuple[str, ...]:
     return ()
 
 
-def _literal_keys(node: ast.ClassDef) -> tuple[str, ...]:
+def _literal_keys(node: ast.ClassDef) -> Any:
     for statement in node.body:
         if isinstance(statement, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "_tied_weights_keys" for t in statement.targets):
             try:
                 value = ast.literal_eval(statement.value)
             except ValueError:
                 return ()
-            return tuple(str(key) for key in value or ())
+            return value if isinstance(value, (dict, list, tuple)) else ()
     return ()
 
 

@@ -247,6 +247,7 @@ FUNCTIONS = [
     _function(CANARY_MODULE, "strike"),
     _function(CANARY_MODULE, "Evil"),
 ]
+SHARDED = "torch.distributed._shard.sharded_tensor.api"
 DOTTED = [
     _function("torch", "serialization.os.system", _touch, protocol=4, real=False),
     _function("torch.serialization", "os.system", _touch, protocol=4, real=False),
@@ -264,7 +265,25 @@ INDIRECT = [
         lambda c: whole(
             call(call(glob("builtins", "getattr"), call(glob("builtins", "__import__"), text("os")), text("system")), _touch(c))
         ),
+        "builtins.__import__",
+    ),
+    Hostile(
+        "getattr of a class that files name, for something else than what they ask",
+        lambda c: whole(call(glob("__builtin__", "getattr"), glob(SHARDED, "ShardedTensor"), text("__init__"))),
         "builtins.getattr",
+        real=False,
+    ),
+    Hostile(
+        "getattr of a class as a call",
+        lambda c: whole(call(call(glob("__builtin__", "getattr"), glob(SHARDED, "ShardedTensor"), text("ProcessGroupState")), _touch(c))),
+        "ShardedTensor.ProcessGroupState",
+        real=False,
+    ),
+    Hostile(
+        "a tensor without storage rebuilt by itself",
+        lambda c: whole(call(glob("torch._utils", "_rebuild_wrapper_subclass"), glob("torch.distributed.tensor", "DTensor"))),
+        "torch._utils._rebuild_wrapper_subclass",
+        real=False,
     ),
     Hostile(
         "copyreg.__newobj__ of a process",

@@ -31,7 +31,7 @@ SOUND = pt_records(PICKLE, _0=b"0123456789abcdef", _1=b"")
 def opened(path: Path) -> Archive:
     descriptor = open_for_reading(path)
     try:
-        return zipfile_reader.open_archive(descriptor, path)
+        return zipfile_reader.open_archive(zipfile_reader.Span(descriptor, path))
     finally:
         os.close(descriptor)
 

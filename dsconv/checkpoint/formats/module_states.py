@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsconv.checkpoint.standins import TensorRef, shown
+from dsconv.checkpoint.standins import Instance, TensorRef, shown
 from dsconv.checkpoint.tensormap import TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
-from dsconv.errors import MalformedError
+from dsconv.errors import MalformedError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -66,6 +66,10 @@ class ModuleStates:
         buffers = set(self.buffer_names)
         entries = {}
         for name, tensor in self.module.items():
+            if isinstance(tensor, Instance):
+                raise UnsupportedError(
+                    f"{self.file.path}: {shown(name)} is a {tensor.cls}, which dsconv does not read in DeepSpeed's files"
+                )
             if not isinstance(tensor, TensorRef) or name in exclude or name in aliases or (only is not None and name not in only):
                 continue
             role = "buffer" if name in buffers else "frozen"

@@ -70,7 +70,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         size = os.fstat(descriptor).st_size
         if size > MAX_HEADER_BYTES:
             raise MalformedError(f"{path}: an index of {size} bytes; the limit is {MAX_HEADER_BYTES}")
-        index = _parse(read_at(descriptor, size, 0, path), path, "the index")
+        index = parse_object(read_at(descriptor, size, 0, path), path, "the index")
     finally:
         os.close(descriptor)
     weight_map = index.get("weight_map")
@@ -82,7 +82,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _parse(raw: bytes, path: Path, what: str) -> dict[str, Any]:
+def parse_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:
     """A JSON object, held to what serde_json takes: Python's parser guesses encodings, and allows NaN, -0 and half surrogates."""
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_not_json)
@@ -116,6 +116,11 @@ def _not_json(name: str) -> NoReturn:
 
 def read_file(path: Path) -> dict[str, TensorEntry]:
     """The entries of one safetensors file."""
+    return read_file_and_metadata(path)[0]
+
+
+def read_file_and_metadata(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The entries of one safetensors file, and its ``__metadata__``."""
     descriptor = open_for_reading(path)
     try:
         size = os.fstat(descriptor).st_size
@@ -129,8 +134,9 @@ def read_file(path: Path) -> dict[str, TensorEntry]:
         os.close(descriptor)
     if not raw.startswith(b"{"):
         raise MalformedError(f"{path}: the header does not start with {{: not safetensors")
-    header = _parse(raw, path, "the header")
-    _check_metadata(path, header.pop("__metadata__", None))
+    header = parse_object(raw, path, "the header")
+    metadata = header.pop("__metadata__", None)
+    _check_metadata(path, metadata)
     base = 8 + header_bytes
     spans = []
     entries = {}
@@ -150,7 +156,7 @@ def read_file(path: Path) -> dict[str, TensorEntry]:
     if base + position != size:
         kind = "truncated" if base + position > size else "trailing bytes"
         raise MalformedError(f"{path}: {kind}: the header describes {base + position} bytes, the file has {size}")
-    return entries
+    return entries, metadata or {}
 
 
 def _check_metadata(path: Path, metadata: Any) -> None:

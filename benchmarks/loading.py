@@ -1,0 +1,152 @@
+"""What the loaders' benchmarks share: one load in fresh ranks, timed and weighed inside each of them.
+
+Imports and the process group are not counted: a training script has paid for them. The added peak is the highest
+anonymous memory of a rank during the load, less what it had before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.measure import anonymous_bytes, median
+from benchmarks.train_llama import llama_config
+
+TINY = "llama-tiny-bf16"
+LIMIT, PEER, DSCONV = "plain read", "from_pretrained", "dsconv"
+
+
+def model_folder(folder: Path, size: float) -> Path:
+    """A bf16 Llama of about ``size`` × 10⁹ parameters as safetensors, made now unless ``folder`` has it."""
+    target = folder / (f"llama-{size:g}b-bf16" if size else TINY)
+    if not (target / "config.json").is_file():
+        code = f"from benchmarks.loading import save; save({str(target)!r}, {size})"
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return target
+
+
+def save(target: str, size: float) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(llama_config(size), dtype=torch.bfloat16).save_pretrained(target)
+
+
+def run_ranks(script: str, method: str, path: Path, world: int) -> dict[str, float]:
+    """The slowest rank's seconds, the worst added peak, and all bytes read, of one load by ``world`` fresh ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", script, "--rank", method, str(path)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    found = []
+    for process in ranks:
+        out, err = process.communicate()
+        if process.returncode:
+            raise click.ClickException(f"{method} failed:\n{err[-3000:]}")
+        found.append(json.loads(out.splitlines()[-1]))
+    return {
+        "seconds": max(one["seconds"] for one in found),
+        "added_peak_bytes": max(one["added_peak_bytes"] for one in found),
+        "bytes_read": sum(one["bytes_read"] for one in found),
+    }
+
+
+def plain_read(path: Path) -> int:
+    """This rank's share of the weights' bytes, read in order in large blocks: what no load can beat."""
+    import dsconv
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    block = bytearray(8 << 20)
+    total = 0
+    for file in sorted(path.glob("*.safetensors")):
+        share = -(-file.stat().st_size // world)
+        descriptor = os.open(file, os.O_RDONLY)
+        for at in range(rank * share, min((rank + 1) * share, file.stat().st_size), len(block)):
+            total += os.preadv(descriptor, [memoryview(block)[: min(len(block), (rank + 1) * share - at)]], at)
+        os.close(descriptor)
+    assert dsconv.__version__
+    return total
+
+
+def one_rank(load: Callable[[Path], int], path: Path) -> None:
+    """Run ``load``, which returns the bytes it read, between two barriers and print what it took.
+
+    A tiny model is loaded in the same way first, so that what is only imported or set up once is not counted.
+    """
+    import torch.distributed as dist
+
+    load(path.with_name(TINY))
+
+    before = peak = anonymous_bytes(os.getpid())
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, anonymous_bytes(os.getpid()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    dist.barrier()
+    began = time.perf_counter()
+    read = load(path)
+    dist.barrier()
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    print(json.dumps({"seconds": seconds, "added_peak_bytes": max(peak, anonymous_bytes(os.getpid())) - before, "bytes_read": read}))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def compare(script: str, folder: Path, sizes: tuple[float, ...], worlds: tuple[int, ...], rounds: int, goal: float) -> list[dict[str, Any]]:
+    """Every method in turn, ``rounds`` times, at each size and world; prints a table."""
+    results = []
+    model_folder(folder, 0)
+    for size in sizes:
+        path = model_folder(folder, size)
+        nbytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        for world in worlds:
+            runs: dict[str, list[dict[str, float]]] = {LIMIT: [], PEER: [], DSCONV: []}
+            for number in range(rounds + 1):  # the first warms the page cache and counts for nothing
+                for method, of in runs.items():
+                    run = run_ranks(script, method, path, world)
+                    if number:
+                        of.append(run)
+            medians = {
+                method: {key: median([run[key] for run in of]) for key in ("seconds", "added_peak_bytes", "bytes_read")}
+                for method, of in runs.items()
+            }
+            faster = median([a["seconds"] / b["seconds"] for a, b in zip(runs[PEER], runs[DSCONV], strict=True)])
+            over = median([b["seconds"] / a["seconds"] for a, b in zip(runs[LIMIT], runs[DSCONV], strict=True)])
+            allowed = nbytes / world + 256 * 2**20
+            click.echo(f"\n{size:g} B parameters, {nbytes / 1e9:.2f} GB of bf16, {world} ranks")
+            for method, values in medians.items():
+                click.echo(
+                    f"  {method:16} {values['seconds']:6.2f} s   worst rank + {values['added_peak_bytes'] / 1e6:6,.0f} MB   "
+                    f"read {values['bytes_read'] / nbytes:.2f} × the weights"
+                )
+            click.echo(f"  dsconv: {faster:.1f} times as fast as from_pretrained (goal: at least {goal:g})")
+            click.echo(f"  {over:.1f} × the plain read (goal: at most 2)")
+            click.echo(f"  added peak {medians[DSCONV]['added_peak_bytes'] / allowed:.2f} of model/W + 256 MB (goal: at most 1)")
+            results.append({"size": size, "world": world, "bytes": nbytes, "median": medians, "faster": faster, "over_plain_read": over})
+    return results

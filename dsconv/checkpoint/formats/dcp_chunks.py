@@ -1,0 +1,254 @@
+"""The chunks of a ``.distcp`` file: each is what torch.save writes, a zip of its own, one after another without alignment.
+
+torch 2.13 ``torch/distributed/checkpoint/filesystem.py`` ``_write_item``. A chunk is opened as any ``.pt`` is and must hold
+one tensor of the dtype and size that the metadata gives it. With the ZStandard extension (``_extension.py``) a chunk is a
+zstd frame of that zip: what is needed is decompressed once, into a file without a name that ends with the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.dtypes import DType
+from dsconv.checkpoint.formats.dcp_metadata import Metadata, Sizes, Stored, TensorMeta
+from dsconv.checkpoint.regions import box, is_whole
+from dsconv.checkpoint.standins import TensorRef, shown
+from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
+from dsconv.checkpoint.torch_file import KnownPickles, TorchFile, open_for_reading
+from dsconv.checkpoint.zipfile_reader import Span
+from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, MissingShardError, OutputError, UnsupportedError
+
+ZSTD = "stream.zstd"
+ZSTD_VERSION = "1"
+MAX_AROUND_BYTES = 1 << 20  # what a zip may add to its tensor's bytes
+BLOCK_BYTES = 4 << 20
+
+
+class ChunkFiles:
+    """Opens chunks, one file after another; a context manager that closes what is open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unpacked: Unpacked | None = None
+        self._known: KnownPickles = {}  # chunks of one shape have one pickle
+        self._path = Path()
+        self._descriptor = -1
+        self._size = 0
+
+    def __enter__(self) -> ChunkFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _seek(self, file: str) -> None:
+        path = self.folder / file
+        if path != self._path or self._descriptor < 0:
+            self.__exit__()
+            self._descriptor, self._path = open_for_reading(path), path
+            self._size = os.fstat(self._descriptor).st_size
+
+    def piece(self, name: str, dtype: DType, sizes: Sizes, stored: Stored) -> Piece:
+        """The one piece that the chunk is: it fills ``sizes`` elements, all of them, from 0.
+
+        Raises MalformedError (truncated, not a tensor), InconsistentCheckpointError (another dtype or size than the
+        metadata says), UnsupportedError (a transform that dsconv does not know, a tensor of a kind it does not read).
+        """
+        self._seek(stored.file)
+        path, end = self._path, stored.offset_bytes + stored.nbytes
+        if end > self._size:
+            raise MalformedError(
+                f"{path}: truncated: the chunk of {shown(name)} should end at byte {end}, the file has {self._size}. Copy it again"
+            )
+        with _in_chunk(name, stored):
+            if stored.transforms:
+                if self.unpacked is None:
+                    self.unpacked = Unpacked()
+                limit = math.prod(sizes) * dtype.itemsize + MAX_AROUND_BYTES
+                span = self.unpacked.add(self._descriptor, path, stored, limit)
+            else:
+                span = Span(self._descriptor, path, stored.offset_bytes, stored.nbytes)
+            file = TorchFile(path, span, self._known)
+            tensor = file.root
+            if not isinstance(tensor, TensorRef):
+                raise UnsupportedError(f"{path}: expected a plain tensor, found {shown(tensor)}, which dsconv does not read")
+            if tensor.dtype != dtype or tensor.shape != sizes:
+                raise InconsistentCheckpointError(
+                    f"{path}: holds {tensor.dtype} {list(tensor.shape)} where the metadata says {dtype} {list(sizes)}: files of two saves"
+                )
+            (piece,) = file.pieces(tensor)
+        if stored.transforms:
+            assert self.unpacked is not None
+            piece = self.unpacked.moved(piece, name, path)
+        return piece
+
+
+@contextlib.contextmanager
+def _in_chunk(name: str, stored: Stored) -> Iterator[None]:
+    """Errors name the chunk; the offsets that they speak of are counted from its start."""
+    try:
+        yield
+    except DsconvError as error:
+        raise type(error)(
+            f"{error} (in the chunk of {shown(name, 200)}, {stored.nbytes} bytes from byte {stored.offset_bytes} of the file)"
+        ) from None
+
+
+class Unpacked:
+    """A file without a name that chunks are decompressed into; it is gone when nothing refers to this object.
+
+    It takes as much room in the folder for temporary files as the tensors have bytes, and no memory.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="dsconv-", buffering=0)  # noqa: SIM115 - it lives as long as the pieces
+        self._end = 0
+        self.path = Path(f"/proc/self/fd/{self._file.fileno()}")
+        if not self.path.exists():
+            self.path = Path(f"/dev/fd/{self._file.fileno()}")
+
+    def add(self, descriptor: int, path: Path, stored: Stored, limit_bytes: int) -> Span:
+        """Decompress one chunk; ``limit_bytes`` is more than it can rightly become."""
+        _require_zstd(path, stored.transforms)
+        import zstandard
+
+        start, position = self._end, stored.offset_bytes
+        end = position + stored.nbytes
+        stream = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            while position < end and not stream.eof:
+                data = os.pread(descriptor, min(BLOCK_BYTES, end - position), position)
+                if not data:
+                    raise MalformedError(f"{path}: truncated at byte {position}")
+                position += len(data)
+                self._write(stream.decompress(data), start + limit_bytes, path)
+        except zstandard.ZstdError as error:
+            raise MalformedError(f"{path}: not a zstd frame, or a damaged one: {error}") from None
+        except OSError as error:
+            raise OutputError(
+                f"decompressing {path} into {tempfile.gettempdir()} failed: {error.strerror}; "
+                "set TMPDIR to a folder with room for all tensors"
+            ) from None
+        if not stream.eof or position < end or stream.unused_data:
+            raise MalformedError(f"{path}: a zstd frame that does not end where the chunk does")
+        return Span(self._file.fileno(), path, start, self._end - start)
+
+    def _write(self, data: bytes, limit: int, path: Path) -> None:
+        if self._end + len(data) > limit:
+            raise MalformedError(f"{path}: decompresses to more than its tensor has; refused")
+        view = memoryview(data)
+        while view:
+            count = self._file.write(view)
+            view, self._end = view[count:], self._end + count
+
+    def moved(self, piece: Piece, name: str, path: Path) -> Piece:
+        """The piece, read from here; its record's name says where it came from."""
+        record = replace(piece.extent.record, path=self.path, name=f"{name} of {path}, decompressed")
+        return replace(piece, extent=Extent(record, piece.extent.offset_bytes, piece.extent.nbytes))
+
+
+def _require_zstd(path: Path, transforms: Sequence[str]) -> None:
+    for descriptor in transforms:
+        name, _, version = descriptor.partition("/")
+        if name != ZSTD or version.partition(".")[0] != ZSTD_VERSION or len(transforms) > 1:
+            raise UnsupportedError(f"{path}: transformed by {shown(tuple(transforms))}; dsconv knows torch's own {ZSTD}/{ZSTD_VERSION}")
+    try:
+        import zstandard  # noqa: F401
+    except ImportError:
+        raise UnsupportedError(f"{path}: compressed with zstd; install the package zstandard: pip install 'dsconv[zstd]'") from None
+
+
+def arranged(pieces: Sequence[tuple[Sizes, Sizes, Piece]], shape: Sizes) -> tuple[Piece, ...]:
+    """Pieces of (offsets, sizes) placed in a tensor of ``shape``: as flat ranges where all are, which is copied fastest."""
+    if all(_is_flat(sizes, shape) for _, sizes, _ in pieces):
+        placed = [replace(piece, start=_flat_start(offsets, shape)) for offsets, _, piece in pieces]
+        return tuple(sorted(placed, key=lambda piece: piece.start))
+    regions = ((box(offsets, sizes), piece) for offsets, sizes, piece in pieces)
+    return tuple(replace(piece, region=None if is_whole(region, shape) else region) for region, piece in regions)
+
+
+def _is_flat(sizes: Sizes, shape: Sizes) -> bool:
+    """Whether a box of ``sizes`` is one run of elements: one row of this, some of that, all of the rest."""
+    cut = next((dim for dim, size in enumerate(sizes) if size != 1), len(sizes))
+    return sizes[cut + 1 :] == shape[cut + 1 :]
+
+
+def _flat_start(offsets: Sizes, shape: Sizes) -> int:
+    start = 0
+    for offset, size in zip(offsets, shape, strict=True):
+        start = start * size + offset
+    return start
+
+
+def checksum_of(piece: Piece) -> Any:
+    """What two copies of a chunk must share."""
+    return piece.extent.record.crc32, piece.extent.nbytes
+
+
+def files_of(metadata: Metadata, chosen: Mapping[str, str]) -> list[str]:
+    """The files in which the chunks of the chosen tensors are stored."""
+    return sorted({s.file for name in chosen for places in metadata.tensors[name].chunks.values() for s in places})
+
+
+def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+    """The entries of the tensors in ``chosen`` (flat name → name), all of their chunks opened, and warnings.
+
+    Raises MissingShardError where a file is not there, UnsupportedError for a dtype that is not known, and what chunks raise.
+    """
+    missing = [file for file in files_of(metadata, chosen) if not (folder / file).is_file()]
+    if missing:
+        raise MissingShardError(
+            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first {shown(missing[0], 255)}: "
+            "copy the files of all ranks"
+        )
+    unknown = next((name for name in chosen if metadata.tensors[name].dtype is None), None)
+    if unknown is not None:
+        meta = metadata.tensors[unknown]
+        raise UnsupportedError(f"{meta.path}: {shown(unknown)} is of dtype {meta.dtype_name}, which dsconv does not read")
+    found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in chosen}
+    differing: set[str] = set()
+    todo = [(places, name, chunk) for name in chosen for chunk, places in metadata.tensors[name].chunks.items()]
+    todo.sort(key=lambda item: (item[0][0].file, item[0][0].offset_bytes))  # as they lie on disk
+    with ChunkFiles(folder) as files, ChunkFiles(folder) as others:
+        for (first, *copies), name, (offsets, sizes) in todo:
+            dtype = _dtype(metadata.tensors[name])
+            piece = files.piece(name, dtype, sizes, first)
+            found[name].append((offsets, sizes, piece))
+            for copy in copies:
+                if checksum_of(others.piece(name, dtype, sizes, copy)) != checksum_of(piece):
+                    differing.add(name)
+        unpacked = files.unpacked
+    warnings = []
+    if differing:
+        warnings.append(
+            f"{len(differing)} tensors that several ranks stored differ between them, the first {shown(min(differing))}: "
+            "took the lowest rank's"
+        )
+    if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
+        warnings.append("the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
+    entries: dict[str, TensorEntry] = {}
+    for flat, name in chosen.items():
+        if name in entries:
+            raise InconsistentCheckpointError(f"{folder}: two tensors are called {shown(name)}")
+        meta = metadata.tensors[flat]
+        entries[name] = TensorEntry(name, _dtype(meta), meta.shape, partial(_layout, arranged(found[flat], meta.shape), unpacked))
+    return entries, warnings
+
+
+def _dtype(meta: TensorMeta) -> DType:
+    assert meta.dtype is not None
+    return meta.dtype
+
+
+def _layout(pieces: tuple[Piece, ...], unpacked: Unpacked | None) -> tuple[Piece, ...]:
+    return pieces  # and ``unpacked``, the file that they lie in, is there as long as they can be asked for

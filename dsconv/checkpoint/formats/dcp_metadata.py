@@ -1,0 +1,214 @@
+"""The ``.metadata`` of a torch.distributed.checkpoint directory: which tensors there are and where their chunks lie.
+
+It is a bare pickle of ``Metadata`` (torch 2.13 ``torch/distributed/checkpoint/metadata.py``): ``state_dict_metadata`` says
+the dtype, the full shape and the chunks of each tensor; ``storage_data`` maps ``MetadataIndex(fqn, offset)`` to a span of
+a file (``_StorageInfo`` of ``filesystem.py``); ``planner_data`` maps each flat name to the path it had in the nested state
+dict, the only safe way back. Nothing in it is believed before it is checked here.
+
+A save without collectives writes ``__R.metadata`` on each rank R, of that rank's chunks alone; what all ranks hold is
+then stored by each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dsconv.checkpoint import unpickler
+from dsconv.checkpoint.dtypes import DType
+from dsconv.checkpoint.formats.dcp import METADATA
+from dsconv.checkpoint.standins import MAX_NUMEL, Instance, shown
+from dsconv.checkpoint.torch_file import open_for_reading
+from dsconv.checkpoint.zipfile_reader import read_at
+from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsafeError
+
+RANK_METADATA = re.compile(r"__(?P<rank>\d+)\.metadata")
+RANK_FILE = re.compile(r"__(?P<rank>\d+)_\d+\.distcp")
+PACKAGE = "torch.distributed.checkpoint"
+MAX_CHUNKS = 50_000_000
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where an item lies: ``nbytes`` bytes from ``offset_bytes`` of a file of the directory, as transformed on the way."""
+
+    file: str
+    offset_bytes: int
+    nbytes: int
+    transforms: tuple[str, ...] = ()
+
+
+@dataclass
+class TensorMeta:
+    """A tensor: ``dtype`` is None where dsconv does not know it, ``chunks`` maps (offsets, sizes) to the places it is stored."""
+
+    dtype: DType | None
+    dtype_name: str
+    shape: Sizes
+    chunks: dict[tuple[Sizes, Sizes], list[Stored]]
+    path: Path
+
+
+@dataclass
+class Metadata:
+    """What all metadata files of a directory say together; ``paths`` are planner_data's."""
+
+    tensors: dict[str, TensorMeta] = field(default_factory=dict)
+    objects: dict[str, Stored | None] = field(default_factory=dict)
+    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    stored: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)  # file → (offset, bytes, name) of each item
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks wrote."""
+        return len({match["rank"] for name in self.stored if (match := RANK_FILE.fullmatch(name))})
+
+
+def metadata_files(folder: Path) -> list[Path]:
+    """``.metadata``, or without it those of the ranks, in order. Raises MissingShardError where a rank's is not there."""
+    if (folder / METADATA).is_file():
+        return [folder / METADATA]
+    found = {int(match["rank"]): path for path in folder.iterdir() if (match := RANK_METADATA.fullmatch(path.name))}
+    missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
+    if missing:
+        raise MissingShardError(
+            f"{folder}: {len(found)} ranks wrote their own metadata, the last __{max(found)}.metadata, and __{missing[0]}.metadata "
+            "is not there: copy the files of all ranks into one folder"
+        )
+    return [path for _, path in sorted(found.items())]
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Raises MalformedError, InconsistentCheckpointError, MissingShardError, or UnsafeError (code, a path that leaves the folder)."""
+    whole = Metadata()
+    for path in metadata_files(folder):
+        _add(whole, path)
+    for file, items in whole.stored.items():
+        items.sort()
+        for (start, nbytes, name), (following, _, other) in pairwise(items):
+            if following < start + nbytes:
+                raise MalformedError(
+                    f"{whole.files[0]}: {shown(name)} and {shown(other)} share byte {following} of {shown(file, 255)}: "
+                    "damaged, or not written by torch"
+                )
+    return whole
+
+
+def _load(path: Path) -> Any:
+    descriptor = open_for_reading(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > unpickler.MAX_PICKLE_BYTES:
+            raise MalformedError(f"{path}: {size} bytes of metadata; the limit is {unpickler.MAX_PICKLE_BYTES}")
+        data = read_at(descriptor, size, 0, path)
+    finally:
+        os.close(descriptor)
+    return unpickler.load(data, path, _no_storage, "the metadata")
+
+
+def _no_storage(pid: Any) -> Any:
+    raise ValueError("a persistent id, which metadata has no use for")
+
+
+def _add(whole: Metadata, path: Path) -> None:
+    root = _instance(_load(path), "Metadata", path)
+    tensors, storage = root.get("state_dict_metadata"), root.get("storage_data")
+    if not isinstance(tensors, dict) or not isinstance(storage, dict):
+        raise MalformedError(f"{path}: no state_dict_metadata or no storage_data: not the metadata of a whole checkpoint")
+    places = _places(storage, path)
+    for name, meta in tensors.items():
+        if not isinstance(name, str):
+            raise MalformedError(f"{path}: a tensor is called {shown(name)}")
+        if isinstance(meta, Instance) and meta.cls.endswith(".BytesStorageMetadata"):
+            whole.objects.setdefault(name, places.get((name, None)))
+            continue
+        _add_tensor(whole, name, _tensor(name, _instance(meta, "TensorStorageMetadata", path), places, path))
+    planner = root.get("planner_data")
+    for name, parts in planner.items() if isinstance(planner, dict) else ():
+        if isinstance(name, str) and isinstance(parts, (tuple, list)) and parts and all(type(p) in (str, int) for p in parts):
+            whole.paths.setdefault(name, tuple(map(str, parts)))
+    for (name, _), stored in places.items():
+        whole.stored.setdefault(stored.file, []).append((stored.offset_bytes, stored.nbytes, name))
+    whole.files.append(path)
+
+
+def _add_tensor(whole: Metadata, name: str, tensor: TensorMeta) -> None:
+    known = whole.tensors.setdefault(name, tensor)
+    if known is tensor:
+        return
+    if (known.dtype_name, known.shape) != (tensor.dtype_name, tensor.shape):
+        raise InconsistentCheckpointError(
+            f"{tensor.path}: {shown(name)} is {tensor.dtype_name} {list(tensor.shape)}, in {known.path.name} {known.dtype_name} "
+            f"{list(known.shape)}: files of two saves; copy those of one again"
+        )
+    for chunk, stored in tensor.chunks.items():
+        known.chunks.setdefault(chunk, []).extend(stored)
+
+
+def _instance(value: Any, name: str, path: Path) -> Instance:
+    if not isinstance(value, Instance) or value.cls.rpartition(".")[2] != name:
+        raise MalformedError(f"{path}: not a checkpoint's metadata: expected {PACKAGE}'s {name}, found {shown(value)}")
+    return value
+
+
+def _places(storage: dict[Any, Any], path: Path) -> dict[tuple[str, Sizes | None], Stored]:
+    places: dict[tuple[str, Sizes | None], Stored] = {}
+    files: dict[str, str] = {}
+    for key, value in storage.items():
+        index, info = _instance(key, "MetadataIndex", path), _instance(value, "_StorageInfo", path)
+        name, offset = index.get("fqn"), index.get("offset")
+        if not isinstance(name, str) or not (offset is None or isinstance(offset, tuple)):
+            raise MalformedError(f"{path}: storage_data has the key {shown(name)} at {shown(offset)}")
+        file, start, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
+        if file not in files:
+            files[file] = _inside(file, path)
+        if not (type(start) is int and type(nbytes) is int and 0 <= start < MAX_NUMEL and 0 <= nbytes < MAX_NUMEL):
+            raise MalformedError(f"{path}: {shown(name)} is stored in {shown(nbytes)} bytes at {shown(start)}")
+        transforms = info.get("transform_descriptors") or ()
+        if not isinstance(transforms, (list, tuple)) or not all(isinstance(t, str) for t in transforms):
+            raise MalformedError(f"{path}: {shown(name)} is transformed by {shown(transforms)}")
+        places[name, offset] = Stored(files[file], start, nbytes, tuple(transforms))
+    return places
+
+
+def _inside(file: Any, path: Path) -> str:
+    if not isinstance(file, str):
+        raise MalformedError(f"{path}: a chunk lies in {shown(file)}, which is not the name of a file")
+    parts = PurePosixPath(file)
+    if not file or parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file or not parts.name:
+        raise UnsafeError(f"{path}: a chunk lies in {shown(file, 255)}, outside the folder; refused")
+    return str(parts)
+
+
+def _tensor(name: str, meta: Instance, places: dict[tuple[str, Sizes | None], Stored], path: Path) -> TensorMeta:
+    shape, chunks = meta.get("size"), meta.get("chunks")
+    properties = _instance(meta.get("properties"), "TensorProperties", path).state
+    dtype = (
+        properties.get("dtype") if isinstance(properties, dict) else properties[0] if isinstance(properties, tuple) and properties else None
+    )
+    if not _are_sizes(shape) or not isinstance(chunks, list) or len(chunks) > MAX_CHUNKS or dtype is None:
+        raise MalformedError(f"{path}: {shown(name)} has no dtype, size or chunks")
+    found: dict[tuple[Sizes, Sizes], list[Stored]] = {}
+    for item in chunks:
+        chunk = _instance(item, "ChunkStorageMetadata", path)
+        offsets, sizes = chunk.get("offsets"), chunk.get("sizes")
+        if not _are_sizes(offsets) or not _are_sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
+            raise MalformedError(f"{path}: {shown(name)} of shape {shown(shape)} has a chunk of {shown(sizes)} at {shown(offsets)}")
+        if 0 in sizes:
+            continue  # a rank with no share of the tensor
+        stored = places.get((name, offsets))
+        if stored is None:
+            raise MalformedError(f"{path}: {shown(name)} has a chunk at {list(offsets)} that is stored nowhere")
+        found[offsets, sizes] = [stored]
+    return TensorMeta(dtype if isinstance(dtype, DType) else None, shown(dtype).removeprefix("torch."), shape, found, path)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(n) is int and 0 <= n < MAX_NUMEL for n in value)

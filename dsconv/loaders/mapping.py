@@ -1,0 +1,151 @@
+"""Which tensors of a checkpoint make which tensors of a model.
+
+For a transformers model the names and the conversions are transformers' own (5.24 ``conversion_mapping.py``
+``get_model_conversion_mapping``, ``core_model_loading.py`` ``rename_source_key``), run on tensors that are not read yet.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dsconv.checkpoint.filling import Patch
+from dsconv.checkpoint.loading import load_tensors
+from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.errors import UnsupportedError
+from dsconv.loaders.symbolic import NotBoxes, Unread
+
+
+@dataclass
+class Computed:
+    """Tensors that a conversion must compute from whole tensors; each rank reads ``entries`` in full, one group at a time."""
+
+    entries: list[TensorEntry]
+    compute: Any
+    why: str
+
+    def values(self) -> dict[str, torch.Tensor]:
+        tensors = load_tensors(self.entries)
+        return {name: value.contiguous() for name, value in self.compute(tensors).items()}
+
+
+@dataclass
+class Matched:
+    """``sources`` maps names of the model to patches, or to the group that computes them; the rest did not match."""
+
+    sources: dict[str, tuple[Patch, ...] | Computed] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
+    unexpected: set[str] = field(default_factory=set)
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+
+def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape before ZeRO-3 or DTensor cut it up."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def match(model: torch.nn.Module, checkpoint: Checkpoint) -> Matched:
+    """Find what makes each tensor of the model's state dict. Reads nothing but, for computed ones, shapes.
+
+    ``mismatched`` gives (shape in the checkpoint, shape in the model).
+    """
+    wanted = {name: full_shape(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
+    found: dict[str, Any] = {}
+    unexpected: set[str] = set()
+    entries: dict[str, TensorEntry] = {**{name: checkpoint[name] for name in checkpoint.ties}, **checkpoint}
+    if hasattr(model, "base_model_prefix"):
+        _match_transformers(model, entries, wanted, found, unexpected)
+    else:
+        for name, entry in entries.items():
+            found.setdefault(name, Unread.of(entry)) if name in wanted else unexpected.add(name)
+    result = Matched(missing=set(wanted) - set(found), unexpected=unexpected)
+    for name, source in found.items():
+        shape = tuple(source.shape) if isinstance(source, Unread) else wanted[name]
+        if shape != wanted[name]:
+            result.mismatched[name] = (shape, wanted[name])
+        else:
+            result.sources[name] = source.patches if isinstance(source, Unread) else source
+    return result
+
+
+def _match_transformers(
+    model: Any, entries: Mapping[str, TensorEntry], wanted: dict[str, tuple[int, ...]], found: dict[str, Any], unexpected: set[str]
+) -> None:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    converters = [item for item in mapping if isinstance(item, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    groups: dict[str, tuple[Any, dict[str, list[TensorEntry]]]] = {}
+    for name in sorted(entries, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if target not in wanted:
+            unexpected.add(name)
+        elif pattern is None:
+            found.setdefault(target, Unread.of(entries[name]))
+        else:
+            _, collected = groups.setdefault(target, (by_pattern[pattern], {}))
+            collected.setdefault(pattern, []).append(entries[name])
+    for target, (converter, collected) in groups.items():
+        found.update(_convert(model, target, converter, collected, wanted))
+    model._weight_conversions = [item for item in mapping if item.was_used()]
+
+
+class Shapes:
+    """Stands for the model where a conversion asks for a parameter's full shape."""
+
+    def __init__(self, model: Any, wanted: dict[str, tuple[int, ...]]) -> None:
+        self._model = model
+        self._wanted = wanted
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self._wanted[name], device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _convert(
+    model: Any, target: str, converter: Any, collected: dict[str, list[TensorEntry]], wanted: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """{name of the model: Unread or Computed} of one group of tensors that a conversion takes together."""
+
+    def run(tensors: dict[str, list[Any]]) -> dict[str, Any]:
+        for operation in converter.operations:
+            tensors = copy.copy(operation).convert(
+                tensors, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns,
+                full_layer_name=target, model=Shapes(model, wanted), config=model.config, missing_keys=None,
+            )  # fmt: skip
+        # The results carry target patterns; what surrounds the pattern in the target's name is the same for all.
+        name = target.replace("*.", "0.")
+        known = next((pattern for pattern in tensors if pattern in name), None)
+        before, _, after = name.partition(known) if known is not None else ("", "", "")
+        return {before + pattern + after: value[0] if isinstance(value, list) else value for pattern, value in tensors.items()}
+
+    try:
+        made = run({pattern: [Unread.of(entry) for entry in entries] for pattern, entries in collected.items()})
+        return {name: value for name, value in made.items() if name in wanted}
+    except NotBoxes as error:
+        why = str(error)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise UnsupportedError(
+            f"{target!r} cannot be made of {sorted(collected)} by transformers' {converter.operations}: {error}"
+        ) from None
+    flat = [entry for entries in collected.values() for entry in entries]
+
+    def compute(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return run({pattern: [tensors[entry.name] for entry in entries] for pattern, entries in collected.items()})
+
+    group = Computed(flat, compute, why)
+    with torch.device("meta"):
+        made = compute({entry.name: torch.empty(entry.shape) for entry in flat})
+    return {name: group for name in made if name in wanted}

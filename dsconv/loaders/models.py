@@ -1,0 +1,40 @@
+"""Which transformers model a checkpoint is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.errors import CheckpointNotFoundError, UnsupportedError
+
+
+def config_folder(checkpoint: Checkpoint) -> Path | None:
+    """The folder whose config.json describes the checkpoint's model: its own, or the parent."""
+    near = (checkpoint.path, checkpoint.folder, checkpoint.folder.parent)
+    return next((folder for folder in near if (folder / "config.json").is_file()), None)
+
+
+def read_config(checkpoint: Checkpoint, folder: Path | None) -> Any:
+    """The transformers configuration in ``folder``; raises CheckpointNotFoundError where there is none."""
+    from transformers import AutoConfig
+
+    if folder is None:
+        raise CheckpointNotFoundError(
+            f"{checkpoint.path}: no config.json there or in the parent: pass config=AutoConfig.from_pretrained(…)"
+        )
+    return AutoConfig.from_pretrained(str(folder))
+
+
+def model_class_of(model_class: Any, config: Any) -> Any:
+    """The class to build: given, chosen by an Auto class, or named by the configuration."""
+    import transformers
+
+    if model_class is not None:
+        mapping = getattr(model_class, "_model_mapping", None)
+        return mapping[type(config)] if mapping is not None else model_class
+    name = (getattr(config, "architectures", None) or [None])[0]
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if found is None:
+        raise UnsupportedError(f"the configuration names the architecture {name!r}, which transformers does not have: pass model_class=")
+    return found

@@ -1,0 +1,66 @@
+"""What a load did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dsconv.errors import InconsistentCheckpointError
+from dsconv.loaders.mapping import Matched
+
+SHOWN = 10
+
+
+@dataclass
+class LoadReport:
+    """``bytes_read`` is what this rank read; ``missing`` were initialised as transformers does, ``computed`` read in full."""
+
+    source: str
+    format: str
+    loaded: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    computed: dict[str, str] = field(default_factory=dict)
+    overflowed: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        """As it is printed: what was loaded, and by name what did not match."""
+        read = f"this rank read {self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
+        lines = [f"loaded {self.loaded} tensors of {self.source} ({self.format}): {read}"]
+        for what, names in (
+            ("missing, initialised anew", self.missing),
+            ("unexpected, left aside", self.unexpected),
+            ("of another shape", [f"{name} {list(a)} for {list(b)}" for name, (a, b) in self.mismatched.items()]),
+        ):
+            if names:
+                lines.append(f"  {len(names)} {what}: {_some(names)}")
+        if self.overflowed:
+            lines.append(f"  {self.overflowed} values are too large for the dtype and became infinite")
+        return "\n".join([*lines, *(f"  {warning}" for warning in self.warnings)])
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def check_strict(matched: Matched, missing: Iterable[str], unexpected: Iterable[str], where: str) -> None:
+    """Raise InconsistentCheckpointError, with the names, where the checkpoint is not the model's."""
+    problems = []
+    if matched.mismatched:
+        shapes = [f"{name} is {list(a)}, the model has {list(b)}" for name, (a, b) in sorted(matched.mismatched.items())]
+        problems.append(f"{len(shapes)} tensors have another shape: {_some(shapes)}")
+    for what, names in (("the model has", sorted(missing)), ("the checkpoint has", sorted(unexpected))):
+        if names:
+            other = "the checkpoint lacks" if what == "the model has" else "the model lacks"
+            problems.append(f"{len(names)} tensors that {what} and {other}: {_some(names)}")
+    if problems:
+        raise InconsistentCheckpointError(f"{where} does not fit the model: {'; '.join(problems)}. strict=False loads what fits")

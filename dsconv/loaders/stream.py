@@ -1,0 +1,204 @@
+"""``stream_into``: a checkpoint into a model that exists, whatever its parameters are."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsconv.checkpoint.filling import Filling, Reads, Slot, reads_of
+from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.reading import tensor_bytes
+from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.errors import UnsupportedError
+from dsconv.loaders.agreement import agreement
+from dsconv.loaders.mapping import Computed, Matched, full_shape, match
+from dsconv.loaders.masters import master_slots
+from dsconv.loaders.memory import block_maker, slot_of
+from dsconv.loaders.report import LoadReport, check_strict
+from dsconv.loaders.zero3 import partition_slots
+
+
+def stream_into(
+    model: torch.nn.Module,
+    source: str | os.PathLike[str] | Checkpoint,
+    *,
+    strict: bool = True,
+    tag: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> LoadReport:
+    """Fill ``model`` from any checkpoint that ``open_checkpoint`` reads; each rank reads the bytes that it holds, once.
+
+    Parameters may be plain, ZeRO-3 partitions (``zero.Init``), or DTensors of any placements but Partial; buffers are
+    filled too. Where ``model`` is a DeepSpeed engine, or the model of one, the optimizer's fp32 masters are filled from
+    the checkpoint as well, at their own precision. Every rank that holds a part of the model must call it. With
+    ``strict`` a tensor that is missing, unexpected or of another shape raises InconsistentCheckpointError before anything
+    is changed; without, what fits is loaded. Raises UnsupportedError, RankFailedError, and what ``open_checkpoint`` raises.
+    """
+    began = time.monotonic()
+    model = _unwrapped(model)
+    with agreement("stream_into"):
+        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+        report, _ = fill_model(model, checkpoint, strict=strict, ignore_mismatched_sizes=not strict, workers=workers, progress=progress)
+    report.seconds = time.monotonic() - began
+    print_once(report)
+    return report
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside a DeepSpeed engine or DistributedDataParallel, whose names are the checkpoint's."""
+    if type(model).__name__ in ("DeepSpeedEngine", "DeepSpeedHybridEngine", "DistributedDataParallel"):
+        return model.module
+    return model
+
+
+def fill_model(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    strict: bool,
+    ignore_mismatched_sizes: bool,
+    workers: int | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[LoadReport, Matched]:
+    """Match, check, and read. Ranks do not talk to each other here."""
+    matched = match(model, checkpoint)
+    missing, unexpected = _adjusted(model, matched)
+    if strict:
+        check_strict(matched, missing, unexpected, str(checkpoint.path))
+    elif matched.mismatched and not ignore_mismatched_sizes:
+        check_strict(matched, (), (), str(checkpoint.path))
+    report = LoadReport(
+        str(checkpoint.path), checkpoint.format, missing=sorted(missing), unexpected=sorted(unexpected), mismatched=matched.mismatched
+    )
+    report.warnings += checkpoint.warnings
+    jobs: list[Reads] = []
+    computed: dict[int, tuple[Computed, list[tuple[str, Slot]]]] = {}
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    done: set[int] = set()
+    devices: set[str] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        made_of = matched.sources.get(name)
+        if made_of is None or id(tensor) in done:
+            continue
+        done.add(id(tensor))
+        report.loaded += 1
+        for slot in _slots(name, tensor, copies, devices):
+            if isinstance(made_of, Computed):
+                computed.setdefault(id(made_of), (made_of, []))[1].append((name, slot))
+                report.computed[name] = made_of.why
+            else:
+                jobs += reads_of(made_of, slot)
+    filling = Filling(workers, _counter(progress, sum(job.nbytes for job in jobs)), block_maker(devices))
+    filling.run(jobs)
+    report.bytes_read, report.overflowed = filling.bytes_read, filling.overflowed
+    for group, slots in computed.values():  # one at a time: each holds whole tensors
+        values = group.values()
+        report.bytes_read += sum(entry.nbytes for entry in group.entries)
+        for name, slot in slots:
+            _fill_from(values[name], slot)
+    with torch.no_grad():
+        for target, contiguous in copies:
+            target.copy_(contiguous)
+    return report, matched
+
+
+def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], devices: set[str]) -> Iterator[Slot]:
+    """What of a tensor of the model lies on this rank; ``copies`` gains (target, its contiguous stand-in) where one is needed."""
+    if hasattr(tensor, "ds_tensor"):
+        devices.add(tensor.ds_tensor.device.type)
+        yield from partition_slots(tensor)
+        yield from master_slots(name, tensor)
+        return
+    local, region = tensor.detach(), None
+    if hasattr(tensor, "placements"):
+        from dsconv.loaders.dtensors import region_of
+
+        local, region = tensor.to_local().detach(), region_of(tensor, name)
+    if local.device.type == "meta":
+        raise UnsupportedError(f"{name} is on the meta device: give the model memory first, with model.to_empty(device=…)")
+    devices.add(local.device.type)
+    yield from master_slots(name, tensor)
+    if not local.is_contiguous():
+        copies.append((local, torch.empty(local.shape, dtype=local.dtype, device=local.device)))
+        local = copies[-1][1]
+    yield slot_of(local, full_shape(tensor), 0, region)
+
+
+def _fill_from(full: torch.Tensor, slot: Slot) -> None:
+    """A slot from the whole tensor in memory."""
+    if slot.numel == 0:
+        return
+    for dim, intervals in enumerate(slot.region or ()):
+        full = full.index_select(dim, torch.cat([torch.arange(a, b) for a, b in intervals]))
+    part = full.reshape(-1)[slot.start : slot.start + slot.numel].to(getattr(torch, slot.dtype.name)).contiguous()
+    slot.write(tensor_bytes(part), 0)
+
+
+def _counter(progress: Callable[[str, int, int], None] | None, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    lock = threading.Lock()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress("load", done, total)
+
+    return advance
+
+
+def _adjusted(model: Any, matched: Matched) -> tuple[set[str], set[str]]:
+    """What is really missing and unexpected: not what is tied to something that is there, nor what transformers ignores."""
+    there = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in matched.sources}
+    missing = {name for name in matched.missing if id(model.state_dict(keep_vars=True)[name]) not in there} if there else matched.missing
+    if not hasattr(model, "_adjust_missing_and_unexpected_keys"):
+        return missing, matched.unexpected
+    tied = getattr(model, "all_tied_weights_keys", {})
+    info = _info(missing - {name for name, owner in tied.items() if owner in matched.sources}, matched.unexpected)
+    model._adjust_missing_and_unexpected_keys(info)
+    return set(info.missing_keys), set(info.unexpected_keys)
+
+
+def _info(missing: set[str], unexpected: set[str]) -> Any:
+    from transformers.modeling_utils import LoadStateDictInfo
+
+    return LoadStateDictInfo(
+        missing_keys=set(missing), unexpected_keys=set(unexpected), mismatched_keys=set(), error_msgs=[], conversion_errors={},
+        skipped_pp_keys=set(),
+    )  # fmt: skip
+
+
+def finish_transformers(model: Any, matched: Matched, folder: Path | None, device_map: dict[str, Any] | None = None) -> None:
+    """What ``from_pretrained`` does after the weights (5.24 ``_finalize_model_loading``): missing weights, ties, generation."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in matched.sources:
+            tensor._is_hf_initialized = True
+    info = _info(matched.missing | set(matched.mismatched), matched.unexpected)
+    model.mark_tied_weights_as_initialized(info)
+    if device_map is not None:  # under ZeRO-3 nothing is on the meta device
+        model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), device_map, None, None)
+    model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model.eval()
+    if folder is not None and (folder / "generation_config.json").is_file() and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+
+
+def print_once(report: LoadReport) -> None:
+    """On rank 0, and only where there is something to say."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        print(report.summary(), file=sys.stderr)

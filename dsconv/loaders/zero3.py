@@ -1,0 +1,188 @@
+"""Weights straight into ZeRO-3 partitions: no full parameter is read, built or sent.
+
+Under ZeRO-3 a rank keeps ``ds_tensor``, elements [r × n, (r + 1) × n) of the flattened parameter, n = ceil(numel / world)
+(DeepSpeed 0.19.8 ``runtime/zero/partition_parameters.py`` ``_partition_param``): one range of the checkpoint's bytes.
+``deepspeed.zero.Init`` builds each parameter in full, broadcasts it and cuts it up; here it only gets its partition.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconv.checkpoint.filling import Slot
+from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.errors import CheckpointNotFoundError, UnsupportedError
+from dsconv.loaders.agreement import agreement
+from dsconv.loaders.models import config_folder, model_class_of, read_config
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_zero3(
+    source: str | os.PathLike[str] | Checkpoint,
+    ds_config: str | os.PathLike[str] | dict[str, Any],
+    *,
+    model_class: Any = None,
+    config: Any = None,
+    dtype: Any = None,
+    strict: bool = False,
+    ignore_mismatched_sizes: bool = False,
+    tag: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Any:
+    """A transformers model whose parameters are ZeRO-3 partitions, for ``deepspeed.initialize(model=model, config=ds_config)``.
+
+    ``source`` is any checkpoint that ``open_checkpoint`` reads, with a ``config.json`` in its folder or the parent, or
+    ``config``, a transformers configuration. ``model_class`` defaults to the architecture that the configuration names;
+    an Auto class works too. Every rank of the job must call it; each reads its own bytes only. Missing weights are
+    initialised as ``from_pretrained`` does, unless ``strict``. ``model.load_report`` is the ``LoadReport``.
+
+    The model is built as transformers builds it under ``HfDeepSpeedConfig``, with the same dtype (the one of
+    ``ds_config``; ``dtype`` is that of tensors which ZeRO does not convert). Raises InconsistentCheckpointError (with
+    ``strict``, or a shape that differs), UnsupportedError, RankFailedError where another rank failed, and what
+    ``open_checkpoint`` raises.
+    """
+    began = time.monotonic()
+    settings = _settings(ds_config)
+    with agreement("load_zero3"):
+        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+        folder = config_folder(checkpoint)
+        if config is None:
+            config = read_config(checkpoint, folder)
+        kind = model_class_of(model_class, config)
+    with _hf_zero3(settings):
+        with agreement("load_zero3"):
+            model = _build(kind, config, dtype)
+        from dsconv.loaders.stream import fill_model, finish_transformers, print_once
+
+        with agreement("load_zero3"):
+            report, matched = fill_model(
+                model, checkpoint, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, workers=workers, progress=progress
+            )
+        finish_transformers(model, matched, folder)
+    report.seconds = time.monotonic() - began
+    model.load_report = report
+    print_once(report)
+    return model
+
+
+def _settings(ds_config: str | os.PathLike[str] | dict[str, Any]) -> dict[str, Any]:
+    settings: Any = ds_config
+    if not isinstance(ds_config, dict):
+        try:
+            settings = json.loads(Path(ds_config).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointNotFoundError(f"{ds_config}: the DeepSpeed configuration cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise UnsupportedError(f"{ds_config}: the DeepSpeed configuration is not JSON: {error}") from None
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage != 3:
+        raise UnsupportedError(f"ds_config says ZeRO stage {stage}: load_zero3 needs stage 3; for others load with from_pretrained")
+    checked: dict[str, Any] = settings
+    return checked
+
+
+@contextmanager
+def _hf_zero3(settings: dict[str, Any]) -> Iterator[None]:
+    """transformers knows of ZeRO-3 while this is open, as it does while a script keeps an ``HfDeepSpeedConfig``."""
+    from transformers.integrations import deepspeed as integration
+
+    before = integration._hf_deepspeed_config_weak_ref
+    keep = integration.HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        del keep
+        integration._hf_deepspeed_config_weak_ref = before
+
+
+def _build(kind: Any, config: Any, dtype: Any) -> Any:
+    """The model, as ``from_pretrained`` builds it (5.24 ``modeling_utils.py``), with partitions in place of parameters."""
+    import copy
+
+    import deepspeed
+    import torch
+
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
+    contexts = kind.get_init_context(dtype, False, False, None)
+    with ExitStack() as stack:
+        for context in contexts:
+            if isinstance(context, deepspeed.zero.Init):
+                context._zero_init_param = _partition_only(context)
+            stack.enter_context(context)
+        return kind(copy.deepcopy(config))
+
+
+def _partition_only(init: Any) -> Callable[[torch.Tensor], None]:
+    """What replaces ``Init._zero_init_param``, which would broadcast a parameter from rank 0 and cut it up."""
+
+    def dress(param: Any) -> None:
+        from deepspeed.runtime.zero.partition_parameters import free_param
+
+        init._convert_to_deepspeed_param(param)
+        allocate_partition(init, param)
+        free_param(param)
+
+    return dress
+
+
+def allocate_partition(init: Any, param: Any) -> None:
+    """Give a parameter its empty ``ds_tensor`` where ``_partition_param`` (0.19.8) would put it, and hpZ's second one.
+
+    Raises UnsupportedError for NVMe and for quantized weights, whose partitions are not the checkpoint's bytes.
+    """
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.config import OffloadDeviceEnum
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    if init.remote_device == OffloadDeviceEnum.nvme:
+        raise UnsupportedError("offload_param to nvme: load_zero3 fills memory; use device cpu, or from_pretrained")
+    if init.quantized_weights or init.quantized_nontrainable_weights:
+        raise UnsupportedError("zero_quantized_weights: load_zero3 does not quantize; switch it off, or use from_pretrained")
+    aligned = init._aligned_size(param)
+    device = init.local_device if param.ds_persist else init.remote_device
+
+    def new(numel: int, where: Any) -> Any:
+        tensor = torch.empty(numel, dtype=param.dtype, device=where)
+        if where == OffloadDeviceEnum.cpu and init.pin_memory:
+            tensor = get_accelerator().pin_memory(tensor)
+        tensor.requires_grad = False
+        tensor.ds_numel = numel
+        tensor.status = PartitionedParamStatus.AVAILABLE
+        tensor.final_location = None
+        return tensor
+
+    param.ds_tensor = new(aligned // init._partition_world_size(param), device)
+    param.ds_numel_aligned = aligned
+    if init.zero_param_process_group is not None:
+        param.ds_secondary_tensor = new(aligned // init.num_ranks_in_param_group, init.remote_device)
+        param.ds_secondary_start = init.rank_in_group * param.ds_secondary_tensor.ds_numel
+
+
+def partition_slots(param: Any) -> Iterator[Slot]:
+    """The slots of a ZeRO-3 parameter on this rank: its partition and, with hpZ, the secondary one; padding becomes zero."""
+    from dsconv.loaders.memory import slot_of
+
+    shape = tuple(param.ds_shape)
+    start = param.ds_zero_partition_rank * param.ds_tensor.ds_numel
+    parts = [(param.ds_tensor, start)]
+    if param.ds_secondary_tensor is not None:
+        parts.append((param.ds_secondary_tensor, getattr(param, "ds_secondary_start", 0)))
+    for tensor, first in parts:
+        held = max(0, min(tensor.numel(), param.ds_numel - first))
+        flat = tensor.detach().view(-1)
+        flat[held:].zero_()
+        yield slot_of(flat[:held], shape, min(first, param.ds_numel))
