@@ -13,6 +13,7 @@ from dsconv._version import __version__
 if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
     from dsconv.convert.merge import MergeReport, merge
+    from dsconv.convert.universal_writer import UniversalReport, to_universal
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
 
@@ -22,11 +23,16 @@ _HOMES = {
     "open_checkpoint": "dsconv.checkpoint",
     "MergeReport": "dsconv.convert.merge",
     "merge": "dsconv.convert.merge",
+    "UniversalReport": "dsconv.convert.universal_writer",
+    "to_universal": "dsconv.convert.universal_writer",
     "VerifyReport": "dsconv.convert.verify",
     "verify": "dsconv.convert.verify",
     "DsconvError": "dsconv.errors",
 }
-__all__ = ["Checkpoint", "DsconvError", "MergeReport", "TensorEntry", "VerifyReport", "__version__", "merge", "open_checkpoint", "verify"]
+__all__ = [
+    "Checkpoint", "DsconvError", "MergeReport", "TensorEntry", "UniversalReport", "VerifyReport", "__version__", "merge",
+    "open_checkpoint", "to_universal", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -367,13 +367,15 @@ for _module, _names in {
     "numpy._core.multiarray": ("_reconstruct", "scalar"),
     "numpy.core.numeric": ("_frombuffer",),
     "numpy._core.numeric": ("_frombuffer",),
-    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
 }.items():
     for _name in _names:
         CONSTRUCTORS[_module, _name] = _inert(f"{_module}.{_name}")
 
 # Classes of which a format reads the attributes; their objects become ``Instance``.
-KEPT: set[tuple[str, str]] = set()
+KEPT: set[tuple[str, str]] = {
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+}
 
 # These only ever make an object without running its __init__, from the class that is their argument.
 OBJECT_MAKERS = {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__"), ("copy_reg", "__newobj__")}

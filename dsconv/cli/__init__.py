@@ -14,6 +14,7 @@ import click
 from dsconv._version import __version__
 from dsconv.cli.inspect import inspect
 from dsconv.cli.merge import merge, zero_to_fp32
+from dsconv.cli.to_universal import to_universal
 from dsconv.cli.verify import verify
 from dsconv.errors import EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError
 
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for _command in (zero_to_fp32, merge, inspect, verify):
+for _command in (zero_to_fp32, merge, to_universal, inspect, verify):
     cli.add_command(_command)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, require
+from dsconv.checkpoint.formats.zero_optimizer import Place, read_training
 from dsconv.checkpoint.standins import TensorRef, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
@@ -118,13 +119,17 @@ def _entry(name: str, dtype: DType, shape: tuple[int, ...], layout: Any, ties: d
     return TensorEntry(name, dtype, shape, layout, tuple(ties.get(name, ())), role)
 
 
-def _flat_pieces(files: list[TorchFile], parts: list[TensorRef], starts: list[int], begin: int, numel: int) -> tuple[Piece, ...]:
-    """Stage 1/2: elements [begin, begin + numel) of the parts laid end to end; ``starts`` are the parts' positions."""
+def _flat_pieces(files: list[TorchFile], starts: list[int], begin: int, numel: int, parts: list[TensorRef]) -> tuple[Piece, ...]:
+    """Stage 1/2: elements [begin, begin + numel) of the parts laid end to end, each cut or not where the next one begins.
+
+    ``starts`` are the positions of the masters' parts and their end. The optimizer's other states lie as the masters do,
+    but keep the padding that masters are saved without (0.19.8 ``stage_1_and_2.py`` ``state_dict``).
+    """
     pieces = []
     rank = bisect_right(starts, begin) - 1
     position = begin
     while position < begin + numel:
-        stop = min(begin + numel, starts[rank] + parts[rank].numel)
+        stop = min(begin + numel, starts[rank + 1])
         if stop > position:
             extent = files[rank].extent(parts[rank], position - starts[rank], stop - position)
             pieces.append(Piece(extent, position - begin, stop - position))
@@ -144,6 +149,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
         raise InconsistentCheckpointError(f"{states.path} lists {len(shapes)} parameter groups, {first.path} holds {len(first.groups)}")
     files = [p.file for p in partitions]
     entries: dict[str, TensorEntry] = {}
+    places: dict[str, Place] = {}
     ties = states.ties()
     for g, group in enumerate(shapes):
         parts = [p.groups[g] for p in partitions]
@@ -157,8 +163,9 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
                     f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer files "
                     f"of {world} ranks hold {starts[-1]} together. A file is of another save, or of another model"
                 )
-            layout = partial(_flat_pieces, files, parts, starts, position, numel)
-            entries[name] = _entry(name, parts[0].dtype, shape, layout, ties, "parameter")
+            place = partial(_flat_pieces, files, starts, position, numel)
+            places[name] = Place(shape, g, place)
+            entries[name] = _entry(name, parts[0].dtype, shape, partial(place, parts), ties, "parameter")
             position += numel + padding
         _check_group(folder, g, position, [part.numel for part in parts])
     if first.state.get("param_slice_mappings") is not None:
@@ -170,7 +177,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
     crosscheck.masters_match_module(states, entries, warnings)
     stage = first.state.get("zero_stage")
     kind = f"ZeRO-{stage}" if stage else "ZeRO-1 (BF16_Optimizer)"
-    return _finish(folder, states, entries, partitions, kind, stage or 1, warnings)
+    return _finish(folder, states, entries, partitions, kind, stage or 1, warnings, places)
 
 
 def _alignment_paddings(first: Partition, g: int, group: dict[str, tuple[int, ...]]) -> list[int]:
@@ -204,16 +211,15 @@ def _check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> 
 
 
 def _equal_shares(
-    files: list[TorchFile], flats: list[tuple[list[TensorRef], list[int]]], begin: int, share: int, numel: int
+    files: list[TorchFile], starts: list[list[int]], begin: int, share: int, numel: int, flats: list[list[TensorRef]]
 ) -> tuple[Piece, ...]:
     """Stage 3: rank r holds elements [r × share, (r + 1) × share), at ``begin`` of its sub-groups laid end to end."""
     pieces: list[Piece] = []
     for rank, file in enumerate(files):
-        parts, starts = flats[rank]
         wanted = min(share, numel - rank * share)
         if wanted <= 0:
             break
-        mine = _flat_pieces([file] * len(parts), parts, starts, begin, wanted)
+        mine = _flat_pieces([file] * len(flats[rank]), starts[rank], begin, wanted, flats[rank])
         pieces += [Piece(piece.extent, rank * share + piece.start, piece.numel) for piece in mine]
     return tuple(pieces)
 
@@ -236,14 +242,16 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
         crosscheck.same_save(states, other)
     _refuse_offloaded(folder, partitions)
     files = [p.file for p in partitions]
-    flats = [(p.groups, [0, *accumulate(g.numel for g in p.groups)]) for p in partitions]
-    totals = [starts[-1] for _, starts in flats]
+    flats = [p.groups for p in partitions]
+    starts = [[0, *accumulate(g.numel for g in p.groups)] for p in partitions]
+    totals = [of_rank[-1] for of_rank in starts]
     if len(set(totals)) > 1:
         low = totals.index(min(totals))
         raise InconsistentCheckpointError(
             f"{partitions[low].path} holds {totals[low]} master elements, another rank's file {max(totals)}; ZeRO-3 ranks hold equal shares"
         )
     entries: dict[str, TensorEntry] = {}
+    places: dict[str, Place] = {}
     ties = states.ties()
     position = 0
     wanted_total = sum(share_numel(math.prod(shape), world) for group in states.param_shapes for shape in group.values())
@@ -256,15 +264,16 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
         for name, shape in group.items():
             numel = math.prod(shape)
             share = share_numel(numel, world)
-            layout = partial(_equal_shares, files, flats, position, share, numel)
-            entries[name] = _entry(name, partitions[0].groups[0].dtype, shape, layout, ties, "parameter")
+            place = partial(_equal_shares, files, starts, position, share, numel)
+            places[name] = Place(shape, bisect_right(starts[0], position) - 1, place)
+            entries[name] = _entry(name, partitions[0].groups[0].dtype, shape, partial(place, flats), ties, "parameter")
             position += share
     for name, shape in states.frozen_shapes.items():
         if name not in entries:
             entries[name] = _frozen_entry(name, shape, all_states, world, ties)
     buffers = states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names))
     entries.update(buffers)
-    return _finish(folder, states, entries, partitions, "ZeRO-3", 3, warnings)
+    return _finish(folder, states, entries, partitions, "ZeRO-3", 3, warnings, places)
 
 
 def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
@@ -318,6 +327,7 @@ def _finish(
     kind: str,
     stage: int,
     warnings: list[str],
+    places: dict[str, Place],
 ) -> Checkpoint:
     if not all(file.archive.checksummed for file in (states.file, *(p.file for p in partitions))):
         warnings.append("the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
@@ -335,4 +345,5 @@ def _finish(
         warnings=tuple(warnings),
         sources=tuple(sorted({p.path for p in partitions} | {states.path})),
         is_zero=True,
+        training=partial(read_training, folder, states, partitions, stage, places),
     )  # fmt: skip
