@@ -211,7 +211,8 @@ class _Pickler:
         storage = _STORAGES.get(tensor.dtype.name)
         if storage is None:
             raise UnsupportedError(f"a tensor of {tensor.dtype} cannot be written into a .pt by this version")
-        strides, numel = [], 1
+        strides: list[int] = []
+        numel = 1
         for size in reversed(tensor.shape):
             strides.insert(0, numel)
             numel *= size
@@ -221,10 +222,10 @@ class _Pickler:
         self._out += b"(("
         self.write("storage")
         self._name("torch", storage)
-        for part in (key, "cpu", numel):
-            self.write(part, position)
+        for item in (key, "cpu", numel):
+            self.write(item, position)
         self._out += b"tQ"
-        for part in (0, tuple(tensor.shape), tuple(strides), False):
-            self.write(part, position)
+        for argument in (0, tuple(tensor.shape), tuple(strides), False):
+            self.write(argument, position)
         self._name("collections", "OrderedDict")
         self._out += b")RtR"

@@ -21,9 +21,7 @@ MAX_PATTERN_CHARS = 1000
 MAX_REPEATS = 3  # of a pattern: matching one takes time to that power of a name's length
 
 
-def written_form(
-    info: Mapping[str, Any], name: str, entry: TensorEntry, path: Path
-) -> tuple[tuple[int, ...], dict[str, Any], TensorEntry]:
+def written_form(info: Mapping[str, Any], name: str, entry: TensorEntry, path: Path) -> tuple[tuple[int, ...], dict[str, Any], TensorEntry]:
     """(shape, keys beside ``param``, entry) of what is written for a parameter or a state of it.
 
     A 0-d parameter is written with shape [1], since the loader cuts the first dimension; rows that only pad a vocabulary
@@ -43,7 +41,7 @@ def written_form(
         keys["cat_dim"] = 1 if _matches(info, "parameter_with_row_parallelism_patterns", name, path) else 0
     if _matches(info, "vocabulary_parameter_patterns", name, path):
         rows = info.get("original_vocab_size")
-        if type(rows) is not int or not 0 < rows or len(shape) != 2:
+        if type(rows) is not int or rows < 1 or len(shape) != 2:
             raise MalformedError(f"{path}: universal_checkpoint_info says that {name!r} of shape {list(shape)} pads {shown(rows)} rows")
         keys["vocab_tensor"] = True
         rows = min(rows, shape[0])

@@ -65,7 +65,7 @@ class UniversalPlan:
 
     @property
     def nbytes(self) -> int:
-        return sum(file.nbytes for file in (*self.states, *self.models))
+        return sum(file.nbytes for file in self.states) + sum(file.nbytes for file in self.models)
 
     @property
     def data_bytes(self) -> int:
@@ -148,5 +148,3 @@ def _version(text: str | None) -> tuple[int, ...]:
     """(0, 19, 8) of '0.19.8+cpu'; the newest where nothing is known."""
     match = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", text or "")
     return tuple(int(part or 0) for part in match.groups()) if match else READS_DICTS
-
-

@@ -88,7 +88,7 @@ def to_universal(
     plan = plan_universal(checkpoint, training, exclude_frozen)
     report = _report(checkpoint, training, target, plan, dry_run)
     if dry_run:
-        report.plan = [_row(file) for file in (*plan.states, *plan.models)]
+        report.plan = [*map(_state_row, plan.states), *map(_model_row, plan.models)]
         return report
     old = _existing(checkpoint, target, force)
     require_space(target, plan.nbytes)
@@ -114,13 +114,15 @@ def _report(checkpoint: Checkpoint, training: Training, target: Path, plan: Univ
     )  # fmt: skip
 
 
-def _row(file: StateFile | ModelFile) -> dict[str, Any]:
-    if isinstance(file, ModelFile):
-        return {"file": file.path, "bytes": file.nbytes, "copied_from": str(file.source)}
+def _state_row(file: StateFile) -> dict[str, Any]:
     row: dict[str, Any] = {"file": file.path, "bytes": file.nbytes}
     if file.entry is not None:
         row |= {"dtype": str(file.dtype), "stored_dtype": str(file.entry.dtype), "shape": list(file.entry.shape), "role": file.role}
     return row
+
+
+def _model_row(file: ModelFile) -> dict[str, Any]:
+    return {"file": file.path, "bytes": file.nbytes, "copied_from": str(file.source)}
 
 
 def _existing(checkpoint: Checkpoint, target: Path, force: bool) -> list[str]:

@@ -119,7 +119,7 @@ def _entry(name: str, dtype: DType, shape: tuple[int, ...], layout: Any, ties: d
     return TensorEntry(name, dtype, shape, layout, tuple(ties.get(name, ())), role)
 
 
-def _flat_pieces(files: list[TorchFile], starts: list[int], begin: int, numel: int, parts: list[TensorRef]) -> tuple[Piece, ...]:
+def _flat_pieces(files: list[TorchFile], parts: list[TensorRef], starts: list[int], begin: int, numel: int) -> tuple[Piece, ...]:
     """Stage 1/2: elements [begin, begin + numel) of the parts laid end to end, each cut or not where the next one begins.
 
     ``starts`` are the positions of the masters' parts and their end. The optimizer's other states lie as the masters do,
@@ -163,9 +163,9 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
                     f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer files "
                     f"of {world} ranks hold {starts[-1]} together. A file is of another save, or of another model"
                 )
-            place = partial(_flat_pieces, files, starts, position, numel)
-            places[name] = Place(shape, g, place)
-            entries[name] = _entry(name, parts[0].dtype, shape, partial(place, parts), ties, "parameter")
+            places[name] = Place(shape, g, partial(_flat_pieces, files, starts=starts, begin=position, numel=numel))
+            layout = partial(_flat_pieces, files, parts, starts, position, numel)
+            entries[name] = _entry(name, parts[0].dtype, shape, layout, ties, "parameter")
             position += numel + padding
         _check_group(folder, g, position, [part.numel for part in parts])
     if first.state.get("param_slice_mappings") is not None:
@@ -211,17 +211,30 @@ def _check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> 
 
 
 def _equal_shares(
-    files: list[TorchFile], starts: list[list[int]], begin: int, share: int, numel: int, flats: list[list[TensorRef]]
+    files: list[TorchFile], flats: list[tuple[list[TensorRef], list[int]]], begin: int, share: int, numel: int
 ) -> tuple[Piece, ...]:
     """Stage 3: rank r holds elements [r × share, (r + 1) × share), at ``begin`` of its sub-groups laid end to end."""
     pieces: list[Piece] = []
     for rank, file in enumerate(files):
+        parts, starts = flats[rank]
         wanted = min(share, numel - rank * share)
         if wanted <= 0:
             break
-        mine = _flat_pieces([file] * len(flats[rank]), starts[rank], begin, wanted, flats[rank])
+        mine = _flat_pieces([file] * len(parts), parts, starts, begin, wanted)
         pieces += [Piece(piece.extent, rank * share + piece.start, piece.numel) for piece in mine]
     return tuple(pieces)
+
+
+def _state_shares(
+    files: list[TorchFile],
+    flats: list[tuple[list[TensorRef], list[int]]],
+    begin: int,
+    share: int,
+    numel: int,
+    states: list[list[TensorRef]],
+) -> tuple[Piece, ...]:
+    """Stage 3: the same of another state, whose flat tensors, one a sub-group and rank, lie as those of the masters."""
+    return _equal_shares(files, [(mine, starts) for mine, (_, starts) in zip(states, flats, strict=True)], begin, share, numel)
 
 
 def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:
@@ -242,8 +255,8 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
         crosscheck.same_save(states, other)
     _refuse_offloaded(folder, partitions)
     files = [p.file for p in partitions]
-    flats = [p.groups for p in partitions]
-    starts = [[0, *accumulate(g.numel for g in p.groups)] for p in partitions]
+    flats = [(p.groups, [0, *accumulate(g.numel for g in p.groups)]) for p in partitions]
+    starts = [of_rank for _, of_rank in flats]
     totals = [of_rank[-1] for of_rank in starts]
     if len(set(totals)) > 1:
         low = totals.index(min(totals))
@@ -264,13 +277,15 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
         for name, shape in group.items():
             numel = math.prod(shape)
             share = share_numel(numel, world)
-            place = partial(_equal_shares, files, starts, position, share, numel)
-            places[name] = Place(shape, bisect_right(starts[0], position) - 1, place)
-            entries[name] = _entry(name, partitions[0].groups[0].dtype, shape, partial(place, flats), ties, "parameter")
+            layout = partial(_equal_shares, files, flats, position, share, numel)
+            places[name] = Place(
+                shape, bisect_right(flats[0][1], position) - 1, partial(_state_shares, files, flats, position, share, numel)
+            )
+            entries[name] = _entry(name, partitions[0].groups[0].dtype, shape, layout, ties, "parameter")
             position += share
     for name, shape in states.frozen_shapes.items():
         if name not in entries:
-            entries[name] = _frozen_entry(name, shape, all_states, world, ties)
+            entries[name] = frozen_entry(name, shape, all_states, world, ties)
     buffers = states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names))
     entries.update(buffers)
     return _finish(folder, states, entries, partitions, "ZeRO-3", 3, warnings, places)
@@ -292,7 +307,7 @@ def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
         )
 
 
-def _frozen_entry(name: str, shape: tuple[int, ...], all_states: list[ModuleStates], world: int, ties: dict[str, list[str]]) -> TensorEntry:
+def frozen_entry(name: str, shape: tuple[int, ...], all_states: list[ModuleStates], world: int, ties: dict[str, list[str]]) -> TensorEntry:
     numel = math.prod(shape)
     share = share_numel(numel, world)
     fragments: list[tuple[TorchFile, TensorRef]] = []

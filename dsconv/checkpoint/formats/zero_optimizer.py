@@ -49,16 +49,15 @@ class Place:
     layout: Callable[[Any], tuple[Piece, ...]]
 
 
-def read_training(
-    folder: TagFolder, states: ModuleStates, partitions: list[Partition], stage: int, places: dict[str, Place]
-) -> Training:
+def read_training(folder: TagFolder, states: ModuleStates, partitions: list[Partition], stage: int, places: dict[str, Place]) -> Training:
     """Raises MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file and the state."""
     first = partitions[0]
     rows = [_rows(partition) for partition in partitions]
     groups = range(len(first.groups))
     flats = [_flat_states(partitions, [of_rank[g] for of_rank in rows], g) for g in groups]
     steps = [_step(partitions, [of_rank[g] for of_rank in rows], g) for g in groups]
-    warnings, entries = [], {}
+    warnings: list[str] = []
+    entries: dict[str, dict[str, TensorEntry]] = {}
     for name in sorted({name for flat in flats for name in flat}):
         # Sub-groups that lack the state are stood in for by their masters, which no parameter that has it reaches.
         by_rank = [[flats[g][name][rank] if name in flats[g] else p.groups[g] for g in groups] for rank, p in enumerate(partitions)]
