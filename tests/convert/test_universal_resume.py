@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ IDS = [(source, *plan) for source, plans in PLANS.items() for plan in plans]
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Convert every source and resume from it in every planned way; the folders of what came out."""
     root = tmp_path_factory.mktemp("resumed")
     resumes = []
@@ -82,4 +83,6 @@ def test_an_engine_has_every_bit_after_loading(source: str, world: int, stage: i
             assert same(loaded[name].reshape(tensor.shape), tensor), f"{name} after one more step"
 
 
-assert universal.CASES.keys() >= PLANS.keys()
+def test_all_but_the_patterns_are_resumed() -> None:
+    """(Rows that only pad the vocabulary are not kept, so that case has not every bit.)"""
+    assert universal.CASES.keys() == PLANS.keys() | {"odd-z2-fp32-w2-patterns"}
