@@ -22,6 +22,7 @@ from dsconv.errors import (
     UnsupportedError,
 )
 from tests.fixtures import gloo
+from tests.trained import load_safetensors, same
 
 
 @pytest.fixture
@@ -167,3 +168,21 @@ def test_a_pickle_that_would_run_code_is_refused(copied: Callable[[str], Path]) 
     change(tag(folder) / f"zero/{NORM}/fp32.pt", lambda v: v | {"cat_dim": Evil()})
     with pytest.raises(UnsafeError, match="system"):
         dsconv.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["pipeline-z1-bf16-pp2", "autotp-z1-bf16-tp2", "autotp-z2-fp32-tp2"])
+def test_model_parallel_runs(name: str, tmp_path: Path) -> None:
+    """Full shapes are those of the universal tensors; the names are those of all model-parallel ranks."""
+    made = gloo.ensure("universal_parallel")[name]
+    truth = load_safetensors(made / "truth.safetensors")
+    checkpoint = dsconv.open_checkpoint(made / "official")
+    assert set(checkpoint) == set(truth)
+    assert checkpoint.world["model_parallel"] == 2
+    dsconv.merge(checkpoint, tmp_path / "merged", fsync=False, verify_output=True)
+    merged = load_safetensors(tmp_path / "merged")
+    names = {owner: alias for alias, owner in checkpoint.ties.items()}
+    for key, tensor in truth.items():
+        assert same(merged[key if key in merged else names[key]], tensor), key
+    with pytest.raises(UnsupportedError):
+        dsconv.to_universal(made / "ckpt", tmp_path / "universal")
+    assert not (tmp_path / "universal").exists()
