@@ -59,7 +59,11 @@ class Staging:
         self.write(MOVING, json.dumps(names).encode())
         try:
             for name in obsolete:
-                remove(self.target / name)
+                old = self.target / name
+                if old.is_dir() and not old.is_symlink():
+                    old.replace(self.path(f"old-{name}"))  # gone in one step; what it holds goes with the hidden folder
+                else:
+                    old.unlink(missing_ok=True)
             self._sync_folder()
             for name in names[:-1]:
                 self.path(name).replace(self.target / name)
