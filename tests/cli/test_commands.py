@@ -18,7 +18,7 @@ from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w3"
-COMMANDS = ["zero-to-fp32", "merge", "inspect", "verify"]
+COMMANDS = ["zero-to-fp32", "merge", "to-universal", "inspect", "verify"]
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -44,9 +44,11 @@ def test_the_surface_of_the_command_line() -> None:
     assert surface == {
         "zero-to-fp32": merge,
         "merge": merge,
+        "to-universal": ["--debug", "--dry-run", "--exclude-frozen", "--force", "--fsync", "--json", "--no-fsync", "--quiet", "--tag",
+                         "--verify", "--workers", "-d", "-q", "-t"],
         "inspect": ["--all", "--debug", "--json", "--tag", "-d", "-t"],
         "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--subset", "-d", "-q"],
-    }
+    }  # fmt: skip
 
 
 def test_version() -> None:
