@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -218,8 +218,10 @@ def _write(plan: UniversalPlan, staging: Staging, workers: int, fsync: bool, pro
                 folder.mkdir(parents=True, exist_ok=True)
             for file in plan.states:
                 copies += _state_copies(file, staging, partial(_submit, finishers, finishing), fsync)
+            # Frozen weights and buffers are read once more, to be cast, and checked then.
+            checked = {copy.record for copy in copies if isinstance(copy, Copy)}
             for model in plan.models:
-                copies += _model_copies(model, staging, partial(_submit, finishers, finishing), fsync)
+                copies += _model_copies(model, staging, partial(_submit, finishers, finishing), fsync, checked)
             checks, padding = source_checks(copies)
             run = CopyRun(workers, checks, advance)
             run.run(chain(copies, padding))
@@ -255,8 +257,10 @@ def _state_copies(file: StateFile, staging: Staging, submit: Callable[[Callable[
     yield from copies_of(file.entry, Target(file.path, file.dtype, output.write, checksum))
 
 
-def _model_copies(model: ModelFile, staging: Staging, submit: Callable[[Callable[[], None]], None], fsync: bool) -> Iterator[Copy]:
-    """The whole file: its records, so that their CRC-32s are checked on the way, and the bytes between them."""
+def _model_copies(
+    model: ModelFile, staging: Staging, submit: Callable[[Callable[[], None]], None], fsync: bool, checked: Set[Record]
+) -> Iterator[Copy]:
+    """The whole file: its records, so that their CRC-32s are checked on the way unless they are elsewhere, and what lies between."""
     raw = BY_NAME["uint8"]
     output = _Output(staging.path(model.path), model.nbytes, 0)
     checksum = _Completing(model.nbytes, lambda crc: submit(partial(output.finish, lambda: iter(()), fsync)))
@@ -268,6 +272,8 @@ def _model_copies(model: ModelFile, staging: Staging, submit: Callable[[Callable
             between = Record(model.source, position, record.offset_bytes - position)
             yield Copy(between, position, between.nbytes, raw, target, position)
         if record.nbytes:
+            if record in checked:
+                record = Record(record.path, record.offset_bytes, record.nbytes)
             yield Copy(record, record.offset_bytes, record.nbytes, raw, target, record.offset_bytes)
         position = record.offset_bytes + record.nbytes
 

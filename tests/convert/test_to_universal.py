@@ -234,6 +234,21 @@ def test_each_source_byte_is_read_once(made: dict[str, Path], tmp_path: Path) ->
     assert report.bytes_read <= optimizer + model
 
 
+def test_frozen_weights_are_read_twice_at_most(made: dict[str, Path], tmp_path: Path) -> None:
+    """As they are, with the model states, and to be cast; the check of their CRC-32s rides along."""
+    source = made["llama_frozen-z2-bf16-w2"] / "ckpt"
+    report = dsconv.to_universal(source, tmp_path / "out", fsync=False)
+    frozen = sum(entry.nbytes for entry in dsconv.open_checkpoint(source).values() if entry.role != "parameter")
+    assert report.bytes_read <= sum(path.stat().st_size for path in source.glob("*/*.pt")) + frozen
+    damaged = Path(shutil.copytree(source, tmp_path / "damaged"))
+    piece = dsconv.open_checkpoint(damaged)["model.embed_tokens.weight"].pieces[0]
+    with open(piece.extent.record.path, "r+b") as file:
+        file.seek(piece.extent.offset_bytes)
+        file.write(b"\xff")
+    with pytest.raises(MalformedError, match="fails its CRC-32"):
+        dsconv.to_universal(damaged, tmp_path / "other")
+
+
 def test_a_sources_damage_is_found_and_leaves_nothing(made: dict[str, Path], tmp_path: Path) -> None:
     source = Path(shutil.copytree(made["llama_groups-z2-bf16-w2"] / "ckpt", tmp_path / "ckpt"))
     training = dsconv.open_checkpoint(source).training
