@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
     from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.merge import MergeReport, merge
+    from dsconv.convert.universal_writer import UniversalReport, to_universal
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
     from dsconv.loaders.report import LoadReport
@@ -27,6 +28,8 @@ _HOMES = {
     "open_checkpoint": "dsconv.checkpoint",
     "MergeReport": "dsconv.convert.merge",
     "merge": "dsconv.convert.merge",
+    "UniversalReport": "dsconv.convert.universal_writer",
+    "to_universal": "dsconv.convert.universal_writer",
     "VerifyReport": "dsconv.convert.verify",
     "verify": "dsconv.convert.verify",
     "DcpReport": "dsconv.convert.dcp_writer",
@@ -44,6 +47,7 @@ __all__ = [
     "LoadReport",
     "MergeReport",
     "TensorEntry",
+    "UniversalReport",
     "VerifyReport",
     "__version__",
     "load_tp",
@@ -52,6 +56,7 @@ __all__ = [
     "open_checkpoint",
     "stream_into",
     "to_dcp",
+    "to_universal",
     "verify",
 ]
 

@@ -386,7 +386,6 @@ for _module, _names in {
     "numpy._core.multiarray": ("_reconstruct", "scalar"),
     "numpy.core.numeric": ("_frombuffer",),
     "numpy._core.numeric": ("_frombuffer",),
-    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
     "torch.distributed.checkpoint.metadata": ("_MEM_FORMAT_ENCODING",),
     "torch.distributed._shard.sharded_tensor.metadata": ("MEM_FORMAT_ENCODING",),
 }.items():
@@ -399,6 +398,8 @@ for _name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorag
     KEPT.add(("torch.distributed.checkpoint.metadata", _name))
 KEPT.add(("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"))  # torch before 2.3
 KEPT.add(("torch.distributed.checkpoint.filesystem", "_StorageInfo"))
+for _name in ("LossScaler", "DynamicLossScaler"):
+    KEPT.add(("deepspeed.runtime.fp16.loss_scaler", _name))
 
 # These only ever make an object without running its __init__, from the class that is their argument.
 OBJECT_MAKERS = {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("copyreg", "__newobj__"), ("copy_reg", "__newobj__")}

@@ -21,6 +21,8 @@ from dsconv.errors import InconsistentCheckpointError, TensorNotFoundError
 if TYPE_CHECKING:
     import torch
 
+    from dsconv.checkpoint.training import Training
+
 
 @dataclass(frozen=True)
 class Record:
@@ -142,6 +144,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         warnings: tuple[str, ...] = (),
         sources: tuple[Path, ...] = (),
         is_zero: bool = False,
+        training: Callable[[], Training] | None = None,
     ) -> None:
         self.path = path
         self.format = format
@@ -152,6 +155,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.warnings = warnings
         self.sources = sources
         self.is_zero = is_zero
+        self.training = training  # makes the map of the optimizer's states, for formats that can
         self._entries = dict(entries)
         self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
 

@@ -55,11 +55,15 @@ class Staging:
             raise OutputError(f"{self.path(name)}: cannot be written: {error.strerror}") from None
 
     def commit(self, names: list[str], obsolete: Iterable[str]) -> None:
-        """Take away ``obsolete`` files of the target, then move ``names`` into it in their order; the last one counts."""
+        """Take away ``obsolete`` files and folders of the target, then move ``names`` into it in their order; the last one counts."""
         self.write(MOVING, json.dumps(names).encode())
         try:
             for name in obsolete:
-                (self.target / name).unlink(missing_ok=True)
+                old = self.target / name
+                if old.is_dir() and not old.is_symlink():
+                    old.replace(self.path(f"old-{name}"))  # gone in one step; what it holds goes with the hidden folder
+                else:
+                    old.unlink(missing_ok=True)
             self._sync_folder()
             for name in names[:-1]:
                 self.path(name).replace(self.target / name)
@@ -100,7 +104,7 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
             raise OutputError(f"{target}: another dsconv run is writing here; wait for it or choose another folder")
         for leftover in staging.folder.iterdir():
             if leftover.name != LOCK:
-                leftover.unlink()
+                remove(leftover)
         yield staging
     finally:
         if lock is not None:
@@ -109,6 +113,14 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
         if created:
             with contextlib.suppress(OSError):
                 target.rmdir()  # only when nothing was put there
+
+
+def remove(path: Path) -> None:
+    """Take a file, or a folder with all that is in it, away, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _locked(descriptor: int, path: Path) -> bool:

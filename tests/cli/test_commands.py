@@ -18,7 +18,7 @@ from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w3"
-COMMANDS = ["zero-to-fp32", "merge", "to-dcp", "inspect", "verify"]
+COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify"]
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -46,6 +46,8 @@ def test_the_surface_of_the_command_line() -> None:
         "merge": merge,
         "to-dcp": ["--debug", "--dry-run", "--dtype", "--force", "--fsync", "--json", "--max-shard-size", "--no-fsync", "--prefix",
                    "--quiet", "--tag", "--workers", "-d", "-q", "-t"],
+        "to-universal": ["--debug", "--dry-run", "--exclude-frozen", "--force", "--fsync", "--json", "--no-fsync", "--quiet", "--tag",
+                         "--verify", "--workers", "-d", "-q", "-t"],
         "inspect": ["--all", "--debug", "--json", "--tag", "-d", "-t"],
         "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--subset", "-d", "-q"],
     }  # fmt: skip

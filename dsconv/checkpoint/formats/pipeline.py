@@ -100,7 +100,7 @@ def _read_stage(folder: TagFolder, mp: int, warnings: list[str], layers: dict[in
     if mine.optimizer:
         return zero.read_rank(mine, warnings, partial(_shapes_of, layers[mp % len(layers)]))
     states = stage0.read_states(mine)
-    return RankMap(states, {}, (), "DeepSpeed stage 0", 0, stage0.world_of(states))
+    return RankMap(states, {}, [], "DeepSpeed stage 0", 0, stage0.world_of(states))
 
 
 def _tied(names: Iterable[str]) -> dict[str, set[str]]:

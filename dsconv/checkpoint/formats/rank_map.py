@@ -7,7 +7,8 @@ checkpoint has one rank, and its map is the checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from dsconv.zero_utils.files import TagFolder
 
 if TYPE_CHECKING:
     from dsconv.checkpoint.formats.zero import Partition
+    from dsconv.checkpoint.formats.zero_optimizer import Place
 
 
 @dataclass
@@ -27,11 +29,12 @@ class RankMap:
 
     states: ModuleStates
     entries: dict[str, TensorEntry]
-    partitions: Sequence[Partition]
+    partitions: list[Partition]
     kind: str  # such as ZeRO-1
     stage: int
     data_parallel: int
     masters: int = 0  # of stage 0: how many entries are read from the inline optimizer
+    places: dict[str, Place] = field(default_factory=dict)  # of ZeRO: where each parameter's optimizer states lie
 
     @property
     def files(self) -> list[TorchFile]:
@@ -64,7 +67,12 @@ def of_one_rank(folder: TagFolder, rank: RankMap, warnings: list[str]) -> Checkp
             f"{rank.states.path} is one of {rank.model_parallel} model-parallel ranks (mp_world_size), and {folder.path} holds the "
             f"files of one. Copy the others, such as *mp_rank_{missing:02d}_*.pt, from the nodes that wrote them"
         )
-    return to_checkpoint(folder, [rank], rank.states.in_module_order(rank.entries), rank.kind, warnings)
+    checkpoint = to_checkpoint(folder, [rank], rank.states.in_module_order(rank.entries), rank.kind, warnings)
+    if rank.places and rank.stage:
+        from dsconv.checkpoint.formats.zero_optimizer import read_training
+
+        checkpoint.training = partial(read_training, folder, rank.states, rank.partitions, rank.stage, rank.places)
+    return checkpoint
 
 
 def to_checkpoint(

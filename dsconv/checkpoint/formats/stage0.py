@@ -42,7 +42,7 @@ def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
     masters = match_masters(states, weights, entries, warnings)
     if masters:
         entries |= replaced_by_masters(states.file, entries, masters)
-    return RankMap(states, entries, (), "DeepSpeed stage 0", 0, world_of(states), len(masters))
+    return RankMap(states, entries, [], "DeepSpeed stage 0", 0, world_of(states), len(masters))
 
 
 def read_states(folder: TagFolder) -> ModuleStates:

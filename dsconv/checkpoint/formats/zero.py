@@ -20,6 +20,7 @@ from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, require
 from dsconv.checkpoint.formats.rank_map import RankMap, of_one_rank
+from dsconv.checkpoint.formats.zero_optimizer import Place
 from dsconv.checkpoint.standins import FragmentAddress, TensorRef, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
@@ -133,12 +134,16 @@ def _entry(name: str, dtype: DType, shape: tuple[int, ...], layout: Any, ties: d
 
 
 def _flat_pieces(files: list[TorchFile], parts: list[TensorRef], starts: list[int], begin: int, numel: int) -> tuple[Piece, ...]:
-    """Stage 1/2: elements [begin, begin + numel) of the parts laid end to end; ``starts`` are the parts' positions."""
+    """Stage 1/2: elements [begin, begin + numel) of the parts laid end to end, each cut or not where the next one begins.
+
+    ``starts`` are the positions of the masters' parts and their end. The optimizer's other states lie as the masters do,
+    but keep the padding that masters are saved without (0.19.8 ``stage_1_and_2.py`` ``state_dict``).
+    """
     pieces = []
     rank = bisect_right(starts, begin) - 1
     position = begin
     while position < begin + numel:
-        stop = min(begin + numel, starts[rank] + parts[rank].numel)
+        stop = min(begin + numel, starts[rank + 1])
         if stop > position:
             extent = files[rank].extent(parts[rank], position - starts[rank], stop - position)
             pieces.append(Piece(extent, position - begin, stop - position))
@@ -191,6 +196,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
         raise InconsistentCheckpointError(f"{states.path} lists {len(shapes)} parameter groups, {first.path} holds {len(first.groups)}")
     files = [p.file for p in partitions]
     entries: dict[str, TensorEntry] = {}
+    places: dict[str, Place] = {}
     ties = states.ties()
     for g, group in enumerate(shapes):
         parts = [p.groups[g] for p in partitions]
@@ -204,6 +210,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
                     f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer files "
                     f"of {world} ranks hold {starts[-1]} together. A file is of another save, or of another model"
                 )
+            places[name] = Place(shape, g, partial(_flat_pieces, files, starts=starts, begin=position, numel=numel))
             layout = partial(_flat_pieces, files, parts, starts, position, numel)
             entries[name] = _entry(name, parts[0].dtype, shape, layout, ties, "parameter")
             position += numel + padding
@@ -217,7 +224,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
     crosscheck.masters_match_module(states, entries, warnings)
     stage = first.state.get("zero_stage")
     kind = f"ZeRO-{stage}" if stage else f"{'DeepSpeed stage 0' if in_stage0 else 'ZeRO-1'} (BF16_Optimizer)"
-    return RankMap(states, entries, partitions, kind, 0 if in_stage0 else stage or 1, world)
+    return RankMap(states, entries, partitions, kind, 0 if in_stage0 else stage or 1, world, places=places)
 
 
 def _alignment_paddings(first: Partition, g: int, group: dict[str, tuple[int, ...]]) -> list[int]:
@@ -265,6 +272,18 @@ def _equal_shares(
     return tuple(pieces)
 
 
+def _state_shares(
+    files: list[TorchFile],
+    flats: list[tuple[list[TensorRef], list[int]]],
+    begin: int,
+    share: int,
+    numel: int,
+    states: list[list[TensorRef]],
+) -> tuple[Piece, ...]:
+    """Stage 3: the same of another state, whose flat tensors, one a sub-group and rank, lie as those of the masters."""
+    return _equal_shares(files, [(mine, starts) for mine, (_, starts) in zip(states, flats, strict=True)], begin, share, numel)
+
+
 def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
     world = len(partitions)
     models = {dp: path for (_, dp), path in folder.zero3.items()}
@@ -284,13 +303,15 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
     _refuse_offloaded(folder, partitions)
     files = [p.file for p in partitions]
     flats = [(p.groups, [0, *accumulate(g.numel for g in p.groups)]) for p in partitions]
-    totals = [starts[-1] for _, starts in flats]
+    starts = [of_rank for _, of_rank in flats]
+    totals = [of_rank[-1] for of_rank in starts]
     if len(set(totals)) > 1:
         low = totals.index(min(totals))
         raise InconsistentCheckpointError(
             f"{partitions[low].path} holds {totals[low]} master elements, another rank's file {max(totals)}; ZeRO-3 ranks hold equal shares"
         )
     entries: dict[str, TensorEntry] = {}
+    places: dict[str, Place] = {}
     ties = states.ties()
     position = 0
     wanted_total = sum(share_numel(math.prod(shape), world) for group in states.param_shapes for shape in group.values())
@@ -304,14 +325,17 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
             numel = math.prod(shape)
             share = share_numel(numel, world)
             layout = partial(_equal_shares, files, flats, position, share, numel)
+            places[name] = Place(
+                shape, bisect_right(flats[0][1], position) - 1, partial(_state_shares, files, flats, position, share, numel)
+            )
             entries[name] = _entry(name, partitions[0].groups[0].dtype, shape, layout, ties, "parameter")
             position += share
     for name, shape in states.frozen_shapes.items():
         if name not in entries:
-            entries[name] = _frozen_entry(name, shape, all_states, world, ties)
+            entries[name] = frozen_entry(name, shape, all_states, world, ties)
     buffers = states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names))
     entries.update(buffers)
-    return RankMap(states, entries, partitions, "ZeRO-3", 3, world)
+    return RankMap(states, entries, partitions, "ZeRO-3", 3, world, places=places)
 
 
 def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
@@ -330,7 +354,7 @@ def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
         )
 
 
-def _frozen_entry(name: str, shape: tuple[int, ...], all_states: list[ModuleStates], world: int, ties: dict[str, list[str]]) -> TensorEntry:
+def frozen_entry(name: str, shape: tuple[int, ...], all_states: list[ModuleStates], world: int, ties: dict[str, list[str]]) -> TensorEntry:
     numel = math.prod(shape)
     share = share_numel(numel, world)
     fragments: list[tuple[TorchFile, TensorRef]] = []

@@ -1,0 +1,54 @@
+"""Read a universal checkpoint that was just written back, and compare every byte of it with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from dsconv.checkpoint.checksums import crc32
+from dsconv.checkpoint.copy import CASTABLE
+from dsconv.checkpoint.dtypes import BY_NAME
+from dsconv.checkpoint.standins import TensorRef
+from dsconv.checkpoint.tensormap import Checkpoint, Extent, Piece, Record, TensorEntry
+from dsconv.checkpoint.torch_file import TorchFile, read_extent
+from dsconv.convert.universal_plan import UniversalPlan
+from dsconv.convert.verify import verify
+from dsconv.errors import MismatchError
+
+
+def verify_universal(
+    checkpoint: Checkpoint, plan: UniversalPlan, folder: Path, target: Path, progress: Callable[[str, int, int], None] | None
+) -> None:
+    """Raise MismatchError unless the files of ``plan``, in ``folder``, hold what their sources hold.
+
+    Each file is read by dsconv's own strict reader. Integer and bool buffers, which the format wants as floats, are
+    checked against the checksum of what was written.
+    """
+    source: dict[str, TensorEntry] = {}
+    written: dict[str, TensorEntry] = {}
+    for file in plan.states:
+        opened = TorchFile(folder / file.path)
+        if file.entry is None or not file.entry.numel:
+            continue
+        value = opened.root["param"] if isinstance(opened.root, dict) else opened.root
+        assert isinstance(value, TensorRef)
+        assert file.dtype is not None
+        if file.entry.dtype != file.dtype and file.entry.dtype.name not in CASTABLE:
+            record = opened.archive.records[f"data/{value.storage.key}"]
+            if crc32(read_extent(Extent(record, record.offset_bytes, record.nbytes))) != record.crc32:
+                raise MismatchError(f"{target / file.path}: what was written is not what lies on the disk. Nothing of it was kept")
+            continue
+        source[file.path] = file.entry
+        written[file.path] = TensorEntry(file.path, value.dtype, file.entry.shape, partial(opened.pieces, value))
+    for model in plan.models:
+        source[model.path] = _bytes_of(model.path, model.source, model.nbytes)
+        written[model.path] = _bytes_of(model.path, folder / model.path, model.nbytes)
+    result = verify(Checkpoint(checkpoint.path, "", source), Checkpoint(target, "", written), allow_cast=True, progress=progress)
+    if not result.equal:
+        raise MismatchError(f"{target}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was kept")
+
+
+def _bytes_of(name: str, path: Path, nbytes: int) -> TensorEntry:
+    piece = Piece(Extent(Record(path, 0, nbytes), 0, nbytes), 0, nbytes)
+    return TensorEntry(name, BY_NAME["uint8"], (nbytes,), lambda: (piece,))
