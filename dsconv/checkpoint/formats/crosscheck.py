@@ -9,7 +9,7 @@ from typing import Any
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats.module_states import ModuleStates
 from dsconv.checkpoint.standins import FragmentAddress, TensorRef
-from dsconv.checkpoint.tensormap import Extent, TensorEntry
+from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.zero_utils import files
@@ -26,6 +26,14 @@ def written_as(file: TorchFile, rank: int) -> None:
                 f"{file.path} was written as {file.archive.root}.pt: it is the file of rank {match['dp']}, not {rank}. "
                 "Shard files were renamed or swapped: give them their own names again"
             )
+
+
+def written_as_expert(file: TorchFile) -> None:
+    """The same for an expert's file."""
+    if files.EXPERT.fullmatch(file.archive.root + ".pt") and file.archive.root != file.path.stem:
+        raise InconsistentCheckpointError(
+            f"{file.path} was written as {file.archive.root}.pt. Shard files were renamed or swapped: give them their own names again"
+        )
 
 
 def same_save(first: ModuleStates, other: ModuleStates) -> None:
@@ -105,16 +113,7 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             raise InconsistentCheckpointError(
                 f"{states.path}: parameter {name!r} has shape {list(tensor.shape)} in the module and {list(entry.shape)} in param_shapes"
             )
-        if not is_contiguous(tensor.shape, tensor.strides):
-            continue
-        piece = entry.pieces[0]
-        count = min(SAMPLES, piece.numel)
-        extent = Extent(piece.extent.record, piece.extent.offset_bytes, count * entry.dtype.itemsize)
-        master = decode(read_extent(extent), entry.dtype)
-        weight = decode(read_extent(states.file.extent(tensor, 0, count)), tensor.dtype)
-        if master is None or weight is None:
-            continue
-        if any(not _same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True)):
+        if is_contiguous(tensor.shape, tensor.strides) and not begins_alike(entry.pieces[0], entry.dtype, states.file, tensor):
             differing.append(name)
     if differing:
         warnings.append(
@@ -122,6 +121,14 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             f"{differing[0]!r}: the files are of different saves, or the weights were changed without the optimizer. "
             "The masters were taken"
         )
+
+
+def begins_alike(piece: Piece, dtype: DType, file: TorchFile, tensor: TensorRef) -> bool:
+    """Whether the first elements of a piece of a master, cast, are the contiguous weight's from the same place on."""
+    count = min(SAMPLES, piece.numel)
+    master = decode(read_extent(Extent(piece.extent.record, piece.extent.offset_bytes, count * dtype.itemsize)), dtype)
+    weight = decode(read_extent(file.extent(tensor, piece.start, count)), tensor.dtype)
+    return master is None or weight is None or all(_same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True))
 
 
 def _same(a: float, b: float) -> bool:
