@@ -21,13 +21,13 @@ def read(path: Path, tag: str | None) -> Checkpoint:
         raise CheckpointNotFoundError(f"{path}: no DeepSpeed checkpoint")
     if folder.layers:
         raise UnsupportedError(f"{folder.path}: a pipeline checkpoint ({folder.layers[0].name} …); this version does not merge those")
-    ranks = {mp for mp, _ in folder.optimizer} | set(folder.model) | {mp for mp, _ in folder.zero3}
-    if len(ranks) > 1:
-        raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(ranks)} mp_ranks; this version does not merge those")
     if folder.experts:
         from dsconv.checkpoint.formats.moe import read_moe
 
         return read_moe(folder)
+    ranks = {mp for mp, _ in folder.optimizer} | set(folder.model) | {mp for mp, _ in folder.zero3}
+    if len(ranks) > 1:
+        raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(ranks)} mp_ranks; this version does not merge those")
     if folder.optimizer:
         from dsconv.checkpoint.formats.zero import read_zero
 

@@ -38,7 +38,7 @@ from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_st
 from dsconv.checkpoint.formats.zero import Partition
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
-from dsconv.errors import InconsistentCheckpointError, MissingShardError
+from dsconv.errors import InconsistentCheckpointError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import expert_replicas
 
@@ -55,6 +55,11 @@ def read_moe(folder: TagFolder) -> Checkpoint:
     warnings = list(folder.warnings)
     states = read_module_states(next(iter(folder.model.values())))
     naming = autoep.naming_of(states, folder, warnings)
+    tensor_parallel = sorted({*folder.model, *(mp for mp, _ in folder.optimizer)})
+    if len(tensor_parallel) > 1:
+        raise UnsupportedError(
+            f"{folder.path}: experts and tensor parallelism of {len(tensor_parallel)} mp_ranks; this version does not merge those together"
+        )
     layers, tensors = read_layers(folder, states.raw.get("num_experts"), naming.layers, warnings)
     if folder.optimizer:
         return _read_zero12(folder, states, naming, layers, tensors, warnings)
@@ -154,7 +159,8 @@ def _read_zero12(
     tensors: list[ExpertTensor],
     warnings: list[str],
 ) -> Checkpoint:
-    partitions = zero._partitions(folder, warnings, in_order_of)
+    ranks = states.raw.get("dp_world_size")  # where only experts are trained, no group is partitioned over all ranks
+    partitions = zero._partitions(folder, warnings, in_order_of, ranks if type(ranks) is int else 1)
     first, world, shapes = partitions[0], len(partitions), states.param_shapes
     if len(shapes) != len(first.groups) or len(shapes) != len(first.counts):
         raise InconsistentCheckpointError(f"{states.path} lists {len(shapes)} parameter groups, {first.path} holds {len(first.groups)}")

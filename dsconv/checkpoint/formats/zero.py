@@ -79,17 +79,17 @@ def read_zero(folder: TagFolder) -> Checkpoint:
 
 
 def _partitions(
-    folder: TagFolder, warnings: list[str], align: Callable[[Partition, Partition], Partition] | None = None
+    folder: TagFolder, warnings: list[str], align: Callable[[Partition, Partition], Partition] | None = None, ranks: int = 1
 ) -> list[Partition]:
     """Each rank's partition in order; what is missing, surplus or stale is told apart here.
 
     ``align`` is given for a model with experts: it puts a rank's groups in the order of rank 0's, and groups may then be
-    partitioned over fewer ranks.
+    partitioned over fewer than ``ranks``.
     """
     paths = {dp: path for (_, dp), path in folder.optimizer.items()}
     lowest = paths[min(paths)]
     first = read_partition(lowest)
-    world = max(first.counts)
+    world = max(*first.counts, ranks)
     missing = sorted(set(range(world)) - set(paths))
     if missing:
         raise MissingShardError(
