@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from dsconv.checkpoint.formats import crosscheck, zero
-from dsconv.checkpoint.formats.experts import Assembly, ExpertLayer, ExpertTensor, Share, cut, owner_of
+from dsconv.checkpoint.formats.experts import Assembly, ExpertLayer, ExpertTensor, Share, cut, finish, owner_of
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
 from dsconv.checkpoint.regions import box
 from dsconv.checkpoint.standins import shown
@@ -236,11 +236,9 @@ def read_zero3_experts(folder: TagFolder, partitions: list[zero.Partition], warn
         if name not in entries:
             entries[name] = zero._frozen_entry(name, shape, all_states, world, ties)
     entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
-    made = zero._finish(folder, states, naming.renamed(entries), partitions, "ZeRO-3, AutoEP", 3, warnings)
-    made.world["expert_parallel"] = max(len(layer.placement) for layer in layers if isinstance(layer, AutoEPLayer))
-    made.info["experts"] = [layer.experts for layer in layers]
-    made.sources = tuple(sorted({*made.sources, *(other.path for other in all_states)}))
-    return made
+    files = [*(partition.file for partition in partitions), *(other.file for other in all_states)]
+    ep_size = max(len(layer.placement) for layer in layers if isinstance(layer, AutoEPLayer))
+    return finish(folder, states, naming.renamed(entries), "ZeRO-3, AutoEP", 3, ep_size, layers, files, warnings)
 
 
 def _ep_ranks(states: ModuleStates, folder: TagFolder) -> dict[str, int]:

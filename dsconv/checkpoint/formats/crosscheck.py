@@ -113,7 +113,16 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             raise InconsistentCheckpointError(
                 f"{states.path}: parameter {name!r} has shape {list(tensor.shape)} in the module and {list(entry.shape)} in param_shapes"
             )
-        if is_contiguous(tensor.shape, tensor.strides) and not begins_alike(entry.pieces[0], entry.dtype, states.file, tensor):
+        if not is_contiguous(tensor.shape, tensor.strides):
+            continue
+        piece = entry.pieces[0]
+        count = min(SAMPLES, piece.numel)
+        extent = Extent(piece.extent.record, piece.extent.offset_bytes, count * entry.dtype.itemsize)
+        master = decode(read_extent(extent), entry.dtype)
+        weight = decode(read_extent(states.file.extent(tensor, 0, count)), tensor.dtype)
+        if master is None or weight is None:
+            continue
+        if any(not _same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True)):
             differing.append(name)
     if differing:
         warnings.append(
@@ -123,9 +132,9 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
         )
 
 
-def begins_alike(piece: Piece, dtype: DType, file: TorchFile, tensor: TensorRef) -> bool:
+def begins_alike(piece: Piece, dtype: DType, file: TorchFile, tensor: TensorRef, samples: int = SAMPLES) -> bool:
     """Whether the first elements of a piece of a master, cast, are the contiguous weight's from the same place on."""
-    count = min(SAMPLES, piece.numel)
+    count = min(samples, piece.numel)
     master = decode(read_extent(Extent(piece.extent.record, piece.extent.offset_bytes, count * dtype.itemsize)), dtype)
     weight = decode(read_extent(file.extent(tensor, piece.start, count)), tensor.dtype)
     return master is None or weight is None or all(_same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -253,9 +253,34 @@ def warn_of_lost(states: ModuleStates, layers: list[ExpertLayer], entries: dict[
         )
 
 
-def with_experts(made: Checkpoint, layers: list[ExpertLayer], ep_size: int | None, tensors: list[ExpertTensor]) -> Checkpoint:
-    if ep_size is not None:  # stage 0 does not record it
-        made.world["expert_parallel"] = ep_size
-    made.info["experts"] = [layer.experts for layer in layers]
-    made.sources = tuple(sorted({*made.sources, *(tensor.file.path for tensor in tensors)}))
-    return made
+def finish(
+    folder: TagFolder,
+    states: ModuleStates,
+    entries: dict[str, TensorEntry],
+    kind: str,
+    stage: int,
+    ep_size: int | None,
+    layers: list[ExpertLayer],
+    files: Iterable[TorchFile],
+    warnings: list[str],
+) -> Checkpoint:
+    """The checkpoint of ``entries``; ``files`` are those that it was read from beside the model states."""
+    all_files = {file.path: file for file in (states.file, *files)}
+    if not all(file.archive.checksummed for file in all_files.values()):
+        warnings.append("the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
+    ranks = states.raw.get("dp_world_size")
+    world = {"data_parallel": ranks if type(ranks) is int else 1, "model_parallel": 1}
+    masters = {str(entry.dtype) for entry in entries.values() if entry.role == "parameter"}
+    return Checkpoint(
+        folder.path,
+        kind,
+        states.in_module_order(entries),
+        folder=folder.save_dir,
+        step=states.step,
+        world=world if ep_size is None else world | {"expert_parallel": ep_size},
+        info={"zero_stage": stage, "tag": folder.tag, "deepspeed_version": states.ds_version, "master_dtype": "/".join(sorted(masters)),
+              "parameter_groups": len(states.param_shapes), "experts": [layer.experts for layer in layers]},
+        warnings=tuple(warnings),
+        sources=tuple(sorted(all_files)),
+        is_zero=True,
+    )  # fmt: skip

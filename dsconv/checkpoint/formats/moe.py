@@ -28,11 +28,11 @@ from dsconv.checkpoint.formats.experts import (
     ExpertTensor,
     Pieces,
     cut,
+    finish,
     owner_of,
     read_layers,
     role_of,
     warn_of_lost,
-    with_experts,
 )
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
 from dsconv.checkpoint.formats.zero import Partition
@@ -195,8 +195,10 @@ def _read_zero12(
     warn_of_lost(states, layers, entries, warnings)
     stage = first.state.get("zero_stage")
     kind = f"ZeRO-{stage}" if stage else "ZeRO-1 (BF16_Optimizer)"
-    made = zero._finish(folder, states, naming.renamed(entries), partitions, f"{kind}, {naming.kind}", stage or 1, warnings)
-    return with_experts(made, layers, max(world // count for count in first.counts), tensors)
+    files = [*(partition.file for partition in partitions), *(tensor.file for tensor in tensors)]
+    ep_size = max(world // count for count in first.counts)
+    kind = f"{kind}, {naming.kind}"
+    return finish(folder, states, naming.renamed(entries), kind, stage or 1, ep_size, layers, files, warnings)
 
 
 def _frozen_fragments(states: ModuleStates, layers: list[ExpertLayer], entries: dict[str, TensorEntry], ties: dict[str, list[str]]) -> None:

@@ -1,31 +1,32 @@
 """MoE checkpoints without ZeRO: the weights in ``module`` and the expert files, fp32 masters in ``expp_rank_N`` files.
 
 Each expert-parallel rank, of the largest such group, writes its optimizer's state (DeepSpeed 0.19.8 ``runtime/engine.py``
-``_save_moe_checkpoint``). Its masters carry no names (see stage0.py): each is given to a parameter of its shape and values.
+``_save_moe_checkpoint``). Its masters carry no names: each is given to a parameter of its shape and values.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dsconv.checkpoint.formats import autoep, stage0
+from dsconv.checkpoint.formats import autoep, crosscheck
 from dsconv.checkpoint.formats.experts import (
     LOCAL,
     Assembly,
     ExpertLayer,
     ExpertTensor,
     cut,
+    finish,
     owner_of,
     role_of,
     warn_of_lost,
-    with_experts,
 )
 from dsconv.checkpoint.formats.module_states import ModuleStates
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
-from dsconv.checkpoint.torch_file import TorchFile
+from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent
 from dsconv.errors import MissingShardError
 from dsconv.zero_utils.files import TagFolder
 
@@ -39,20 +40,24 @@ def read_moe_stage0(
     warnings: list[str],
 ) -> Checkpoint:
     """The tensor map, as read_moe. Raises MissingShardError where an optimizer file is not there."""
-    stage0.refuse_zero(folder, states)
+    if states.param_shapes:
+        raise MissingShardError(
+            f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there are none. "
+            "Copy them from the nodes that wrote them"
+        )
     entries = states.module_entries(exclude=set(), ties=states.ties())
     weights = Assembly()
     for tensor in tensors:
         weights.add(tensor.share, tensor.tensor.dtype, tensor.pieces, tensor.file.path)
     entries.update((entry.name, entry) for entry in weights.entries(role_of(states)))
-    entries = {name: stage0._as_parameter(entry) for name, entry in entries.items()}
-    masters = _masters(folder, states, entries, layers, tensors, weights, warnings)
+    # What was frozen is not said.
+    entries = {name: entry if entry.role == "buffer" else replace(entry, role="parameter") for name, entry in entries.items()}
+    optimizers = _optimizers(folder, states)
+    masters = _masters(folder, optimizers, entries, layers, tensors, weights, warnings)
     entries.update(masters)
     warn_of_lost(states, layers, entries, warnings)
-    made = stage0.finish(folder, states, states.in_module_order(naming.renamed(entries)), len(masters), warnings)
-    made.format = f"{made.format}, {naming.kind}"
-    made.sources = tuple(sorted({*made.sources, *(folder.expert_optimizers.values() if masters else ())}))
-    return with_experts(made, layers, None, tensors)
+    files = [*(optimizers if masters else ()), *(tensor.file for tensor in tensors)]
+    return finish(folder, states, naming.renamed(entries), f"DeepSpeed stage 0, {naming.kind}", 0, None, layers, files, warnings)
 
 
 def _optimizers(folder: TagFolder, states: ModuleStates) -> list[TorchFile]:
@@ -81,17 +86,68 @@ def _match(file: TorchFile, weights: dict[str, TensorEntry]) -> tuple[dict[str, 
     optimizer = file.root.get("optimizer") if isinstance(file.root, dict) else None
     if not isinstance(optimizer, dict):
         return {}, 0
-    groups, flat = optimizer.get("fp32_groups"), optimizer.get("fp32_groups_flat")
+    groups, flats = optimizer.get("fp32_groups"), optimizer.get("fp32_groups_flat")
     if isinstance(groups, list):
-        return stage0.match(file, list(weights), weights, stage0.masters_of(groups))
-    if isinstance(flat, list) and all(isinstance(t, TensorRef) for t in flat):
-        return stage0.match_flat(file, list(weights), weights, flat)
+        return _match_tensors(file, weights, [t for group in groups if isinstance(group, list) for t in group if isinstance(t, TensorRef)])
+    if isinstance(flats, list) and all(isinstance(t, TensorRef) for t in flats):
+        return _match_flat(file, weights, flats)
     return {}, 0
+
+
+def _match_tensors(file: TorchFile, weights: dict[str, TensorEntry], tensors: list[TensorRef]) -> tuple[dict[str, TensorRef], int]:
+    """Give each master the next free weight, in the weights' order, of its shape and values (FP16_UnfusedOptimizer)."""
+    names = list(weights)
+    index = {name: i for i, name in enumerate(names)}
+    matched: dict[str, TensorRef] = {}
+    position = unknown = 0
+    for master in tensors:
+        candidates = (name for name in names[position:] + names[:position] if name not in matched)
+        name = next((name for name in candidates if _agrees(file, master, weights[name])), None)
+        if name is None:
+            unknown += 1
+            continue
+        matched[name] = master
+        position = index[name] + 1
+    return matched, unknown
+
+
+def _match_flat(file: TorchFile, weights: dict[str, TensorEntry], flats: list[TensorRef]) -> tuple[dict[str, TensorRef], int]:
+    """The same for groups flattened into one tensor each (FP16_Optimizer): cut a group as its next weight is found."""
+    matched: dict[str, TensorRef] = {}
+    for flat in flats:
+        offset = 0
+        while offset < flat.numel:
+            for name, weight in weights.items():
+                if name in matched or not 0 < weight.numel <= flat.numel - offset:
+                    continue
+                strides = tuple(math.prod(weight.shape[dim + 1 :]) for dim in range(len(weight.shape)))
+                view = TensorRef(flat.storage, flat.dtype, flat.offset + offset, weight.shape, strides)
+                if _agrees(file, view, weight):
+                    matched[name] = view
+                    offset += weight.numel
+                    break
+            else:
+                return {}, 1
+    return matched, 0
+
+
+def _agrees(file: TorchFile, master: TensorRef, weight: TensorEntry) -> bool:
+    """Whether a master in ``file`` has the weight's shape and, cast, its first elements."""
+    if master.shape != weight.shape or not weight.numel or not is_contiguous(master.shape, master.strides):
+        return master.shape == weight.shape
+    piece = file.pieces(master)[0]
+    first = weight.pieces[0]
+    count = min(4 * crosscheck.SAMPLES, first.numel)
+    high = crosscheck.decode(read_extent(replace(piece.extent, nbytes=count * master.dtype.itemsize)), master.dtype)
+    low = crosscheck.decode(read_extent(replace(first.extent, nbytes=count * weight.dtype.itemsize)), weight.dtype)
+    if first.strides is not None or high is None or low is None:
+        return True
+    return all(crosscheck.cast(h, weight.dtype) == w or h != h for h, w in zip(high, low, strict=True))
 
 
 def _masters(
     folder: TagFolder,
-    states: ModuleStates,
+    files: list[TorchFile],
     entries: dict[str, TensorEntry],
     layers: list[ExpertLayer],
     tensors: list[ExpertTensor],
@@ -104,7 +160,6 @@ def _masters(
     found: dict[str, TensorEntry] = {}
     stacked = Assembly()
     unknown = 0
-    files = _optimizers(folder, states)
     for ep_rank, file in enumerate(files):
         own = {name: entry for layer in layers if isinstance(layer, autoep.AutoEPLayer) for name, entry in layer.stacks(ep_rank, tensors)}
         matched, missed = _match(file, whole | own)

@@ -13,8 +13,8 @@ from typing import Any
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, refuse_missing_experts
 from dsconv.checkpoint.standins import TensorRef
-from dsconv.checkpoint.tensormap import Checkpoint, Extent, TensorEntry
-from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent
+from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.checkpoint.torch_file import is_contiguous, read_extent
 from dsconv.errors import MalformedError, MissingShardError
 from dsconv.zero_utils.files import TagFolder
 
@@ -29,7 +29,11 @@ def read_stage0(folder: TagFolder) -> Checkpoint:
             f"{folder.path}: ZeRO-3 model states without optimizer files (zero_pp_rank_*_optim_states.pt), which hold the weights"
         )
     states = read_module_states(next(iter(folder.model.values())))
-    refuse_zero(folder, states)
+    if states.param_shapes:
+        raise MissingShardError(
+            f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there are none. "
+            "Copy them from the nodes that wrote them"
+        )
     refuse_missing_experts(states)
     warnings = list(folder.warnings)
     ties = states.ties()
@@ -39,18 +43,6 @@ def read_stage0(folder: TagFolder) -> Checkpoint:
     entries = {name: _as_parameter(entry) for name, entry in entries.items()}
     masters = _masters(states, entries, warnings)
     entries.update(masters)
-    return finish(folder, states, entries, len(masters), warnings)
-
-
-def refuse_zero(folder: TagFolder, states: ModuleStates) -> None:
-    if states.param_shapes:
-        raise MissingShardError(
-            f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there are none. "
-            "Copy them from the nodes that wrote them"
-        )
-
-
-def finish(folder: TagFolder, states: ModuleStates, entries: dict[str, TensorEntry], masters: int, warnings: list[str]) -> Checkpoint:
     if not states.file.archive.checksummed:
         warnings.append("the file was saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
     return Checkpoint(
@@ -60,7 +52,7 @@ def finish(folder: TagFolder, states: ModuleStates, entries: dict[str, TensorEnt
         folder=folder.save_dir,
         step=states.step,
         world={"data_parallel": _world(states), "model_parallel": 1},
-        info={"zero_stage": 0, "tag": folder.tag, "deepspeed_version": states.ds_version, "masters": masters},
+        info={"zero_stage": 0, "tag": folder.tag, "deepspeed_version": states.ds_version, "masters": len(masters)},
         warnings=tuple(warnings),
         sources=(states.path,),
         is_zero=True,
@@ -88,12 +80,13 @@ def _masters(states: ModuleStates, entries: dict[str, TensorEntry], warnings: li
     flat = optimizer.get("fp32_groups_flat")
     names = [name for name, entry in entries.items() if entry.role == "parameter"]
     if isinstance(groups, list) and groups:
-        matched, unknown = match(states.file, names, entries, masters_of(groups))
+        tensors = [t for group in groups if isinstance(group, list) for t in group if isinstance(t, TensorRef)]
+        matched = _match(states, names, entries, tensors)
     elif isinstance(flat, list) and all(isinstance(t, TensorRef) for t in flat):
-        matched, unknown = match_flat(states.file, names, entries, flat)
+        matched = _match_flat(states, names, entries, flat)
     else:
         return {}
-    if unknown:
+    if matched is None:
         warnings.append(
             "the fp32 masters in the optimizer's state could not be matched to the parameters: the module's own weights were taken"
         )
@@ -110,49 +103,42 @@ def _masters(states: ModuleStates, entries: dict[str, TensorEntry], warnings: li
     return result
 
 
-def masters_of(groups: list[Any]) -> list[TensorRef]:
-    """The tensors of ``fp32_groups``, a list a parameter group."""
-    return [t for group in groups if isinstance(group, list) for t in group if isinstance(t, TensorRef)]
-
-
-def _agrees(file: TorchFile, master: TensorRef, entry: TensorEntry) -> bool:
-    """Whether the first elements of a master, which lies in ``file``, are the weight's when cast."""
-    if entry.shape != master.shape or not entry.numel:
-        return entry.shape == master.shape
-    piece = entry.pieces[0]
-    if piece.strides is not None or not is_contiguous(master.shape, master.strides):
-        return True
-    count = min(crosscheck.SAMPLES * 4, piece.numel)
-    high = crosscheck.decode(read_extent(file.extent(master, 0, count)), master.dtype)
-    extent = Extent(piece.extent.record, piece.extent.offset_bytes, count * entry.dtype.itemsize)
-    low = crosscheck.decode(read_extent(extent), entry.dtype)
+def _agrees(states: ModuleStates, name: str, master: TensorRef) -> bool:
+    """Whether the first elements of a master, cast, are the module's."""
+    weight: Any = states.module[name]
+    if weight.shape != master.shape or not is_contiguous(weight.shape, weight.strides) or not is_contiguous(master.shape, master.strides):
+        return bool(weight.shape == master.shape)
+    count = min(crosscheck.SAMPLES * 4, weight.numel)
+    high = crosscheck.decode(read_extent(states.file.extent(master, 0, count)), master.dtype)
+    low = crosscheck.decode(read_extent(states.file.extent(weight, 0, count)), weight.dtype)
     if high is None or low is None:
         return True
-    return all(crosscheck.cast(h, entry.dtype) == w or h != h for h, w in zip(high, low, strict=True))
+    return all(crosscheck.cast(h, weight.dtype) == w or h != h for h, w in zip(high, low, strict=True))
 
 
-def match(file: TorchFile, names: list[str], entries: dict[str, TensorEntry], tensors: list[TensorRef]) -> tuple[dict[str, TensorRef], int]:
-    """Give each master the next parameter, in the order of ``names``, of its shape and values; and how many found none."""
+def _match(
+    states: ModuleStates, names: list[str], entries: dict[str, TensorEntry], tensors: list[TensorRef]
+) -> dict[str, TensorRef] | None:
+    """Give each master the next parameter, in the module's order, of its shape and values; None where one finds none."""
     free = dict.fromkeys(names)
     matched: dict[str, TensorRef] = {}
-    position = unknown = 0
+    position = 0
     index = {name: i for i, name in enumerate(names)}
     for master in tensors:
-        following = [name for name in names[position:] if name in free] + [name for name in names[:position] if name in free]
-        name = next((name for name in following if _agrees(file, master, entries[name])), None)
-        if name is None:
-            unknown += 1
-            continue
+        candidates = [name for name in free if _agrees(states, name, master)]
+        if not candidates:
+            return None
+        name = next((c for c in candidates if index[c] >= position), candidates[0])
         matched[name] = master
         del free[name]
         position = index[name] + 1
-    return matched, unknown
+    return matched
 
 
-def match_flat(
-    file: TorchFile, names: list[str], entries: dict[str, TensorEntry], flats: list[TensorRef]
-) -> tuple[dict[str, TensorRef], int]:
-    """The same for groups flattened into one tensor each: walk the names' order and cut the group as it goes."""
+def _match_flat(
+    states: ModuleStates, names: list[str], entries: dict[str, TensorEntry], flats: list[TensorRef]
+) -> dict[str, TensorRef] | None:
+    """The same for groups flattened into one tensor each: walk the module's order and cut the group as it goes."""
     matched: dict[str, TensorRef] = {}
     free = list(names)
     for flat in flats:
@@ -164,14 +150,14 @@ def match_flat(
                     continue
                 strides = _row_major(entry.shape)
                 view = TensorRef(flat.storage, flat.dtype, flat.offset + offset, entry.shape, strides)
-                if _agrees(file, view, entry):
+                if _agrees(states, name, view):
                     matched[name] = view
                     free.remove(name)
                     offset += entry.numel
                     break
             else:
-                return {}, 1
-    return matched, 0
+                return None
+    return matched
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
