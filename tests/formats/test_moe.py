@@ -91,6 +91,9 @@ def test_what_is_said_of_a_checkpoint(made: Callable[[str], Trained]) -> None:
     assert (str(frozen[experts + "fc1.bias"].dtype), str(frozen[experts + "fc2.bias"].dtype)) == ("float32", "bfloat16")
     autoep = dsconv.open_checkpoint(made("mixtral-z3-fp32-w2-ep2").checkpoint)
     assert (autoep.format, autoep.world["expert_parallel"]) == ("ZeRO-3, AutoEP", 2)
+    half = dsconv.open_checkpoint(made("mixtral-z2-bf16-w4-ep2").checkpoint)
+    names = ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj")
+    assert [(half[name].role, str(half[name].dtype)) for name in names] == [("frozen", "bfloat16"), ("parameter", "float32")]
     optimizer = dsconv.open_checkpoint(made("z1-bf16opt-w4-ep2").checkpoint)
     assert (optimizer.format, made("z1-bf16opt-w4-ep2").facts["optimizer"]) == ("ZeRO-1 (BF16_Optimizer), MoE", "BF16_Optimizer")
 
