@@ -9,7 +9,7 @@ from typing import Any
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats.module_states import ModuleStates
 from dsconv.checkpoint.standins import FragmentAddress, TensorRef
-from dsconv.checkpoint.tensormap import Extent, TensorEntry
+from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.zero_utils import files
@@ -26,6 +26,14 @@ def written_as(file: TorchFile, rank: int) -> None:
                 f"{file.path} was written as {file.archive.root}.pt: it is the file of rank {match['dp']}, not {rank}. "
                 "Shard files were renamed or swapped: give them their own names again"
             )
+
+
+def written_as_expert(file: TorchFile) -> None:
+    """The same for an expert's file."""
+    if files.EXPERT.fullmatch(file.archive.root + ".pt") and file.archive.root != file.path.stem:
+        raise InconsistentCheckpointError(
+            f"{file.path} was written as {file.archive.root}.pt. Shard files were renamed or swapped: give them their own names again"
+        )
 
 
 def same_save(first: ModuleStates, other: ModuleStates) -> None:
@@ -122,6 +130,14 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             f"{differing[0]!r}: the files are of different saves, or the weights were changed without the optimizer. "
             "The masters were taken"
         )
+
+
+def begins_alike(piece: Piece, dtype: DType, file: TorchFile, tensor: TensorRef, samples: int = SAMPLES) -> bool:
+    """Whether the first elements of a piece of a master, cast, are the contiguous weight's from the same place on."""
+    count = min(samples, piece.numel)
+    master = decode(read_extent(Extent(piece.extent.record, piece.extent.offset_bytes, count * dtype.itemsize)), dtype)
+    weight = decode(read_extent(file.extent(tensor, piece.start, count)), tensor.dtype)
+    return master is None or weight is None or all(_same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True))
 
 
 def _same(a: float, b: float) -> bool:

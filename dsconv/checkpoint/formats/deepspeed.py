@@ -22,9 +22,9 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     if folder.layers:
         raise UnsupportedError(f"{folder.path}: a pipeline checkpoint ({folder.layers[0].name} …); this version does not merge those")
     if folder.experts:
-        raise UnsupportedError(
-            f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those"
-        )
+        from dsconv.checkpoint.formats.moe import read_moe
+
+        return read_moe(folder)
     ranks = {mp for mp, _ in folder.optimizer} | set(folder.model) | {mp for mp, _ in folder.zero3}
     if len(ranks) > 1:
         raise UnsupportedError(f"{folder.path}: a tensor-parallel checkpoint of {len(ranks)} mp_ranks; this version does not merge those")

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from dsconv.checkpoint.formats import crosscheck
-from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
+from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, refuse_missing_experts
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.torch_file import is_contiguous, read_extent
@@ -34,6 +34,7 @@ def read_stage0(folder: TagFolder) -> Checkpoint:
             f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there are none. "
             "Copy them from the nodes that wrote them"
         )
+    refuse_missing_experts(states)
     warnings = list(folder.warnings)
     ties = states.ties()
     entries = states.module_entries(exclude=set(), ties=ties)

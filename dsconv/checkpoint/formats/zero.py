@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -17,7 +18,7 @@ from typing import Any
 
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
-from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, require
+from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, refuse_missing_experts, require
 from dsconv.checkpoint.formats.zero_optimizer import Place, read_training
 from dsconv.checkpoint.standins import TensorRef, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
@@ -70,16 +71,26 @@ def read_zero(folder: TagFolder) -> Checkpoint:
     """
     warnings = list(folder.warnings)
     partitions = _partitions(folder, warnings)
+    if "ds_zero_partition_groups" in partitions[0].state:
+        from dsconv.checkpoint.formats.autoep import read_zero3_experts
+
+        return read_zero3_experts(folder, partitions, warnings)
     read = _read_zero3 if partitions[0].is_zero3 else _read_zero12
     return read(folder, partitions, warnings)
 
 
-def _partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
-    """Each rank's partition in order; what is missing, surplus or stale is told apart here."""
+def _partitions(
+    folder: TagFolder, warnings: list[str], align: Callable[[Partition, Partition], Partition] | None = None, ranks: int = 1
+) -> list[Partition]:
+    """Each rank's partition in order; what is missing, surplus or stale is told apart here.
+
+    ``align`` is given for a model with experts: it puts a rank's groups in the order of rank 0's, and groups may then be
+    partitioned over fewer than ``ranks``.
+    """
     paths = {dp: path for (_, dp), path in folder.optimizer.items()}
     lowest = paths[min(paths)]
     first = read_partition(lowest)
-    world = max(first.counts)
+    world = max(*first.counts, ranks)
     missing = sorted(set(range(world)) - set(paths))
     if missing:
         raise MissingShardError(
@@ -88,6 +99,8 @@ def _partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
             f"{lowest.name.replace(f'pp_rank_{min(paths)}_', f'pp_rank_{missing[0]}_')}. Copy them from the nodes that wrote them"
         )
     partitions = [first] + [read_partition(paths[dp]) for dp in range(min(paths) + 1, world)]
+    if align is not None:
+        partitions = [align(first, partition) for partition in partitions]
     for partition in partitions[1:]:
         if partition.counts != first.counts or partition.is_zero3 != first.is_zero3 or len(partition.groups) != len(first.groups):
             raise InconsistentCheckpointError(
@@ -105,13 +118,11 @@ def _partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
     for dp, partition in enumerate(partitions):
         crosscheck.written_as(partition.file, dp)
     crosscheck.same_step([(p.file, p.state) for p in partitions])
-    if any(count != world for count in first.counts):
-        raise UnsupportedError(
-            f"{folder.path}: groups with their own partition counts {list(first.counts)} (expert parallelism); "
-            "this version does not merge those"
+    if align is None and any(count != world for count in first.counts):
+        raise MissingShardError(
+            f"{folder.path}: groups with their own partition counts {list(first.counts)}, so of a model with experts; their files "
+            "(layer_0_expert_0_mp_rank_00_model_states.pt and so on) are not there. Copy them from the nodes that wrote them"
         )
-    if "ds_zero_partition_groups" in first.state:
-        raise UnsupportedError(f"{first.path}: AutoEP partitions experts over their own groups; this version does not merge those")
     return partitions
 
 
@@ -142,6 +153,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
     if not folder.model:
         raise MissingShardError(f"{folder.path}: no mp_rank_00_model_states.pt, which holds the names and shapes of the parameters")
     states = read_module_states(next(iter(folder.model.values())))
+    refuse_missing_experts(states)
     shapes = states.param_shapes
     world = len(partitions)
     first = partitions[0]
