@@ -1,8 +1,8 @@
 """The names of the files of a DeepSpeed checkpoint, and where a checkpoint's folder is.
 
 Sources, DeepSpeed 0.19.8 ``runtime/engine.py``: ``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
-``_get_expert_ckpt_name``; ``runtime/pipe/module.py`` ``ckpt_layer_path``. Older releases wrote no underscore before
-``optim_states`` (``_get_all_zero_checkpoint_names`` still tries that).
+``_get_expert_ckpt_name``, ``_get_optimizer_ckpt_name``; ``runtime/pipe/module.py`` ``ckpt_layer_path``. Older releases wrote
+no underscore before ``optim_states`` (``_get_all_zero_checkpoint_names`` still tries that).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ ZERO3_MODEL = re.compile(r"zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_model_st
 MODEL = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(?P<layer>\d+)-model(_(?P<mp>\d+)-model)?_states\.pt")
 EXPERT = re.compile(r"(layer_(?P<layer>-?\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
+EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 MAX_TAG_BYTES = 4096
 
 
@@ -33,6 +34,7 @@ class TagFolder:
     model: dict[int, Path] = field(default_factory=dict)
     layers: list[Path] = field(default_factory=list)
     experts: list[Path] = field(default_factory=list)
+    expert_optimizers: dict[int, Path] = field(default_factory=dict)  # by expert-parallel rank; stage 0 only
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -136,4 +138,6 @@ def scan(folder: Path, tag: str, save_dir: Path) -> TagFolder:
             found.layers.append(path)
         elif EXPERT.fullmatch(name):
             found.experts.append(path)
+        elif match := EXPERT_OPTIMIZER.fullmatch(name):
+            found.expert_optimizers[int(match["ep"])] = path
     return found

@@ -2,7 +2,8 @@
 
 Sources, DeepSpeed 0.19.8: ``runtime/zero/stage_1_and_2.py`` (groups flattened and padded to 2 × ranks;
 ``_get_groups_without_padding`` cuts the padding before saving), ``runtime/bf16_optimizer.py`` (keeps the padding),
-``runtime/zero/partition_parameters.py`` (stage 3: every parameter cut into ceil(numel / ranks)).
+``runtime/zero/partition_parameters.py`` (stage 3: every parameter cut into ceil(numel / ranks)), ``utils/groups.py``
+``_create_expert_and_data_parallel`` (which ranks share experts).
 """
 
 from __future__ import annotations
@@ -18,3 +19,15 @@ def share_numel(numel: int, world: int) -> int:
 def group_padding_limit(world: int) -> int:
     """A stage-1/2 group is padded by less than this many elements (to a multiple of 2 × ranks)."""
     return ALIGNMENT_FACTOR * world
+
+
+def expert_replicas(world: int, ep_size: int, data_first: bool) -> list[list[int]]:
+    """For each expert-parallel rank, the ranks that hold its experts, in the order in which they partition them.
+
+    ``data_first`` is ``use_data_before_expert_parallelism`` of the config: neighbours are replicas of one another. Without it
+    neighbours hold different experts. ``ep_size`` divides ``world``.
+    """
+    if data_first:
+        replicas = world // ep_size
+        return [list(range(ep_rank * replicas, (ep_rank + 1) * replicas)) for ep_rank in range(ep_size)]
+    return [list(range(ep_rank, world, ep_size)) for ep_rank in range(ep_size)]

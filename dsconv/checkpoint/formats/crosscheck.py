@@ -9,7 +9,7 @@ from typing import Any
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats.module_states import ModuleStates
 from dsconv.checkpoint.standins import FragmentAddress, TensorRef
-from dsconv.checkpoint.tensormap import Extent, TensorEntry
+from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.zero_utils import files
@@ -40,6 +40,14 @@ def own_name(file: TorchFile) -> None:
             raise InconsistentCheckpointError(
                 f"{file.path} was written as {file.archive.root}.pt: shard files were renamed or swapped. Give them their own names again"
             )
+
+
+def written_as_expert(file: TorchFile) -> None:
+    """The same for an expert's file."""
+    if files.EXPERT.fullmatch(file.archive.root + ".pt") and file.archive.root != file.path.stem:
+        raise InconsistentCheckpointError(
+            f"{file.path} was written as {file.archive.root}.pt. Shard files were renamed or swapped: give them their own names again"
+        )
 
 
 def same_save(first: ModuleStates, other: ModuleStates) -> None:
@@ -129,20 +137,21 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
         )
 
 
+def begins_alike(piece: Piece, dtype: DType, file: TorchFile, tensor: TensorRef, samples: int = SAMPLES) -> bool:
+    """Whether the first elements of a piece of a master, cast, are the contiguous weight's from the same place on."""
+    count = min(samples, piece.numel)
+    master = decode(read_extent(Extent(piece.extent.record, piece.extent.offset_bytes, count * dtype.itemsize)), dtype)
+    weight = decode(read_extent(file.extent(tensor, piece.start, count)), tensor.dtype)
+    return master is None or weight is None or all(_same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True))
+
+
 def begins_with(entry: TensorEntry, file: TorchFile, tensor: TensorRef) -> bool:
     """Whether the first elements of ``entry``, cast, are those of a weight of ``file``; True where that cannot be seen."""
     if tensor.shape != entry.shape:
         return False
     if not entry.numel or not is_contiguous(tensor.shape, tensor.strides):
         return True
-    piece = entry.pieces[0]
-    count = min(SAMPLES, piece.numel)
-    extent = Extent(piece.extent.record, piece.extent.offset_bytes, count * entry.dtype.itemsize)
-    master = decode(read_extent(extent), entry.dtype)
-    weight = decode(read_extent(file.extent(tensor, 0, count)), tensor.dtype)
-    if master is None or weight is None:
-        return True
-    return all(_same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True))
+    return begins_alike(entry.pieces[0], entry.dtype, file, tensor)
 
 
 def _same(a: float, b: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsconv.checkpoint.tensormap import Checkpoint
-from dsconv.errors import CheckpointNotFoundError, UnsupportedError
+from dsconv.errors import CheckpointNotFoundError
 from dsconv.zero_utils.files import find_tag_folder
 
 
@@ -20,9 +20,9 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     if folder is None:
         raise CheckpointNotFoundError(f"{path}: no DeepSpeed checkpoint")
     if folder.experts:
-        raise UnsupportedError(
-            f"{folder.path}: a MoE checkpoint with expert files ({folder.experts[0].name} …); this version does not merge those"
-        )
+        from dsconv.checkpoint.formats.moe import read_moe
+
+        return read_moe(folder)
     if folder.layers:
         from dsconv.checkpoint.formats.pipeline import read_pipeline
 

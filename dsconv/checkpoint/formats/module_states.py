@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from dsconv.checkpoint.standins import Instance, TensorRef, shown
 from dsconv.checkpoint.tensormap import TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
-from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.errors import MalformedError, MissingShardError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -82,6 +82,18 @@ class ModuleStates:
         """``entries`` in the order of the model's own state dict; names it lacks follow."""
         order = {name: i for i, name in enumerate(self.module)}
         return dict(sorted(entries.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def refuse_missing_experts(states: ModuleStates) -> None:
+    """Raise MissingShardError where the model has experts in files of their own; called where there are no such files.
+
+    ``num_experts`` is written with expert files only (DeepSpeed 0.19.8 ``runtime/engine.py`` ``_save_moe_checkpoint``).
+    """
+    if states.raw.get("num_experts"):
+        raise MissingShardError(
+            f"{states.path} is of a model with experts, which lie in files of their own (layer_0_expert_0_mp_rank_00_model_states.pt "
+            "and so on); there are none. Copy them from the nodes that wrote them"
+        )
 
 
 def require(mapping: Any, key: str, kind: type[T], path: Path) -> T:

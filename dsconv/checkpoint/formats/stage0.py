@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from dsconv.checkpoint.formats import crosscheck
-from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
+from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, refuse_missing_experts
 from dsconv.checkpoint.formats.rank_map import RankMap, of_one_rank
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
@@ -58,6 +58,7 @@ def read_states(folder: TagFolder) -> ModuleStates:
             f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there are none. "
             "Copy them from the nodes that wrote them"
         )
+    refuse_missing_experts(states)
     return states
 
 

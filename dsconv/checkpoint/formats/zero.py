@@ -18,7 +18,7 @@ from typing import Any
 
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
-from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, require
+from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, refuse_missing_experts, require
 from dsconv.checkpoint.formats.rank_map import RankMap, of_one_rank
 from dsconv.checkpoint.formats.zero_optimizer import Place
 from dsconv.checkpoint.standins import FragmentAddress, TensorRef, shown
@@ -74,7 +74,12 @@ def read_zero(folder: TagFolder) -> Checkpoint:
     Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file.
     """
     warnings = list(folder.warnings)
-    return of_one_rank(folder, read_rank(folder, warnings), warnings)
+    partitions = read_partitions(folder, warnings)
+    if "ds_zero_partition_groups" in partitions[0].state:
+        from dsconv.checkpoint.formats.autoep import read_zero3_experts
+
+        return read_zero3_experts(folder, partitions, warnings)
+    return of_one_rank(folder, _map_of(folder, partitions, warnings), warnings)
 
 
 def read_rank(folder: TagFolder, warnings: list[str], shapes_of: ShapesOf | None = None) -> RankMap:
@@ -83,17 +88,29 @@ def read_rank(folder: TagFolder, warnings: list[str], shapes_of: ShapesOf | None
     ``shapes_of`` is for a checkpoint that keeps its weights elsewhere than in ``module``.
     """
     partitions = read_partitions(folder, warnings)
+    if "ds_zero_partition_groups" in partitions[0].state:
+        raise UnsupportedError(f"{partitions[0].path}: AutoEP folded with model parallelism; this version does not merge that")
+    return _map_of(folder, partitions, warnings, shapes_of)
+
+
+def _map_of(folder: TagFolder, partitions: list[Partition], warnings: list[str], shapes_of: ShapesOf | None = None) -> RankMap:
     if partitions[0].is_zero3:
         return _read_zero3(folder, partitions)
     return _read_zero12(folder, partitions, warnings, shapes_of)
 
 
-def read_partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
-    """Each data-parallel rank's partition in order; what is missing, surplus or stale is told apart here."""
+def read_partitions(
+    folder: TagFolder, warnings: list[str], align: Callable[[Partition, Partition], Partition] | None = None, ranks: int = 1
+) -> list[Partition]:
+    """Each data-parallel rank's partition in order; what is missing, surplus or stale is told apart here.
+
+    ``align`` is given for a model with experts: it puts a rank's groups in the order of rank 0's, and groups may then be
+    partitioned over fewer than ``ranks``.
+    """
     paths = {dp: path for (_, dp), path in folder.optimizer.items()}
     lowest = paths[min(paths)]
     first = read_partition(lowest)
-    world = max(first.counts)
+    world = max(*first.counts, ranks)
     missing = list(islice((dp for dp in range(world) if dp not in paths), 9))
     if missing:
         raise MissingShardError(
@@ -102,6 +119,8 @@ def read_partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
             f"{lowest.name.replace(f'pp_rank_{min(paths)}_', f'pp_rank_{missing[0]}_')}. Copy them from the nodes that wrote them"
         )
     partitions = [first] + [read_partition(paths[dp]) for dp in range(min(paths) + 1, world)]
+    if align is not None:
+        partitions = [align(first, partition) for partition in partitions]
     for partition in partitions[1:]:
         if partition.counts != first.counts or partition.is_zero3 != first.is_zero3 or len(partition.groups) != len(first.groups):
             raise InconsistentCheckpointError(
@@ -119,13 +138,11 @@ def read_partitions(folder: TagFolder, warnings: list[str]) -> list[Partition]:
     for dp, partition in enumerate(partitions):
         crosscheck.written_as(partition.file, dp)
     crosscheck.same_step([(p.file, p.state) for p in partitions])
-    if any(count != world for count in first.counts):
-        raise UnsupportedError(
-            f"{folder.path}: groups with their own partition counts {list(first.counts)} (expert parallelism); "
-            "this version does not merge those"
+    if align is None and any(count != world for count in first.counts):
+        raise MissingShardError(
+            f"{folder.path}: groups with their own partition counts {list(first.counts)}, so of a model with experts; their files "
+            "(layer_0_expert_0_mp_rank_00_model_states.pt and so on) are not there. Copy them from the nodes that wrote them"
         )
-    if "ds_zero_partition_groups" in first.state:
-        raise UnsupportedError(f"{first.path}: AutoEP partitions experts over their own groups; this version does not merge those")
     return partitions
 
 
@@ -185,6 +202,7 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
         raise MissingShardError(f"{folder.path}: no mp_rank_{mp:02d}_model_states.pt, which holds the names and shapes of the parameters")
     states = read_module_states(next(iter(folder.model.values())))
     crosscheck.own_name(states.file)
+    refuse_missing_experts(states)
     world = len(partitions)
     first = partitions[0]
     in_stage0 = not states.param_shapes and any(group.numel for group in first.groups)
