@@ -11,7 +11,7 @@ from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
 
 # Modules of ``formats``, in the order in which they are asked. Each has ``detect(path, tag)``, which looks at names only,
 # and ``read(path, tag)``, which yields the map; one is imported when it is asked.
-FORMATS = ("deepspeed", "safetensors_folder")
+FORMATS = ("deepspeed", "safetensors_folder", "bin_folder")
 
 
 def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:

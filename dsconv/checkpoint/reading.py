@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.regions import count_before, scatter
+from dsconv.checkpoint.storage import OpenFile, open_for_reading
 from dsconv.checkpoint.tensormap import Piece, TensorEntry
-from dsconv.checkpoint.torch_file import open_for_reading
-from dsconv.errors import MalformedError
 
 if TYPE_CHECKING:
     import torch
 
 
 class Sources:
-    """Open descriptors by path, the most recently used ones kept; a context manager that closes them."""
+    """Open files by path, the most recently used ones kept; a context manager that closes them. Of one thread."""
 
     LIMIT = 64  # a checkpoint may have thousands of files; a process may often open 1,024
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, OpenFile] = {}
 
-    def descriptor(self, path: Path) -> int:
-        descriptor = self._open.pop(path, None)
-        if descriptor is None:
+    def file(self, path: Path) -> OpenFile:
+        file = self._open.pop(path, None)
+        if file is None:
             while len(self._open) >= self.LIMIT:
-                os.close(self._open.pop(next(iter(self._open))))
-            descriptor = open_for_reading(path)
-        self._open[path] = descriptor
-        return descriptor
+                self._open.pop(next(iter(self._open))).close()
+            file = open_for_reading(path)
+        self._open[path] = file
+        return file
 
     def read_into(self, path: Path, offset_bytes: int, view: memoryview) -> None:
         """Fill ``view`` from the file; raises MalformedError when the file ends before or cannot be read."""
-        descriptor = self.descriptor(path)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
-            except OSError as error:
-                raise MalformedError(f"{path}: reading {len(view)} bytes at {offset_bytes} failed: {error.strerror}") from None
-            if count == 0:
-                raise MalformedError(f"{path}: truncated: expected {len(view)} bytes at offset {offset_bytes}, found {done}")
-            done += count
+        self.file(path).read_into(offset_bytes, view)
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
     def __enter__(self) -> Sources:
         return self

@@ -9,13 +9,13 @@ after the zip, two directories that disagree) is refused: where readers of one f
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from dsconv.checkpoint.standins import shown
+from dsconv.checkpoint.storage import OpenFile
 from dsconv.checkpoint.tensormap import Record
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
 
@@ -46,42 +46,36 @@ class Archive:
     checksummed: bool
 
 
-def read_at(descriptor: int, nbytes: int, offset_bytes: int, path: Path) -> bytes:
-    """Exactly ``nbytes`` bytes from ``offset_bytes``; raises MalformedError when the file ends before or cannot be read."""
-    data = b""
-    try:
-        while len(data) < nbytes:
-            more = os.pread(descriptor, nbytes - len(data), offset_bytes + len(data))
-            if not more:
-                raise MalformedError(f"{path}: truncated: expected {nbytes} bytes at offset {offset_bytes}, found {len(data)}")
-            data += more
-    except OSError as error:
-        raise MalformedError(f"{path}: cannot be read at offset {offset_bytes}: {error.strerror}") from None
-    return data
-
-
-def open_archive(descriptor: int, path: Path) -> Archive:
+def open_archive(file: OpenFile) -> Archive:
     """Read the zip directory of an open file.
 
     Raises MalformedError (not a zip, truncated, inconsistent), UnsupportedError (compressed) or UnsafeError (names).
     """
-    size_bytes = os.fstat(descriptor).st_size
-    directory, count, directory_offset = _read_directory(descriptor, path, size_bytes)
+    path = file.path
+    directory, count, directory_offset = _read_directory(file)
     if b"/constants.pkl" in directory:  # torch 2.13 torch/serialization.py _is_torchscript_zip
         raise UnsupportedError(f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() with torch.save")
-    records: dict[str, Record] = {}
+    listed: dict[str, tuple[str, int, int, int]] = {}
     roots: set[str] = set()
-    spans: list[tuple[int, int, str]] = []
     position = 0
     for _ in range(count):
         name, crc32, nbytes, header_offset, position = _read_central(directory, position, path)
         root, inner = _split_name(name, path)
         roots.add(root)
-        if inner in records:
+        if inner in listed:
             raise UnsafeError(f"{path}: the zip has two records named {shown(name)}; refused: readers differ on which one counts")
         if header_offset >= directory_offset:
             raise MalformedError(f"{path}: record {shown(name)} begins at byte {header_offset}, beyond the zip's records")
-        data_offset = _data_offset(descriptor, path, header_offset, name, nbytes)
+        listed[inner] = (name, crc32, nbytes, header_offset)
+    if position != len(directory):
+        raise MalformedError(f"{path}: the zip directory says {count} records and holds {len(directory) - position} bytes more")
+    if len(roots) > 1:
+        raise MalformedError(f"{path}: records under {len(roots)} root folders {shown(sorted(roots))}; expected one")
+    headers = file.read_many([(at, LOCAL.size + len(name.encode())) for name, _, _, at in listed.values()])
+    records: dict[str, Record] = {}
+    spans: list[tuple[int, int, str]] = []
+    for (inner, (name, crc32, nbytes, header_offset)), header in zip(listed.items(), headers, strict=True):
+        data_offset = header_offset + _header_bytes(header, path, header_offset, name, nbytes)
         if data_offset + nbytes > directory_offset:
             raise MalformedError(
                 f"{path}: record {shown(name)} ends at byte {data_offset + nbytes}, beyond the zip's records, "
@@ -89,10 +83,6 @@ def open_archive(descriptor: int, path: Path) -> Archive:
             )
         spans.append((header_offset, data_offset + nbytes, name))
         records[inner] = Record(path, data_offset, nbytes, crc32, name)
-    if position != len(directory):
-        raise MalformedError(f"{path}: the zip directory says {count} records and holds {len(directory) - position} bytes more")
-    if len(roots) > 1:
-        raise MalformedError(f"{path}: records under {len(roots)} root folders {shown(sorted(roots))}; expected one")
     spans.sort()
     for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
@@ -104,10 +94,11 @@ def open_archive(descriptor: int, path: Path) -> Archive:
     return Archive(path, roots.pop() if roots else "", records, checksummed)
 
 
-def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes, int, int]:
+def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
     """The bytes of the central directory, the number of its entries, and where it begins."""
+    path, size_bytes = file.path, file.nbytes
     tail_bytes = min(size_bytes, END.size + MAX_COMMENT_BYTES + END64_LOCATOR.size)
-    tail = read_at(descriptor, tail_bytes, size_bytes - tail_bytes, path)
+    tail = file.read(size_bytes - tail_bytes, tail_bytes)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + END.size > len(tail):
         raise MalformedError(f"{path}: truncated or not a torch.save file: no zip directory at its end ({size_bytes} bytes)")
@@ -125,7 +116,7 @@ def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes
         _, _, end64_offset, _ = END64_LOCATOR.unpack_from(tail, locator_at)
         if end64_offset + END64.size > size_bytes:
             raise MalformedError(f"{path}: the zip64 directory lies at byte {end64_offset}, beyond the file's {size_bytes}")
-        fields = END64.unpack(read_at(descriptor, END64.size, end64_offset, path))
+        fields = END64.unpack(file.read(end64_offset, END64.size))
         if fields[0] != b"PK\x06\x06":
             raise MalformedError(f"{path}: no zip64 directory at byte {end64_offset}, where the file says it is")
         wide = fields[7:10]
@@ -142,7 +133,7 @@ def _read_directory(descriptor: int, path: Path, size_bytes: int) -> tuple[bytes
         raise MalformedError(f"{path}: the zip directory has {directory_bytes} bytes; the limit is {MAX_DIRECTORY_BYTES}")
     if count * CENTRAL.size > directory_bytes:
         raise MalformedError(f"{path}: the zip directory says {count} records and has room for fewer")
-    return read_at(descriptor, directory_bytes, directory_offset, path), count, directory_offset
+    return file.read(directory_offset, directory_bytes), count, directory_offset
 
 
 def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int, int]:
@@ -202,10 +193,9 @@ def _split_name(name: str, path: Path) -> tuple[str, str]:
     return root, inner
 
 
-def _data_offset(descriptor: int, path: Path, header_offset: int, name: str, nbytes: int) -> int:
-    """Where the data of a record begins; the local header must agree with the directory so far as it says anything."""
+def _header_bytes(header: bytes, path: Path, header_offset: int, name: str, nbytes: int) -> int:
+    """The length of a record's own header, which must agree with the directory so far as it says anything."""
     encoded = name.encode()
-    header = read_at(descriptor, LOCAL.size + len(encoded), header_offset, path)
     fields = LOCAL.unpack_from(header)
     if fields[0] != b"PK\x03\x04":
         raise MalformedError(f"{path}: no record header at byte {header_offset}, where the directory puts {shown(name)}")
@@ -218,4 +208,4 @@ def _data_offset(descriptor: int, path: Path, header_offset: int, name: str, nby
             f"{path}: record {shown(name)} is stored in {nbytes} bytes by the directory and of method {method}, flags {flags:#x} and "
             f"{packed}/{unpacked} bytes by its own header"
         )
-    return int(header_offset + LOCAL.size + name_bytes + extra_bytes)
+    return int(LOCAL.size + name_bytes + extra_bytes)

@@ -101,11 +101,19 @@ def merge(
     config_folder = Path(config_from) if config_from is not None else None
     near = list(dict.fromkeys([checkpoint.path, checkpoint.folder, checkpoint.folder.resolve().parent]))
     folders = [config_folder] if config_folder else near
-    if adapter:
+    is_adapter = bool(checkpoint.info.get("adapter"))  # and nothing else: the file of a PEFT folder
+    if adapter and not is_adapter:
         plan, extra = peft.adapter_plan(checkpoint, folders, wanted, shard_bytes)
     else:
         dropped = tied_keys(find_config(folders)) if checkpoint.ties else ()
-        plan = make_plan(checkpoint, dtype=wanted, max_shard_bytes=shard_bytes, exclude_frozen=exclude_frozen, dropped_names=dropped)
+        plan = make_plan(
+            checkpoint,
+            dtype=wanted,
+            max_shard_bytes=max(shard_bytes, checkpoint.nbytes * 2) if is_adapter else shard_bytes,
+            exclude_frozen=exclude_frozen,
+            dropped_names=dropped,
+            stem=peft.STEM if is_adapter else "model",
+        )
         extra = _sidecar_files(config_folder, near, plan, target)
     report = _report(checkpoint, target, plan, sorted(extra), dry_run)
     if dry_run:

@@ -1,0 +1,86 @@
+"""Files that are opened for positioned reads: the one place that knows how bytes are got.
+
+Everything above asks an ``OpenFile`` for bytes at an offset. Of a local file those come by ``os.preadv`` on a descriptor;
+of one in a store (``s3://``, ``https://`` …) by range requests, in ``remote.py``, which is imported when a path of that
+kind is opened and never for a local one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
+
+
+class OpenFile:
+    """A file of ``nbytes`` bytes. A context manager; reads are exact, and from several threads one file each."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        self.nbytes = nbytes
+
+    def read_into(self, offset_bytes: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset_bytes`` on; raises MalformedError when the file ends before or cannot be read."""
+        raise NotImplementedError
+
+    def read(self, offset_bytes: int, nbytes: int) -> bytes:
+        """Exactly ``nbytes`` bytes, of a size that the caller has bounded; raises as ``read_into`` does."""
+        self._require(offset_bytes, nbytes)
+        data = bytearray(nbytes)
+        self.read_into(offset_bytes, memoryview(data))
+        return bytes(data)
+
+    def read_many(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """``read`` of each (offset, nbytes); a store is asked for all of them at once."""
+        return [self.read(offset, nbytes) for offset, nbytes in spans]
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _require(self, offset_bytes: int, nbytes: int) -> None:
+        if offset_bytes + nbytes > self.nbytes:
+            found = max(0, self.nbytes - offset_bytes)
+            raise MalformedError(f"{self.path}: truncated: expected {nbytes} bytes at offset {offset_bytes}, found {found}")
+
+
+class LocalFile(OpenFile):
+    """A descriptor. Raises CheckpointNotFoundError or MalformedError, with the system's reason, when it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            if not path.is_file():
+                raise CheckpointNotFoundError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except DsconvError:
+            raise
+        except OSError as error:
+            raise MalformedError(f"{path}: cannot be read: {error.strerror}") from None
+        super().__init__(path, os.fstat(self._descriptor).st_size)
+
+    def read_into(self, offset_bytes: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], offset_bytes + done)
+            except OSError as error:
+                raise MalformedError(
+                    f"{self.path}: cannot be read: {len(view)} bytes at offset {offset_bytes} failed: {error.strerror}"
+                ) from None
+            if count == 0:
+                raise MalformedError(f"{self.path}: truncated: expected {len(view)} bytes at offset {offset_bytes}, found {done}")
+            done += count
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def open_for_reading(path: Path) -> OpenFile:
+    """Raises CheckpointNotFoundError or MalformedError, and RemoteError for a file in a store."""
+    return LocalFile(path)
