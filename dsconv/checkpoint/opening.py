@@ -6,6 +6,7 @@ import os
 from importlib import import_module
 from pathlib import Path
 
+from dsconv.checkpoint.storage import as_path
 from dsconv.checkpoint.tensormap import Checkpoint, prove_tiling
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
 
@@ -22,7 +23,7 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Che
     Raises CheckpointNotFoundError, MissingShardError, MalformedError, InconsistentCheckpointError, UnsupportedError or
     UnsafeError, all of them DsconvError.
     """
-    root = Path(path)
+    root = as_path(path)
     if not root.exists():
         raise CheckpointNotFoundError(f"{root}: no such file or folder")
     try:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import cast
+from urllib.parse import unquote
 
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
 
@@ -83,4 +85,31 @@ class LocalFile(OpenFile):
 
 def open_for_reading(path: Path) -> OpenFile:
     """Raises CheckpointNotFoundError or MalformedError, and RemoteError for a file in a store."""
-    return LocalFile(path)
+    if not is_remote(path):
+        return LocalFile(path)
+    from dsconv.checkpoint.remote import open_remote
+
+    return open_remote(path)
+
+
+def is_remote(path: object) -> bool:
+    """Whether ``path``, one of ``as_path``, lies in a store."""
+    return not isinstance(path, PurePath)
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """What a user names, as a path: of the local disk, or, for a URL (``s3://bucket/run``), of a store.
+
+    A ``RemotePath`` does what this package asks of ``pathlib.Path`` and stands in for one. Raises UnsupportedError where
+    nothing that is installed reads such a URL.
+    """
+    if not isinstance(path, str):
+        return cast(Path, path) if hasattr(path, "is_file") else Path(path)
+    protocol, separator, rest = path.partition("://")
+    if not separator or not protocol.isalnum():
+        return Path(path)
+    if protocol == "file":
+        return Path(unquote(rest))
+    from dsconv.checkpoint.remote import RemotePath
+
+    return cast(Path, RemotePath.of(path))

@@ -17,6 +17,7 @@ from dsconv.checkpoint.checksums import RunningChecksum
 from dsconv.checkpoint.copy import Copy, CopyRun, Gather, Target, copies_of, default_workers, source_checks, write_at
 from dsconv.checkpoint.dtypes import DType, parse_dtype
 from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.storage import as_path, is_remote
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
@@ -24,7 +25,7 @@ from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan
 from dsconv.convert.staging import Staging, debris, open_staging, require_space
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
-from dsconv.errors import MismatchError, OutputError
+from dsconv.errors import DsconvError, MismatchError, OutputError
 
 MANIFEST = "dsconv.manifest.json"
 FLUSH_BYTES = 64 << 20  # start the disk's work while the copy goes on, not after it
@@ -56,8 +57,10 @@ class MergeReport:
 
 
 def default_output(checkpoint: Checkpoint, suffix: str = "fp32") -> Path:
-    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source."""
+    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source; of a store, in the current folder."""
     tag = checkpoint.info.get("tag")
+    if is_remote(checkpoint.path):
+        return Path(f"{tag or checkpoint.path.stem or 'model'}-{suffix}")
     if tag:
         return checkpoint.folder / f"{tag}-{suffix}"
     path = checkpoint.path.resolve()
@@ -98,7 +101,7 @@ def merge(
     if output is None:
         output = default_output(checkpoint, "adapter" if adapter else (dtype or ("fp32" if checkpoint.is_zero else "merged")))
     target = Path(output)
-    config_folder = Path(config_from) if config_from is not None else None
+    config_folder = as_path(config_from) if config_from is not None else None
     near = list(dict.fromkeys([checkpoint.path, checkpoint.folder, checkpoint.folder.resolve().parent]))
     folders = [config_folder] if config_folder else near
     is_adapter = bool(checkpoint.info.get("adapter"))  # and nothing else: the file of a PEFT folder
@@ -246,9 +249,9 @@ def _write(
             if fsync:
                 for descriptor in descriptors.values():
                     os.fsync(descriptor)
+    except DsconvError:  # some are OSErrors too
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
         raise OutputError(f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept") from None
     finally:
         for descriptor in descriptors.values():

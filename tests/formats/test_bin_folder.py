@@ -66,10 +66,10 @@ def check(source: Path, out: Path, truth: dict[str, Any], ties: dict[str, str] |
 @pytest.mark.parametrize("form", ["zip", "legacy", "legacy protocol 4"])
 @pytest.mark.parametrize("name", [SINGLE, "model.pt"])
 def test_a_state_dict_of_odd_tensors(form: str, name: str, tmp_path: Path) -> None:
-    options = {"zip": {}, "legacy": LEGACY, "legacy protocol 4": {**LEGACY, "pickle_protocol": 4}}[form]
+    forms: dict[str, dict[str, Any]] = {"zip": {}, "legacy": LEGACY, "legacy protocol 4": {**LEGACY, "pickle_protocol": 4}}
     folder = tmp_path / "in"
     folder.mkdir()
-    torch.save(OrderedDict(STATE), folder / name, **options)
+    torch.save(OrderedDict(STATE), folder / name, **forms[form])
     check(folder if name == SINGLE else folder / name, tmp_path / "out", STATE, {"head.weight": "embed.weight"})
     warned = [w for w in open_checkpoint(folder / name).warnings if "without checksums" in w]
     assert bool(warned) == form.startswith("legacy")
@@ -86,7 +86,7 @@ def test_a_legacy_file_whose_pickle_is_longer_than_the_first_read(tmp_path: Path
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A transformers model in ``.bin`` shards, as huggingface_hub writes them, with its config."""
-    from huggingface_hub.serialization import save_torch_state_dict
+    from huggingface_hub import save_torch_state_dict
     from transformers import BertConfig, BertForMaskedLM
 
     folder = tmp_path_factory.mktemp("hub") / "model"
