@@ -135,7 +135,9 @@ def store_of(url: str) -> Store:
     try:
         import fsspec
 
-        fs, _ = fsspec.core.url_to_fs(url)
+        from dsconv.checkpoint.hub import connection
+
+        fs, _ = fsspec.core.url_to_fs(url, **(connection() if protocol == "hf" else {}))
     except (ImportError, ValueError) as error:
         extra = EXTRAS.get(protocol)
         how = f"pip install 'dsconv[{extra}]'" if extra else str(error)

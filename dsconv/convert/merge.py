@@ -57,8 +57,10 @@ class MergeReport:
 
 
 def default_output(checkpoint: Checkpoint, suffix: str = "fp32") -> Path:
-    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source; of a store, in the current folder."""
+    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source; of a store or the Hub, in the current folder."""
     tag = checkpoint.info.get("tag")
+    if repo := checkpoint.info.get("repo"):
+        return Path(f"{str(repo).rpartition('/')[2]}-{suffix}")
     if is_remote(checkpoint.path):
         return Path(f"{tag or checkpoint.path.stem or 'model'}-{suffix}")
     if tag:
@@ -72,6 +74,7 @@ def merge(
     output: str | os.PathLike[str] | None = None,
     *,
     tag: str | None = None,
+    revision: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     exclude_frozen: bool = False,
@@ -97,7 +100,7 @@ def merge(
     """
     wanted = parse_dtype(dtype) if dtype else None
     shard_bytes = parse_size(max_shard_size)
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision)
     if output is None:
         output = default_output(checkpoint, "adapter" if adapter else (dtype or ("fp32" if checkpoint.is_zero else "merged")))
     target = Path(output)
@@ -197,8 +200,9 @@ def _report(checkpoint: Checkpoint, target: Path, plan: Plan, extra: list[str], 
     ties = {name: t.name for t in placed for name in (t.entry.name, *t.entry.aliases) if t.entry.aliases and name != t.name}
     files = [shard.filename for shard in plan.shards] + ([plan.index_name] if len(plan.shards) > 1 else [])
     numel = sum(t.entry.numel for t in placed)
+    source = str(checkpoint.info.get("repo") or checkpoint.path)
     return MergeReport(
-        str(checkpoint.path), str(target), checkpoint.format, checkpoint.step, len(placed), numel, plan.nbytes, files, extra, ties,
+        source, str(target), checkpoint.format, checkpoint.step, len(placed), numel, plan.nbytes, files, extra, ties,
         dry_run=dry_run, warnings=list(checkpoint.warnings),
     )  # fmt: skip
 

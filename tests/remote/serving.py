@@ -35,6 +35,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None: ...
 
+    def sent(self, nbytes: int) -> None:
+        self.owner.bytes_sent += nbytes
+
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -42,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-            self.owner.bytes_sent += len(body)
+            self.sent(len(body))
 
     def do_GET(self) -> None:
         server = self.owner
