@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.regions import count_before, scatter
 from dsconv.checkpoint.storage import OpenFile, open_for_reading
-from dsconv.checkpoint.tensormap import Piece, TensorEntry
+from dsconv.checkpoint.tensormap import Piece, Record, TensorEntry
 
 if TYPE_CHECKING:
     import torch
@@ -97,17 +97,28 @@ def parts_of(pieces: Iterable[Piece], shape: tuple[int, ...], start: int, stop: 
             yield Part(piece, low, high - low)
 
 
-def read_flat_into(entry: TensorEntry, start: int, view: memoryview, sources: Sources, pieces: tuple[Piece, ...] | None = None) -> None:
-    """Fill ``view`` with the elements of ``entry`` from flat element ``start`` on, in row-major order."""
+def read_flat_into(
+    entry: TensorEntry,
+    start: int,
+    view: memoryview,
+    sources: Sources,
+    pieces: tuple[Piece, ...] | None = None,
+    seen: Callable[[Record, int, memoryview], None] | None = None,
+) -> None:
+    """Fill ``view`` with the elements of ``entry`` from flat element ``start`` on, in row-major order.
+
+    ``seen`` is called with each run of bytes that was read, its record, and where in its file it begins.
+    """
     itemsize = entry.dtype.itemsize
     for part in parts_of(entry.pieces if pieces is None else pieces, entry.shape, start, start + len(view) // itemsize):
         offset, nbytes = part.span(itemsize)
-        path = part.piece.extent.record.path
-        if part.piece.region is None and part.piece.strides is None:
-            sources.read_into(path, offset, view[(part.first - start) * itemsize :][:nbytes])
-        else:
-            raw = memoryview(bytearray(nbytes))
-            sources.read_into(path, offset, raw)
+        record = part.piece.extent.record
+        in_place = part.piece.region is None and part.piece.strides is None
+        raw = view[(part.first - start) * itemsize :][:nbytes] if in_place else memoryview(bytearray(nbytes))
+        sources.read_into(record.path, offset, raw)
+        if seen is not None:
+            seen(record, offset, raw)
+        if not in_place:
             part.place(raw, view, start, entry.shape, itemsize)
 
 

@@ -4,149 +4,24 @@
 ``glob`` of what lies in it from that, since a request costs as much as a megabyte; a new ``RemotePath.of`` looks again.
 universal_pathlib was weighed for this: it asks the store each time, and over HTTP it takes any failure of a server for an
 absent file.
-
-Every request goes through ``Store``, is tried a few times, and fails as a RemoteError that names the URL.
 """
 
 from __future__ import annotations
 
-import asyncio
 import fnmatch
-import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import total_ordering
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
+from dsconv.checkpoint.remote_store import Stat, Store, store_of
 from dsconv.checkpoint.storage import OpenFile
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, RemoteError, UnsupportedError
+from dsconv.errors import CheckpointNotFoundError, MalformedError
 
-T = TypeVar("T")
-FIRST_WAIT_SECONDS = 0.25  # doubled after each try, and varied, so that many workers do not come back at once
 READS_AT_ONCE = 16  # small ones, while a checkpoint is opened; a copy has as many in flight as it has workers
 NEAR_BYTES = 64 << 10  # two small reads that lie nearer than this become one
 MAX_JOINED_BYTES = 1 << 20
-EXTRAS = {"s3": "s3", "s3a": "s3", "http": "remote", "https": "remote", "gs": "gs", "gcs": "gs", "hf": "hub"}
-PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
-
-
-@dataclass(frozen=True)
-class Stat:
-    """What a store says of a path; the names are those of ``os.stat_result``."""
-
-    is_dir: bool
-    st_size: int = 0
-    st_mtime_ns: int = 0
-
-
-class Store:
-    """The file system of one protocol, as fsspec gives it. ``lists_all``: what a listing lacks is not there."""
-
-    lists_all = True
-    tries = 2  # the libraries of stores try again themselves
-
-    def __init__(self, fs: Any) -> None:
-        self.fs = fs
-
-    def stat(self, url: str) -> Stat | None:
-        """None where there is nothing."""
-
-        def info() -> Stat | None:
-            self.fs.invalidate_cache()
-            try:
-                return _stat(self.fs.info(url))
-            except FileNotFoundError:
-                return None
-
-        return self.attempt(url, info)
-
-    def list(self, url: str) -> dict[str, Stat]:
-        """{name: what it is} of a folder; empty where there is none."""
-
-        def names() -> dict[str, Stat]:
-            self.fs.invalidate_cache()
-            try:
-                found = self.fs.ls(url, detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-            listed = {str(item["name"]).rstrip("/").rpartition("/")[2]: _stat(item) for item in found}
-            listed.pop("", None)  # S3's marker of an empty folder has the folder's own name
-            return listed
-
-        return self.attempt(url, names)
-
-    def read_range(self, url: str, start: int, stop: int) -> bytes:
-        # Without fsspec's read-ahead: it would read more than is asked for, over and over.
-        options = {} if self.fs.async_impl or "memory" in self.fs.protocol else {"cache_type": "none"}
-        return self.attempt(url, lambda: bytes(self.fs.cat_file(url, start=start, end=stop, **options)))
-
-    def require_ranges(self, url: str) -> None:
-        """Raise RemoteError where the store cannot give parts of a file."""
-
-    def read_all(self, url: str) -> bytes:
-        return self.attempt(url, lambda: bytes(self.fs.cat_file(url)))
-
-    def attempt(self, url: str, action: Callable[[], T]) -> T:
-        """``action()``, tried again with growing pauses while it fails in ways that pass; then RemoteError."""
-        for number in range(1, self.tries + 1):
-            try:
-                return action()
-            except DsconvError:
-                raise
-            except Exception as error:  # noqa: BLE001 - every library behind fsspec has errors of its own
-                if number == self.tries or not _passes(error):
-                    raise _remote_error(url, error, number) from None
-            time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1) * random.uniform(0.75, 1.25))
-        raise AssertionError
-
-
-def _stat(info: dict[str, Any]) -> Stat:
-    when = info.get("LastModified") or info.get("mtime") or info.get("created") or 0
-    seconds = float(when.timestamp() if hasattr(when, "timestamp") else when if isinstance(when, (int, float)) else 0)
-    return Stat(info.get("type") == "directory", int(info.get("size") or 0), int(seconds * 1e9))
-
-
-def _passes(error: BaseException) -> bool:
-    """Whether a failure may pass by itself: the network's, and answers such as 429 and 503."""
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(status, int):
-        return status in (408, 425, 429) or status >= 500
-    if isinstance(error, PERMANENT) or "Credential" in type(error).__name__:
-        return False
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError)) or library in (
-        "aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "httpx", "httpx2", "requests", "urllib3",
-    )  # fmt: skip
-
-
-def _remote_error(url: str, error: BaseException, tries: int) -> RemoteError:
-    said = " ".join(str(error).split())[:300]
-    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    hint = ": check the credentials and what they may read" if isinstance(error, PermissionError) or "Credential" in what else ""
-    return RemoteError(f"{url}: cannot be reached{f' after {tries} tries' if tries > 1 else ''}: {what}{hint}")
-
-
-def store_of(url: str) -> Store:
-    """The store that serves a URL. Raises UnsupportedError where nothing that is installed does."""
-    protocol = url.partition("://")[0]
-    try:
-        import fsspec
-
-        from dsconv.checkpoint.hub import connection
-
-        fs, _ = fsspec.core.url_to_fs(url, **(connection() if protocol == "hf" else {}))
-    except (ImportError, ValueError) as error:
-        extra = EXTRAS.get(protocol)
-        how = f"pip install 'dsconv[{extra}]'" if extra else str(error)
-        raise UnsupportedError(f"{url}: nothing that is installed reads {protocol}:// ({how})") from None
-    if protocol in ("http", "https"):
-        from dsconv.checkpoint.remote_http import HttpStore
-
-        return HttpStore(fs)
-    return Store(fs)
 
 
 class Tree:

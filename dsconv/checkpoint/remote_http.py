@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from dsconv.checkpoint.remote import Stat, Store
+from dsconv.checkpoint.remote_store import Stat, Store
 from dsconv.errors import MalformedError, RemoteError
 
 ABSENT = (404, 410)

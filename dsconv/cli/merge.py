@@ -25,7 +25,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--verify", "verify_output", is_flag=True, help="Read the output back and compare every byte."),
     click.option("--force", is_flag=True, help="Replace a model that OUT already holds."),
-    click.option("--fsync/--no-fsync", default=True, show_default=True, help="Have the output on the disk before it counts as written."),
+    click.option("--fsync/--no-fsync", default=None, help="Have the output on the disk before it counts as written (default: yes)."),
     click.option("--sha256", is_flag=True, help="Put the sha256 of each file in the manifest."),
     click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."),
     click.option("--safe_serialization", is_flag=True, hidden=True, help="Of the old script; the output is always safetensors."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 from dsconv._version import __version__
 from dsconv.checkpoint.checksums import RunningChecksum
-from dsconv.checkpoint.copy import Copy, CopyRun, Gather, Target, copies_of, default_workers, source_checks, write_at
+from dsconv.checkpoint.copy import Copy, CopyRun, CopyStats, Gather, Target, copies_of, default_workers, source_checks, write_at
 from dsconv.checkpoint.dtypes import DType, parse_dtype
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage import as_path, is_remote
@@ -22,13 +23,13 @@ from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
-from dsconv.convert.staging import Staging, debris, open_staging, require_space
+from dsconv.convert.staging import Staging, debris, flushing, open_staging, require_space
 from dsconv.convert.ties import tied_keys
+from dsconv.convert.upload import Upload, open_upload
 from dsconv.convert.verify import verify
 from dsconv.errors import DsconvError, MismatchError, OutputError
 
 MANIFEST = "dsconv.manifest.json"
-FLUSH_BYTES = 64 << 20  # start the disk's work while the copy goes on, not after it
 
 
 @dataclass
@@ -83,27 +84,27 @@ def merge(
     dry_run: bool = False,
     verify_output: bool = False,
     force: bool = False,
-    fsync: bool = True,
+    fsync: bool | None = None,
     sha256: bool = False,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> MergeReport:
-    """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads.
+    """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads, on the disk or in a store.
 
     Weights of a ZeRO checkpoint come from its fp32 masters; frozen weights and buffers keep their stored dtype. With
     ``dtype`` (fp32, bf16 or fp16) every floating tensor of 16 bits or more is cast, once, to nearest even. ``progress``
-    is called with (phase, bytes done, bytes in all), from any thread.
+    is called with (phase, bytes done, bytes in all), from any thread. ``fsync`` (by default, true) is of the disk.
 
     Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being written
-    by another run or does not fit the disk; MismatchError when ``verify_output`` finds a difference. ValueError for a
-    dtype or size that is none.
+    by another run, does not fit the disk or cannot be written as asked; MismatchError when ``verify_output`` finds a
+    difference. ValueError for a dtype or size that is none.
     """
     wanted = parse_dtype(dtype) if dtype else None
     shard_bytes = parse_size(max_shard_size)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision)
     if output is None:
         output = default_output(checkpoint, "adapter" if adapter else (dtype or ("fp32" if checkpoint.is_zero else "merged")))
-    target = Path(output)
+    target = as_path(output)
     config_folder = as_path(config_from) if config_from is not None else None
     near = list(dict.fromkeys([checkpoint.path, checkpoint.folder, checkpoint.folder.resolve().parent]))
     folders = [config_folder] if config_folder else near
@@ -126,9 +127,17 @@ def merge(
         report.plan = [_row(shard.filename, t) for shard in plan.shards for t in shard.tensors]
         return report
     old = _existing(target, force)
+    if is_remote(target):
+        if fsync is not None:
+            raise OutputError(f"{target}: --fsync and --no-fsync are of local disks; leave them out: a store keeps what it acknowledges")
+        _merge_into_store(checkpoint, plan, target, report, extra, old, workers or default_workers(), sha256, progress)
+        if verify_output:
+            _verify_in_store(checkpoint, target, plan, report, wanted is not None, exclude_frozen or adapter, progress)
+        return report
     require_space(target, plan.nbytes)
-    with open_staging(target, fsync) as staging:
-        checksums = _write(checkpoint, plan, staging, report, workers or default_workers(), fsync, progress)
+    sync = fsync is not False
+    with open_staging(target, sync) as staging:
+        checksums = _write(checkpoint, plan, staging, report, workers or default_workers(), sync, progress)
         files = [shard.filename for shard in plan.shards]
         manifest = _manifest(checkpoint, plan, checksums, report, _hash_files(staging, files, progress) if sha256 else {})
         small = {**extra, MANIFEST: manifest}
@@ -142,6 +151,37 @@ def merge(
         order = [*small, *files, *([plan.index_name] if index is not None else [])]
         staging.commit(order, (name for name in old if name not in order or name == plan.index_name or name in files))
     return report
+
+
+def _merge_into_store(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    target: Path,
+    report: MergeReport,
+    extra: dict[str, bytes],
+    old: list[str],
+    workers: int,
+    sha256: bool,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    with open_upload(target) as upload:
+        checksums, digests, stats = upload.send(plan, workers, sha256, _advance(plan, progress))
+        _note(report, stats)
+        small = {**extra, MANIFEST: _manifest(checkpoint, plan, checksums, report, digests)}
+        index = plan.index()
+        files = [shard.filename for shard in plan.shards]
+        placed = [*small, *files]
+        obsolete = [name for name in old if name not in placed or name == plan.index_name or name in files]
+        upload.commit(small, files, None if index is None else (plan.index_name, index), obsolete)
+
+
+def _verify_in_store(checkpoint: Checkpoint, target: Path, plan: Plan, *rest: Any) -> None:
+    """What is in a store can be read back only when it is in place: on a mismatch it is taken away again."""
+    try:
+        _verify(checkpoint, as_path(str(target)), plan, *rest)
+    except MismatchError:
+        Upload(target).withdraw([plan.index_name, *(shard.filename for shard in plan.shards), MANIFEST])
+        raise
 
 
 def _verify(
@@ -226,16 +266,14 @@ def _write(
     descriptors: dict[str, int] = {}
     targets: dict[str, Target] = {}
     done = 0
-    total = plan.data_bytes
+    report_progress = _advance(plan, progress)
     lock = threading.Lock()
 
     def advance(count: int) -> None:
         nonlocal done
         with lock:
             done += count
-            current = done
-        if progress is not None:
-            progress("copy", current, total)
+        report_progress(count)
 
     try:
         for shard in plan.shards:
@@ -247,7 +285,7 @@ def _write(
                 targets[t.name] = Target(t.name, t.dtype, write, RunningChecksum(t.nbytes))
         checks, padding = source_checks(_copies(plan, targets))
         run = CopyRun(workers, checks, advance)
-        with _flusher(list(descriptors.values()), lambda: done) if fsync else _nothing():
+        with flushing(list(descriptors.values()), lambda: done) if fsync else contextlib.nullcontext():
             run.run(chain(_copies(plan, targets), padding))
             run.check_records()
             if fsync:
@@ -260,53 +298,42 @@ def _write(
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    report.bytes_read = run.stats.bytes_read
-    report.overflowed = dict(sorted(run.stats.overflowed.items()))
+    _note(report, run.stats)
+    incomplete = [name for name, target in targets.items() if not target.checksum.complete]
+    assert not incomplete, f"not all of {incomplete[:3]} was written"
+    return {name: target.checksum.value for name, target in targets.items()}
+
+
+def _advance(plan: Plan, progress: Callable[[str, int, int], None] | None) -> Callable[[int], None]:
+    """A function that counts written bytes, from any thread, and tells ``progress`` of them."""
+    done, total, lock = 0, plan.data_bytes, threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            current = done
+        if progress is not None:
+            progress("copy", current, total)
+
+    return advance
+
+
+def _note(report: MergeReport, stats: CopyStats) -> None:
+    """Put into ``report`` what a run did."""
+    report.bytes_read = stats.bytes_read
+    report.overflowed = dict(sorted(stats.overflowed.items()))
     if report.overflowed:
         count = sum(report.overflowed.values())
         report.warnings.append(
             f"{count} values in {len(report.overflowed)} tensors are too large for the dtype and became infinite, "
             f"first in {next(iter(report.overflowed))!r}"
         )
-    incomplete = [name for name, target in targets.items() if not target.checksum.complete]
-    assert not incomplete, f"not all of {incomplete[:3]} was written"
-    return {name: target.checksum.value for name, target in targets.items()}
 
 
 def _copies(plan: Plan, targets: Mapping[str, Target]) -> Iterator[Copy | Gather]:
     for t in plan.placed:
         yield from copies_of(t.entry, targets[t.name])
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-class _flusher:
-    """Keeps the disk busy while the copy runs: syncs the files whenever FLUSH_BYTES more have been written."""
-
-    def __init__(self, descriptors: list[int], written: Callable[[], int]) -> None:
-        self._descriptors = descriptors
-        self._written = written
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        flushed = 0
-        while not self._end.wait(0.02):
-            if self._written() - flushed >= FLUSH_BYTES:
-                flushed = self._written()
-                for descriptor in self._descriptors:
-                    os.fdatasync(descriptor)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self._end.set()
-        self._thread.join()
 
 
 def _hash_files(staging: Staging, names: list[str], progress: Callable[[str, int, int], None] | None) -> dict[str, str]:

@@ -13,7 +13,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dsconv.errors import OutputError
@@ -21,6 +22,7 @@ from dsconv.errors import OutputError
 STAGING = ".dsconv-partial"
 LOCK = "lock"
 MOVING = "moving.json"
+FLUSH_BYTES = 64 << 20  # start the disk's work while the copy goes on, not after it
 
 
 class Staging:
@@ -139,3 +141,25 @@ def require_space(target: Path, nbytes: int) -> None:
         raise OutputError(
             f"{target}: the output needs {nbytes:,} bytes and the disk has {free:,} free. Choose another folder, or --dtype bf16"
         )
+
+
+@contextlib.contextmanager
+def flushing(descriptors: list[int], written: Callable[[], int]) -> Iterator[None]:
+    """Keeps the disk busy while a copy runs: syncs the files whenever FLUSH_BYTES more have been written."""
+    end = threading.Event()
+
+    def flush() -> None:
+        flushed = 0
+        while not end.wait(0.02):
+            if written() - flushed >= FLUSH_BYTES:
+                flushed = written()
+                for descriptor in descriptors:
+                    os.fdatasync(descriptor)
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()

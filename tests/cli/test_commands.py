@@ -40,12 +40,12 @@ def test_the_surface_of_the_command_line() -> None:
         surface[name] = sorted(option for option in options if option[0] == "-")
     merge = ["--adapter", "--config-from", "--debug", "--dry-run", "--dtype", "--exclude-frozen", "--exclude_frozen_parameters",
              "--force", "--fsync", "--json", "--max-shard-size", "--max_shard_size", "--no-fsync", "--quiet", "--safe_serialization",
-             "--sha256", "--tag", "--verify", "--workers", "-d", "-q", "-t"]  # fmt: skip
+             "--revision", "--sha256", "--tag", "--verify", "--workers", "-d", "-q", "-t"]  # fmt: skip
     assert surface == {
         "zero-to-fp32": merge,
         "merge": merge,
-        "inspect": ["--all", "--debug", "--json", "--tag", "-d", "-t"],
-        "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--subset", "-d", "-q"],
+        "inspect": ["--all", "--debug", "--json", "--revision", "--tag", "-d", "-t"],
+        "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--revision", "--subset", "-d", "-q"],
     }
 
 

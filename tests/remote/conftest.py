@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from dsconv.checkpoint import remote
+from dsconv.checkpoint import remote_store
 
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(remote_store, "FIRST_WAIT_SECONDS", 0.001)
 
 
 @pytest.fixture(scope="session")

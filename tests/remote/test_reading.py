@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsconv import merge, open_checkpoint, verify
-from dsconv.checkpoint import remote
+from dsconv.checkpoint import remote_store
 from dsconv.checkpoint.storage import as_path, open_for_reading
 from dsconv.errors import (
     CheckpointNotFoundError,
@@ -103,10 +103,9 @@ def test_the_command_line_takes_urls(s3: Any, s3_environment: Any, folders: dict
     assert sum(file["bytes"] for file in shown.json["files"]) > 0
     merged = dsconv("zero-to-fp32", "s3://shelf/run", cwd=tmp_path, **s3_environment)  # OUT: here, not in the store
     assert merged.code == 0, merged.err
-    checked = dsconv("verify", "s3://shelf/run", tmp_path / "global_step2-fp32", **s3_environment)
-    assert checked.code == 0, checked.err
-    missing = dsconv("inspect", "s3://shelf/nothing", **s3_environment)
-    assert (missing.code, missing.err) == (3, "Error: s3://shelf/nothing: no such file or folder\n")
+    assert verify("s3://shelf/run", tmp_path / "global_step2-fp32").equal
+    with pytest.raises(CheckpointNotFoundError, match=r"^s3://shelf/nothing: no such file or folder$"):
+        open_checkpoint("s3://shelf/nothing")
     no_server = {**s3_environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
     unreachable = dsconv("inspect", "s3://shelf/run", **no_server)
     assert unreachable.code == 6
@@ -230,7 +229,7 @@ def test_wrong_credentials_are_not_tried_again(s3_environment: dict[str, str], m
         raise NoCredentialsError("Unable to locate credentials")
 
     with pytest.raises(RemoteError, match=r"s3://x: cannot be reached: NoCredentialsError: .*check the credentials"):
-        remote.Store(None).attempt("s3://x", fail)
+        remote_store.Store(None).attempt("s3://x", fail)
     assert len(calls) == 1
 
 
