@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dsconv.checkpoint.formats import bin_folder, safetensors_folder
-from dsconv.checkpoint.formats.shard_index import weight_map_of
 from dsconv.errors import CheckpointNotFoundError, RemoteError, UnsupportedError
 
 REPO = re.compile(r"[a-zA-Z0-9]([\w.-]{0,94}\w)?/[a-zA-Z0-9]([\w.-]{0,94}\w)?", re.ASCII)
 SCHEME = "hf://"
-KINDS = (  # of weights, as they are looked for: one file, its index
-    (safetensors_folder.SINGLE, safetensors_folder.INDEX),
-    (bin_folder.SINGLE, bin_folder.INDEX),
-    (safetensors_folder.ADAPTER, ""),
-    (bin_folder.ADAPTER, ""),
-)
 BESIDE = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.py", "tokenizer*", "vocab*")
 MAX_BESIDE_BYTES = 200 << 20
 TRUE = ("1", "on", "yes", "true")
@@ -88,9 +80,23 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, list[str]]:
         return _cached(api, repo, revision, str(said)), [f"{said}; took what the cache has"]
 
 
+def _kinds() -> tuple[tuple[str, str], ...]:
+    """The kinds of weights, as they are looked for: (one file, its index)."""
+    from dsconv.checkpoint.formats import bin_folder, safetensors_folder
+
+    return (
+        (safetensors_folder.SINGLE, safetensors_folder.INDEX),
+        (bin_folder.SINGLE, bin_folder.INDEX),
+        (safetensors_folder.ADAPTER, ""),
+        (bin_folder.ADAPTER, ""),
+    )
+
+
 def _weights(api: Any, repo: str, revision: str | None, sizes: dict[str, int]) -> list[str]:
     """The names of the weights of one kind, with their index."""
-    for single, index in KINDS:
+    from dsconv.checkpoint.formats.shard_index import weight_map_of
+
+    for single, index in _kinds():
         if single in sizes:
             return [single]
         if index and index in sizes:
@@ -103,7 +109,7 @@ def _weights(api: Any, repo: str, revision: str | None, sizes: dict[str, int]) -
 
 
 def _beside(sizes: dict[str, int]) -> list[str]:
-    indexes = {index for _, index in KINDS}
+    indexes = {index for _, index in _kinds()}
     return [
         name
         for name, nbytes in sizes.items()
@@ -125,7 +131,7 @@ def _cached(api: Any, repo: str, revision: str | None, why: str) -> Path:
         folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
         folder = Path()
-    if folder == Path() or not any((folder / name).exists() for kind in KINDS for name in kind if name):
+    if folder == Path() or not any((folder / name).exists() for kind in _kinds() for name in kind if name):
         raise RemoteError(f"{repo}: the cache holds no weights of {_named(repo, revision)}, and {why}")
     return folder
 

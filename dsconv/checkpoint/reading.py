@@ -22,6 +22,7 @@ class Sources:
 
     def __init__(self) -> None:
         self._open: dict[Path, OpenFile] = {}
+        self._ahead: dict[tuple[Path, int, int], bytes] = {}
 
     def file(self, path: Path) -> OpenFile:
         file = self._open.pop(path, None)
@@ -34,7 +35,20 @@ class Sources:
 
     def read_into(self, path: Path, offset_bytes: int, view: memoryview) -> None:
         """Fill ``view`` from the file; raises MalformedError when the file ends before or cannot be read."""
-        self.file(path).read_into(offset_bytes, view)
+        ahead = self._ahead.pop((path, offset_bytes, len(view)), None)
+        if ahead is not None:
+            view[:] = ahead
+        else:
+            self.file(path).read_into(offset_bytes, view)
+
+    def read_ahead(self, spans: Iterable[tuple[Path, int, int]]) -> None:
+        """Have the bytes of (path, offset, number) at hand for ``read_into``: of a store, they come all at once."""
+        by_path: dict[Path, list[tuple[int, int]]] = {}
+        for path, offset, nbytes in spans:
+            by_path.setdefault(path, []).append((offset, nbytes))
+        for path, wanted in by_path.items():
+            for (offset, nbytes), data in zip(wanted, self.file(path).read_many(wanted), strict=True):
+                self._ahead[path, offset, nbytes] = data
 
     def close(self) -> None:
         while self._open:

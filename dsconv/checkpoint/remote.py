@@ -21,7 +21,7 @@ from dsconv.errors import CheckpointNotFoundError, MalformedError
 
 READS_AT_ONCE = 16  # small ones, while a checkpoint is opened; a copy has as many in flight as it has workers
 NEAR_BYTES = 64 << 10  # two small reads that lie nearer than this become one
-MAX_JOINED_BYTES = 1 << 20
+MAX_JOINED_BYTES = 4 << 20
 
 
 class Tree:

@@ -15,7 +15,18 @@ from typing import Any
 
 from dsconv._version import __version__
 from dsconv.checkpoint.checksums import RunningChecksum
-from dsconv.checkpoint.copy import Copy, CopyRun, CopyStats, Gather, Target, copies_of, default_workers, source_checks, write_at
+from dsconv.checkpoint.copy import (
+    MAX_DEFAULT_WORKERS,
+    Copy,
+    CopyRun,
+    CopyStats,
+    Gather,
+    Target,
+    copies_of,
+    default_workers,
+    source_checks,
+    write_at,
+)
 from dsconv.checkpoint.dtypes import DType, parse_dtype
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage import as_path, is_remote
@@ -25,7 +36,6 @@ from dsconv.convert import sidecars
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.staging import Staging, debris, flushing, open_staging, require_space
 from dsconv.convert.ties import tied_keys
-from dsconv.convert.upload import Upload, open_upload
 from dsconv.convert.verify import verify
 from dsconv.errors import DsconvError, MismatchError, OutputError
 
@@ -127,17 +137,19 @@ def merge(
         report.plan = [_row(shard.filename, t) for shard in plan.shards for t in shard.tensors]
         return report
     old = _existing(target, force)
+    # Of a store, workers wait more than they work.
+    workers = workers or (MAX_DEFAULT_WORKERS if is_remote(checkpoint.path) else default_workers())
     if is_remote(target):
         if fsync is not None:
             raise OutputError(f"{target}: --fsync and --no-fsync are of local disks; leave them out: a store keeps what it acknowledges")
-        _merge_into_store(checkpoint, plan, target, report, extra, old, workers or default_workers(), sha256, progress)
+        _merge_into_store(checkpoint, plan, target, report, extra, old, workers, sha256, progress)
         if verify_output:
             _verify_in_store(checkpoint, target, plan, report, wanted is not None, exclude_frozen or adapter, progress)
         return report
     require_space(target, plan.nbytes)
     sync = fsync is not False
     with open_staging(target, sync) as staging:
-        checksums = _write(checkpoint, plan, staging, report, workers or default_workers(), sync, progress)
+        checksums = _write(checkpoint, plan, staging, report, workers, sync, progress)
         files = [shard.filename for shard in plan.shards]
         manifest = _manifest(checkpoint, plan, checksums, report, _hash_files(staging, files, progress) if sha256 else {})
         small = {**extra, MANIFEST: manifest}
@@ -164,6 +176,8 @@ def _merge_into_store(
     sha256: bool,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
+    from dsconv.convert.upload import open_upload
+
     with open_upload(target) as upload:
         checksums, digests, stats = upload.send(plan, workers, sha256, _advance(plan, progress))
         _note(report, stats)
@@ -177,6 +191,8 @@ def _merge_into_store(
 
 def _verify_in_store(checkpoint: Checkpoint, target: Path, plan: Plan, *rest: Any) -> None:
     """What is in a store can be read back only when it is in place: on a mismatch it is taken away again."""
+    from dsconv.convert.upload import Upload
+
     try:
         _verify(checkpoint, as_path(str(target)), plan, *rest)
     except MismatchError:

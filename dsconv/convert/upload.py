@@ -21,7 +21,8 @@ from typing import Any
 
 from dsconv.checkpoint.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.copy import BLOCK_BYTES, Caster, CopyRun, CopyStats, Target, copies_of, one_torch_thread, source_checks
-from dsconv.checkpoint.reading import Sources, blocks, read_flat_into
+from dsconv.checkpoint.reading import Sources, blocks, parts_of, read_flat_into
+from dsconv.checkpoint.storage import is_remote
 from dsconv.checkpoint.tensormap import Record
 from dsconv.convert.plan import Placed, Plan, Shard
 from dsconv.convert.staging import MOVING, STAGING
@@ -101,14 +102,16 @@ class Upload:
             if check is not None:
                 check.add(offset_bytes - record.offset_bytes, len(raw), crc32(raw))
 
-        for t in tensors:
-            entry, target, pieces = t.entry, targets[t.name], t.entry.pieces
-            # A non-contiguous tensor is read whole, as everywhere: in blocks it would be read over and over.
-            step = entry.nbytes if any(piece.strides is not None for piece in pieces) else BLOCK_BYTES
-            for start, numel in blocks(entry, step):
+        for batch in _batches(tensors):
+            parts = [part for t, start, numel in batch for part in parts_of(t.entry.pieces, t.entry.shape, start, start + numel)]
+            spans = [(part.piece.extent.record.path, *part.span(batch[0][0].entry.dtype.itemsize)) for part in parts]
+            if len(spans) > 1 and is_remote(spans[0][0]):
+                sources.read_ahead(spans)
+            for t, start, numel in batch:
+                entry, target = t.entry, targets[t.name]
                 nbytes = numel * entry.dtype.itemsize
                 data = memoryview(buffer if nbytes <= BLOCK_BYTES else bytearray(nbytes))[:nbytes]
-                read_flat_into(entry, start, data, sources, pieces, seen)
+                read_flat_into(entry, start, data, sources, entry.pieces, seen)
                 if t.dtype != entry.dtype:
                     data, overflowed = caster.cast(data, entry.dtype, t.dtype)
                     if overflowed:
@@ -137,6 +140,25 @@ class Upload:
         """Take away what was put in place."""
         for name in names:
             self.store.remove(self.url(name))
+
+
+def _batches(tensors: Iterable[Placed]) -> Iterator[list[tuple[Placed, int, int]]]:
+    """Runs (tensor, start, numel) of tensors in order, in lists of at most BLOCK_BYTES, of one element size."""
+    batch: list[tuple[Placed, int, int]] = []
+    filled = 0
+    for t in tensors:
+        entry = t.entry
+        # A non-contiguous tensor is read whole, as everywhere: in blocks it would be read over and over.
+        step = entry.nbytes if any(piece.strides is not None for piece in entry.pieces) else BLOCK_BYTES
+        for start, numel in blocks(entry, step):
+            nbytes = numel * entry.dtype.itemsize
+            if batch and (filled + nbytes > BLOCK_BYTES or entry.dtype.itemsize != batch[0][0].entry.dtype.itemsize):
+                yield batch
+                batch, filled = [], 0
+            batch.append((t, start, numel))
+            filled += nbytes
+    if batch:
+        yield batch
 
 
 def _nowhere(data: memoryview, offset_bytes: int) -> None:
