@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import total_ordering
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote, unquote
 
 from dsconv.checkpoint.remote_store import Stat, Store, store_of
 from dsconv.checkpoint.storage import OpenFile
@@ -49,7 +50,11 @@ class Tree:
 
 @total_ordering
 class RemotePath:
-    """A URL with the part of ``pathlib.Path`` that reads. ``query`` is a URL's part from ``?`` on, and stays at its end."""
+    """A URL with the part of ``pathlib.Path`` that reads. ``query`` is a URL's part from ``?`` on, and stays at its end.
+
+    Names are plain. In the URLs of web servers they are percent-encoded, so that a name out of a file (``..%2Fx``) means
+    itself and no other place.
+    """
 
     def __init__(self, url: str, query: str, tree: Tree) -> None:
         self.url = url
@@ -65,7 +70,10 @@ class RemotePath:
             rest, mark, tail = rest.partition("?")
             query = mark + tail
         url = f"{protocol}://{rest.rstrip('/')}"
-        path = RemotePath(url, query, Tree(url, store_of(url)))
+        store = store_of(url)
+        if store.encoded and "%" not in url:
+            url = quote(url, safe=":/@[]~!$&'()*+,;=")
+        path = RemotePath(url, query, Tree(url, store))
         if rest.endswith("/"):
             path.tree.stats[str(path)] = Stat(is_dir=True)
         return path
@@ -89,7 +97,8 @@ class RemotePath:
 
     @property
     def _inside(self) -> PurePosixPath:
-        return PurePosixPath(self.url.partition("://")[2])
+        inside = self.url.partition("://")[2]
+        return PurePosixPath(unquote(inside) if self.tree.store.encoded else inside)
 
     @property
     def name(self) -> str:
@@ -113,7 +122,8 @@ class RemotePath:
         return RemotePath(self.url if above.endswith("/") else above, self.query, self.tree)
 
     def __truediv__(self, name: str | PurePosixPath) -> RemotePath:
-        return RemotePath(f"{self.url}/{str(name).strip('/')}", self.query, self.tree)
+        below = str(name).strip("/")
+        return RemotePath(f"{self.url}/{quote(below) if self.tree.store.encoded else below}", self.query, self.tree)
 
     def joinpath(self, *names: str) -> RemotePath:
         return self / "/".join(names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from dsconv.checkpoint.remote_store import Stat, Store
 from dsconv.errors import MalformedError, RemoteError
@@ -30,6 +31,7 @@ class HttpStore(Store):
     """``fs`` is fsspec's HTTPFileSystem, of which the session is used."""
 
     lists_all = False
+    encoded = True
     tries = 5
 
     def __init__(self, fs: Any) -> None:
@@ -54,7 +56,7 @@ class HttpStore(Store):
             except FileNotFoundError:
                 return {}
             below = [item for item in found if item.startswith(url + "/") and item != url + "/"]
-            return {item.rstrip("/").rpartition("/")[2]: Stat(item.endswith("/")) for item in below if "?" not in item}
+            return {unquote(item.rstrip("/").rpartition("/")[2]): Stat(item.endswith("/")) for item in below if "?" not in item}
 
         try:
             return self.attempt(url, names)
@@ -80,8 +82,7 @@ class HttpStore(Store):
 
         session = await self.fs.set_session()
         headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        # A URL that is encoded, such as a signed one, is sent as it was given.
-        return session.get(URL(url, encoded="%" in url), headers=headers, **self.fs.kwargs)
+        return session.get(URL(url, encoded=True), headers=headers, **self.fs.kwargs)
 
     async def _probe(self, url: str) -> Probe | None:
         async with await self._get(url, 0, 1) as answer:

@@ -39,6 +39,7 @@ class Store:
     """The file system of one protocol, as fsspec gives it. ``lists_all``: what a listing lacks is not there."""
 
     lists_all = True
+    encoded = False  # whether names are percent-encoded in its URLs
     tries = 2  # the libraries of stores try again themselves
 
     def __init__(self, fs: Any) -> None:

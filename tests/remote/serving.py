@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range", "")
         server.requests.append((self.command, self.path, wanted))
         inside = self.path.partition("?")[0]
-        path = server.folder / inside.strip("/")
+        path = server.folder / unquote(inside).strip("/")
         weights = path.suffix in (".pt", ".safetensors", ".bin")
         manner = server.manner if weights else "honest"
         if path.is_dir():
@@ -61,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             elif not inside.endswith("/"):
                 self.answer(301, Location=f"{inside}/")
             else:
-                links = "".join(f'<a href="{p.name}{"/" * p.is_dir()}">x</a>\n' for p in sorted(path.iterdir()))
+                links = "".join(f'<a href="{quote(p.name)}{"/" * p.is_dir()}">x</a>\n' for p in sorted(path.iterdir()))
                 self.answer(200, links.encode(), Content_Type="text/html")
             return
         if not path.is_file():

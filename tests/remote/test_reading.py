@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -117,6 +119,23 @@ def test_a_url_of_a_file_may_bear_a_signature(folders: dict[str, Path], tmp_path
         found = open_checkpoint(f"{server.url}/legacy.pt?signature=a%2Fb")
         assert all("?signature=a%2Fb" in path for _, path, _ in server.requests if "legacy" in path)
         assert verify(folders["legacy.pt"], found).equal
+
+
+def test_odd_names_on_a_web_server_mean_themselves(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Also where a name out of a file would, decoded once more, lead out of the folder."""
+    run = tmp_path / "public" / "my run #1 100%"
+    shutil.copytree(folders["zero3"], run)
+    (run / "global_step2").rename(run / "step 2%20#x")
+    (run / "latest").write_text("step 2%20#x")
+    with serve(tmp_path) as server:
+        assert verify(folders["zero3"], f"{server.url}/public/{quote(run.name)}").equal
+        with pytest.raises(CheckpointNotFoundError, match="public/my%20ru"):
+            open_checkpoint(f"{server.url}/public/my ru")
+        (run / "latest").write_text("%2e%2e/other")
+        shutil.copytree(run / "step 2%20#x", tmp_path / "public" / "other")
+        with pytest.raises(CheckpointNotFoundError, match="names '%2e%2e/other'"):
+            open_checkpoint(f"{server.url}/public/{quote(run.name)}/")
+        assert not any("/other" in path and "%252e" not in path for _, path, _ in server.requests)
 
 
 def test_a_web_folder_without_listings_is_read_by_the_names_of_its_files(folders: dict[str, Path]) -> None:
