@@ -18,10 +18,11 @@ from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from dsconv.checkpoint.copy import output_dtype
 from dsconv.checkpoint.dtypes import BY_NAME, DType
 from dsconv.checkpoint.loading import load_tensors
+from dsconv.checkpoint.storage import as_path, is_remote
 from dsconv.convert.merge import merge
 from dsconv.convert.plan import make_plan, parse_size
 from dsconv.convert.staging import open_staging, require_space
-from dsconv.errors import MalformedError
+from dsconv.errors import MalformedError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,10 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     if safe_serialization:
         merge(checkpoint_dir, output_dir, tag=tag, dtype="fp32", max_shard_size=size, exclude_frozen=exclude_frozen_parameters, force=True)
         return
-    _save_bin(open_checkpoint(checkpoint_dir, tag), Path(output_dir), parse_size(size), exclude_frozen_parameters)
+    target = as_path(output_dir)
+    if is_remote(target):
+        raise OutputError(f"{target}: .bin files are written to a disk only; give safe_serialization=True")
+    _save_bin(open_checkpoint(checkpoint_dir, tag), target, parse_size(size), exclude_frozen_parameters)
 
 
 def load_state_dict_from_zero_checkpoint(model: torch.nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None) -> Any:

@@ -52,6 +52,12 @@ class OutputError(DsconvError, OSError):
     """The output cannot be written: it exists, is being written by another run, or the disk is full."""
 
 
+class RemoteError(DsconvError, OSError):
+    """The Hub, a store or the network failed, after a few tries; the message names the URL."""
+
+    exit_code = EXIT_HUB
+
+
 class TensorNotFoundError(DsconvError, KeyError):
     """A checkpoint has no tensor of this name."""
 

@@ -119,7 +119,7 @@ class CopyRun:
         """Run all ``copies`` to the end, or raise the first error once every worker has stopped."""
         ordered = sorted(copies, key=lambda c: (str(c.path), c.offset_bytes))
         casts = any(c.target is not None and c.target.dtype != c.source_dtype for c in ordered)
-        with _one_torch_thread() if casts else contextlib.nullcontext():
+        with one_torch_thread() if casts else contextlib.nullcontext():
             self._run(_blocks(ordered))
 
     def _run(self, pending: Iterator[list[Copy] | Gather]) -> None:
@@ -238,7 +238,7 @@ class CopyRun:
 
 
 @contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Threads that start in here cast on one core each: every one of them would else use all cores at once."""
     import torch
 

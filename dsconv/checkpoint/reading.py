@@ -2,54 +2,57 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.regions import count_before, scatter
-from dsconv.checkpoint.tensormap import Piece, TensorEntry
-from dsconv.checkpoint.torch_file import open_for_reading
-from dsconv.errors import MalformedError
+from dsconv.checkpoint.storage import OpenFile, open_for_reading
+from dsconv.checkpoint.tensormap import Piece, Record, TensorEntry
 
 if TYPE_CHECKING:
     import torch
 
 
 class Sources:
-    """Open descriptors by path, the most recently used ones kept; a context manager that closes them."""
+    """Open files by path, the most recently used ones kept; a context manager that closes them. Of one thread."""
 
     LIMIT = 64  # a checkpoint may have thousands of files; a process may often open 1,024
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, OpenFile] = {}
+        self._ahead: dict[tuple[Path, int, int], bytes] = {}
 
-    def descriptor(self, path: Path) -> int:
-        descriptor = self._open.pop(path, None)
-        if descriptor is None:
+    def file(self, path: Path) -> OpenFile:
+        file = self._open.pop(path, None)
+        if file is None:
             while len(self._open) >= self.LIMIT:
-                os.close(self._open.pop(next(iter(self._open))))
-            descriptor = open_for_reading(path)
-        self._open[path] = descriptor
-        return descriptor
+                self._open.pop(next(iter(self._open))).close()
+            file = open_for_reading(path)
+        self._open[path] = file
+        return file
 
     def read_into(self, path: Path, offset_bytes: int, view: memoryview) -> None:
         """Fill ``view`` from the file; raises MalformedError when the file ends before or cannot be read."""
-        descriptor = self.descriptor(path)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
-            except OSError as error:
-                raise MalformedError(f"{path}: reading {len(view)} bytes at {offset_bytes} failed: {error.strerror}") from None
-            if count == 0:
-                raise MalformedError(f"{path}: truncated: expected {len(view)} bytes at offset {offset_bytes}, found {done}")
-            done += count
+        ahead = self._ahead.pop((path, offset_bytes, len(view)), None)
+        if ahead is not None:
+            view[:] = ahead
+        else:
+            self.file(path).read_into(offset_bytes, view)
+
+    def read_ahead(self, spans: Iterable[tuple[Path, int, int]]) -> None:
+        """Have the bytes of (path, offset, number) at hand for ``read_into``: of a store, they come all at once."""
+        by_path: dict[Path, list[tuple[int, int]]] = {}
+        for path, offset, nbytes in spans:
+            by_path.setdefault(path, []).append((offset, nbytes))
+        for path, wanted in by_path.items():
+            for (offset, nbytes), data in zip(wanted, self.file(path).read_many(wanted), strict=True):
+                self._ahead[path, offset, nbytes] = data
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
     def __enter__(self) -> Sources:
         return self
@@ -108,17 +111,28 @@ def parts_of(pieces: Iterable[Piece], shape: tuple[int, ...], start: int, stop: 
             yield Part(piece, low, high - low)
 
 
-def read_flat_into(entry: TensorEntry, start: int, view: memoryview, sources: Sources, pieces: tuple[Piece, ...] | None = None) -> None:
-    """Fill ``view`` with the elements of ``entry`` from flat element ``start`` on, in row-major order."""
+def read_flat_into(
+    entry: TensorEntry,
+    start: int,
+    view: memoryview,
+    sources: Sources,
+    pieces: tuple[Piece, ...] | None = None,
+    seen: Callable[[Record, int, memoryview], None] | None = None,
+) -> None:
+    """Fill ``view`` with the elements of ``entry`` from flat element ``start`` on, in row-major order.
+
+    ``seen`` is called with each run of bytes that was read, its record, and where in its file it begins.
+    """
     itemsize = entry.dtype.itemsize
     for part in parts_of(entry.pieces if pieces is None else pieces, entry.shape, start, start + len(view) // itemsize):
         offset, nbytes = part.span(itemsize)
-        path = part.piece.extent.record.path
-        if part.piece.region is None and part.piece.strides is None:
-            sources.read_into(path, offset, view[(part.first - start) * itemsize :][:nbytes])
-        else:
-            raw = memoryview(bytearray(nbytes))
-            sources.read_into(path, offset, raw)
+        record = part.piece.extent.record
+        in_place = part.piece.region is None and part.piece.strides is None
+        raw = view[(part.first - start) * itemsize :][:nbytes] if in_place else memoryview(bytearray(nbytes))
+        sources.read_into(record.path, offset, raw)
+        if seen is not None:
+            seen(record, offset, raw)
+        if not in_place:
             part.place(raw, view, start, entry.shape, itemsize)
 
 

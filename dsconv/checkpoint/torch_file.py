@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint import unpickler, zipfile_reader
-from dsconv.checkpoint.standins import OpaqueClass, StorageKind, StorageRef, TensorRef, shown
+from dsconv.checkpoint import legacy_file, unpickler, zipfile_reader
+from dsconv.checkpoint.legacy_file import storage_of
+from dsconv.checkpoint.standins import StorageRef, TensorRef, shown
+from dsconv.checkpoint.storage import OpenFile, Span, open_for_reading
 from dsconv.checkpoint.tensormap import Extent, Piece
-from dsconv.checkpoint.zipfile_reader import Archive, Span
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsupportedError
+from dsconv.checkpoint.zipfile_reader import Archive
+from dsconv.errors import MalformedError, UnsupportedError
 
-MAX_KEY_CHARS = 100  # of a storage's name; torch numbers them
 MAX_KNOWN = 4096  # pickles of a few hundred bytes each
-LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch 2.13 torch/serialization.py MAGIC_NUMBER, pickled
 
 KnownPickles = dict[bytes, tuple[TensorRef, dict[str, int]]]
 
@@ -26,6 +26,9 @@ class TorchFile:
     meant is kept there, and only its storages are looked up again.
     """
 
+    root: Any
+    archive: Archive
+
     def __init__(self, path: Path, span: Span | None = None, known: KnownPickles | None = None) -> None:
         self.path = path
         self._known = known
@@ -33,30 +36,25 @@ class TorchFile:
         if span is not None:
             self._open(span)
             return
-        descriptor = open_for_reading(path)
-        try:
-            if os.fstat(descriptor).st_size == 0:
+        with open_for_reading(path) as file:
+            if file.nbytes == 0:
                 raise MalformedError(f"{path}: the file is empty")
-            self._open(Span(descriptor, path))
-        finally:
-            os.close(descriptor)
+            if legacy_file.is_legacy(file):
+                self.root, self.archive = legacy_file.read(file)
+            else:
+                self._open(file)
 
-    def _open(self, span: Span) -> None:
+    def _open(self, file: OpenFile) -> None:
         path = self.path
-        if LEGACY_MAGIC[:10] in span.read(min(16, span.nbytes), 0):
-            raise UnsupportedError(
-                f"{path}: saved in torch's legacy format, from before torch 1.6 or with "
-                "_use_new_zipfile_serialization=False; load it and save it again with a current torch"
-            )
-        self.archive: Archive = zipfile_reader.open_archive(span)
-        data = self._read(span, "data.pkl")
+        self.archive = zipfile_reader.open_archive(file)
+        data = self._read(file, "data.pkl")
         if "byteorder" in self.archive.records:
-            order = self._read(span, "byteorder")
+            order = self._read(file, "byteorder")
             if order == b"big":
                 raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
             if order != b"little":
                 raise MalformedError(f"{path}: the byte order is {shown(order)}; expected little or big")
-        self.root: Any = self._unpickled(data)
+        self.root = self._unpickled(data)
 
     def _unpickled(self, data: bytes) -> Any:
         if self._known is None:
@@ -71,7 +69,7 @@ class TorchFile:
             self._known[data] = root, self._storages
         return root
 
-    def _read(self, span: Span, name: str) -> bytes:
+    def _read(self, file: OpenFile, name: str) -> bytes:
         from zlib_ng import zlib_ng
 
         record = self.archive.records.get(name)
@@ -79,25 +77,16 @@ class TorchFile:
             raise MalformedError(f"{self.path}: no record {name!r}: not written by torch.save")
         if record.nbytes > unpickler.MAX_PICKLE_BYTES:
             raise MalformedError(f"{self.path}: {name} has {record.nbytes} bytes; the limit is {unpickler.MAX_PICKLE_BYTES}")
-        data = span.read(record.nbytes, record.offset_bytes - span.offset_bytes)
+        data = file.read(record.offset_bytes - file.offset_bytes, record.nbytes)
         if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
             raise MalformedError(f"{self.path}: {name} fails its CRC-32: the file was damaged after it was saved")
         return data
 
     def _persistent(self, pid: Any) -> StorageRef:
         """A storage from its persistent id (torch 2.13 ``torch/serialization.py`` ``persistent_id``)."""
-        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
-            raise ValueError("a persistent id that is not a storage's")
-        _, kind, key, _, numel = pid[:5]
-        if not isinstance(key, str) or len(key) > MAX_KEY_CHARS or type(numel) is not int or numel < 0:
-            raise ValueError("a storage id of the wrong types")
-        if isinstance(kind, OpaqueClass):
-            raise UnsupportedError(f"{self.path}: storage {key!r} is a {kind}, which dsconv does not read")
-        if not isinstance(kind, StorageKind):
-            raise ValueError("a storage id without a storage class")
-        itemsize = kind.dtype.itemsize if kind.dtype else 1
-        self._check_storage(key, numel * itemsize)
-        return StorageRef(key, kind.dtype, numel)
+        storage = storage_of(pid, self.path)
+        self._check_storage(storage.key, storage.numel * (storage.dtype.itemsize if storage.dtype else 1))
+        return storage
 
     def _check_storage(self, key: str, nbytes: int) -> None:
         record = self.archive.records.get(f"data/{key}")
@@ -137,11 +126,19 @@ class TorchFile:
 
 def read_extent(extent: Extent) -> bytes:
     """The bytes of a small extent."""
-    descriptor = open_for_reading(extent.record.path)
-    try:
-        return zipfile_reader.read_at(descriptor, extent.nbytes, extent.offset_bytes, extent.record.path)
-    finally:
-        os.close(descriptor)
+    return read_extents([extent])[0]
+
+
+def read_extents(extents: Sequence[Extent]) -> list[bytes]:
+    """The bytes of small extents, of any files, each of which is opened once."""
+    by_path: dict[Path, list[int]] = {}
+    for number, extent in enumerate(extents):
+        by_path.setdefault(extent.record.path, []).append(number)
+    found: dict[int, bytes] = {}
+    for path, numbers in by_path.items():
+        with open_for_reading(path) as file:
+            found.update(zip(numbers, file.read_many([(extents[n].offset_bytes, extents[n].nbytes) for n in numbers]), strict=True))
+    return [found[number] for number in range(len(extents))]
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -152,15 +149,3 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
-
-
-def open_for_reading(path: Path) -> int:
-    """A descriptor of a regular file; the system's reasons become dsconv's errors."""
-    try:
-        if not path.is_file():
-            raise CheckpointNotFoundError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
-        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except DsconvError:
-        raise
-    except OSError as error:
-        raise MalformedError(f"{path}: cannot be read: {error.strerror}") from None

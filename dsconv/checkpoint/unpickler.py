@@ -35,6 +35,13 @@ def load(data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: s
     return Machine(data, path, persistent_load, what).run()
 
 
+def load_next(data: bytes, position: int, path: Path, persistent_load: Callable[[Any], Any], what: str) -> tuple[Any, int]:
+    """The same of a pickle that begins at ``position`` of ``data`` and is followed by something else: (object, its end)."""
+    machine = Machine(data, path, persistent_load, what)
+    machine.position = position
+    return machine.run(), machine.position
+
+
 class Machine:
     """One run over one pickle. ``position`` is where it stopped reading."""
 

@@ -9,13 +9,13 @@ after the zip, two directories that disagree) is refused: where readers of one f
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from dsconv.checkpoint.standins import shown
+from dsconv.checkpoint.storage import EDGE_BYTES, OpenFile
 from dsconv.checkpoint.tensormap import Record
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
 
@@ -25,7 +25,6 @@ END64 = struct.Struct("<4sQ2H2L4Q")
 CENTRAL = struct.Struct("<4s6H3L5H2L")
 LOCAL = struct.Struct("<4s5H3L2H")
 MAX_COMMENT_BYTES = 65535
-EDGE_BYTES = 2048  # at each end of a zip: what torch.save writes around one tensor takes some 600 bytes before and 900 after
 MAX_DIRECTORY_BYTES = 64 << 20  # over half a million records; torch.save writes some 60 bytes for each
 FLAG_ENCRYPTED = 0x1
 FLAG_SIZES_FOLLOW = 0x8  # the local header has zeros for CRC-32 and sizes; torch.save writes it so
@@ -47,83 +46,44 @@ class Archive:
     checksummed: bool
 
 
-def read_at(descriptor: int, nbytes: int, offset_bytes: int, path: Path) -> bytes:
-    """Exactly ``nbytes`` bytes from ``offset_bytes``; raises MalformedError when the file ends before or cannot be read."""
-    data = b""
-    try:
-        while len(data) < nbytes:
-            more = os.pread(descriptor, nbytes - len(data), offset_bytes + len(data))
-            if not more:
-                raise MalformedError(f"{path}: truncated: expected {nbytes} bytes at offset {offset_bytes}, found {len(data)}")
-            data += more
-    except OSError as error:
-        raise MalformedError(f"{path}: cannot be read at offset {offset_bytes}: {error.strerror}") from None
-    return data
-
-
-class Span:
-    """``nbytes`` bytes of an open file from ``offset_bytes``: a whole file, or one of the zips that a ``.distcp`` is made of.
-
-    Offsets are counted from the span's start, and no read leaves it. A zip keeps what describes it at its two ends: each
-    is read once, so that opening one of thousands costs two reads.
-    """
-
-    def __init__(self, descriptor: int, path: Path, offset_bytes: int = 0, nbytes: int | None = None) -> None:
-        self.descriptor = descriptor
-        self.path = path
-        self.offset_bytes = offset_bytes
-        self.nbytes = os.fstat(descriptor).st_size - offset_bytes if nbytes is None else nbytes
-        head_bytes = self.nbytes if self.nbytes <= 2 * EDGE_BYTES else EDGE_BYTES
-        self._head = read_at(descriptor, head_bytes, offset_bytes, path)
-        self._tail_at = max(head_bytes, self.nbytes - EDGE_BYTES)
-        self._tail = read_at(descriptor, self.nbytes - self._tail_at, offset_bytes + self._tail_at, path)
-
-    def read(self, nbytes: int, at: int) -> bytes:
-        """Exactly ``nbytes`` bytes from byte ``at`` of the span; raises MalformedError where it ends before."""
-        if at + nbytes > self.nbytes:
-            found = max(0, self.nbytes - at)
-            raise MalformedError(f"{self.path}: truncated: expected {nbytes} bytes at offset {at}, found {found}")
-        if at + nbytes <= len(self._head):
-            return self._head[at : at + nbytes]
-        if at >= self._tail_at:
-            return self._tail[at - self._tail_at : at - self._tail_at + nbytes]
-        return read_at(self.descriptor, nbytes, self.offset_bytes + at, self.path)
-
-
-def open_archive(span: Span) -> Archive:
+def open_archive(file: OpenFile) -> Archive:
     """Read the zip directory of an open file, or of a span of it.
 
     Raises MalformedError (not a zip, truncated, inconsistent), UnsupportedError (compressed) or UnsafeError (names).
     Offsets in messages are counted from the span's start, those of the records from the file's.
     """
-    path = span.path
-    directory, count, directory_offset = _read_directory(span)
+    path = file.path
+    directory, count, directory_offset = _read_directory(file)
     if b"/constants.pkl" in directory:  # torch 2.13 torch/serialization.py _is_torchscript_zip
         raise UnsupportedError(f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() with torch.save")
-    records: dict[str, Record] = {}
+    listed: dict[str, tuple[str, int, int, int]] = {}
     roots: set[str] = set()
-    spans: list[tuple[int, int, str]] = []
     position = 0
     for _ in range(count):
         name, crc32, nbytes, header_offset, position = _read_central(directory, position, path)
         root, inner = _split_name(name, path)
         roots.add(root)
-        if inner in records:
+        if inner in listed:
             raise UnsafeError(f"{path}: the zip has two records named {shown(name)}; refused: readers differ on which one counts")
         if header_offset >= directory_offset:
             raise MalformedError(f"{path}: record {shown(name)} begins at byte {header_offset}, beyond the zip's records")
-        data_offset = _data_offset(span, header_offset, name, nbytes)
+        listed[inner] = (name, crc32, nbytes, header_offset)
+    if position != len(directory):
+        raise MalformedError(f"{path}: the zip directory says {count} records and holds {len(directory) - position} bytes more")
+    if len(roots) > 1:
+        raise MalformedError(f"{path}: records under {len(roots)} root folders {shown(sorted(roots))}; expected one")
+    headers = file.read_many([(at, LOCAL.size + len(name.encode())) for name, _, _, at in listed.values()])
+    records: dict[str, Record] = {}
+    spans: list[tuple[int, int, str]] = []
+    for (inner, (name, crc32, nbytes, header_offset)), header in zip(listed.items(), headers, strict=True):
+        data_offset = header_offset + _header_bytes(header, path, header_offset, name, nbytes)
         if data_offset + nbytes > directory_offset:
             raise MalformedError(
                 f"{path}: record {shown(name)} ends at byte {data_offset + nbytes}, beyond the zip's records, "
                 f"which end at {directory_offset}"
             )
         spans.append((header_offset, data_offset + nbytes, name))
-        records[inner] = Record(path, span.offset_bytes + data_offset, nbytes, crc32, name)
-    if position != len(directory):
-        raise MalformedError(f"{path}: the zip directory says {count} records and holds {len(directory) - position} bytes more")
-    if len(roots) > 1:
-        raise MalformedError(f"{path}: records under {len(roots)} root folders {shown(sorted(roots))}; expected one")
+        records[inner] = Record(path, file.offset_bytes + data_offset, nbytes, crc32, name)
     spans.sort()
     for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
@@ -135,12 +95,12 @@ def open_archive(span: Span) -> Archive:
     return Archive(path, roots.pop() if roots else "", records, checksummed)
 
 
-def _read_directory(span: Span) -> tuple[bytes, int, int]:
+def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
     """The bytes of the central directory, the number of its entries, and where it begins."""
-    path, size_bytes = span.path, span.nbytes
+    path, size_bytes = file.path, file.nbytes
     for most in (EDGE_BYTES, END.size + MAX_COMMENT_BYTES + END64_LOCATOR.size):  # the last signature counts, wherever it is
         tail_bytes = min(size_bytes, most)
-        tail = span.read(tail_bytes, size_bytes - tail_bytes)
+        tail = file.read(size_bytes - tail_bytes, tail_bytes)
         at = tail.rfind(b"PK\x05\x06")
         if at >= END64_LOCATOR.size:
             break
@@ -160,7 +120,7 @@ def _read_directory(span: Span) -> tuple[bytes, int, int]:
         _, _, end64_offset, _ = END64_LOCATOR.unpack_from(tail, locator_at)
         if end64_offset + END64.size > size_bytes:
             raise MalformedError(f"{path}: the zip64 directory lies at byte {end64_offset}, beyond the file's {size_bytes}")
-        fields = END64.unpack(span.read(END64.size, end64_offset))
+        fields = END64.unpack(file.read(end64_offset, END64.size))
         if fields[0] != b"PK\x06\x06":
             raise MalformedError(f"{path}: no zip64 directory at byte {end64_offset}, where the file says it is")
         wide = fields[7:10]
@@ -177,7 +137,7 @@ def _read_directory(span: Span) -> tuple[bytes, int, int]:
         raise MalformedError(f"{path}: the zip directory has {directory_bytes} bytes; the limit is {MAX_DIRECTORY_BYTES}")
     if count * CENTRAL.size > directory_bytes:
         raise MalformedError(f"{path}: the zip directory says {count} records and has room for fewer")
-    return span.read(directory_bytes, directory_offset), count, directory_offset
+    return file.read(directory_offset, directory_bytes), count, directory_offset
 
 
 def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int, int]:
@@ -237,10 +197,9 @@ def _split_name(name: str, path: Path) -> tuple[str, str]:
     return root, inner
 
 
-def _data_offset(span: Span, header_offset: int, name: str, nbytes: int) -> int:
-    """Where the data of a record begins; the local header must agree with the directory so far as it says anything."""
-    encoded, path = name.encode(), span.path
-    header = span.read(LOCAL.size + len(encoded), header_offset)
+def _header_bytes(header: bytes, path: Path, header_offset: int, name: str, nbytes: int) -> int:
+    """The length of a record's own header, which must agree with the directory so far as it says anything."""
+    encoded = name.encode()
     fields = LOCAL.unpack_from(header)
     if fields[0] != b"PK\x03\x04":
         raise MalformedError(f"{path}: no record header at byte {header_offset}, where the directory puts {shown(name)}")
@@ -253,4 +212,4 @@ def _data_offset(span: Span, header_offset: int, name: str, nbytes: int) -> int:
             f"{path}: record {shown(name)} is stored in {nbytes} bytes by the directory and of method {method}, flags {flags:#x} and "
             f"{packed}/{unpacked} bytes by its own header"
         )
-    return int(header_offset + LOCAL.size + name_bytes + extra_bytes)
+    return int(LOCAL.size + name_bytes + extra_bytes)

@@ -56,6 +56,12 @@ def warn(messages: list[str]) -> None:
         click.echo(click.style("Warning: ", fg="yellow" if colour() else None) + message, err=True)
 
 
+def quiet_downloads(quiet: bool) -> None:
+    """Keep the Hub's client, which reads the environment when it is imported, from drawing bars where none are wanted."""
+    if quiet or not sys.stderr.isatty():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
 def colour() -> bool:
     """Whether stderr takes colours: a terminal, and NO_COLOR is not set (https://no-color.org)."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR")

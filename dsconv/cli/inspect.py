@@ -22,17 +22,19 @@ Example:
   dsconv inspect checkpoints/ --json | jq .tensors[0]""")  # fmt: skip
 @click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 @click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take, where CKPT holds several.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
 @click.option("--all", "show_all", is_flag=True, help=f"List every tensor, not the first {SHOWN_ROWS}.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
-def inspect(checkpoint: str, tag: str | None, show_all: bool, as_json: bool, debug: bool) -> None:
+def inspect(checkpoint: str, tag: str | None, revision: str | None, show_all: bool, as_json: bool, debug: bool) -> None:
     """Show what a checkpoint holds: format, step, world sizes, tensors, ties, problems.
 
-    Only metadata is read: kilobytes, whatever the size of the model.
+    Only metadata is read: kilobytes, whatever the size of the model (of hf://org/model too; org/model is downloaded).
     """
     from dsconv.checkpoint import open_checkpoint
 
-    found = open_checkpoint(checkpoint, tag)
+    console.quiet_downloads(as_json)
+    found = open_checkpoint(checkpoint, tag, revision)
     if as_json:
         console.show_json(describe(found))
     else:

@@ -15,6 +15,7 @@ CHECKPOINT = click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 OUTPUT = click.argument("output", type=click.Path(), required=False, metavar="[OUT]")
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take (default: what the file 'latest' names)."),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main)."),
     click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Cast floats, once, to nearest even (default: as stored)."),
     click.option("--max-shard-size", "--max_shard_size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
     click.option("--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."),
@@ -24,7 +25,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--verify", "verify_output", is_flag=True, help="Read the output back and compare every byte."),
     click.option("--force", is_flag=True, help="Replace a model that OUT already holds."),
-    click.option("--fsync/--no-fsync", default=True, show_default=True, help="Have the output on the disk before it counts as written."),
+    click.option("--fsync/--no-fsync", default=None, help="Have the output on the disk before it counts as written (default: yes)."),
     click.option("--sha256", is_flag=True, help="Put the sha256 of each file in the manifest."),
     click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."),
     click.option("--safe_serialization", is_flag=True, hidden=True, help="Of the old script; the output is always safetensors."),
@@ -60,7 +61,8 @@ def zero_to_fp32(**options: Any) -> None:
 @click.command(epilog="""\b
 Example:
   dsconv merge checkpoints/ merged/
-  dsconv merge merged/ small/ --dtype bf16 --max-shard-size 2GB""")  # fmt: skip
+  dsconv merge merged/ small/ --dtype bf16 --max-shard-size 2GB
+  dsconv merge org/model s3://bucket/model --dtype bf16""")  # fmt: skip
 @_with_options
 def merge(**options: Any) -> None:
     """Merge a checkpoint of any format that dsconv reads into safetensors.
@@ -77,6 +79,7 @@ def _run(options: dict[str, Any]) -> None:
     source, output = options.pop("checkpoint"), options.pop("output")
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     del options["safe_serialization"], options["debug"]
+    console.quiet_downloads(quiet or as_json)
     began = time.monotonic()
     with console.progress(quiet or as_json) as progress:
         report = convert.merge(source, output, progress=progress, **options)

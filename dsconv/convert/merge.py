@@ -14,9 +14,21 @@ from typing import Any
 
 from dsconv._version import __version__
 from dsconv.checkpoint.checksums import RunningChecksum
-from dsconv.checkpoint.copy import Copy, CopyRun, Gather, Target, copies_of, default_workers, source_checks, write_at
+from dsconv.checkpoint.copy import (
+    MAX_DEFAULT_WORKERS,
+    Copy,
+    CopyRun,
+    CopyStats,
+    Gather,
+    Target,
+    copies_of,
+    default_workers,
+    source_checks,
+    write_at,
+)
 from dsconv.checkpoint.dtypes import DType, parse_dtype
 from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.storage import as_path, is_remote
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
@@ -25,7 +37,7 @@ from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan
 from dsconv.convert.staging import Staging, debris, open_staging, require_space
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
-from dsconv.errors import MismatchError, OutputError
+from dsconv.errors import DsconvError, MismatchError, OutputError
 
 MANIFEST = "dsconv.manifest.json"
 
@@ -56,8 +68,12 @@ class MergeReport:
 
 
 def default_output(checkpoint: Checkpoint, suffix: str = "fp32") -> Path:
-    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source."""
+    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source; of a store or the Hub, in the current folder."""
     tag = checkpoint.info.get("tag")
+    if repo := checkpoint.info.get("repo"):
+        return Path(f"{str(repo).rpartition('/')[2]}-{suffix}")
+    if is_remote(checkpoint.path):
+        return Path(f"{tag or checkpoint.path.stem or 'model'}-{suffix}")
     if tag:
         return checkpoint.folder / f"{tag}-{suffix}"
     path = checkpoint.path.resolve()
@@ -69,6 +85,7 @@ def merge(
     output: str | os.PathLike[str] | None = None,
     *,
     tag: str | None = None,
+    revision: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     exclude_frozen: bool = False,
@@ -77,44 +94,62 @@ def merge(
     dry_run: bool = False,
     verify_output: bool = False,
     force: bool = False,
-    fsync: bool = True,
+    fsync: bool | None = None,
     sha256: bool = False,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> MergeReport:
-    """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads.
+    """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads, on the disk or in a store.
 
     Weights of a ZeRO checkpoint come from its fp32 masters; frozen weights and buffers keep their stored dtype. With
     ``dtype`` (fp32, bf16 or fp16) every floating tensor of 16 bits or more is cast, once, to nearest even. ``progress``
-    is called with (phase, bytes done, bytes in all), from any thread.
+    is called with (phase, bytes done, bytes in all), from any thread. ``fsync`` (by default, true) is of the disk.
 
     Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being written
-    by another run or does not fit the disk; MismatchError when ``verify_output`` finds a difference. ValueError for a
-    dtype or size that is none.
+    by another run, does not fit the disk or cannot be written as asked; MismatchError when ``verify_output`` finds a
+    difference. ValueError for a dtype or size that is none.
     """
     wanted = parse_dtype(dtype) if dtype else None
     shard_bytes = parse_size(max_shard_size)
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision)
     if output is None:
         output = default_output(checkpoint, "adapter" if adapter else (dtype or ("fp32" if checkpoint.is_zero else "merged")))
-    target = Path(output)
-    config_folder = Path(config_from) if config_from is not None else None
+    target = as_path(output)
+    config_folder = as_path(config_from) if config_from is not None else None
     near = list(dict.fromkeys([checkpoint.path, checkpoint.folder, checkpoint.folder.resolve().parent]))
     folders = [config_folder] if config_folder else near
-    if adapter:
+    is_adapter = bool(checkpoint.info.get("adapter"))  # and nothing else: the file of a PEFT folder
+    if adapter and not is_adapter:
         plan, extra = peft.adapter_plan(checkpoint, folders, wanted, shard_bytes)
     else:
         dropped = tied_keys(find_config(folders)) if checkpoint.ties else ()
-        plan = make_plan(checkpoint, dtype=wanted, max_shard_bytes=shard_bytes, exclude_frozen=exclude_frozen, dropped_names=dropped)
+        plan = make_plan(
+            checkpoint,
+            dtype=wanted,
+            max_shard_bytes=max(shard_bytes, checkpoint.nbytes * 2) if is_adapter else shard_bytes,
+            exclude_frozen=exclude_frozen,
+            dropped_names=dropped,
+            stem=peft.STEM if is_adapter else "model",
+        )
         extra = _sidecar_files(config_folder, near, plan, target)
     report = _report(checkpoint, target, plan, sorted(extra), dry_run)
     if dry_run:
         report.plan = [_row(shard.filename, t) for shard in plan.shards for t in shard.tensors]
         return report
     old = _existing(target, force)
+    # Of a store, workers wait more than they work.
+    workers = workers or (MAX_DEFAULT_WORKERS if is_remote(checkpoint.path) else default_workers())
+    if is_remote(target):
+        if fsync is not None:
+            raise OutputError(f"{target}: --fsync and --no-fsync are of local disks; leave them out: a store keeps what it acknowledges")
+        _merge_into_store(checkpoint, plan, target, report, extra, old, workers, sha256, progress)
+        if verify_output:
+            _verify_in_store(checkpoint, target, plan, report, wanted is not None, exclude_frozen or adapter, progress)
+        return report
     require_space(target, plan.nbytes)
-    with open_staging(target, fsync) as staging:
-        checksums = _write(checkpoint, plan, staging, report, workers or default_workers(), fsync, progress)
+    sync = fsync is not False
+    with open_staging(target, sync) as staging:
+        checksums = _write(checkpoint, plan, staging, report, workers, sync, progress)
         files = [shard.filename for shard in plan.shards]
         manifest = _manifest(checkpoint, plan, checksums, report, _hash_files(staging, files, progress) if sha256 else {})
         small = {**extra, MANIFEST: manifest}
@@ -128,6 +163,41 @@ def merge(
         order = [*small, *files, *([plan.index_name] if index is not None else [])]
         staging.commit(order, (name for name in old if name not in order or name == plan.index_name or name in files))
     return report
+
+
+def _merge_into_store(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    target: Path,
+    report: MergeReport,
+    extra: dict[str, bytes],
+    old: list[str],
+    workers: int,
+    sha256: bool,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    from dsconv.convert.upload import open_upload
+
+    with open_upload(target) as upload:
+        checksums, digests, stats = upload.send(plan, workers, sha256, _advance(plan, progress))
+        _note(report, stats)
+        small = {**extra, MANIFEST: _manifest(checkpoint, plan, checksums, report, digests)}
+        index = plan.index()
+        files = [shard.filename for shard in plan.shards]
+        placed = [*small, *files]
+        obsolete = [name for name in old if name not in placed or name == plan.index_name or name in files]
+        upload.commit(small, files, None if index is None else (plan.index_name, index), obsolete)
+
+
+def _verify_in_store(checkpoint: Checkpoint, target: Path, plan: Plan, *rest: Any) -> None:
+    """What is in a store can be read back only when it is in place: on a mismatch it is taken away again."""
+    from dsconv.convert.upload import Upload
+
+    try:
+        _verify(checkpoint, as_path(str(target)), plan, *rest)
+    except MismatchError:
+        Upload(target).withdraw([plan.index_name, *(shard.filename for shard in plan.shards), MANIFEST])
+        raise
 
 
 def _verify(
@@ -186,8 +256,9 @@ def _report(checkpoint: Checkpoint, target: Path, plan: Plan, extra: list[str], 
     ties = {name: t.name for t in placed for name in (t.entry.name, *t.entry.aliases) if t.entry.aliases and name != t.name}
     files = [shard.filename for shard in plan.shards] + ([plan.index_name] if len(plan.shards) > 1 else [])
     numel = sum(t.entry.numel for t in placed)
+    source = str(checkpoint.info.get("repo") or checkpoint.path)
     return MergeReport(
-        str(checkpoint.path), str(target), checkpoint.format, checkpoint.step, len(placed), numel, plan.nbytes, files, extra, ties,
+        source, str(target), checkpoint.format, checkpoint.step, len(placed), numel, plan.nbytes, files, extra, ties,
         dry_run=dry_run, warnings=list(checkpoint.warnings),
     )  # fmt: skip
 
@@ -211,16 +282,14 @@ def _write(
     descriptors: dict[str, int] = {}
     targets: dict[str, Target] = {}
     done = 0
-    total = plan.data_bytes
+    report_progress = _advance(plan, progress)
     lock = threading.Lock()
 
     def advance(count: int) -> None:
         nonlocal done
         with lock:
             done += count
-            current = done
-        if progress is not None:
-            progress("copy", current, total)
+        report_progress(count)
 
     try:
         for shard in plan.shards:
@@ -238,24 +307,44 @@ def _write(
             if fsync:
                 for descriptor in descriptors.values():
                     os.fsync(descriptor)
+    except DsconvError:  # some are OSErrors too
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
         raise OutputError(f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept") from None
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    report.bytes_read = run.stats.bytes_read
-    report.overflowed = dict(sorted(run.stats.overflowed.items()))
+    _note(report, run.stats)
+    incomplete = [name for name, target in targets.items() if not target.checksum.complete]
+    assert not incomplete, f"not all of {incomplete[:3]} was written"
+    return {name: target.checksum.value for name, target in targets.items()}
+
+
+def _advance(plan: Plan, progress: Callable[[str, int, int], None] | None) -> Callable[[int], None]:
+    """A function that counts written bytes, from any thread, and tells ``progress`` of them."""
+    done, total, lock = 0, plan.data_bytes, threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            current = done
+        if progress is not None:
+            progress("copy", current, total)
+
+    return advance
+
+
+def _note(report: MergeReport, stats: CopyStats) -> None:
+    """Put into ``report`` what a run did."""
+    report.bytes_read = stats.bytes_read
+    report.overflowed = dict(sorted(stats.overflowed.items()))
     if report.overflowed:
         count = sum(report.overflowed.values())
         report.warnings.append(
             f"{count} values in {len(report.overflowed)} tensors are too large for the dtype and became infinite, "
             f"first in {next(iter(report.overflowed))!r}"
         )
-    incomplete = [name for name, target in targets.items() if not target.checksum.complete]
-    assert not incomplete, f"not all of {incomplete[:3]} was written"
-    return {name: target.checksum.value for name, target in targets.items()}
 
 
 def _copies(plan: Plan, targets: Mapping[str, Target]) -> Iterator[Copy | Gather]:

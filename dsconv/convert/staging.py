@@ -21,6 +21,7 @@ from dsconv.errors import OutputError
 STAGING = ".dsconv-partial"
 LOCK = "lock"
 MOVING = "moving.json"
+FLUSH_BYTES = 64 << 20  # start the disk's work while the copy goes on, not after it
 
 
 class Staging:

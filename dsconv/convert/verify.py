@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dsconv.checkpoint.copy import BLOCK_BYTES, CASTABLE, Caster
+from dsconv.checkpoint.hub import lies_on_hub
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.reading import Sources, blocks, read_flat_into
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
@@ -55,6 +56,7 @@ def verify(
     *,
     allow_cast: bool = False,
     subset: bool = False,
+    revision: str | None = None,
     renamed: Mapping[str, str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> VerifyReport:
@@ -62,10 +64,14 @@ def verify(
 
     A tied name counts as present under each of its names. With ``allow_cast`` a float of another dtype in ``b`` must
     be ``a``'s, cast once to nearest even. With ``subset`` tensors that only ``a`` has are not differences. ``renamed``
-    maps names of ``b`` to names of ``a``. Raises what ``open_checkpoint`` raises.
+    maps names of ``b`` to names of ``a``. ``revision`` is that of the one, or both, that lie on the Hub. Raises what
+    ``open_checkpoint`` raises.
     """
-    first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
-    second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
+    on_hub = [given for given in (a, b) if isinstance(given, str) and lies_on_hub(given)]
+    first, second = (
+        given if isinstance(given, Checkpoint) else open_checkpoint(given, revision=revision if given in on_hub or not on_hub else None)
+        for given in (a, b)
+    )
     report = VerifyReport(str(first.path), str(second.path))
     names = renamed or {}
     total, done = second.nbytes, 0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from dsconv.checkpoint.dtypes import BY_NAME
-from dsconv.checkpoint.formats import safetensors_folder
+from dsconv.checkpoint.formats import shard_index
 from dsconv.checkpoint.formats.safetensors_folder import INDEX, SINGLE, detect, read, read_file
 from dsconv.checkpoint.torch_file import read_extent
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MissingShardError, UnsafeError, UnsupportedError
@@ -196,7 +196,7 @@ def test_a_broken_index_is_malformed(text: bytes, says: str, tmp_path: Path) -> 
 
 
 def test_an_index_over_the_limit_is_not_read(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_folder, "MAX_HEADER_BYTES", 10)
+    monkeypatch.setattr(shard_index, "MAX_INDEX_BYTES", 10)
     with pytest.raises(MalformedError, match="the limit is 10"):
         read(sharded)
 

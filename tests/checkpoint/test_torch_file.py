@@ -190,11 +190,6 @@ def test_kinds_of_tensor_that_need_code_are_refused_by_name(kind: str, tmp_path:
         saved(tmp_path, value)
 
 
-def test_the_legacy_format_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"file\.pt: saved in torch's legacy format"):
-        saved(tmp_path, {"a": torch.ones(2)}, _use_new_zipfile_serialization=False)
-
-
 def test_a_torchscript_program_is_refused_by_name(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import time
 import zipfile
@@ -17,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsconv.checkpoint import zipfile_reader
-from dsconv.checkpoint.torch_file import TorchFile, open_for_reading
-from dsconv.checkpoint.zipfile_reader import Archive, read_at
+from dsconv.checkpoint.storage import open_for_reading
+from dsconv.checkpoint.torch_file import TorchFile
+from dsconv.checkpoint.zipfile_reader import Archive
 from dsconv.errors import DsconvError, MalformedError, UnsafeError, UnsupportedError
 from tests.checkpoint.building import Rec, names_file_and_is_short, pt_records, tensor, whole, zip_bytes
 
@@ -29,11 +29,8 @@ SOUND = pt_records(PICKLE, _0=b"0123456789abcdef", _1=b"")
 
 
 def opened(path: Path) -> Archive:
-    descriptor = open_for_reading(path)
-    try:
-        return zipfile_reader.open_archive(zipfile_reader.Span(descriptor, path))
-    finally:
-        os.close(descriptor)
+    with open_for_reading(path) as file:
+        return zipfile_reader.open_archive(file)
 
 
 def written(folder: Path, data: bytes) -> Path:
@@ -277,15 +274,14 @@ def test_a_zip_that_deflates_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_reading_past_the_end_and_failing_reads_name_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, b"abc")
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        assert read_at(descriptor, 2, 1, path) == b"bc"
+    with open_for_reading(path) as file:
+        assert file.read(1, 2) == b"bc"
         with pytest.raises(MalformedError, match=r"file\.pt: truncated: expected 4 bytes at offset 1, found 2"):
-            read_at(descriptor, 4, 1, path)
-    finally:
-        os.close(descriptor)
-    with pytest.raises(MalformedError, match=r"file\.pt: cannot be read at offset 0: Bad file descriptor"):
-        read_at(descriptor, 1, 0, path)
+            file.read(1, 4)
+        with pytest.raises(MalformedError, match=r"file\.pt: truncated: expected 4 bytes at offset 1, found 2"):
+            file.read_into(1, memoryview(bytearray(4)))
+    with pytest.raises(MalformedError, match=r"file\.pt: cannot be read: 1 bytes at offset 0 failed: Bad file descriptor"):
+        file.read(0, 1)
 
 
 # Mutations of real files

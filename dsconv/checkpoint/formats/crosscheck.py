@@ -10,7 +10,7 @@ from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats.module_states import ModuleStates
 from dsconv.checkpoint.standins import FragmentAddress, TensorRef
 from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
-from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent
+from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent, read_extents
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.zero_utils import files
 
@@ -118,7 +118,8 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
     A handful of elements of each tensor is read. Weights that were changed behind the optimizer's back are legitimate, and
     the masters are what training goes on from, so a difference is a warning.
     """
-    differing = []
+    samples: list[tuple[str, DType, DType]] = []
+    extents: list[Extent] = []
     for name, entry in entries.items():
         tensor = states.module.get(name)
         if entry.role != "parameter" or not isinstance(tensor, TensorRef) or not entry.numel:
@@ -127,7 +128,20 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             raise InconsistentCheckpointError(
                 f"{states.path}: parameter {name!r} has shape {list(tensor.shape)} in the module and {list(entry.shape)} in param_shapes"
             )
-        if not begins_with(entry, states.file, tensor):
+        if not is_contiguous(tensor.shape, tensor.strides):
+            continue
+        piece = entry.pieces[0]
+        count = min(SAMPLES, piece.numel)
+        samples.append((name, entry.dtype, tensor.dtype))
+        extents.append(Extent(piece.extent.record, piece.extent.offset_bytes, count * entry.dtype.itemsize))
+        extents.append(states.file.extent(tensor, 0, count))
+    found = read_extents(extents)
+    differing = []
+    for (name, master_dtype, dtype), master_bytes, weight_bytes in zip(samples, found[::2], found[1::2], strict=True):
+        master, weight = decode(master_bytes, master_dtype), decode(weight_bytes, dtype)
+        if master is None or weight is None:
+            continue
+        if any(not _same(cast(m, dtype), w) for m, w in zip(master, weight, strict=True)):
             differing.append(name)
     if differing:
         warnings.append(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,9 +20,9 @@ from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats.dcp_metadata import Metadata, Sizes, Stored, TensorMeta
 from dsconv.checkpoint.regions import box, is_whole
 from dsconv.checkpoint.standins import TensorRef, shown
+from dsconv.checkpoint.storage import OpenFile, Span, open_for_reading
 from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
-from dsconv.checkpoint.torch_file import KnownPickles, TorchFile, open_for_reading
-from dsconv.checkpoint.zipfile_reader import Span
+from dsconv.checkpoint.torch_file import KnownPickles, TorchFile
 from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, MissingShardError, OutputError, UnsupportedError
 
 ZSTD = "stream.zstd"
@@ -39,24 +38,22 @@ class ChunkFiles:
         self.folder = folder
         self.unpacked: Unpacked | None = None
         self._known: KnownPickles = {}  # chunks of one shape have one pickle
-        self._path = Path()
-        self._descriptor = -1
-        self._size = 0
+        self._file: OpenFile | None = None
 
     def __enter__(self) -> ChunkFiles:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def _seek(self, file: str) -> None:
-        path = self.folder / file
-        if path != self._path or self._descriptor < 0:
+    def _seek(self, name: str) -> OpenFile:
+        path = self.folder / name
+        if self._file is None or path != self._file.path:
             self.__exit__()
-            self._descriptor, self._path = open_for_reading(path), path
-            self._size = os.fstat(self._descriptor).st_size
+            self._file = open_for_reading(path)
+        return self._file
 
     def piece(self, name: str, dtype: DType, sizes: Sizes, stored: Stored) -> Piece:
         """The one piece that the chunk is: it fills ``sizes`` elements, all of them, from 0.
@@ -64,29 +61,29 @@ class ChunkFiles:
         Raises MalformedError (truncated, not a tensor), InconsistentCheckpointError (another dtype or size than the
         metadata says), UnsupportedError (a transform that dsconv does not know, a tensor of a kind it does not read).
         """
-        self._seek(stored.file)
-        path, end = self._path, stored.offset_bytes + stored.nbytes
-        if end > self._size:
+        file = self._seek(stored.file)
+        path, end = file.path, stored.offset_bytes + stored.nbytes
+        if end > file.nbytes:
             raise MalformedError(
-                f"{path}: truncated: the chunk of {shown(name)} should end at byte {end}, the file has {self._size}. Copy it again"
+                f"{path}: truncated: the chunk of {shown(name)} should end at byte {end}, the file has {file.nbytes}. Copy it again"
             )
         with _in_chunk(name, stored):
             if stored.transforms:
                 if self.unpacked is None:
                     self.unpacked = Unpacked()
                 limit = math.prod(sizes) * dtype.itemsize + MAX_AROUND_BYTES
-                span = self.unpacked.add(self._descriptor, path, stored, limit)
+                span = self.unpacked.add(file, stored, limit)
             else:
-                span = Span(self._descriptor, path, stored.offset_bytes, stored.nbytes)
-            file = TorchFile(path, span, self._known)
-            tensor = file.root
+                span = Span(file, stored.offset_bytes, stored.nbytes)
+            chunk = TorchFile(path, span, self._known)
+            tensor = chunk.root
             if not isinstance(tensor, TensorRef):
                 raise UnsupportedError(f"{path}: expected a plain tensor, found {shown(tensor)}, which dsconv does not read")
             if tensor.dtype != dtype or tensor.shape != sizes:
                 raise InconsistentCheckpointError(
                     f"{path}: holds {tensor.dtype} {list(tensor.shape)} where the metadata says {dtype} {list(sizes)}: files of two saves"
                 )
-            (piece,) = file.pieces(tensor)
+            (piece,) = chunk.pieces(tensor)
         if stored.transforms:
             assert self.unpacked is not None
             piece = self.unpacked.moved(piece, name, path)
@@ -113,12 +110,14 @@ class Unpacked:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="dsconv-", buffering=0)  # noqa: SIM115 - it lives as long as the pieces
         self._end = 0
+        self._reader: OpenFile | None = None
         self.path = Path(f"/proc/self/fd/{self._file.fileno()}")
         if not self.path.exists():
             self.path = Path(f"/dev/fd/{self._file.fileno()}")
 
-    def add(self, descriptor: int, path: Path, stored: Stored, limit_bytes: int) -> Span:
+    def add(self, file: OpenFile, stored: Stored, limit_bytes: int) -> Span:
         """Decompress one chunk; ``limit_bytes`` is more than it can rightly become."""
+        path = file.path
         _require_zstd(path, stored.transforms)
         import zstandard
 
@@ -127,9 +126,7 @@ class Unpacked:
         stream = zstandard.ZstdDecompressor().decompressobj()
         try:
             while position < end and not stream.eof:
-                data = os.pread(descriptor, min(BLOCK_BYTES, end - position), position)
-                if not data:
-                    raise MalformedError(f"{path}: truncated at byte {position}")
+                data = file.read(position, min(BLOCK_BYTES, end - position))
                 position += len(data)
                 self._write(stream.decompress(data), start + limit_bytes, path)
         except zstandard.ZstdError as error:
@@ -141,7 +138,10 @@ class Unpacked:
             ) from None
         if not stream.eof or position < end or stream.unused_data:
             raise MalformedError(f"{path}: a zstd frame that does not end where the chunk does")
-        return Span(self._file.fileno(), path, start, self._end - start)
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = open_for_reading(self.path)
+        return Span(self._reader, start, self._end - start)
 
     def _write(self, data: bytes, limit: int, path: Path) -> None:
         if self._end + len(data) > limit:

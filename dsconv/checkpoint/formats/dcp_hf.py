@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.safetensors_folder import INDEX, parse_object, read_file_and_metadata
+from dsconv.checkpoint.formats.safetensors_folder import INDEX, read_file_and_metadata
+from dsconv.checkpoint.formats.shard_index import parse_json
 from dsconv.checkpoint.standins import MAX_NUMEL, shown
 from dsconv.checkpoint.tensormap import Checkpoint, Piece, TensorEntry
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
@@ -84,7 +85,7 @@ def _shards(folder: Path) -> list[Path]:
 def _offsets(file: Path, metadata: dict[str, str], entries: dict[str, TensorEntry]) -> dict[str, Sizes]:
     if INFO not in metadata:
         raise MalformedError(f"{file}: no {INFO} in its metadata: not written by torch.distributed.checkpoint, or saved again without it")
-    info = parse_object(metadata[INFO].encode(), file, INFO)
+    info = parse_json(metadata[INFO].encode(), file, INFO)
     found = {}
     for name, entry in entries.items():
         item = info.get(name)
@@ -139,7 +140,7 @@ def _against_index(folder: Path, path: Path, first: dict[str, tuple[TensorEntry,
     for index in dict.fromkeys((folder / INDEX, path / INDEX)):
         if not index.is_file() or index.stat().st_size > MAX_INDEX_BYTES:
             continue
-        content = parse_object(index.read_bytes(), index, "the index")
+        content = parse_json(index.read_bytes(), index, "the index")
         names = content.get("weight_map")
         lost = [name for name in names if name not in ends] if isinstance(names, dict) else []
         if lost:

@@ -11,7 +11,6 @@ then stored by each of them.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,8 +21,7 @@ from dsconv.checkpoint import unpickler
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats.dcp import METADATA
 from dsconv.checkpoint.standins import MAX_NUMEL, Instance, shown
-from dsconv.checkpoint.torch_file import open_for_reading
-from dsconv.checkpoint.zipfile_reader import read_at
+from dsconv.checkpoint.storage import open_for_reading
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsafeError
 
 RANK_METADATA = re.compile(r"__(?P<rank>\d+)\.metadata")
@@ -102,14 +100,10 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _load(path: Path) -> Any:
-    descriptor = open_for_reading(path)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size > unpickler.MAX_PICKLE_BYTES:
-            raise MalformedError(f"{path}: {size} bytes of metadata; the limit is {unpickler.MAX_PICKLE_BYTES}")
-        data = read_at(descriptor, size, 0, path)
-    finally:
-        os.close(descriptor)
+    with open_for_reading(path) as file:
+        if file.nbytes > unpickler.MAX_PICKLE_BYTES:
+            raise MalformedError(f"{path}: {file.nbytes} bytes of metadata; the limit is {unpickler.MAX_PICKLE_BYTES}")
+        data = file.read(0, file.nbytes)
     return unpickler.load(data, path, _no_storage, "the metadata")
 
 
