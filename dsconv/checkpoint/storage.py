@@ -91,11 +91,12 @@ class Span(OpenFile):
     """``nbytes`` bytes of an open file from ``offset_bytes``, such as one of the zips that a ``.distcp`` is made of.
 
     Offsets are counted from the span's start, and no read leaves it. A zip keeps what describes it at its two ends: each
-    is read once, so that opening one of thousands costs two reads. The file stays the caller's to close.
+    is read once, so that opening one of thousands costs two reads. ``path`` is what errors name, where it
+    is not the file's. The file stays the caller's to close.
     """
 
-    def __init__(self, file: OpenFile, offset_bytes: int, nbytes: int) -> None:
-        super().__init__(file.path, nbytes)
+    def __init__(self, file: OpenFile, offset_bytes: int, nbytes: int, path: Path | None = None) -> None:
+        super().__init__(path or file.path, nbytes)
         self.offset_bytes = offset_bytes
         self._file = file
         head_bytes = nbytes if nbytes <= 2 * EDGE_BYTES else EDGE_BYTES

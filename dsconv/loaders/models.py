@@ -27,14 +27,19 @@ def read_config(checkpoint: Checkpoint, folder: Path | None) -> Any:
 
 
 def model_class_of(model_class: Any, config: Any) -> Any:
-    """The class to build: given, chosen by an Auto class, or named by the configuration."""
+    """The class to build: given, chosen by an Auto class, or named by the configuration.
+
+    A configuration that names none, as one that was never saved with a model, is a language model's where its kind has one.
+    """
     import transformers
 
     if model_class is not None:
         mapping = getattr(model_class, "_model_mapping", None)
         return mapping[type(config)] if mapping is not None else model_class
     name = (getattr(config, "architectures", None) or [None])[0]
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if found is None:
-        raise UnsupportedError(f"the configuration names the architecture {name!r}, which transformers does not have: pass model_class=")
-    return found
+    if isinstance(name, str) and hasattr(transformers, name):
+        return getattr(transformers, name)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM):
+        if name is None and type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise UnsupportedError(f"the configuration names the architecture {name!r}, which transformers does not have: pass model_class=")

@@ -141,7 +141,7 @@ class Unpacked:
         if self._reader is not None:
             self._reader.close()
         self._reader = open_for_reading(self.path)
-        return Span(self._reader, start, self._end - start)
+        return Span(self._reader, start, self._end - start, path)
 
     def _write(self, data: bytes, limit: int, path: Path) -> None:
         if self._end + len(data) > limit:
