@@ -142,7 +142,7 @@ def test_force_replaces_all_of_an_older_model(store: Any, trained: Callable[[str
     merge(source, url(store), max_shard_size="4KB")
     store.pipe_file(f"{URL}/notes.txt", b"mine")
     before = files_in(store)
-    with pytest.raises(OutputError, match=r"already holds a model \(dsconv\.manifest\.json\); give --force"):
+    with pytest.raises(OutputError, match=r"already holds a model \(model\.safetensors\.index\.json\); give --force"):
         merge(source, url(store))
     assert files_in(store) == before
     merge(source, url(store), dtype="bf16", force=True)
