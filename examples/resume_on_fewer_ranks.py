@@ -31,4 +31,6 @@ engine.backward(loss)
 engine.step()
 if engine.global_rank == 0:
     print(f"resumed: loss {loss.item():.3f}", flush=True)
+engine.destroy()
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()

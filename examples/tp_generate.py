@@ -19,4 +19,5 @@ prompt = torch.arange(1, 9, device=model.device)[None]  # your tokenizer here
 tokens = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
 if torch.distributed.get_rank() == 0:
     print("generated:", tokens[0].tolist(), flush=True)
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()

@@ -29,4 +29,6 @@ for step in range(3):
     engine.step()
     if engine.global_rank == 0:
         print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+engine.destroy()
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
