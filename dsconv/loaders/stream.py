@@ -21,8 +21,8 @@ from dsconv.loaders.agreement import agreement
 from dsconv.loaders.mapping import Computed, Matched, full_shape, match
 from dsconv.loaders.masters import master_slots
 from dsconv.loaders.memory import block_maker, slot_of
+from dsconv.loaders.partitions import partition_slots
 from dsconv.loaders.report import LoadReport, check_strict
-from dsconv.loaders.zero3 import partition_slots
 
 
 def stream_into(

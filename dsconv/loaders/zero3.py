@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconv.checkpoint.filling import Slot
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.models import config_folder, model_class_of, read_config
+from dsconv.loaders.partitions import allocate_partition
 
 if TYPE_CHECKING:
     import torch
@@ -59,11 +59,11 @@ def load_zero3(
         if config is None:
             config = read_config(checkpoint, folder)
         kind = model_class_of(model_class, config)
+    from dsconv.loaders.stream import fill_model, finish_transformers, print_once
+
     with _hf_zero3(settings):
         with agreement("load_zero3"):
             model = _build(kind, config, dtype)
-        from dsconv.loaders.stream import fill_model, finish_transformers, print_once
-
         with agreement("load_zero3"):
             report, matched = fill_model(
                 model, checkpoint, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, workers=workers, progress=progress
@@ -136,53 +136,3 @@ def _partition_only(init: Any) -> Callable[[torch.Tensor], None]:
         free_param(param)
 
     return dress
-
-
-def allocate_partition(init: Any, param: Any) -> None:
-    """Give a parameter its empty ``ds_tensor`` where ``_partition_param`` (0.19.8) would put it, and hpZ's second one.
-
-    Raises UnsupportedError for NVMe and for quantized weights, whose partitions are not the checkpoint's bytes.
-    """
-    import torch
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero.config import OffloadDeviceEnum
-    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
-
-    if init.remote_device == OffloadDeviceEnum.nvme:
-        raise UnsupportedError("offload_param to nvme: load_zero3 fills memory; use device cpu, or from_pretrained")
-    if init.quantized_weights or init.quantized_nontrainable_weights:
-        raise UnsupportedError("zero_quantized_weights: load_zero3 does not quantize; switch it off, or use from_pretrained")
-    aligned = init._aligned_size(param)
-    device = init.local_device if param.ds_persist else init.remote_device
-
-    def new(numel: int, where: Any) -> Any:
-        tensor = torch.empty(numel, dtype=param.dtype, device=where)
-        if where == OffloadDeviceEnum.cpu and init.pin_memory:
-            tensor = get_accelerator().pin_memory(tensor)
-        tensor.requires_grad = False
-        tensor.ds_numel = numel
-        tensor.status = PartitionedParamStatus.AVAILABLE
-        tensor.final_location = None
-        return tensor
-
-    param.ds_tensor = new(aligned // init._partition_world_size(param), device)
-    param.ds_numel_aligned = aligned
-    if init.zero_param_process_group is not None:
-        param.ds_secondary_tensor = new(aligned // init.num_ranks_in_param_group, init.remote_device)
-        param.ds_secondary_start = init.rank_in_group * param.ds_secondary_tensor.ds_numel
-
-
-def partition_slots(param: Any) -> Iterator[Slot]:
-    """The slots of a ZeRO-3 parameter on this rank: its partition and, with hpZ, the secondary one; padding becomes zero."""
-    from dsconv.loaders.memory import slot_of
-
-    shape = tuple(param.ds_shape)
-    start = param.ds_zero_partition_rank * param.ds_tensor.ds_numel
-    parts = [(param.ds_tensor, start)]
-    if param.ds_secondary_tensor is not None:
-        parts.append((param.ds_secondary_tensor, getattr(param, "ds_secondary_start", 0)))
-    for tensor, first in parts:
-        held = max(0, min(tensor.numel(), param.ds_numel - first))
-        flat = tensor.detach().view(-1)
-        flat[held:].zero_()
-        yield slot_of(flat[:held], shape, min(first, param.ds_numel))

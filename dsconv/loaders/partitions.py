@@ -1,0 +1,58 @@
+"""ZeRO-3 partitions: giving a parameter an empty one, and what of the full parameter it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dsconv.checkpoint.filling import Slot
+from dsconv.errors import UnsupportedError
+from dsconv.loaders.memory import slot_of
+
+
+def allocate_partition(init: Any, param: Any) -> None:
+    """Give a parameter its empty ``ds_tensor`` where ``_partition_param`` (0.19.8) would put it, and hpZ's second one.
+
+    Raises UnsupportedError for NVMe and for quantized weights, whose partitions are not the checkpoint's bytes.
+    """
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.config import OffloadDeviceEnum
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    if init.remote_device == OffloadDeviceEnum.nvme:
+        raise UnsupportedError("offload_param to nvme: load_zero3 fills memory; use device cpu, or from_pretrained")
+    if init.quantized_weights or init.quantized_nontrainable_weights:
+        raise UnsupportedError("zero_quantized_weights: load_zero3 does not quantize; switch it off, or use from_pretrained")
+    aligned = init._aligned_size(param)
+    device = init.local_device if param.ds_persist else init.remote_device
+
+    def new(numel: int, where: Any) -> Any:
+        tensor = torch.empty(numel, dtype=param.dtype, device=where)
+        if where == OffloadDeviceEnum.cpu and init.pin_memory:
+            tensor = get_accelerator().pin_memory(tensor)
+        tensor.requires_grad = False
+        tensor.ds_numel = numel
+        tensor.status = PartitionedParamStatus.AVAILABLE
+        tensor.final_location = None
+        return tensor
+
+    param.ds_tensor = new(aligned // init._partition_world_size(param), device)
+    param.ds_numel_aligned = aligned
+    if init.zero_param_process_group is not None:
+        param.ds_secondary_tensor = new(aligned // init.num_ranks_in_param_group, init.remote_device)
+        param.ds_secondary_start = init.rank_in_group * param.ds_secondary_tensor.ds_numel
+
+
+def partition_slots(param: Any) -> Iterator[Slot]:
+    """The slots of a ZeRO-3 parameter on this rank: its partition and, with hpZ, the secondary one; padding becomes zero."""
+    shape = tuple(param.ds_shape)
+    start = param.ds_zero_partition_rank * param.ds_tensor.ds_numel
+    parts = [(param.ds_tensor, start)]
+    if param.ds_secondary_tensor is not None:
+        parts.append((param.ds_secondary_tensor, getattr(param, "ds_secondary_start", 0)))
+    for tensor, first in parts:
+        held = max(0, min(tensor.numel(), param.ds_numel - first))
+        flat = tensor.detach().view(-1)
+        flat[held:].zero_()
+        yield slot_of(flat[:held], shape, min(first, param.ds_numel))
