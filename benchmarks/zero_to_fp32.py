@@ -3,7 +3,8 @@
     python -m benchmarks.zero_to_fp32 --plot docs/zero_to_fp32.svg
 
 Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks; what a command wrote is
-removed and everything is synced before the next, outside the timing. The ratios are medians of the rounds' own ratios, so
+removed, everything is synced and the disk is given a moment before the next, outside the timing; each round begins with
+another command, since a disk that has just taken some gigabytes takes the next ones more slowly. The ratios are medians of the rounds' own ratios, so
 that a slow minute of the machine counts for both sides.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from benchmarks.train_llama import checkpoint
 
 OFFICIAL, COPY, COPY_SYNC = "official script", "cp", "cp + sync -f"
 DSCONV, DSCONV_SYNC, DSCONV_BF16 = "dsconv --no-fsync", "dsconv", "dsconv --no-fsync --dtype bf16"
+SETTLE_SECONDS = 2.0
 GOALS = (  # of, against, the goal
     (DSCONV, OFFICIAL, "at least 5 times as fast"),
     (DSCONV, COPY, "at most 1.6"),
@@ -51,10 +54,12 @@ def run_rounds(source: Path, folder: Path, rounds: int) -> dict[str, list[Run]]:
     _checked([*todo[DSCONV][:3], str(merged), "--quiet", "--force"])
     runs: dict[str, list[Run]] = {name: [] for name in todo}
     for number in range(rounds + 1):  # the first warms the page cache and counts for nothing
-        for name, command in todo.items():
+        names = list(todo)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
-            run = _checked(command)
+            time.sleep(SETTLE_SECONDS)
+            run = _checked(todo[name])
             if number:
                 runs[name].append(run)
     shutil.rmtree(target)
@@ -147,7 +152,7 @@ def draw(results: list[dict[str, Any]], where: str, path: Path) -> None:
     show_default=True,
     help="In 10⁹ parameters, as train_llama.py lists them; may be given again.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw time and memory against size.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of tables.")
 def main(folder: Path, sizes: tuple[float, ...], rounds: int, plot: Path | None, as_json: bool) -> None:

@@ -19,10 +19,15 @@ from dsconv.checkpoint.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.dtypes import BY_NAME, DType
 from dsconv.checkpoint.reading import Part, Sources, gather_view, parts_of
 from dsconv.checkpoint.regions import runs
+from dsconv.checkpoint.storage import is_remote
 from dsconv.checkpoint.tensormap import Piece, Record, TensorEntry
 from dsconv.errors import MalformedError, OutputError
 
-BLOCK_BYTES = 8 << 20  # large enough to hide a system call, small enough to stay in the last cache level
+BLOCK_BYTES = 8 << 20  # what a worker holds, and what one request to a store asks for
+LOCAL_BLOCK_BYTES = 1 << 20  # of a local file: read, checked and written while it is in the core's own cache (0.44 s, not 0.54)
+# The page cache is filled in folios as large as a write allows, and where memory is fragmented the system first compacts it
+# for the largest: 8 MB writes took 0.2 to 1.1 s for 1.4 GB here (Linux 6.18, ext4), 256 KB ones 0.22 to 0.3 s.
+WRITE_BYTES = 256 << 10
 MAX_GAP_BYTES = 64 << 10  # bytes nobody wants that are read through rather than skipped, for one sequential read
 MAX_DEFAULT_WORKERS = 8
 SHORT_RUN = 16  # elements
@@ -277,7 +282,7 @@ def write_at(descriptor: int, base_bytes: int, data: memoryview, offset_bytes: i
     """Write all of ``data``; a full disk or a failing one becomes OutputError."""
     while len(data):
         try:
-            count = os.pwrite(descriptor, data, base_bytes + offset_bytes)
+            count = os.pwrite(descriptor, data[:WRITE_BYTES], base_bytes + offset_bytes)
         except OSError as error:
             raise OutputError(f"writing the output failed: {error.strerror}; nothing of it was kept") from None
         data, offset_bytes = data[count:], offset_bytes + count
@@ -295,7 +300,7 @@ def output_dtype(stored: DType, wanted: DType | None) -> DType:
 
 
 def _blocks(copies: Sequence[Copy | Gather]) -> Iterator[list[Copy] | Gather]:
-    """Copies, sorted by place, joined into blocks of one file that one read of at most BLOCK_BYTES covers."""
+    """Copies, sorted by place, joined into blocks of one file that one read of at most a block covers."""
     block: list[Copy] = []
     for whole in copies:
         if isinstance(whole, Gather):
@@ -310,7 +315,7 @@ def _blocks(copies: Sequence[Copy | Gather]) -> Iterator[list[Copy] | Gather]:
                     and block[0].whole is None
                     and copy.record.path == block[0].record.path
                     and end <= copy.offset_bytes <= end + MAX_GAP_BYTES
-                    and copy.offset_bytes + copy.nbytes - base <= BLOCK_BYTES
+                    and copy.offset_bytes + copy.nbytes - base <= _block_bytes(copy.path)
                 )
                 if not near:
                     yield block
@@ -320,12 +325,17 @@ def _blocks(copies: Sequence[Copy | Gather]) -> Iterator[list[Copy] | Gather]:
         yield block
 
 
+def _block_bytes(path: Path) -> int:
+    return BLOCK_BYTES if is_remote(path) else min(BLOCK_BYTES, LOCAL_BLOCK_BYTES)
+
+
 def _cut(copy: Copy) -> Iterator[Copy]:
-    if copy.whole is not None or copy.nbytes <= BLOCK_BYTES:
+    limit = _block_bytes(copy.path)
+    if copy.whole is not None or copy.nbytes <= limit:
         yield copy
         return
     itemsize = copy.source_dtype.itemsize
-    step = BLOCK_BYTES // itemsize * itemsize
+    step = limit // itemsize * itemsize
     for at in range(0, copy.nbytes, step):
         yield Copy(
             copy.record, copy.offset_bytes + at, min(step, copy.nbytes - at), copy.source_dtype, copy.target, copy.start + at // itemsize
