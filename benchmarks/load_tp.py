@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.loading import DSCONV, LIMIT, compare, one_rank, plain_read
+from benchmarks.loading import DSCONV, LIMIT, compare, one_rank, plain_read, touch
 from benchmarks.measure import machine
 
 
@@ -27,9 +27,12 @@ def rank(method: str, path: Path) -> None:
         if method == LIMIT:
             return plain_read(path)
         if method == DSCONV:
-            return int(dsconv.load_tp(path).load_report.bytes_read)
-        AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=torch.distributed.get_world_size()))
-        return 0
+            model = dsconv.load_tp(path)
+            touch(model)
+            return int(model.load_report.bytes_read)
+        tensor_parallel = DistributedConfig(tp_size=torch.distributed.get_world_size())
+        touch(AutoModelForCausalLM.from_pretrained(path, distributed_config=tensor_parallel))
+        return 0  # the file is mapped: what is read is not counted
 
     one_rank(load, path)
 

@@ -71,20 +71,30 @@ def run_ranks(script: str, method: str, path: Path, world: int) -> dict[str, flo
 
 
 def plain_read(path: Path) -> int:
-    """This rank's share of the weights' bytes, read in order in large blocks: what no load can beat."""
-    import dsconv
+    """This rank's share of the weights' bytes, read in order into new memory: what no load can beat."""
+    import torch
+
+    from dsconv.checkpoint.reading import tensor_bytes
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    block = bytearray(8 << 20)
     total = 0
     for file in sorted(path.glob("*.safetensors")):
         share = -(-file.stat().st_size // world)
+        low, high = rank * share, min((rank + 1) * share, file.stat().st_size)
+        memory = torch.empty(high - low, dtype=torch.uint8)
+        view = tensor_bytes(memory)
         descriptor = os.open(file, os.O_RDONLY)
-        for at in range(rank * share, min((rank + 1) * share, file.stat().st_size), len(block)):
-            total += os.preadv(descriptor, [memoryview(block)[: min(len(block), (rank + 1) * share - at)]], at)
+        for at in range(low, high, 8 << 20):
+            total += os.preadv(descriptor, [view[at - low : at - low + (8 << 20)]], at)
         os.close(descriptor)
-    assert dsconv.__version__
     return total
+
+
+def touch(model: Any) -> None:
+    """Read a byte of each page of the weights: what was only mapped is not loaded yet, and would be in the first step."""
+    for parameter in model.parameters():
+        local = parameter.to_local() if hasattr(parameter, "placements") else parameter
+        local.detach().reshape(-1)[:: 2048 // local.element_size()].sum()
 
 
 def one_rank(load: Callable[[Path], int], path: Path) -> None:

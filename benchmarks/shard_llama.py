@@ -18,7 +18,7 @@ KINDS = ("rows", "columns", "hf")
 
 def checkpoint(folder: Path, size: float, kind: str, world: int = 2) -> Path:
     """The path of a checkpoint of about ``size`` × 10⁹ parameters, saved now unless ``folder`` has it already."""
-    target = folder / f"llama-{size}b-{kind}-w{world}"
+    target = folder.resolve() / f"llama-{size}b-{kind}-w{world}"
     if (target / "DONE").is_file():
         return target
     shutil.rmtree(target, ignore_errors=True)
