@@ -5,14 +5,10 @@ python -m benchmarks.load_zero3
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import click
-
-from benchmarks.loading import DSCONV, LIMIT, compare, one_rank, plain_read
-from benchmarks.measure import machine
+from benchmarks.loading import DSCONV, LIMIT, command, one_rank, plain_read
 
 SETTINGS: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -45,26 +41,5 @@ def rank(method: str, path: Path) -> None:
     one_rank(load, path)
 
 
-@click.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="The models are kept here.")
-@click.option("--size", "sizes", type=float, multiple=True, default=(0.1, 0.8, 2.0), show_default=True, help="In 10⁹ parameters.")
-@click.option("--world", "worlds", type=int, multiple=True, default=(2, 4), show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
-@click.option("--rank", "method", hidden=True)
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-def main(
-    folder: Path, sizes: tuple[float, ...], worlds: tuple[int, ...], rounds: int, as_json: bool, method: str | None, path: Path | None
-) -> None:
-    """Time loads of the same safetensors into ZeRO-3 partitions, in fresh ranks, in turn."""
-    if method is not None and path is not None:
-        rank(method, path)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    results = compare("benchmarks.load_zero3", folder, sizes, worlds, rounds, goal=8)
-    if as_json:
-        click.echo(json.dumps({"machine": machine(), "rounds": rounds, "results": results}, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    command("benchmarks.load_zero3", "Time loads of the same safetensors into ZeRO-3 partitions, in fresh ranks, in turn.", 8, rank)()

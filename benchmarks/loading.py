@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from benchmarks.measure import anonymous_bytes, median
+from benchmarks.measure import anonymous_bytes, machine, median
 from benchmarks.train_llama import llama_config
 
 TINY = "llama-tiny-bf16"
@@ -160,3 +160,28 @@ def compare(script: str, folder: Path, sizes: tuple[float, ...], worlds: tuple[i
             click.echo(f"  added peak {medians[DSCONV]['added_peak_bytes'] / allowed:.2f} of model/W + 256 MB (goal: at most 1)")
             results.append({"size": size, "world": world, "bytes": nbytes, "median": medians, "faster": faster, "over_plain_read": over})
     return results
+
+
+def command(script: str, about: str, goal: float, rank: Callable[[str, Path], None]) -> click.Command:
+    """The command line of a benchmark that compares loads; with ``--rank`` it is one rank of one of them."""
+
+    @click.command(help=about)
+    @click.option("--folder", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="The models are kept here.")
+    @click.option("--size", "sizes", type=float, multiple=True, default=(0.1, 0.8, 2.0), show_default=True, help="In 10⁹ parameters.")
+    @click.option("--world", "worlds", type=int, multiple=True, default=(2, 4), show_default=True)
+    @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+    @click.option("--rank", "method", hidden=True)
+    @click.argument("path", type=click.Path(path_type=Path), required=False)
+    def main(
+        folder: Path, sizes: tuple[float, ...], worlds: tuple[int, ...], rounds: int, as_json: bool, method: str | None, path: Path | None
+    ) -> None:
+        if method is not None and path is not None:
+            rank(method, path)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        results = compare(script, folder, sizes, worlds, rounds, goal)
+        if as_json:
+            click.echo(json.dumps({"machine": machine(), "rounds": rounds, "results": results}, indent=2))
+
+    return main

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -20,8 +21,6 @@ from dsconv.checkpoint.formats.safetensors_folder import INDEX, SINGLE, detect, 
 from dsconv.checkpoint.torch_file import read_extent
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MissingShardError, UnsafeError, UnsupportedError
 from tests.checkpoint.building import names_file_and_is_short
-
-torch = pytest.importorskip("torch")
 
 Header = dict[str, Any]
 FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=700, suppress_health_check=list(HealthCheck))

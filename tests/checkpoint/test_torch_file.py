@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsconv.checkpoint.dtypes import BY_NAME
 from dsconv.checkpoint.standins import Opaque, TensorRef
 from dsconv.checkpoint.torch_file import TorchFile, is_contiguous, read_extent
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsafeError, UnsupportedError
 from tests.checkpoint.building import Rec, call, glob, lst, number, pt_records, storage, tensor, text, tup, whole, write_pt, zip_bytes
-
-torch = pytest.importorskip("torch")
 
 
 def saved(folder: Path, value: Any, **options: Any) -> TorchFile:

@@ -125,7 +125,8 @@ def test_harmless_values_of_the_standard_library_are_accepted(protocol: int) -> 
 
 
 def test_numpy_values_and_random_states_are_accepted() -> None:
-    numpy = pytest.importorskip("numpy")
+    import numpy
+
     value = {"rng": numpy.random.get_state(), "loss": numpy.float64(1.5), "array": numpy.arange(3), "kind": numpy.dtype("float32")}
     for protocol in (2, 4, 5):
         found = load_raw(pickle.dumps(value, protocol=protocol))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +22,6 @@ from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.checkpoint.zipfile_reader import Archive
 from dsconv.errors import DsconvError, MalformedError, UnsafeError, UnsupportedError
 from tests.checkpoint.building import Rec, names_file_and_is_short, pt_records, tensor, whole, zip_bytes
-
-torch = pytest.importorskip("torch")
 
 PICKLE = whole(b"}")
 SOUND = pt_records(PICKLE, _0=b"0123456789abcdef", _1=b"")
@@ -84,7 +83,8 @@ def test_a_plain_zip_of_our_own_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alignment", [1, 64, 4096, 65536])
 def test_any_storage_alignment_is_read(alignment: int, tmp_path: Path) -> None:
-    config = pytest.importorskip("torch.utils.serialization.config")
+    import torch.utils.serialization.config as config
+
     path = tmp_path / "aligned.pt"
     before = config.save.storage_alignment
     try:

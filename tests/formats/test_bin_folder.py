@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsconv import merge, open_checkpoint, verify
 from dsconv.checkpoint.formats.bin_folder import ADAPTER, INDEX, SINGLE
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, MissingShardError, UnsafeError, UnsupportedError
 from tests.trained import load_safetensors, same
-
-torch = pytest.importorskip("torch")
 
 STORAGE = torch.arange(120, dtype=torch.float32)
 TIED = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsconv import merge, verify
 from dsconv.checkpoint import hub as hub_source
@@ -16,8 +17,6 @@ from dsconv.errors import UnsupportedError
 from tests.cli.running import Ran, dsconv
 from tests.remote.hubserver import Hub, commit, serve_hub
 from tests.trained import load_safetensors, same
-
-torch = pytest.importorskip("torch")
 
 STATE = {"a.weight": torch.arange(35, dtype=torch.float32).view(7, 5), "b": torch.tensor(7), "c": torch.ones(9, dtype=torch.bfloat16)}
 OTHER = {name: tensor + 1 for name, tensor in STATE.items()}

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import torch
 
 from dsconv import merge, open_checkpoint, verify
 from dsconv.checkpoint import remote_store
@@ -27,8 +28,6 @@ from dsconv.errors import (
 from tests.cli.running import dsconv
 from tests.remote.serving import FileServer, put, serve
 from tests.trained import Trained, load_safetensors, same
-
-torch = pytest.importorskip("torch")
 
 ZERO3 = "llama_frozen-z3-bf16-w3"
 ZERO2 = "gpt2-z2-bf16-w3"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsconv import merge, open_checkpoint, verify
 from dsconv.checkpoint import Checkpoint, TensorEntry, remote_store
@@ -28,8 +29,6 @@ from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, 
 from tests.cli.running import dsconv
 from tests.remote.serving import put
 from tests.trained import Trained, load_safetensors, same
-
-torch = pytest.importorskip("torch")
 
 ZERO3 = "llama_frozen-z3-bf16-w3"
 STORES = ["memory", "s3"]
