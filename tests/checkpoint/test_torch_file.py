@@ -102,7 +102,7 @@ def test_tensors_that_share_a_storage_share_its_record(tmp_path: Path) -> None:
     assert file.pieces(row)[0].extent.offset_bytes == file.pieces(embed)[0].extent.offset_bytes + 16
 
 
-class Special(torch.Tensor):  # type: ignore[misc, name-defined]
+class Special(torch.Tensor):  # type: ignore[misc]
     pass
 
 
