@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.dtypes import BY_NAME, DType
+from dsconv.checkpoint.formats.universal_info import UniversalInfo
 from dsconv.checkpoint.standins import shown
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.training import Training
@@ -90,13 +91,14 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
     Raises UnsafeError for a parameter's name that is no file name, UnsupportedError for what the format has no place for.
     """
     flat = training.stage == 3 and _version(training.deepspeed_version) < READS_DICTS
+    info = UniversalInfo(training.universal_info, checkpoint.path)
     files: list[StateFile] = []
     for name, states in training.states.items():
         folder = _folder(name, checkpoint)
         master = checkpoint[name]
         for state, entry in {"fp32": master, **states}.items():
             _check_name(state, f"{checkpoint.path}: the optimizer's state")
-            shape, keys, kept = written_form(training.universal_info, name, entry, checkpoint.path)
+            shape, keys, kept = written_form(info, name, entry)
             value: Any = Streamed(entry.dtype, (kept.numel,)) if flat else {**keys, "param": Streamed(entry.dtype, shape)}
             files.append(StateFile(f"{folder}/{state}.pt", TorchArchive(state, value), kept, entry.dtype))
         if name in training.steps:

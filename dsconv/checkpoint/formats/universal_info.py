@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,20 @@ from dsconv.errors import InconsistentCheckpointError, MalformedError, Unsupport
 MAP_VERSION = 1  # AFFINE_MAP_FORMAT_VERSION, checkpoint/affine.py
 
 
+@dataclass(frozen=True)
+class SubParams:
+    """A parameter of several others: ``shape`` is the view that was cut, along ``dim``; ``patterns`` are all that have it."""
+
+    pattern: str
+    shape: tuple[Any, ...]
+    dim: int
+    patterns: tuple[str, ...]
+
+
 class UniversalInfo:
     """The rules of one checkpoint. ``path`` is the file they are in, for messages."""
 
-    def __init__(self, info: dict[str, Any], path: Path) -> None:
+    def __init__(self, info: Mapping[str, Any], path: Path) -> None:
         self.path = path
         self._info = info
         self.version = info.get("universal_checkpoint_version", 0.0)
@@ -72,10 +83,14 @@ class UniversalInfo:
     def _sub_params(self) -> Patterns:
         rows = self._info.get("parameter_with_sub_params") or []
         try:
-            pairs = [(pattern, (pattern, tuple(row["shape"]), row["partition_dim"])) for row in rows for pattern in row["patterns"]]
+            pairs = [
+                (pattern, SubParams(pattern, tuple(row["shape"]), row["partition_dim"], tuple(row["patterns"])))
+                for row in rows
+                for pattern in row["patterns"]
+            ]
         except (TypeError, KeyError):
             raise MalformedError(f"{self.path}: parameter_with_sub_params is not a list of patterns, shape and partition_dim") from None
-        if not all(isinstance(pattern, str) and type(spec[2]) is int for pattern, spec in pairs):
+        if not all(isinstance(pattern, str) and type(spec.dim) is int for pattern, spec in pairs):
             raise MalformedError(f"{self.path}: parameter_with_sub_params is not a list of patterns, shape and partition_dim")
         return Patterns(pairs, f"{self.path}: parameter_with_sub_params")
 
@@ -102,7 +117,7 @@ class UniversalInfo:
             rows = [shape[0] if shape else 0 for shape in shapes]
             return in_parts(shapes, 0, [[row - row // 2 for row in rows], [row // 2 for row in rows]], where)
         parts = self.parts.find(name)
-        if isinstance(parts, tuple):
+        if isinstance(parts, SubParams):
             return self._in_sub_params(shapes, parts, where)
         dim = 1 if self.rows.find(name) is not None else 0
         return self._without_padding(name, concatenated(shapes, dim, where), where)
@@ -123,9 +138,9 @@ class UniversalInfo:
             runs = [by_rank.get(rank, ()) for rank in range(max(by_rank) + 1)]
         return along(join.shape, 0, runs, where, total=size)
 
-    def _in_sub_params(self, shapes: Sequence[Shape], spec: tuple[str, tuple[Any, ...], int], where: str) -> Join:
+    def _in_sub_params(self, shapes: Sequence[Shape], spec: SubParams, where: str) -> Join:
         """``shape`` is the view that was cut; its entry at ``partition_dim`` lists the parts' sizes, or (before 0.4) counts them."""
-        pattern, shape, dim = spec
+        pattern, shape, dim = spec.pattern, spec.shape, spec.dim
         if not 0 <= dim < len(shape):
             raise MalformedError(f"{where}: partition_dim {dim} of the shape {shown(shape)}")
         ranks = len(shapes)
