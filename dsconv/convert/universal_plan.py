@@ -80,7 +80,7 @@ def training_of(checkpoint: Checkpoint) -> Training:
     if checkpoint.training is None:
         raise UnsupportedError(
             f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of ZeRO stage 1, 2 or 3, "
-            "which holds the optimizer's states"
+            f"which holds the optimizer's states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
         )
     return checkpoint.training()
 
@@ -90,7 +90,8 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
 
     Raises UnsafeError for a parameter's name that is no file name, UnsupportedError for what the format has no place for.
     """
-    flat = training.stage == 3 and _version(training.deepspeed_version) < READS_DICTS
+    uncut = checkpoint.world.get("model_parallel", 1) == 1  # a dict says how to cut; releases that read no dicts never cut
+    flat = training.stage == 3 and uncut and _version(training.deepspeed_version) < READS_DICTS
     info = UniversalInfo(training.universal_info, checkpoint.path)
     files: list[StateFile] = []
     for name, states in training.states.items():
@@ -128,6 +129,8 @@ def _settings(training: Training) -> dict[str, Any]:
     step = next(iter(training.steps.values()), None)
     state = {} if step is None else {0: {"step": step}}
     settings = {**training.settings, "param_groups": training.param_groups}
+    if isinstance(settings.get("group_paddings"), list):
+        settings["group_paddings"] = [0] * len(settings["group_paddings"])  # the states are written without
     if training.deepspeed_version is not None:
         settings.setdefault("ds_version", training.deepspeed_version)
     settings["optimizer_state_dict"] = {"state": state, "param_groups": training.param_groups}

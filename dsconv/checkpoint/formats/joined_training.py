@@ -70,7 +70,7 @@ def join_training(
         first,
         states=states,
         steps={name: step for name in states if (step := _step(name, slices, folder)) is not None},
-        module=_module(slices, shards, full, rules),
+        module={} if first.stage == 3 else _module(slices, shards, full, rules),
         model_files=tuple(path for training in of_ranks for path in training.model_files),
         universal_info=_as_info(rules, states, shards) if isinstance(rules, PlanRules) else first.universal_info,
         warnings=tuple(warnings),
@@ -95,7 +95,11 @@ def _over_stages(stages: Sequence[Training], rules: Rules | None) -> _Slice:
                             f"{tensor_parallel.path_of(entry)}: the files are of different saves, or the stages trained it apart"
                         )
             for name, step in training.steps.items():
-                found.steps.setdefault(name, step)
+                if found.steps.setdefault(name, step) != step and (replicated is None or replicated.find(name) is None):
+                    raise InconsistentCheckpointError(
+                        f"{training.model_files[0].parent}: the optimizer's step of tied parameter {name!r} differs between pipeline "
+                        "stages: files of two saves lie in one folder"
+                    )
             for name, entry in training.module.items():
                 found.module.setdefault(name, entry)
     return found
@@ -135,10 +139,13 @@ def _step(name: str, slices: Sequence[_Slice], folder: TagFolder) -> Any:
 def _module(
     slices: Sequence[_Slice], shards: Mapping[int, Mapping[str, TensorEntry]], full: Mapping[str, TensorEntry], rules: Rules | None
 ) -> dict[str, TensorEntry]:
-    """What the module holds besides: frozen weights and buffers as they are joined in ``full``, tied names as their owners."""
+    """What the model holds besides: frozen weights and buffers as they are joined in ``full``, tied names as their owners.
+
+    Those of a pipeline lie in layer files, which no universal checkpoint has; ``zero/`` is the one place for them.
+    """
     names = dict.fromkeys(name for mine in slices for name in mine.module)
     owners = {alias: entry.name for entry in full.values() for alias in entry.aliases}
-    found = {name: full[name] for name in names if name in full and full[name].role != "parameter"}
+    found = {name: entry for name, entry in full.items() if entry.role != "parameter"}
     if rules is None:
         return found
     with Sources() as sources:
