@@ -31,8 +31,9 @@ PLANS: dict[str, list[tuple[int, int, int, int, bool]]] = {
     "llama-tp2-z1-bf16opt": [(2, 1, 2, 1, False), (2, 1, 1, 1, True), (1, 1, 2, 1, False), (3, 1, 1, 1, False)],
     "llama-tp2-z2-frozen": [(2, 1, 2, 2, False), (1, 1, 2, 2, False)],
     "codegen-tp2-z1": [(2, 1, 2, 1, False), (1, 1, 2, 1, False), (4, 1, 1, 1, False)],
-    "llama-tp2-dp2-z3": [(2, 1, 1, 3, False), (2, 1, 2, 3, True), (1, 1, 2, 3, False), (2, 1, 2, 1, False), (1, 1, 3, 2, False)],
-    "fused-tp2-z3": [(2, 1, 1, 3, True), (2, 1, 2, 3, False), (1, 1, 2, 3, False), (3, 1, 1, 1, False)],
+    "llama-tp2-dp2-z3": [(2, 1, 1, 3, False), (4, 1, 1, 3, False), (2, 1, 2, 3, True), (1, 1, 2, 3, False), (2, 1, 2, 1, False),
+                         (1, 1, 3, 2, False)],
+    "fused-tp2-z3": [(2, 1, 1, 3, True), (3, 1, 1, 3, False), (2, 1, 2, 3, False), (1, 1, 2, 3, False), (3, 1, 1, 1, False)],
     "pp2-dp2-z1": [(1, 2, 2, 1, True), (1, 2, 1, 1, False), (1, 1, 2, 1, False), (1, 3, 1, 1, False)],
     "pp2-z1-fp16": [(1, 2, 1, 1, True), (1, 1, 2, 1, False)],
     "pp2-z1-frozen": [(1, 2, 2, 1, False), (1, 1, 1, 1, False)],
@@ -96,7 +97,7 @@ def test_it_writes_what_the_official_tool_writes(name: str, made: dict[str, Path
     expected = {"latest_universal", *(other.format(mp) for mp in range(layout.tp * layout.pp))}
     # Buffers and frozen weights of a pipeline are in layer files, of which the official tool takes nothing.
     known = {
-        path for path in extra if re.search(r"/(mask|count|table)/|/1\.(down\.weight|norm\.bias)/", path) and layout.model == "pipeline"
+        path for path in extra if re.search(r"\d\.(mask|count|table)/|/1\.(down\.weight|norm\.bias)/", path) and layout.model == "pipeline"
     }
     assert {path for path in extra - known if not (layout.stage == 3 and path.endswith("/step.pt"))} == expected
     for path in sorted(files(theirs)):
@@ -168,7 +169,7 @@ def test_a_plan_instead_of_patterns(made: dict[str, Path], tmp_path: Path) -> No
     for key, tensor in load_safetensors(made["llama-tp2-dp2-z1"] / "truth.safetensors").items():
         value = load(tmp_path / "out" / "zero" / f"{key}.pt")
         assert same(value["param"], tensor), key
-        cut = 1 if re.search("o_proj|down_proj", key) else None if "norm" in key else 0
+        cut = 1 if re.search("o_proj|down_proj", key) else 0 if re.search("_proj|lm_head", key) else None
         assert value.get("cat_dim") == cut, key
 
 
@@ -191,8 +192,8 @@ def _no_moment(value: Any) -> None:
 
 
 def _later(value: Any) -> None:
-    for state in _state(value).values():
-        state["step"] = state["step"] + 1
+    """Of the second group: what the first group's says is compared when the checkpoint is opened."""
+    _state(value)[1]["step"] = _state(value)[1]["step"] + 1
 
 
 def _wide(value: Any) -> None:
@@ -202,16 +203,16 @@ def _wide(value: Any) -> None:
 
 BAD: dict[str, tuple[str, str, Callable[[Any], None], type[DsconvError], str]] = {
     "copies_differ": ("llama-tp2-z1-bf16opt", "*mp_rank_01_optim*", _other_moment, InconsistentCheckpointError,
-                      "optimizer's 'exp_avg' of 'model.*norm.*differs between rank 0"),
+                      "optimizer's 'exp_avg' of 'model.*should be the same.*differs between rank 0"),
     "missing_on_a_rank": ("fused-tp3-z2", "*mp_rank_02_optim*", _no_moment, InconsistentCheckpointError,
                           "no 'exp_avg_sq' of 'scale' on model-parallel rank 2"),
-    "another_step": ("fused-tp2-dp2-z1", "*mp_rank_01_optim*", _later, InconsistentCheckpointError, "step of 'scale' differs"),
+    "another_step": ("llama-tp2-z1-bf16opt", "*mp_rank_01_optim*", _later, InconsistentCheckpointError, "step of 'model.* differs"),
     "another_dtype": ("fused-tp3-z2", "*mp_rank_01_optim*", _wide, InconsistentCheckpointError, "'exp_avg' of 'scale' has another dtype"),
     "tied_stages_differ": ("pp2-z1-fp16", "*mp_rank_01_optim*", _other_moment, InconsistentCheckpointError,
                            "'exp_avg' of tied parameter 'tied_modules.embed.*differs between pipeline stages"),
     "tied_stage_lacks_it": ("pp3-z1-bf16opt", "*mp_rank_02_optim*", _no_moment, InconsistentCheckpointError,
                             "'exp_avg_sq' of tied parameter"),
-    "stages_of_other_steps": ("pp2-z1-fp16", "*mp_rank_01_optim*", _later, InconsistentCheckpointError, "step of 'tied_modules.embed"),
+    "stages_of_other_steps": ("pp2-z1-fp16", "*mp_rank_01_optim*", _later, InconsistentCheckpointError, "step of tied parameter 'tied_modules.embed"),
 }  # fmt: skip
 
 
@@ -252,6 +253,6 @@ def test_what_is_refused_says_why(maker: str, name: str, words: str, tmp_path: P
 def test_torch_is_still_not_needed(made: dict[str, Path], tmp_path: Path) -> None:
     from tests.cli.running import dsconv as command
 
-    ran = command("to-universal", made["fused-tp2-dp2-z1"] / "ckpt", tmp_path / "out", python=("-X", "importtime"))
+    ran = command("to-universal", made["llama-tp4-z1"] / "ckpt", tmp_path / "out", python=("-X", "importtime"))
     assert ran.code == 0
     assert " torch" not in {line.rsplit("|", 1)[-1] for line in ran.err.splitlines()}

@@ -48,8 +48,8 @@ def join_training(
     """The optimizer of the whole model; ``ranks`` are stage-major, as their files are numbered.
 
     ``shards`` are the tensors of each tensor-parallel rank, ``full`` those that they make by ``rules``, which may be None
-    where there is one such rank. Raises what ``read_training``
-    raises, and InconsistentCheckpointError where ranks lack a state, differ in copies of one or are of other steps.
+    where there is one such rank. Raises what ``read_training`` raises, and InconsistentCheckpointError where ranks lack a
+    state, differ in copies of one or are of other steps.
     """
     of_ranks = [read_training(folder.of_rank(mp), r.states, r.partitions, r.stage, r.places) for mp, r in enumerate(ranks)]
     degree = len(shards)
@@ -84,10 +84,12 @@ def _over_stages(stages: Sequence[Training], rules: Rules | None) -> _Slice:
     with Sources() as sources:
         for training in stages:
             for name, states in training.states.items():
-                mine = found.states.setdefault(name, dict(states))
+                if name not in found.states:
+                    found.states[name] = dict(states)
+                    continue
                 if replicated is not None and replicated.find(name) is not None:
                     continue  # the trainer says that the first stage's counts
-                for state, entry in mine.items():
+                for state, entry in found.states[name].items():
                     other = states.get(state)
                     if other is None or not same(entry, 0, other, 0, entry.numel, sources):
                         raise InconsistentCheckpointError(
@@ -170,7 +172,7 @@ def _as_info(rules: PlanRules, states: States, shards: Mapping[int, Mapping[str,
             key = "tp_replicated_parameter_patterns"
         elif len(join.blocks) > len(shapes):
             key = "parameter_with_2_sub_params_cat_dim_0"
-        elif shapes[0][0] == join.shape[0]:
+        elif all(shape[:1] == join.shape[:1] for shape in shapes):
             key = "parameter_with_row_parallelism_patterns"
         else:
             continue

@@ -141,7 +141,7 @@ def join_shards(
     first = shards[0]
     filled = [shard for shard in shards.values() if shard.numel] or [first]
     if len({shard.dtype for shard in filled}) > 1:
-        dtypes = ", ".join(f"{shard.dtype} on rank {rank}" for rank, shard in shards.items() if shard.numel)
+        dtypes = ", ".join(f"{shard.dtype} on rank {rank}{path_of(shard)}" for rank, shard in shards.items() if shard.numel)
         raise InconsistentCheckpointError(f"{what}{name!r} has another dtype on other model-parallel ranks: {dtypes}")
     shapes = [shards[rank].shape for rank in range(len(shards))]
     if role == "buffer":
