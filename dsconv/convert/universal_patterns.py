@@ -1,52 +1,47 @@
 """In which shape, and with which keys beside it, a parameter is written into a universal checkpoint.
 
-The keys tell a loader of another tensor-parallel size how to cut it. They follow from ``universal_checkpoint_info``, what the
-training code told DeepSpeed about its parameters; also from one model-parallel rank, where nothing was joined, the loader
-wants them. Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``), ``checkpoint/constants.py`` and
-``checkpoint/universal_checkpoint.py`` (``load_hp_checkpoint_state``). A parameter that an affine map describes (AutoTP's all
-are) gets no key: AutoTP's loader cuts it by the map of its own layer.
+The keys tell a loader of another tensor-parallel size how to cut it; also from one model-parallel rank, where nothing was
+joined, it wants them. Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``),
+``checkpoint/constants.py`` and ``checkpoint/universal_checkpoint.py`` (``load_hp_checkpoint_state``). A parameter that an
+affine map describes (AutoTP's all are) gets no key: AutoTP's loader cuts it by the map of its own layer.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.universal_info import SubParams, UniversalInfo
 from dsconv.checkpoint.standins import Instance, shown
 from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
+from dsconv.checkpoint.training import Cut, SubParams
 from dsconv.errors import MalformedError, UnsupportedError
 
 SUBPARAM = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
 
 
-def written_form(info: UniversalInfo, name: str, entry: TensorEntry) -> tuple[tuple[int, ...], dict[str, Any], TensorEntry]:
+def written_form(cut: Cut, name: str, entry: TensorEntry, path: Path) -> tuple[tuple[int, ...], dict[str, Any], TensorEntry]:
     """(shape, keys beside ``param``, entry) of what is written for a parameter or a state of it.
 
     A 0-d parameter is written with shape [1], since the loader cuts the first dimension; rows that only pad a vocabulary
-    are left out. Raises UnsupportedError or MalformedError, naming the pattern.
+    are left out. Raises UnsupportedError or MalformedError, naming the parameter.
     """
     keys: dict[str, Any] = {}
     shape = entry.shape or (1,)
-    parts, view = info.parts.find(name), info.maps.find(name)
-    if view is not None:
-        shape = _logical_shape(view, entry, info) or (1,)
-    elif info.replicated.find(name) is not None or info.averaged.find(name) is not None:
-        pass
-    elif info.halves.find(name) is not None:
-        keys |= {"cat_dim": 0, "param_n_sub_params": 2}
-    elif isinstance(parts, SubParams):
-        shape, keys["sub_param_shape"] = _sub_form(parts, entry, info)
-    else:
-        keys["cat_dim"] = 1 if info.rows.find(name) is not None else 0
-    if info.vocabulary.find(name) is not None:
+    if cut.view is not None:
+        shape = cut.view or (1,)
+        if math.prod(shape) != entry.numel:
+            raise MalformedError(f"{path}: the affine map of {name!r}, of shape {list(entry.shape)}, is of a tensor of shape {list(shape)}")
+    elif cut.parts is not None:
+        shape, keys["sub_param_shape"] = _sub_form(cut.parts, entry, path)
+    elif cut.dim is not None:
+        keys |= {"cat_dim": cut.dim} | ({"param_n_sub_params": 2} if cut.halves else {})
+    if cut.vocabulary:
         keys["vocab_tensor"] = True
-        rows = info.vocabulary_size
+        rows = cut.rows
         if rows is not None:
             if type(rows) is not int or rows < 1 or len(shape) != 2:
-                raise MalformedError(
-                    f"{info.path}: universal_checkpoint_info says that {name!r} of shape {list(shape)} pads {shown(rows)} rows"
-                )
+                raise MalformedError(f"{path}: universal_checkpoint_info says that {name!r} of shape {list(shape)} pads {shown(rows)} rows")
             rows = min(rows, shape[0])
             shape, entry = (rows, shape[1]), first_elements(entry, rows * shape[1], (rows, shape[1]))
     return shape, keys, entry
@@ -71,20 +66,10 @@ def first_elements(entry: TensorEntry, numel: int, shape: tuple[int, ...]) -> Te
     return TensorEntry(entry.name, entry.dtype, shape, layout, entry.aliases, entry.role)
 
 
-def _logical_shape(view: Any, entry: TensorEntry, info: UniversalInfo) -> tuple[int, ...]:
-    """The shape of the view that a layer cut, of which the parameter itself may have some dimensions as one."""
-    shape = view.get("logical_shape") if isinstance(view, dict) else None
-    if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) != entry.numel:
-        raise MalformedError(
-            f"{info.path}: the affine map of {entry.name!r}, of shape {list(entry.shape)}, is of a tensor of shape {shown(shape)}"
-        )
-    return tuple(shape)
-
-
-def _sub_form(sub: SubParams, entry: TensorEntry, info: UniversalInfo) -> tuple[tuple[int, ...], Instance]:
+def _sub_form(sub: SubParams, entry: TensorEntry, path: Path) -> tuple[tuple[int, ...], Instance]:
     """The shape in which a parameter made of others is written, and the object that tells a loader how to cut it."""
     dim, spec = sub.dim, list(sub.shape)
-    wrong = MalformedError(f"{info.path}: {entry.name!r} of shape {list(entry.shape)} is not of the sub-parameters {shown(sub.shape)}")
+    wrong = MalformedError(f"{path}: {entry.name!r} of shape {list(entry.shape)} is not of the sub-parameters {shown(sub.shape)}")
     if not 0 <= dim < len(spec):
         raise wrong
     if type(spec[dim]) is int and spec[dim] > 0:  # before version 0.4: how many of equal width, not how wide

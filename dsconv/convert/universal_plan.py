@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.dtypes import BY_NAME, DType
-from dsconv.checkpoint.formats.universal_info import UniversalInfo
 from dsconv.checkpoint.standins import shown
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.training import Training
@@ -92,14 +91,13 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
     """
     uncut = checkpoint.world.get("model_parallel", 1) == 1  # a dict says how to cut; releases that read no dicts never cut
     flat = training.stage == 3 and uncut and _version(training.deepspeed_version) < READS_DICTS
-    info = UniversalInfo(training.universal_info, checkpoint.path)
     files: list[StateFile] = []
     for name, states in training.states.items():
         folder = _folder(name, checkpoint)
-        master = checkpoint[name]
+        master, cut = checkpoint[name], training.cut(name)
         for state, entry in {"fp32": master, **states}.items():
             _check_name(state, f"{checkpoint.path}: the optimizer's state")
-            shape, keys, kept = written_form(info, name, entry)
+            shape, keys, kept = written_form(cut, name, entry, checkpoint.path)
             value: Any = Streamed(entry.dtype, (kept.numel,)) if flat else {**keys, "param": Streamed(entry.dtype, shape)}
             files.append(StateFile(f"{folder}/{state}.pt", TorchArchive(state, value), kept, entry.dtype))
         if name in training.steps:

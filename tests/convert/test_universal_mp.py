@@ -212,7 +212,8 @@ BAD: dict[str, tuple[str, str, Callable[[Any], None], type[DsconvError], str]] =
                            "'exp_avg' of tied parameter 'tied_modules.embed.*differs between pipeline stages"),
     "tied_stage_lacks_it": ("pp3-z1-bf16opt", "*mp_rank_02_optim*", _no_moment, InconsistentCheckpointError,
                             "'exp_avg_sq' of tied parameter"),
-    "stages_of_other_steps": ("pp2-z1-fp16", "*mp_rank_01_optim*", _later, InconsistentCheckpointError, "step of tied parameter 'tied_modules.embed"),
+    "stages_of_other_steps": ("pp2-z1-fp16", "*mp_rank_01_optim*", _later, InconsistentCheckpointError,
+                              "step of tied parameter 'tied_modules.embed"),
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def join_training(
         steps={name: step for name in states if (step := _step(name, slices, folder)) is not None},
         module={} if first.stage == 3 else _module(slices, shards, full, rules),
         model_files=tuple(path for training in of_ranks for path in training.model_files),
-        universal_info=_as_info(rules, states, shards) if isinstance(rules, PlanRules) else first.universal_info,
+        cut=UniversalInfo(_as_info(rules, states, shards), rules.path).cut if isinstance(rules, PlanRules) else first.cut,
         warnings=tuple(warnings),
     )
 

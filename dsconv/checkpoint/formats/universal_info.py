@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,10 @@ from dsconv.checkpoint.formats.joining import Join, Shape, along, concatenated, 
 from dsconv.checkpoint.formats.name_patterns import Patterns
 from dsconv.checkpoint.regions import Interval
 from dsconv.checkpoint.standins import shown
+from dsconv.checkpoint.training import Cut, SubParams
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 
 MAP_VERSION = 1  # AFFINE_MAP_FORMAT_VERSION, checkpoint/affine.py
-
-
-@dataclass(frozen=True)
-class SubParams:
-    """A parameter of several others: ``shape`` is the view that was cut, along ``dim``; ``patterns`` are all that have it."""
-
-    pattern: str
-    shape: tuple[Any, ...]
-    dim: int
-    patterns: tuple[str, ...]
 
 
 class UniversalInfo:
@@ -121,6 +111,24 @@ class UniversalInfo:
             return self._in_sub_params(shapes, parts, where)
         dim = 1 if self.rows.find(name) is not None else 0
         return self._without_padding(name, concatenated(shapes, dim, where), where)
+
+    def cut(self, name: str) -> Cut:
+        """What a loader of another degree must know of a parameter; which rule wins is as in ``merge_tp_slices``."""
+        vocabulary = self.vocabulary.find(name) is not None
+        padded: dict[str, Any] = {"vocabulary": vocabulary, "rows": self.vocabulary_size if vocabulary else None}
+        view, parts = self.maps.find(name), self.parts.find(name)
+        if view is not None:
+            shape = view.get("logical_shape") if isinstance(view, dict) else None
+            if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
+                raise MalformedError(f"{self.path}: the affine map of {name!r} is of a tensor of shape {shown(shape)}")
+            return Cut(None, view=tuple(shape), **padded)
+        if self.replicated.find(name) is not None or self.averaged.find(name) is not None:
+            return Cut(None, **padded)
+        if self.halves.find(name) is not None:
+            return Cut(0, halves=True, **padded)
+        if isinstance(parts, SubParams):
+            return Cut(None, parts=parts, **padded)
+        return Cut(1 if self.rows.find(name) is not None else 0, **padded)
 
     def _without_padding(self, name: str, join: Join, where: str) -> Join:
         size = self.vocabulary_size
