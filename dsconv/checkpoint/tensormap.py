@@ -145,6 +145,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         sources: tuple[Path, ...] = (),
         is_zero: bool = False,
         training: Callable[[], Training] | None = None,
+        no_training: str = "",
     ) -> None:
         self.path = path
         self.format = format
@@ -156,6 +157,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.sources = sources
         self.is_zero = is_zero
         self.training = training  # makes the map of the optimizer's states, for formats that can
+        self.no_training = no_training  # else why not, where the format has something to say
         self._entries = dict(entries)
         self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
 

@@ -6,8 +6,8 @@ are ``TensorEntry``s of the parameter's own shape and layout, so a destination t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,38 @@ class SmallTensor:
 
 
 @dataclass(frozen=True)
+class SubParams:
+    """A parameter of several others: ``shape`` is the view that was cut, along ``dim``; ``patterns`` are all that have it."""
+
+    pattern: str
+    shape: tuple[Any, ...]
+    dim: int
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism cuts a parameter, by what the trainer saved: who loads it at another degree must know.
+
+    ``dim``: along which dimension; None where it is not cut, or by a rule of the layer's own. ``halves``: two parts of equal
+    width, each cut by itself; ``parts``: any number of them. ``view``: the shape that was cut, where the parameter itself may
+    have several dimensions of it as one. ``vocabulary``: its rows may be padded; ``rows``: how many are not padding.
+    """
+
+    dim: int | None = 0
+    halves: bool = False
+    parts: SubParams | None = None
+    view: Any = None
+    vocabulary: bool = False
+    rows: Any = None
+
+
+def whole_rows(name: str) -> Cut:
+    """Of a trainer that saved nothing about its parameters."""
+    return Cut()
+
+
+@dataclass(frozen=True)
 class Training:
     """The optimizer of a checkpoint.
 
@@ -33,7 +65,8 @@ class Training:
     ``param_groups``: the optimizer's groups of hyperparameters; ``settings``: what else the optimizer's wrapper saved (loss
     scaler, clipping, …). Both are plain values, SmallTensors, and Instances of classes of DeepSpeed.
     ``module``: tensors of the model states that no parameter of ``states`` stands for: frozen weights, buffers, tied names.
-    ``model_files``: the model-states files, that of rank 0 first.
+    ``model_files``: the model-states files, that of rank 0 first. ``cut``: how a parameter is cut, by its name; it may raise
+    UnsupportedError or MalformedError.
     """
 
     stage: int
@@ -43,6 +76,6 @@ class Training:
     settings: dict[str, Any]
     module: Mapping[str, TensorEntry]
     model_files: tuple[Path, ...]
-    universal_info: Mapping[str, Any] = field(default_factory=dict)
+    cut: Callable[[str], Cut] = whole_rows
     deepspeed_version: str | None = None
     warnings: tuple[str, ...] = ()

@@ -79,7 +79,7 @@ def training_of(checkpoint: Checkpoint) -> Training:
     if checkpoint.training is None:
         raise UnsupportedError(
             f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of ZeRO stage 1, 2 or 3, "
-            "which holds the optimizer's states"
+            f"which holds the optimizer's states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
         )
     return checkpoint.training()
 
@@ -89,14 +89,15 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
 
     Raises UnsafeError for a parameter's name that is no file name, UnsupportedError for what the format has no place for.
     """
-    flat = training.stage == 3 and _version(training.deepspeed_version) < READS_DICTS
+    uncut = checkpoint.world.get("model_parallel", 1) == 1  # a dict says how to cut; releases that read no dicts never cut
+    flat = training.stage == 3 and uncut and _version(training.deepspeed_version) < READS_DICTS
     files: list[StateFile] = []
     for name, states in training.states.items():
         folder = _folder(name, checkpoint)
-        master = checkpoint[name]
+        master, cut = checkpoint[name], training.cut(name)
         for state, entry in {"fp32": master, **states}.items():
             _check_name(state, f"{checkpoint.path}: the optimizer's state")
-            shape, keys, kept = written_form(training.universal_info, name, entry, checkpoint.path)
+            shape, keys, kept = written_form(cut, name, entry, checkpoint.path)
             value: Any = Streamed(entry.dtype, (kept.numel,)) if flat else {**keys, "param": Streamed(entry.dtype, shape)}
             files.append(StateFile(f"{folder}/{state}.pt", TorchArchive(state, value), kept, entry.dtype))
         if name in training.steps:
@@ -126,6 +127,8 @@ def _settings(training: Training) -> dict[str, Any]:
     step = next(iter(training.steps.values()), None)
     state = {} if step is None else {0: {"step": step}}
     settings = {**training.settings, "param_groups": training.param_groups}
+    if isinstance(settings.get("group_paddings"), list):
+        settings["group_paddings"] = [0] * len(settings["group_paddings"])  # the states are written without
     if training.deepspeed_version is not None:
         settings.setdefault("ds_version", training.deepspeed_version)
     settings["optimizer_state_dict"] = {"state": state, "param_groups": training.param_groups}

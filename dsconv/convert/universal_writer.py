@@ -1,4 +1,4 @@
-"""``to_universal``: a ZeRO checkpoint into a DeepSpeed universal checkpoint, streaming, whole or absent.
+"""``to_universal``: a ZeRO checkpoint, also of AutoTP or pipeline ranks, into a DeepSpeed universal checkpoint, streaming, whole or absent.
 
 Nothing is extracted first: each byte of the optimizer files is read once and put where it belongs in ``zero/``. A file is
 finished, with its checksum, by the time its last byte arrives.
@@ -72,6 +72,8 @@ def to_universal(
     progress: Progress | None = None,
 ) -> UniversalReport:
     """Convert a checkpoint of ZeRO stage 1, 2 or 3 into a universal one, which any number of ranks and any stage can load.
+
+    One of tensor-parallel (AutoTP) or pipeline ranks too: other degrees of those can load it.
 
     ``output`` (default: SAVE_DIR/<tag>_universal) becomes a tag folder, as the official tool's ``--output_folder`` does: its
     parent gets a ``latest_universal`` that names it, so ``load_checkpoint(parent)`` finds it; ``load_checkpoint(output)`` works

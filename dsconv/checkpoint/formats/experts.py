@@ -283,4 +283,6 @@ def finish(
         warnings=tuple(warnings),
         sources=tuple(sorted(all_files)),
         is_zero=True,
+        no_training="experts have optimizer states of their own, spread over other ranks than the rest's, and this version does not "
+        "convert those. Go on with as many expert-parallel ranks as saved it (AutoEP runs: or convert with DeepSpeed's ds_to_universal)",
     )  # fmt: skip

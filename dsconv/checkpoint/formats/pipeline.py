@@ -18,6 +18,7 @@ from functools import partial
 from dsconv.checkpoint.formats import crosscheck, rank_map, shard_copies, stage0, tensor_parallel, zero
 from dsconv.checkpoint.formats.module_states import ModuleStates
 from dsconv.checkpoint.formats.rank_map import RankMap
+from dsconv.checkpoint.formats.tensor_parallel import Rules
 from dsconv.checkpoint.formats.universal_info import UniversalInfo
 from dsconv.checkpoint.reading import Sources
 from dsconv.checkpoint.standins import TensorRef
@@ -52,7 +53,11 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
     info = first.raw.get("universal_checkpoint_info")
     rules = UniversalInfo(info, first.path) if isinstance(info, dict) else None
     entries = {tp: _join_stages(layers[tp], ranks[tp::degree], rules, warnings) for tp in range(degree)}
-    full = entries[0] if degree == 1 else tensor_parallel.join_ranks(entries, tensor_parallel.rules_of(folder, first))
+    joining: Rules | None = rules
+    full = entries[0]
+    if degree > 1:
+        joining = tensor_parallel.rules_of(folder, first)
+        full = tensor_parallel.join_ranks(entries, joining)
     world = {
         "data_parallel": ranks[0].data_parallel,
         "model_parallel": len(ranks),
@@ -61,7 +66,12 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
     }
     files = [layer.file for mine in layers.values() for layer in mine.values()]
     ordered = dict(sorted(full.items(), key=lambda item: _place(item[0])))
-    return rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, pipeline", warnings, world, files)
+    checkpoint = rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, pipeline", warnings, world, files)
+    if ranks[0].stage:
+        from dsconv.checkpoint.formats.joined_training import join_training
+
+        checkpoint.training = partial(join_training, folder, ranks, entries, ordered, joining)
+    return checkpoint
 
 
 def _place(name: str) -> int:

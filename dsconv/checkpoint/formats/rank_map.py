@@ -107,4 +107,5 @@ def to_checkpoint(
         warnings=tuple(warnings),
         sources=tuple(sorted(paths)),
         is_zero=True,
+        no_training="" if first.stage else "this run was without ZeRO (stage 0). Train a step at stage 1 from it, and save that",
     )

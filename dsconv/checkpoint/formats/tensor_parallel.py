@@ -7,6 +7,7 @@ DeepSpeed 0.19.8 ``runtime/engine.py`` names the files of tensor-parallel rank t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -34,10 +35,17 @@ def read_tensor_parallel(folder: TagFolder) -> Checkpoint:
     ranks = read_ranks(folder, warnings)
     if len(ranks) == 1:
         return rank_map.of_one_rank(folder, ranks[0], warnings)
-    entries = join_ranks({rank: r.entries for rank, r in enumerate(ranks)}, rules_of(folder, ranks[0].states))
+    shards = {rank: r.entries for rank, r in enumerate(ranks)}
+    rules = rules_of(folder, ranks[0].states)
+    entries = join_ranks(shards, rules)
     world = {"data_parallel": ranks[0].data_parallel, "model_parallel": len(ranks), "tensor_parallel": len(ranks)}
     ordered = ranks[0].states.in_module_order(entries)
-    return rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, tensor parallel", warnings, world)
+    checkpoint = rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, tensor parallel", warnings, world)
+    if ranks[0].stage:
+        from dsconv.checkpoint.formats.joined_training import join_training
+
+        checkpoint.training = partial(join_training, folder, ranks, shards, entries, rules)
+    return checkpoint
 
 
 ReadRank = Callable[[TagFolder, int, list[str]], RankMap]
@@ -113,28 +121,30 @@ def join_ranks(ranks: Mapping[int, Mapping[str, TensorEntry]], rules: Rules) -> 
     for rank, entries in ranks.items():
         strange = next((name for name in entries if name not in known), None)
         if strange is not None:
-            path = _path_of(entries[strange])
+            path = path_of(entries[strange])
             raise InconsistentCheckpointError(f"tensor {strange!r} is on model-parallel rank {rank}{path} and not on rank 0: not one save")
     with Sources() as sources:
         for name, entry in first.items():
             shards = {}
             for rank, entries in ranks.items():
                 if name not in entries:
-                    raise InconsistentCheckpointError(
-                        f"tensor {name!r} is on model-parallel rank 0{_path_of(entry)} and not on rank {rank}"
-                    )
+                    raise InconsistentCheckpointError(f"tensor {name!r} is on model-parallel rank 0{path_of(entry)} and not on rank {rank}")
                 shards[rank] = entries[name]
-            result[name] = _join(name, shards, rules, entry, sources)
+            result[name] = join_shards(name, shards, rules, entry.role, sources)
     return result
 
 
-def _join(name: str, shards: dict[int, TensorEntry], rules: Rules, first: TensorEntry, sources: Sources) -> TensorEntry:
+def join_shards(
+    name: str, shards: Mapping[int, TensorEntry], rules: Rules, role: str, sources: Sources, what: str = "tensor "
+) -> TensorEntry:
+    """The full tensor of one tensor's shards by rank, or with ``what`` of something that lies as the tensor ``name`` does."""
+    first = shards[0]
     filled = [shard for shard in shards.values() if shard.numel] or [first]
     if len({shard.dtype for shard in filled}) > 1:
-        dtypes = ", ".join(f"{shard.dtype} on rank {rank}" for rank, shard in shards.items() if shard.numel)
-        raise InconsistentCheckpointError(f"tensor {name!r} has another dtype on other model-parallel ranks: {dtypes}")
+        dtypes = ", ".join(f"{shard.dtype} on rank {rank}{path_of(shard)}" for rank, shard in shards.items() if shard.numel)
+        raise InconsistentCheckpointError(f"{what}{name!r} has another dtype on other model-parallel ranks: {dtypes}")
     shapes = [shards[rank].shape for rank in range(len(shards))]
-    if first.role == "buffer":
+    if role == "buffer":
         if len(set(shapes)) > 1:
             raise UnsupportedError(f"buffer {name!r} has shapes {[list(s) for s in shapes[:8]]} on the tensor-parallel ranks")
         join = replicated(shapes[0], len(shapes))
@@ -142,14 +152,14 @@ def _join(name: str, shards: dict[int, TensorEntry], rules: Rules, first: Tensor
         join = rules.join(name, shapes)
     for owner, copy in join.copies:
         if not shard_copies.same(shards[owner.rank], owner.start, shards[copy.rank], copy.start, owner.numel, sources):
-            paths = f"rank {owner.rank}{_path_of(shards[owner.rank])} and rank {copy.rank}{_path_of(shards[copy.rank])}"
+            paths = f"rank {owner.rank}{path_of(shards[owner.rank])} and rank {copy.rank}{path_of(shards[copy.rank])}"
             if join.averaged:
                 raise UnsupportedError(
-                    f"tensor {name!r} differs between {paths}, and the trainer means the average of them: that is a value no file "
+                    f"{what}{name!r} differs between {paths}, and the trainer means the average of them: that is a value no file "
                     "holds. Convert with the trainer's own tool"
                 )
             raise InconsistentCheckpointError(
-                f"tensor {name!r} should be the same on all tensor-parallel ranks and differs between {paths}: the files are of "
+                f"{what}{name!r} should be the same on all tensor-parallel ranks and differs between {paths}: the files are of "
                 "different saves, or the ranks drifted apart in training"
             )
     # A shard without elements is nobody's to train: what the others say counts.
@@ -157,7 +167,7 @@ def _join(name: str, shards: dict[int, TensorEntry], rules: Rules, first: Tensor
     return joined(name, shards, join, role, first.aliases)
 
 
-def _path_of(entry: TensorEntry) -> str:
+def path_of(entry: TensorEntry) -> str:
     """`` (file)`` of the first bytes of an entry, for a message."""
     pieces = entry.pieces
     return f" ({pieces[0].extent.record.path})" if pieces else ""

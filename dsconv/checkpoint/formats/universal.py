@@ -9,6 +9,8 @@ which ``zero/`` holds fp32 copies at most.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -75,36 +77,60 @@ def _read(folder: TagFolder) -> Checkpoint:
     stage = _stage(folder)
     all_states = _model_states(folder, stage)
     states = all_states[0]
-    model_parallel = len(all_states) if stage < 3 else 1
+    model_parallel = len(folder.model) if stage < 3 else len({mp for mp, _ in folder.zero3})
     warnings = list(folder.warnings)
     ties = states.ties()
-    shapes = {name: shape for of in (all_states if stage < 3 else [states]) for group in of.param_shapes for name, shape in group.items()}
+    listing = all_states if model_parallel > 1 else [states]
+    shapes = {name: shape for of in listing for group in of.param_shapes for name, shape in group.items()}
     entries = {name: _parameter(folder, name, shape, ties, model_parallel == 1) for name, shape in shapes.items()}
-    if stage == 3:
+    if stage == 3 and model_parallel > 1:
+        _refuse_shards(folder, [name for of in all_states for name in of.frozen_shapes if name not in entries], model_parallel)
+        entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
+    elif stage == 3:
         for name, shape in states.frozen_shapes.items():
             if name not in entries:
                 entries[name] = frozen_entry(name, shape, all_states, len(all_states), ties)
         entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
     else:
         rest = states.module_entries(exclude=set(entries), ties=ties)
-        frozen = sorted(name for name, entry in rest.items() if entry.role == "frozen")
-        if frozen and model_parallel > 1:
-            raise UnsupportedError(
-                f"{folder.path}: frozen weights such as {frozen[0]!r} in {model_parallel} model-parallel ranks; a universal checkpoint "
-                "does not say how their shards fit together"
-            )
+        _refuse_shards(folder, sorted(name for name, entry in rest.items() if entry.role == "frozen"), model_parallel)
         entries.update(rest)
+        if not states.module:
+            entries.update(_copies(folder, entries, {name for of in all_states for name in of.buffer_names}, warnings))
         whole = {name: entry for name, entry in entries.items() if name in shapes and entry.shape == shapes[name]}
         if model_parallel == 1:
             crosscheck.masters_match_module(states, whole, warnings)
+    world = len(all_states) if stage == 3 and model_parallel == 1 else _world(states)
     masters = {str(e.dtype) for e in entries.values() if e.role == "parameter"}
     return Checkpoint(
         folder.path, "DeepSpeed universal", states.in_module_order(entries), folder=folder.save_dir, step=states.step,
-        world={"data_parallel": len(all_states) if stage == 3 else _world(states), "model_parallel": model_parallel},
+        world={"data_parallel": world, "model_parallel": model_parallel},
         info={"zero_stage": stage, "tag": folder.tag, "deepspeed_version": states.ds_version, "master_dtype": "/".join(sorted(masters)),
               "parameter_groups": len(states.param_shapes)},
-        warnings=tuple(warnings), sources=tuple(of.path for of in all_states), is_zero=True,
+        warnings=tuple(warnings), sources=tuple(of.path for of in all_states), is_zero=True, no_training="it is one already",
     )  # fmt: skip
+
+
+def _refuse_shards(folder: TagFolder, frozen: list[str], model_parallel: int) -> None:
+    if frozen and model_parallel > 1:
+        raise UnsupportedError(
+            f"{folder.path}: frozen weights such as {frozen[0]!r} in {model_parallel} model-parallel ranks; a universal checkpoint "
+            "does not say how their shards fit together"
+        )
+
+
+def _copies(folder: TagFolder, known: Mapping[str, TensorEntry], buffers: Set[str], warnings: list[str]) -> dict[str, TensorEntry]:
+    """Of a pipeline, whose layer files no universal checkpoint has: the fp32 copies of frozen weights and buffers in ``zero/``.
+
+    dsconv writes those, the official tool (0.19.8) does not.
+    """
+    names = sorted(path.parent.name for path in (folder.path / FOLDER).glob("*/fp32.pt") if path.parent.name not in known)
+    found = {name: _parameter(folder, name, (), {}, whole=None) for name in names}
+    if found:
+        warnings.append(f"{len(found)} frozen weights and buffers of a pipeline, such as {names[0]!r}, are kept as fp32 copies")
+    if lost := sorted(buffers - set(found) - set(known)):
+        warnings.append(f"buffers such as {lost[0]!r} were in the pipeline's layer files and are not in this universal checkpoint")
+    return {name: replace(entry, role="buffer" if name in buffers else "frozen") for name, entry in found.items()}
 
 
 def _stage(folder: TagFolder) -> int:
@@ -120,7 +146,7 @@ def _stage(folder: TagFolder) -> int:
 
 
 def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
-    """The model states of each model-parallel rank (stages 1 and 2), or of each data-parallel rank (stage 3, for frozen weights)."""
+    """The model states of each model-parallel rank, or without any (stage 3, for frozen weights) of each data-parallel rank."""
     if stage < 3:
         if sorted(folder.model) != list(range(len(folder.model))) or not folder.model:
             found = ", ".join(path.name for path in folder.model.values()) or "none"
@@ -130,7 +156,20 @@ def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
             )
         return [read_module_states(path) for _, path in sorted(folder.model.items())]
     if any(mp for mp, _ in folder.zero3):
-        raise UnsupportedError(f"{folder.path}: a universal checkpoint of ZeRO-3 with tensor parallelism; this version does not read those")
+        ranks = sorted({mp for mp, _ in folder.zero3})
+        lost = next((mp for mp in range(ranks[-1] + 1) if (mp, 0) not in folder.zero3), None)
+        if lost is not None:
+            raise MissingShardError(
+                f"{folder.path}: no zero_pp_rank_0_mp_rank_{lost:02d}_model_states.pt, and there are some of rank {ranks[-1]}"
+            )
+        of_ranks = [read_module_states(folder.zero3[mp, 0]) for mp in ranks]
+        said = [states.raw.get("mp_world_size") for states in of_ranks]
+        if any(count != len(ranks) for count in said):
+            raise InconsistentCheckpointError(
+                f"{folder.path}: model states of {len(ranks)} model-parallel ranks, which say that there are {shown(said[:8])} "
+                "(mp_world_size): a file was renamed, or is of another save"
+            )
+        return of_ranks
     if (0, 0) not in folder.zero3:
         raise MissingShardError(f"{folder.path}: no zero_pp_rank_0_mp_rank_00_model_states.pt, which holds the names of the parameters")
     first = read_module_states(folder.zero3[0, 0])
@@ -153,8 +192,11 @@ def _world(states: ModuleStates) -> int:
     return world if type(world) is int and world > 0 else 1
 
 
-def _parameter(folder: TagFolder, name: str, shape: tuple[int, ...], ties: dict[str, list[str]], whole: bool) -> TensorEntry:
-    """``whole`` says that ``shape`` is that of the full parameter, not of a tensor-parallel shard."""
+def _parameter(folder: TagFolder, name: str, shape: tuple[int, ...], ties: dict[str, list[str]], whole: bool | None) -> TensorEntry:
+    """``whole``: ``shape`` is that of the full parameter (True), of a shard of it (False), or not known (None).
+
+    A parameter that was cut as a view with more dimensions is written as the view: its first dimensions are made one again.
+    """
     if not name or name in (".", "..") or "/" in name or "\0" in name:
         raise UnsafeError(f"{folder.path}: a parameter is named {shown(name)}, which is a path that leaves {FOLDER}/; refused")
     path = folder.path / FOLDER / name / "fp32.pt"
@@ -167,8 +209,11 @@ def _parameter(folder: TagFolder, name: str, shape: tuple[int, ...], ties: dict[
         raise MalformedError(f"{path}: holds a {type(value).__name__} without 'param'; expected the tensor of parameter {name!r}")
     cut = isinstance(value, dict) and value.get("vocab_tensor") is True
     without_padding = cut and len(shape) == 2 and tensor.shape[1:] == shape[1:] and tensor.shape[0] <= shape[0]
-    if without_padding or (isinstance(value, dict) and not whole):
+    if without_padding or whole is None:
         shape = tensor.shape
+    elif isinstance(value, dict) and not whole:
+        folded = max(len(tensor.shape) - len(shape) + 1, 1)
+        shape = (math.prod(tensor.shape[:folded]), *tensor.shape[folded:]) if shape else shape
     elif tensor.numel != math.prod(shape):
         raise InconsistentCheckpointError(
             f"{path}: parameter {name!r} has shape {list(tensor.shape)}; the model states say {list(shape)}. "

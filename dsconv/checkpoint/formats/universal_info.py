@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dsconv.checkpoint.formats.joining import Join, Shape, along, concatenated, 
 from dsconv.checkpoint.formats.name_patterns import Patterns
 from dsconv.checkpoint.regions import Interval
 from dsconv.checkpoint.standins import shown
+from dsconv.checkpoint.training import Cut, SubParams
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 
 MAP_VERSION = 1  # AFFINE_MAP_FORMAT_VERSION, checkpoint/affine.py
@@ -26,7 +27,7 @@ MAP_VERSION = 1  # AFFINE_MAP_FORMAT_VERSION, checkpoint/affine.py
 class UniversalInfo:
     """The rules of one checkpoint. ``path`` is the file they are in, for messages."""
 
-    def __init__(self, info: dict[str, Any], path: Path) -> None:
+    def __init__(self, info: Mapping[str, Any], path: Path) -> None:
         self.path = path
         self._info = info
         self.version = info.get("universal_checkpoint_version", 0.0)
@@ -72,10 +73,14 @@ class UniversalInfo:
     def _sub_params(self) -> Patterns:
         rows = self._info.get("parameter_with_sub_params") or []
         try:
-            pairs = [(pattern, (pattern, tuple(row["shape"]), row["partition_dim"])) for row in rows for pattern in row["patterns"]]
+            pairs = [
+                (pattern, SubParams(pattern, tuple(row["shape"]), row["partition_dim"], tuple(row["patterns"])))
+                for row in rows
+                for pattern in row["patterns"]
+            ]
         except (TypeError, KeyError):
             raise MalformedError(f"{self.path}: parameter_with_sub_params is not a list of patterns, shape and partition_dim") from None
-        if not all(isinstance(pattern, str) and type(spec[2]) is int for pattern, spec in pairs):
+        if not all(isinstance(pattern, str) and type(spec.dim) is int for pattern, spec in pairs):
             raise MalformedError(f"{self.path}: parameter_with_sub_params is not a list of patterns, shape and partition_dim")
         return Patterns(pairs, f"{self.path}: parameter_with_sub_params")
 
@@ -102,10 +107,28 @@ class UniversalInfo:
             rows = [shape[0] if shape else 0 for shape in shapes]
             return in_parts(shapes, 0, [[row - row // 2 for row in rows], [row // 2 for row in rows]], where)
         parts = self.parts.find(name)
-        if isinstance(parts, tuple):
+        if isinstance(parts, SubParams):
             return self._in_sub_params(shapes, parts, where)
         dim = 1 if self.rows.find(name) is not None else 0
         return self._without_padding(name, concatenated(shapes, dim, where), where)
+
+    def cut(self, name: str) -> Cut:
+        """What a loader of another degree must know of a parameter; which rule wins is as in ``merge_tp_slices``."""
+        vocabulary = self.vocabulary.find(name) is not None
+        padded: dict[str, Any] = {"vocabulary": vocabulary, "rows": self.vocabulary_size if vocabulary else None}
+        view, parts = self.maps.find(name), self.parts.find(name)
+        if view is not None:
+            shape = view.get("logical_shape") if isinstance(view, dict) else None
+            if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
+                raise MalformedError(f"{self.path}: the affine map of {name!r} is of a tensor of shape {shown(shape)}")
+            return Cut(None, view=tuple(shape), **padded)
+        if self.replicated.find(name) is not None or self.averaged.find(name) is not None:
+            return Cut(None, **padded)
+        if self.halves.find(name) is not None:
+            return Cut(0, halves=True, **padded)
+        if isinstance(parts, SubParams):
+            return Cut(None, parts=parts, **padded)
+        return Cut(1 if self.rows.find(name) is not None else 0, **padded)
 
     def _without_padding(self, name: str, join: Join, where: str) -> Join:
         size = self.vocabulary_size
@@ -123,9 +146,9 @@ class UniversalInfo:
             runs = [by_rank.get(rank, ()) for rank in range(max(by_rank) + 1)]
         return along(join.shape, 0, runs, where, total=size)
 
-    def _in_sub_params(self, shapes: Sequence[Shape], spec: tuple[str, tuple[Any, ...], int], where: str) -> Join:
+    def _in_sub_params(self, shapes: Sequence[Shape], spec: SubParams, where: str) -> Join:
         """``shape`` is the view that was cut; its entry at ``partition_dim`` lists the parts' sizes, or (before 0.4) counts them."""
-        pattern, shape, dim = spec
+        pattern, shape, dim = spec.pattern, spec.shape, spec.dim
         if not 0 <= dim < len(shape):
             raise MalformedError(f"{where}: partition_dim {dim} of the shape {shown(shape)}")
         ranks = len(shapes)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
 from dsconv.checkpoint.formats.module_states import ModuleStates
+from dsconv.checkpoint.formats.universal_info import UniversalInfo
 from dsconv.checkpoint.standins import Instance, Opaque, TensorRef, shown
 from dsconv.checkpoint.tensormap import Piece, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile, is_contiguous
-from dsconv.checkpoint.training import SmallTensor, Training
+from dsconv.checkpoint.training import SmallTensor, Training, whole_rows
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import group_padding_limit
@@ -88,7 +89,7 @@ def read_training(folder: TagFolder, states: ModuleStates, partitions: list[Part
         settings=settings,
         module={} if stage == 3 else states.module_entries(exclude=set(places), ties={}),
         model_files=tuple(path for _, path in sorted((folder.zero3 if stage == 3 else folder.model).items()))[: len(partitions)],
-        universal_info=info if isinstance(info, dict) else {},
+        cut=UniversalInfo(info, states.path).cut if isinstance(info, dict) else whole_rows,
         deepspeed_version=version if isinstance(version, str) else None,
         warnings=tuple(warnings),
     )
