@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import dsconv
-from dsconv.errors import DsconvError, InconsistentCheckpointError, UnsupportedError
+from dsconv.errors import DsconvError, InconsistentCheckpointError, MissingShardError, UnsupportedError
 from tests.convert.test_to_universal import edited, equal, files, load, official
 from tests.fixtures import autotp, gloo, universal_mp
 from tests.fixtures.universal_mp_resume import Resume, run
@@ -152,6 +152,17 @@ def test_it_is_read_back_as_a_source(name: str, made: dict[str, Path], converted
         assert entry.dtype == plain[key].dtype or (name.startswith("pp") and entry.role != "parameter")
     copies = [warning for warning in back.warnings if "fp32 copies" in warning]
     assert len(copies) == name.startswith("pp")
+
+
+def test_stage_3_over_tensor_parallel_ranks_is_read_whole_or_refused(converted: dict[str, Path], tmp_path: Path) -> None:
+    lacking = Path(shutil.copytree(converted["llama-tp2-dp2-z3"], tmp_path / "lacking"))
+    (lacking / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(MissingShardError, match=r"no zero_pp_rank_0_mp_rank_00_model_states\.pt"):
+        dsconv.open_checkpoint(lacking)
+    name = "llama-tp2-z3-frozen"
+    dsconv.to_universal(gloo.ensure("autotp", [name])[name] / "ckpt", tmp_path / "frozen", fsync=False, verify_output=True)
+    with pytest.raises(UnsupportedError, match=r"frozen weights such as .model\.embed_tokens\.weight. in 2 model-parallel ranks"):
+        dsconv.open_checkpoint(tmp_path / "frozen")
 
 
 def test_the_official_tools_pipelines_lack_buffers(made: dict[str, Path]) -> None:
