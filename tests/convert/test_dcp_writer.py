@@ -301,3 +301,13 @@ def test_metadata_names_only_what_torchs_own_does(zoo: Path, tmp_path: Path) -> 
     texts = [str(arg) for op, arg, _ in pickletools.genops((tmp_path / "theirs" / ".metadata").read_bytes()) if "UNICODE" in op.name]
     assert len(ours) > 10
     assert ours <= {f"{module} {name}" for module in texts for name in texts}
+
+
+def test_what_it_writes_is_read_back_ties_and_all(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    source = trained("llama_tied-z3-bf16-w3").checkpoint
+    dsconv.to_dcp(source, tmp_path / "dcp", fsync=False)
+    found = dsconv.open_checkpoint(tmp_path / "dcp")
+    assert found.ties == {"lm_head.weight": "model.embed_tokens.weight"} or found.ties == {"model.embed_tokens.weight": "lm_head.weight"}
+    assert dsconv.verify(source, tmp_path / "dcp").equal
+    report = dsconv.merge(tmp_path / "dcp", tmp_path / "out", fsync=False)
+    assert report.tensors == len(dsconv.open_checkpoint(source))

@@ -237,10 +237,16 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
     if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
         warnings.append("the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen")
     entries: dict[str, TensorEntry] = {}
+    owners: dict[tuple[Any, ...], str] = {}
     for flat, name in chosen.items():
-        if name in entries:
+        if name in entries or any(name in entry.aliases for entry in entries.values() if entry.aliases):
             raise InconsistentCheckpointError(f"{folder}: two tensors are called {shown(name)}")
         meta = metadata.tensors[flat]
+        places = tuple((chunk, tuple(stored)) for chunk, stored in meta.chunks.items())
+        owner = owners.setdefault((meta.shape, meta.dtype_name, places), name) if places else name
+        if owner != name:  # stored once under several names: tied
+            entries[owner] = replace(entries[owner], aliases=(*entries[owner].aliases, name))
+            continue
         entries[name] = TensorEntry(name, _dtype(meta), meta.shape, partial(_layout, arranged(found[flat], meta.shape), unpacked))
     return entries, warnings
 

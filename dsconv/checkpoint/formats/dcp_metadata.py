@@ -90,8 +90,9 @@ def read_metadata(folder: Path) -> Metadata:
         _add(whole, path)
     for file, items in whole.stored.items():
         items.sort()
-        for (start, nbytes, name), (following, _, other) in pairwise(items):
-            if following < start + nbytes:
+        for (start, nbytes, name), (following, length, other) in pairwise(items):
+            # A tied weight may be stored once under all of its names, as to-dcp does; anything else that is shared is damage.
+            if following < start + nbytes and (following, length) != (start, nbytes):
                 raise MalformedError(
                     f"{whole.files[0]}: {shown(name)} and {shown(other)} share byte {following} of {shown(file, 255)}: "
                     "damaged, or not written by torch"
