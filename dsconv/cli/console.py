@@ -133,3 +133,15 @@ class _Log:
         rate = done / elapsed if elapsed else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
         click.echo(f"{phase}: {size(done)} of {size(total)}, {size(rate)}/s{left}", err=True)
+
+
+def show_report(report: Any, seconds: float, as_json: bool, quiet: bool) -> bool:
+    """The report of a conversion as JSON, or its warnings and first line; whether its details are to follow."""
+    if as_json:
+        show_json({**report.to_dict(), "seconds": round(seconds, 3)})
+    elif not quiet:
+        warn(report.warnings)
+        step = "" if report.step is None else f", step {report.step}"
+        click.echo(f"{report.source} ({report.format}{step}) → {report.output}")
+        return True
+    return False

@@ -84,14 +84,8 @@ def _run(options: dict[str, Any]) -> None:
     with console.progress(quiet or as_json) as progress:
         report = convert.merge(source, output, progress=progress, **options)
     seconds = time.monotonic() - began
-    if as_json:
-        console.show_json({**report.to_dict(), "seconds": round(seconds, 3)})
+    if not console.show_report(report, seconds, as_json, quiet):
         return
-    if quiet:
-        return
-    console.warn(report.warnings)
-    step = "" if report.step is None else f", step {report.step}"
-    click.echo(f"{report.source} ({report.format}{step}) → {report.output}")
     if report.dry_run:
         _show_plan(report)
         return

@@ -44,14 +44,8 @@ def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool
                 raise click.UsageError(str(error)) from None
             raise
     seconds = time.monotonic() - began
-    if as_json:
-        console.show_json({**report.to_dict(), "seconds": round(seconds, 3)})
+    if not console.show_report(report, seconds, as_json, quiet):
         return
-    if quiet:
-        return
-    console.warn(report.warnings)
-    step = "" if report.step is None else f", step {report.step}"
-    click.echo(f"{report.source} ({report.format}{step}) → {report.output}")
     for row in report.plan:
         cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
         click.echo(

@@ -42,14 +42,8 @@ def to_universal(checkpoint: str, output: str | None, as_json: bool, quiet: bool
     with console.progress(quiet or as_json) as progress:
         report = convert.to_universal(checkpoint, output, progress=progress, **options)
     seconds = time.monotonic() - began
-    if as_json:
-        console.show_json({**report.to_dict(), "seconds": round(seconds, 3)})
+    if not console.show_report(report, seconds, as_json, quiet):
         return
-    if quiet:
-        return
-    console.warn(report.warnings)
-    step = "" if report.step is None else f", step {report.step}"
-    click.echo(f"{report.source} ({report.format}{step}) → {report.output}")
     for row in report.plan:
         kind = f"from {row['copied_from']}" if "copied_from" in row else f"{row.get('dtype', '')}  {row.get('shape', '')}".strip()
         click.echo(f"  {row['bytes']:>14,}  {row['file']}  {kind}".rstrip())

@@ -46,7 +46,15 @@ def stream_into(
     model = _unwrapped(model)
     with agreement("stream_into"):
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
-        report, _ = fill_model(model, checkpoint, strict=strict, ignore_mismatched_sizes=not strict, workers=workers, progress=progress)
+        report = fill_model(
+            model,
+            checkpoint,
+            match(model, checkpoint),
+            strict=strict,
+            ignore_mismatched_sizes=not strict,
+            workers=workers,
+            progress=progress,
+        )
     report.seconds = time.monotonic() - began
     print_once(report)
     return report
@@ -62,14 +70,14 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def fill_model(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
+    matched: Matched,
     *,
     strict: bool,
     ignore_mismatched_sizes: bool,
     workers: int | None,
     progress: Callable[[str, int, int], None] | None,
-) -> tuple[LoadReport, Matched]:
-    """Match, check, and read. Ranks do not talk to each other here."""
-    matched = match(model, checkpoint)
+) -> LoadReport:
+    """Check, and read what ``matched`` says. Ranks do not talk to each other here."""
     missing, unexpected = _adjusted(model, matched)
     if strict:
         check_strict(matched, missing, unexpected, str(checkpoint.path))
@@ -107,7 +115,7 @@ def fill_model(
     with torch.no_grad():
         for target, contiguous in copies:
             target.copy_(contiguous)
-    return report, matched
+    return report
 
 
 def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], devices: set[str]) -> Iterator[Slot]:
@@ -159,8 +167,9 @@ def _counter(progress: Callable[[str, int, int], None] | None, total: int) -> Ca
 
 def _adjusted(model: Any, matched: Matched) -> tuple[set[str], set[str]]:
     """What is really missing and unexpected: not what is tied to something that is there, nor what transformers ignores."""
-    there = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in matched.sources}
-    missing = {name for name in matched.missing if id(model.state_dict(keep_vars=True)[name]) not in there} if there else matched.missing
+    tensors = model.state_dict(keep_vars=True)
+    there = {id(tensor) for name, tensor in tensors.items() if name in matched.sources}
+    missing = {name for name in matched.missing if id(tensors[name]) not in there}
     if not hasattr(model, "_adjust_missing_and_unexpected_keys"):
         return missing, matched.unexpected
     tied = getattr(model, "all_tied_weights_keys", {})

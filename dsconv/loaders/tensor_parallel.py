@@ -66,9 +66,10 @@ def load_tp(
         from dsconv.loaders.mapping import match
         from dsconv.loaders.stream import fill_model, finish_transformers, print_once
 
-        _give_memory(model, match(model, checkpoint).sources, plan, device)
-        report, matched = fill_model(
-            model, checkpoint, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, workers=workers, progress=progress
+        matched = match(model, checkpoint)
+        _give_memory(model, matched.sources, plan, device)
+        report = fill_model(
+            model, checkpoint, matched, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, workers=workers, progress=progress
         )
     finish_transformers(model, matched, folder, {"": device})
     report.seconds = time.monotonic() - began

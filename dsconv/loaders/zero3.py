@@ -59,14 +59,22 @@ def load_zero3(
         if config is None:
             config = read_config(checkpoint, folder)
         kind = model_class_of(model_class, config)
+    from dsconv.loaders.mapping import match
     from dsconv.loaders.stream import fill_model, finish_transformers, print_once
 
     with _hf_zero3(settings):
         with agreement("load_zero3"):
             model = _build(kind, config, dtype)
         with agreement("load_zero3"):
-            report, matched = fill_model(
-                model, checkpoint, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, workers=workers, progress=progress
+            matched = match(model, checkpoint)
+            report = fill_model(
+                model,
+                checkpoint,
+                matched,
+                strict=strict,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                workers=workers,
+                progress=progress,
             )
         finish_transformers(model, matched, folder)
     report.seconds = time.monotonic() - began
