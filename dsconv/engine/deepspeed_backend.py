@@ -1,0 +1,182 @@
+"""Runs on DeepSpeed's engine: ZeRO 0 to 3, offload, AutoTP, Ulysses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsconv.engine.backend import StepResult
+from dsconv.engine.models import TORCH_DTYPES, Source, build
+from dsconv.engine.options import RunOptions
+from dsconv.errors import RunFailedError, UsageError
+
+
+def ds_config(options: RunOptions) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: what the options say, with ``options.ds_config`` laid over it."""
+    layout = options.layout
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": options.micro_batch,
+        "gradient_accumulation_steps": options.accumulation,
+        "gradient_clipping": options.grad_clip,
+        "steps_per_print": 10**9,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": options.lr, "weight_decay": options.weight_decay, "torch_adam": options.offload == "none"},
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "total_num_steps": options.steps,
+                "warmup_num_steps": max(1, options.warmup),
+                "warmup_min_lr": 0.0,
+                "warmup_max_lr": options.lr,
+                "warmup_type": "linear",
+            },
+        },
+        "zero_optimization": {"stage": layout.zero_stage},
+    }
+    if options.dtype != "fp32":
+        config[options.dtype] = {"enabled": True}
+    if layout.tp > 1:
+        config["tensor_parallel"] = {"autotp_size": layout.tp}
+    if options.offload != "none":
+        zero = config["zero_optimization"]
+        where = {"device": options.offload}
+        if options.offload == "nvme":
+            where["nvme_path"] = str(options.nvme_path)
+        zero["offload_optimizer"] = {**where, "pin_memory": torch.cuda.is_available()}
+        if layout.zero_stage == 3:
+            zero["offload_param"] = {**where, "pin_memory": torch.cuda.is_available()}
+        if not torch.cuda.is_available() and options.offload == "cpu":  # torch's Adam: DeepSpeed's own would be compiled first
+            config["zero_force_ds_cpu_optimizer"] = False
+            config["optimizer"]["params"]["torch_adam"] = True
+    for kind in options.monitor:
+        name = {"csv": "csv_monitor", "tensorboard": "tensorboard"}[kind]
+        config[name] = {"enabled": True, "output_path": str(Path(options.output_dir) / "monitor"), "job_name": kind}
+    return merged(config, options.ds_config)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` laid over it, key by key at every depth."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out
+
+
+class DeepSpeedBackend:
+    """``universal``: ``load`` will be given a universal checkpoint, of any layout; ``fresh``: it will not be called."""
+
+    def __init__(self, options: RunOptions, source: Source, *, fresh: bool, universal: bool) -> None:
+        import deepspeed
+        from deepspeed.utils import groups
+
+        layout = options.layout
+        rank = dist.get_rank()
+        config = ds_config(options)
+        if universal:
+            config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+        self.options = options
+        self._group = self._mpu = None
+        stage3_weights = fresh and layout.zero_stage == 3 and source.checkpoint is not None and layout.tp == 1
+        if stage3_weights:
+            from dsconv.loaders.zero3 import load_zero3
+
+            model = load_zero3(source.checkpoint, config, model_class=_causal(source), config=source.config).train()
+        else:
+            model = build(source, options.seed, torch.float32, fresh)
+        if options.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if layout.sp > 1:
+            self._mpu = _ulysses(model, options)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=self._mpu)
+        self.module = self.engine.module
+        self._plain_norm: float | None = None
+        self._keep_plain_norm()
+        if layout.sp > 1:
+            self._group = groups._get_sequence_parallel_group()
+        self.dp_rank = rank // (layout.tp * layout.sp)
+        # Tensor-parallel ranks hold the same activations, so they must drop the same ones.
+        self.stream = rank // layout.tp
+
+    def step(self, rows: torch.Tensor) -> StepResult:
+        losses = []
+        for part in rows.to(self.engine.device).split(self.options.micro_batch):
+            loss = self._sequence_loss(part) if self._group is not None else self.engine(input_ids=part, labels=part).loss
+            losses.append(loss.detach())
+            self.engine.backward(loss)
+            if self.engine.is_gradient_accumulation_boundary():
+                lr = float(self.engine.get_lr()[0])
+            self.engine.step()
+        found = self.engine.get_global_grad_norm()
+        norm = self._plain_norm if found is None else float(found)
+        return StepResult(torch.stack(losses).double().mean().item(), norm, lr)
+
+    def _keep_plain_norm(self) -> None:
+        """Without ZeRO and in fp32 the engine clips and forgets the norm (0.19.8 ``engine.py`` ``clip_fp32_gradients``)."""
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        engine = self.engine
+
+        def clip() -> None:
+            self._plain_norm = float(clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu))
+
+        engine.clip_fp32_gradients = clip
+
+    def _sequence_loss(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of a sequence of which each rank of the group has a part (Ulysses, arXiv 2309.14509): the mean over all its tokens."""
+        from torch.distributed.nn.functional import all_gather
+
+        size, mine = dist.get_world_size(self._group), dist.get_rank(self._group)
+        length = rows.shape[1] // size
+        here = slice(mine * length, (mine + 1) * length)
+        labels = torch.nn.functional.pad(rows[:, 1:], (0, 1), value=-100)[:, here].contiguous()
+        places = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)[:, here].contiguous()
+        logits = self.engine(input_ids=rows[:, here].contiguous(), position_ids=places).logits
+        total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        totals = all_gather(total, group=self._group)
+        return torch.stack(list(totals)).sum() / (len(rows) * (rows.shape[1] - 1))
+
+    def save(self, folder: Path, tag: str) -> None:
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, checkpoint: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise RunFailedError(f"{checkpoint}: DeepSpeed did not load it")
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        from dsconv.engine.gathering import full_masters
+
+        return full_masters(self.engine)
+
+    def close(self) -> None:
+        from deepspeed.utils import groups
+
+        self.engine.destroy()
+        groups._release_process_group_references()
+
+
+def _causal(source: Source) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping[type(source.config)]
+
+
+def _ulysses(model: Any, options: RunOptions) -> Any:
+    """DeepSpeed's attention over the sequence-parallel group in place of transformers' "sdpa" (0.19.8 ``ulysses_sp.py``)."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    text = model.config.get_text_config()
+    if text.num_attention_heads % options.layout.sp:
+        raise UsageError(f"--sp {options.layout.sp} does not divide the model's {text.num_attention_heads} attention heads")
+    text.num_key_value_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model, "sdpa", options.layout.sp, options.micro_batch, seq_length=options.seq_len, seq_length_is_variable=False
+    )

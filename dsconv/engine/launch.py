@@ -1,0 +1,128 @@
+"""Starts the ranks of a job in this machine, by torchrun's elastic agent; or is one of them, under torchrun and its like."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import dsconv.errors
+from dsconv.engine.worker import Job, Outcome, run_rank
+from dsconv.errors import DsconvError, RunFailedError
+
+PRELOAD = ["dsconv.engine.warm"]
+
+
+def launched() -> bool:
+    """Whether torchrun, the deepspeed launcher or the like has started this process as one rank of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_job(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
+    """Run it on ``job.options.layout.nproc`` ranks, or as this one. ``waiting`` is called now and then meanwhile.
+
+    SIGTERM and SIGINT make the ranks save after the step that they are in. Raises the DsconvError of the rank that failed,
+    RunFailedError for any other end.
+    """
+    if not launched():
+        return launch(job, waiting)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs there
+        return run_rank(job)
+
+
+def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
+    """Run it on ranks of its own; their output goes to RUN/logs."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _environment()
+    logs = Path(job.options.output_dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    # Imported once in a server that forks the ranks; a CUDA context does not survive a fork.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    if method == "forkserver":
+        multiprocessing.set_forkserver_preload(PRELOAD)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=job.options.layout.nproc, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=0, start_method=method, monitor_interval=0.1, logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
+    )  # fmt: skip
+    ended: list[Any] = []
+
+    def agent() -> None:
+        try:
+            ended.append(elastic_launch(config, _entry)(job))
+        except BaseException as error:  # noqa: BLE001 - told by the thread that waits
+            ended.append(error)
+
+    thread = threading.Thread(target=agent, name="agent", daemon=True)
+    with _signals_forwarded():
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+            if waiting is not None:
+                waiting()
+    if isinstance(ended[0], BaseException):
+        raise _told(ended[0], logs) from None
+    return Outcome(**ended[0][0])
+
+
+def _entry(job: Job) -> dict[str, Any]:
+    """A rank. It leaves without destructors, some of which (gloo's, DeepSpeed's) abort now and then."""
+    return asdict(run_rank(job))
+
+
+def _environment() -> None:
+    """What the ranks, and the server that forks them, need to have set before anything is imported."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sums in one order
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@contextlib.contextmanager
+def _signals_forwarded() -> Iterator[None]:
+    """SIGTERM and SIGINT to the ranks, which save and end; a second one ends this process as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGTERM)
+        signal.signal(signum, before[signum])
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _told(error: BaseException, logs: Path) -> BaseException:
+    """The first rank's own error, of its own class where it is dsconv's."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return RunFailedError(f"the ranks could not be started: {error}") if isinstance(error, Exception) else error
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    found = failure.error_file_data.get("message")
+    text = found["message"] if isinstance(found, dict) else str(failure.message)
+    name, _, message = text.partition(": ")
+    kind = getattr(dsconv.errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, DsconvError) and kind is not dsconv.errors.RankFailedError:
+        return kind(message)
+    return RunFailedError(f"rank {rank} failed: {text} (its output is in {logs})")
