@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -33,8 +34,14 @@ class Backend(Protocol):
     def load(self, checkpoint: Path) -> None:
         """Go on from what ``save`` wrote in the same layout; or, where the backend was made for it, in another."""
 
-    def masters(self) -> dict[str, Any]:
-        """Every parameter in full at the optimizer's precision, by its name in the transformers model; the same on every rank."""
+    def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(parameter's name in the transformers model, state, this rank's part of it without padding).
+
+        States are ``weight`` (what the model computes with), ``fp32`` (the master) and the optimizer's, such as ``exp_avg``.
+        """
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Of whole rows, [batch, seq_len, vocabulary], fp32, without dropout; None where the layout computes none."""
 
     def close(self) -> None:
         """End the engine."""

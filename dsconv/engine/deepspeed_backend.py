@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,12 @@ class DeepSpeedBackend:
         self.module = self.engine.module
         self._plain_norm: float | None = None
         self._keep_plain_norm()
+        self._share_of_mean = 1
         if layout.sp > 1:
             self._group = groups._get_sequence_parallel_group()
+            averaged = layout.zero_stage == 3 and self.engine.optimizer.reduce_scatter
+            self._share_scale = layout.sp if averaged else 1
+            self._share_of_mean = layout.sp // self._share_scale  # to the mean over all ranks
         self.dp_rank = rank // (layout.tp * layout.sp)
         # Tensor-parallel ranks hold the same activations, so they must drop the same ones.
         self.stream = rank // layout.tp
@@ -109,7 +113,7 @@ class DeepSpeedBackend:
         losses = []
         for part in rows.to(self.engine.device).split(self.options.micro_batch):
             loss = self._sequence_loss(part) if self._group is not None else self.engine(input_ids=part, labels=part).loss
-            losses.append(loss.detach())
+            losses.append(loss.detach() * self._share_of_mean)
             self.engine.backward(loss)
             if self.engine.is_gradient_accumulation_boundary():
                 lr = float(self.engine.get_lr()[0])
@@ -130,9 +134,12 @@ class DeepSpeedBackend:
         engine.clip_fp32_gradients = clip
 
     def _sequence_loss(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of a sequence of which each rank of the group has a part (Ulysses, arXiv 2309.14509): the mean over all its tokens."""
-        from torch.distributed.nn.functional import all_gather
+        """Of the part of each sequence that this rank has (Ulysses, arXiv 2309.14509): its share of the mean over all tokens.
 
+        DeepSpeed adds gradients up over the sequence-parallel ranks and averages them over the data-parallel ones (0.19.8
+        ``stage_1_and_2.py``, "dp_world_size / float(self.sequence_parallel_size)"), so shares are what it wants. Stage 3 with
+        ``reduce_scatter`` averages over all of them (``stage3.py`` ``__avg_scatter_grads``), which a factor undoes.
+        """
         size, mine = dist.get_world_size(self._group), dist.get_rank(self._group)
         length = rows.shape[1] // size
         here = slice(mine * length, (mine + 1) * length)
@@ -140,8 +147,7 @@ class DeepSpeedBackend:
         places = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)[:, here].contiguous()
         logits = self.engine(input_ids=rows[:, here].contiguous(), position_ids=places).logits
         total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        totals = all_gather(total, group=self._group)
-        return torch.stack(list(totals)).sum() / (len(rows) * (rows.shape[1] - 1))
+        return total / (len(rows) * (rows.shape[1] - 1)) * self._share_scale
 
     def save(self, folder: Path, tag: str) -> None:
         self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
@@ -151,10 +157,19 @@ class DeepSpeedBackend:
         if path is None:
             raise RunFailedError(f"{checkpoint}: DeepSpeed did not load it")
 
-    def masters(self) -> dict[str, torch.Tensor]:
-        from dsconv.engine.gathering import full_masters
+    def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        from dsconv.engine.states import local_states
 
-        return full_masters(self.engine)
+        return local_states(self.engine)
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor | None:
+        if self._group is not None:
+            return None
+        self.module.eval()
+        with torch.no_grad():
+            found = self.module(input_ids=rows.to(self.engine.device)).logits.float().cpu()
+        self.module.train()
+        return found
 
     def close(self) -> None:
         from deepspeed.utils import groups

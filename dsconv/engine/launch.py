@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import dsconv.errors
-from dsconv.engine.worker import Job, Outcome, run_rank
+from dsconv.engine.worker import STOP, Job, Outcome, run_rank
 from dsconv.errors import DsconvError, RunFailedError
 
 PRELOAD = ["dsconv.engine.warm"]
@@ -67,7 +67,7 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
             ended.append(error)
 
     thread = threading.Thread(target=agent, name="agent", daemon=True)
-    with _signals_forwarded():
+    with _signals_forwarded(logs.parent):
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
@@ -86,29 +86,34 @@ def _entry(job: Job) -> dict[str, Any]:
 def _environment() -> None:
     """What the ranks, and the server that forks them, need to have set before anything is imported."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")  # ranks that another's failure leaves waiting
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sums in one order
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextlib.contextmanager
-def _signals_forwarded() -> Iterator[None]:
-    """SIGTERM and SIGINT to the ranks, which save and end; a second one ends this process as ever."""
+def _signals_forwarded(run: Path) -> Iterator[None]:
+    """SIGTERM and SIGINT make the ranks save and end, by RUN/.stop, which they look for; a second one ends them at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def forward(signum: int, frame: FrameType | None) -> None:
+        if not (run / STOP).exists():
+            (run / STOP).touch()
+            return
         for child in multiprocessing.active_children():
-            if child.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGTERM)
+            child.kill()
         signal.signal(signum, before[signum])
+        signal.raise_signal(signum)
 
+    (run / STOP).unlink(missing_ok=True)
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
+        (run / STOP).unlink(missing_ok=True)
         for number, handler in before.items():
             signal.signal(number, handler)
 

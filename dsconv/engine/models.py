@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.convert.sidecars import find_sidecars
+from dsconv.engine.checkpoints import FOLDER, write_file
 from dsconv.engine.options import RunOptions
-from dsconv.errors import CheckpointNotFoundError, UnsupportedError
+from dsconv.errors import CheckpointNotFoundError, UnsupportedError, UsageError
 from dsconv.loaders.models import config_folder
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,15 +35,19 @@ class Source:
         return {"model_type": self.config.model_type, **{name: getattr(text, name, None) for name in sizes}}
 
 
-def open_source(options: RunOptions) -> Source:
-    """Raises CheckpointNotFoundError, UnsupportedError, and what ``open_checkpoint`` raises."""
+def open_source(options: RunOptions, resumed: bool) -> Source:
+    """``options.model``; of a run that is ``resumed``, the configuration that it keeps: its weights are the checkpoint's.
+
+    Raises CheckpointNotFoundError, UnsupportedError, and what ``open_checkpoint`` raises.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(options.model)
+    own = Path(options.output_dir) / FOLDER
+    path = own if resumed and (own / "config.json").is_file() else Path(options.model)
     checkpoint, folder = None, None
     if path.suffix == ".json" and path.is_file():
         config = _read(AutoConfig, str(path))
-    elif path.is_dir() and (path / "config.json").is_file() and not _has_weights(path):
+    elif resumed or (path.is_dir() and (path / "config.json").is_file() and not _has_weights(path)):
         config, folder = _read(AutoConfig, str(path)), path
     else:
         checkpoint = open_checkpoint(options.model)
@@ -52,14 +59,26 @@ def open_source(options: RunOptions) -> Source:
         raise UnsupportedError(f"{options.model} is a {config.model_type}: the engine trains causal language models")
     text = config.get_text_config()
     if options.dropout is not None:
-        for name in vars(text):
-            if name.endswith(("dropout", "_pdrop", "dropout_prob")) and isinstance(getattr(text, name), (int, float)):
+        for name, value in vars(text).items():
+            if name.endswith(("dropout", "_pdrop", "dropout_prob")) and isinstance(value, (int, float)):
                 setattr(text, name, options.dropout)
     longest = getattr(text, "max_position_embeddings", None) or options.seq_len
     if options.seq_len > longest:
-        raise UnsupportedError(f"--seq-len {options.seq_len} is longer than the {longest} positions that {options.model} has")
+        raise UsageError(f"--seq-len {options.seq_len} is longer than the {longest} positions that {options.model} has")
     config.use_cache = False
     return Source(config, checkpoint, folder)
+
+
+def keep_source(source: Source, run: Path) -> None:
+    """The configuration and what goes with it (tokenizer, …) beside the run's checkpoints, which makes them loadable."""
+    target = run / FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    if source.folder is not None:
+        for path in find_sidecars(None, [source.folder]):
+            write_file(target / path.name, path.read_bytes())
+    kept = copy.deepcopy(source.config)
+    kept.use_cache = True
+    kept.save_pretrained(target)
 
 
 def _has_weights(folder: Path) -> bool:

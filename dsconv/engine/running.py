@@ -10,7 +10,7 @@ from typing import Any
 
 from dsconv.engine import checkpoints
 from dsconv.engine.launch import launched, run_job
-from dsconv.engine.options import RUN_FILE, Layout, RunOptions
+from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.worker import METRICS, Job, Outcome, read_metrics
 from dsconv.errors import OutputError, UsageError
 
@@ -48,7 +48,7 @@ def train(options: RunOptions, *, stop_after: int | None = None, probe: Path | N
     options.check()
     run = Path(options.output_dir)
     if _leads():
-        if (run / RUN_FILE).exists():
+        if (run / METRICS).exists() or checkpoints.steps(run):  # what failed before its first step may be tried again
             raise OutputError(f"{run} already holds a run: go on with `dsconv resume {run}`, or take another --output-dir")
         options.write()
     return _run(Job(options, _last(options, stop_after), probe=probe), progress)
@@ -77,10 +77,12 @@ def resume(
     state = checkpoints.read_state(checkpoint)
     options = options.relaid(layout or state.layout)
     options.check()
-    job = Job(options, _last(options, stop_after), checkpoint, state.layout != options.layout, probe, sabotage)
+    last = _last(options, stop_after)
+    if state.step >= last and probe is None:  # nothing to do, so nothing is started
+        return _report(options, Outcome(state.step, str(checkpoint), False, 0.0))
     if _leads():
         options.write()
-    return _run(job, progress)
+    return _run(Job(options, last, checkpoint, state.layout != options.layout, probe, sabotage), progress)
 
 
 def _leads() -> bool:
@@ -95,11 +97,15 @@ def _last(options: RunOptions, stop_after: int | None) -> int:
 
 def _run(job: Job, progress: Progress | None) -> RunReport:
     run = Path(job.options.output_dir)
-    outcome: Outcome = run_job(job, _follow(run, job.options.steps, progress) if progress is not None else None)
+    return _report(job.options, run_job(job, _follow(run, job.options.steps, progress) if progress is not None else None))
+
+
+def _report(options: RunOptions, outcome: Outcome) -> RunReport:
+    run = Path(options.output_dir)
     lines = read_metrics(run)
     report = RunReport(
-        str(run), outcome.step, job.options.steps, outcome.step >= job.options.steps, outcome.interrupted,
-        lines[-1]["loss"] if lines else None, outcome.checkpoint, str(run / METRICS), job.options.layout.label(), outcome.seconds,
+        str(run), outcome.step, options.steps, outcome.step >= options.steps, outcome.interrupted,
+        lines[-1]["loss"] if lines else None, outcome.checkpoint, str(run / METRICS), options.layout.label(), outcome.seconds,
     )  # fmt: skip
     if _leads() and lines:
         from dsconv.engine.plots import plot_run

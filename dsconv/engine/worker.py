@@ -20,14 +20,14 @@ from dsconv.engine import checkpoints
 from dsconv.engine.backend import Backend
 from dsconv.engine.checkpoints import State
 from dsconv.engine.data import Position, open_data
-from dsconv.engine.models import Source, open_source
+from dsconv.engine.models import Source, keep_source, open_source
 from dsconv.engine.options import RunOptions
 from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
-from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, UnsupportedError
+from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, UsageError
 from dsconv.loaders.agreement import agreement
 
 METRICS = "metrics.jsonl"
-PROGRESS = "progress"  # a file that the launcher polls: the last step, for its bar
+STOP = ".stop"
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,15 @@ class Outcome:
 def run_rank(job: Job) -> Outcome:
     """Called on every rank, with RANK, WORLD_SIZE and MASTER_ADDR in the environment. Raises DsconvError."""
     began = time.monotonic()
-    stop = _StopFlag()
+    stop = _StopFlag(Path(job.options.output_dir))
     _start_group(job.options)
     try:
         with agreement("the engine"):
             job.options.check()
             _check_world(job.options)
-            source = open_source(job.options)
+            source = open_source(job.options, job.checkpoint is not None)
+            if job.checkpoint is None and dist.get_rank() == 0:
+                keep_source(source, Path(job.options.output_dir))
             state = _state(job, source)
             data = open_data(job.options.data, job.options.seq_len, source.config.get_text_config().vocab_size, job.options.seed, source.folder)
         backend = _backend(job, source)
@@ -87,7 +89,9 @@ def run_rank(job: Job) -> Outcome:
 def _check_world(options: RunOptions) -> None:
     world = dist.get_world_size()
     if world != options.layout.nproc:
-        raise UnsupportedError(f"there are {world} ranks, and the run is laid out for {options.layout.nproc}")
+        raise UsageError(f"there are {world} ranks, and the run is laid out for {options.layout.nproc}")
+    if options.dtype == "fp16" and not torch.cuda.is_available():
+        raise UsageError("--dtype fp16 needs a GPU: DeepSpeed trains in it on no CPU; take bf16")
 
 
 def _start_group(options: RunOptions) -> None:
@@ -178,17 +182,21 @@ def _universal(job: Job, rank: int) -> Iterator[Path]:
 
 
 class _StopFlag:
-    """Set by SIGTERM: the run saves after the step that it is in, and ends well."""
+    """SIGTERM and SIGINT, or RUN/.stop, which the launcher makes: the run saves after the step that it is in, and ends well."""
 
-    def __init__(self) -> None:
-        self.raised = False
+    def __init__(self, run: Path) -> None:
+        self._file = run / STOP
+        self._signalled = False
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, self._raise)
-            if "TORCHELASTIC_RUN_ID" not in os.environ:
-                signal.signal(signal.SIGINT, self._raise)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._raise)
 
     def _raise(self, signum: int, frame: Any) -> None:
-        self.raised = True
+        self._signalled = True
+
+    @property
+    def raised(self) -> bool:
+        return self._signalled or self._file.exists()
 
 
 class _Loop:
