@@ -17,6 +17,7 @@ from dsconv.cli.merge import merge, zero_to_fp32
 from dsconv.cli.to_dcp import to_dcp
 from dsconv.cli.to_universal import to_universal
 from dsconv.cli.train import resume, train
+from dsconv.cli.validate import validate
 from dsconv.cli.verify import verify
 from dsconv.errors import EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError
 
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, train, resume):
+for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, train, resume, validate):
     cli.add_command(_command)
 
 

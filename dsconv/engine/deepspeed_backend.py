@@ -12,7 +12,9 @@ import torch.distributed as dist
 from dsconv.engine.backend import StepResult
 from dsconv.engine.models import TORCH_DTYPES, Source, build
 from dsconv.engine.options import RunOptions
+from dsconv.engine.states import fill_whole_masters, local_states
 from dsconv.errors import RunFailedError, UsageError
+from dsconv.loaders.stream import stream_into
 
 
 def ds_config(options: RunOptions) -> dict[str, Any]:
@@ -97,6 +99,12 @@ class DeepSpeedBackend:
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=self._mpu)
         self.module = self.engine.module
+        if fresh and source.checkpoint is not None and layout.tp == 1 and options.dtype != "fp32":
+            # The masters too, at the checkpoint's precision: DeepSpeed makes them of the 16-bit weights.
+            if layout.zero_stage:
+                stream_into(self.engine, source.checkpoint, strict=False)
+            else:
+                fill_whole_masters(self.engine, source.checkpoint)
         self._plain_norm: float | None = None
         self._keep_plain_norm()
         self._share_of_mean = 1
@@ -158,8 +166,6 @@ class DeepSpeedBackend:
             raise RunFailedError(f"{checkpoint}: DeepSpeed did not load it")
 
     def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        from dsconv.engine.states import local_states
-
         return local_states(self.engine)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor | None:

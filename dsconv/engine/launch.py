@@ -54,6 +54,7 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     if method == "forkserver":
         multiprocessing.set_forkserver_preload(PRELOAD)
+        _start_server()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=job.options.layout.nproc, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, start_method=method, monitor_interval=0.1, logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
@@ -81,6 +82,22 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
 def _entry(job: Job) -> dict[str, Any]:
     """A rank. It leaves without destructors, some of which (gloo's, DeepSpeed's) abort now and then."""
     return asdict(run_rank(job))
+
+
+def _start_server() -> None:
+    """The server that forks the ranks, deaf to SIGTERM, as the ranks are until they have a handler of their own.
+
+    A scheduler signals every process of a job: what was importing would die, and with it the save.
+    """
+    from multiprocessing.forkserver import ensure_running
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
+    try:
+        ensure_running()
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _environment() -> None:

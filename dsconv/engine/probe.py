@@ -17,15 +17,18 @@ from dsconv.engine.data import Data
 ROWS = 2
 
 
-def write_probe(folder: Path, backend: Backend, data: Data) -> None:
-    """FOLDER/states-rank-R.json, {state: {parameter: sha256 of this rank's part}}; and on rank 0 FOLDER/logits.safetensors."""
+def write_states(folder: Path, backend: Backend) -> None:
+    """FOLDER/states-rank-R.json: {state: {parameter: sha256 of this rank's part}}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"states-rank-{dist.get_rank()}.json").write_text(json.dumps(digests(backend), indent=1))
+
+
+def write_logits(folder: Path, backend: Backend, data: Data) -> None:
+    """FOLDER/logits.safetensors, by rank 0, where the layout computes any."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    rank = dist.get_rank()
-    (folder / f"states-rank-{rank}.json").write_text(json.dumps(digests(backend), indent=1))
     logits = backend.logits(data.samples[:ROWS])
-    if rank == 0 and logits is not None:
+    if dist.get_rank() == 0 and logits is not None:
         save_file({"rows": data.samples[:ROWS].contiguous(), "logits": logits.contiguous()}, folder / "logits.safetensors")
 
 

@@ -38,7 +38,7 @@ class RunReport:
         return asdict(self)
 
 
-def train(options: RunOptions, *, stop_after: int | None = None, probe: Path | None = None, progress: Progress | None = None) -> RunReport:
+def train(options: RunOptions, *, stop_after: int | None = None, progress: Progress | None = None) -> RunReport:
     """Start a run in ``options.output_dir``, on ranks of its own, or as one rank of torchrun's.
 
     It ends after ``options.steps`` steps, or ``stop_after`` to be resumed, with a checkpoint. ``progress`` is called with
@@ -51,7 +51,7 @@ def train(options: RunOptions, *, stop_after: int | None = None, probe: Path | N
         if (run / METRICS).exists() or checkpoints.steps(run):  # what failed before its first step may be tried again
             raise OutputError(f"{run} already holds a run: go on with `dsconv resume {run}`, or take another --output-dir")
         options.write()
-    return _run(Job(options, _last(options, stop_after), probe=probe), progress)
+    return _run(Job(options, _last(options, stop_after)), progress)
 
 
 def resume(
@@ -60,8 +60,6 @@ def resume(
     layout: Layout | None = None,
     stop_after: int | None = None,
     changes: dict[str, Any] | None = None,
-    probe: Path | None = None,
-    sabotage: str | None = None,
     progress: Progress | None = None,
 ) -> RunReport:
     """Go on with a run from its last whole checkpoint, with the same ranks or with ``layout``.
@@ -78,11 +76,11 @@ def resume(
     options = options.relaid(layout or state.layout)
     options.check()
     last = _last(options, stop_after)
-    if state.step >= last and probe is None:  # nothing to do, so nothing is started
+    if state.step >= last:  # nothing to do, so nothing is started
         return _report(options, Outcome(state.step, str(checkpoint), False, 0.0))
     if _leads():
         options.write()
-    return _run(Job(options, last, checkpoint, state.layout != options.layout, probe, sabotage), progress)
+    return _run(Job(options, last, checkpoint, state.layout != options.layout), progress)
 
 
 def _leads() -> bool:

@@ -7,22 +7,25 @@ from typing import Any
 
 import torch
 
+from dsconv.checkpoint.tensormap import Checkpoint
+
 
 def local_states(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
     """(name, state, this rank's part without padding), in the model's order; see ``Backend.local_states``.
 
-    ZeRO-3: partitions (DeepSpeed 0.19.8 ``stage3.py`` ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: fragments
-    (``utils/tensor_fragment.py``). Without ZeRO: whole, from the optimizer itself.
+    ZeRO-3: partitions (DeepSpeed 0.19.8 ``stage3.py`` ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: fragments of a
+    flat partition (``utils/tensor_fragment.py``). Without ZeRO: whole, from the optimizer itself.
     """
     stage = engine.zero_optimization_stage()
     whole = _whole_masters(engine) if stage == 0 else {}
+    flats = _flat_masters(engine) if stage in (0, 1, 2) else {}
     for name, parameter in engine.module.named_parameters():
         if stage == 3:
             yield from _partitions(name, parameter)
             continue
         yield name, "weight", parameter.detach()
         if getattr(parameter, "_hp_mapping", None) is not None:
-            yield from _fragments(name, parameter)
+            yield from _fragments(name, parameter, _inner(engine).state.get(flats[id(parameter)], {}))
         elif stage == 0:  # in stages 1 and 2 another rank has it
             master = whole.get(id(parameter), parameter)
             if parameter.requires_grad:
@@ -56,13 +59,22 @@ def _stage3_keys(stage3: Any) -> set[str]:
     return {key for state in states for key, value in state.items() if torch.is_tensor(value) and value.dim()}
 
 
-def _fragments(name: str, parameter: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+def _fragments(name: str, parameter: Any, states: dict[str, Any]) -> Iterator[tuple[str, str, torch.Tensor]]:
     mapping = parameter._hp_mapping
+    where = mapping.get_hp_fragment_address()
     yield name, "fp32", mapping.get_hp_fragment().detach()
-    for key in sorted(mapping.get_optim_state_keys()):
-        value = mapping.get_hp_fragment(optim_state_key=key)
+    for key, value in sorted(states.items()):
         if torch.is_tensor(value) and value.dim():
-            yield name, key, value.detach()
+            yield name, key, value.detach().narrow(0, where.start, where.numel)
+
+
+def _flat_masters(engine: Any) -> dict[int, torch.Tensor]:
+    """The flat partition that holds this rank's part of a parameter's master, by the parameter's id."""
+    optimizer, found = engine.optimizer, {}
+    for low, high in (("bit16_groups", "single_partition_of_fp32_groups"), ("bf16_groups", "fp32_groups_flat_partition")):
+        for parameters, flat in zip(getattr(optimizer, low, ()), getattr(optimizer, high, ()), strict=True):
+            found |= {id(parameter): flat for parameter in parameters}
+    return found
 
 
 def _whole_masters(engine: Any) -> dict[int, torch.Tensor]:
@@ -77,3 +89,12 @@ def _whole_masters(engine: Any) -> dict[int, torch.Tensor]:
             highs = optimizer.fp32_groups_flat[index].split([low.numel() for low in lows])
         found |= {id(low): high for low, high in zip(lows, highs, strict=True)}
     return found
+
+
+def fill_whole_masters(engine: Any, checkpoint: Checkpoint) -> None:
+    """The masters that a 16-bit optimizer without ZeRO keeps, from a checkpoint of the model's weights."""
+    whole = _whole_masters(engine)
+    for name, parameter in engine.module.named_parameters():
+        if name in checkpoint and id(parameter) in whole:
+            master = whole[id(parameter)]
+            master.detach().copy_(checkpoint[name].read().reshape(master.shape))

@@ -22,6 +22,7 @@ from dsconv.engine.checkpoints import State
 from dsconv.engine.data import Position, open_data
 from dsconv.engine.models import Source, keep_source, open_source
 from dsconv.engine.options import RunOptions
+from dsconv.engine.probe import write_logits, write_states
 from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
 from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, UsageError
 from dsconv.loaders.agreement import agreement
@@ -32,7 +33,7 @@ STOP = ".stop"
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks of one launch do. ``checkpoint``: go on from it; ``universal``: convert it first, for other ranks.
+    """What the ranks of one launch do. ``checkpoint``: go on from it; ``relaid``: it is of ranks laid out otherwise.
 
     ``stop_after``: the last step to take, saved; ``probe``: a folder for the states and logits at the end, for validation;
     ``sabotage``: what validation breaks on purpose.
@@ -41,7 +42,7 @@ class Job:
     options: RunOptions
     stop_after: int
     checkpoint: Path | None = None
-    universal: bool = False
+    relaid: bool = False
     probe: Path | None = None
     sabotage: str | None = None
 
@@ -73,12 +74,15 @@ def run_rank(job: Job) -> Outcome:
         backend = _backend(job, source)
         try:
             _restore(job, backend, state)
+            if job.probe is not None and job.checkpoint is not None:
+                write_states(job.probe / "start", backend)
+                if job.relaid:
+                    backend.save(job.probe, "resaved")
             loop = _Loop(job, backend, state, data, stop)
             loop.run()
             if job.probe is not None:
-                from dsconv.engine.probe import write_probe
-
-                write_probe(job.probe, backend, data)
+                write_states(job.probe / "end", backend)
+                write_logits(job.probe, backend, data)
             return Outcome(state.step, loop.saved, loop.interrupted, time.monotonic() - began)
         finally:
             backend.close()
@@ -122,10 +126,19 @@ def _backend(job: Job, source: Source) -> Backend:
     if options.layout.pp > 1:
         from dsconv.engine.pipeline_backend import PipelineBackend
 
-        return PipelineBackend(options, source, fresh=job.checkpoint is None, universal=job.universal)
+        return PipelineBackend(options, source, fresh=job.checkpoint is None, universal=_converts(job))
     from dsconv.engine.deepspeed_backend import DeepSpeedBackend
 
-    return DeepSpeedBackend(options, source, fresh=job.checkpoint is None, universal=job.universal)
+    return DeepSpeedBackend(options, source, fresh=job.checkpoint is None, universal=_converts(job))
+
+
+def _converts(job: Job) -> bool:
+    """Whether the checkpoint must be made universal first. DCP reshards by itself; without ZeRO every data-parallel rank has all."""
+    if not job.relaid or job.options.layout.backend == "native":
+        return False
+    assert job.checkpoint is not None
+    old, new = checkpoints.read_state(job.checkpoint).layout, job.options.layout
+    return not (old.zero_stage == new.zero_stage == 0 and (old.tp, old.pp) == (new.tp, new.pp))
 
 
 def _state(job: Job, source: Source) -> State:
@@ -147,17 +160,21 @@ def _restore(job: Job, backend: Backend, state: State) -> None:
         seed_everything(options.seed, backend.stream)
         return
     with agreement("resume"):
-        if job.universal:
+        if _converts(job):
             with _universal(job, rank) as converted:
                 backend.load(converted)
         else:
             backend.load(job.checkpoint)
-    if job.universal:  # other ranks: there is no state of theirs to go on with
+    if job.relaid:  # other ranks: there is no state of theirs to go on with
         seed_everything(options.seed + state.step, backend.stream)
     elif job.sabotage == "reset-rng":
         seed_everything(options.seed, backend.stream)
     else:
         restore_randomness(checkpoints.randomness_path(job.checkpoint, rank))
+    if job.sabotage == "drop-exp-avg":
+        for _, name, tensor in backend.local_states():
+            if name == "exp_avg":
+                tensor.zero_()
 
 
 @contextlib.contextmanager
