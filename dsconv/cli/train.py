@@ -27,7 +27,9 @@ def _layout_options(start: bool) -> Callable[[Function], Function]:
         click.option("--sp", type=number, default=1 if start else None, metavar="N", help="Ulysses sequence-parallel ranks (DeepSpeed)."),
         click.option("--cp", type=number, default=1 if start else None, metavar="N", help="Context-parallel ranks (native, on GPUs)."),
         click.option("--backend", type=click.Choice(["deepspeed", "native"]), default="deepspeed" if start else None, help="The engine."),
-        click.option("--fsdp/--no-fsdp", default=True if start else None, help="Native: shard parameters (FSDP2), or replicate them (DDP)."),
+        click.option(
+            "--fsdp/--no-fsdp", default=True if start else None, help="Native: shard parameters (FSDP2), or replicate them (DDP)."
+        ),
     ]
 
     def decorate(function: Function) -> Function:
@@ -62,7 +64,9 @@ Example:
 @click.option("--seq-len", type=click.IntRange(2), default=128, show_default=True, metavar="L", help="Tokens a sample.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Samples a step, over all ranks.")
 @click.option("--micro-batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Samples a forward pass and rank.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="bf16", show_default=True, help="To compute in; masters are fp32.")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="bf16", show_default=True, help="To compute in; masters are fp32."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, data order and dropout.")
 @click.option("--data", default="synthetic", show_default=True, metavar="FILE", help="Text, an .npy row of token ids, or 'synthetic'.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate; it decays linearly to 0.")
@@ -74,7 +78,7 @@ Example:
 @click.option("--nvme-path", type=click.Path(), metavar="DIR", help="For --offload nvme.")
 @click.option("--activation-checkpointing", is_flag=True, help="Compute activations again in the backward pass.")
 @click.option("--hook", type=click.Choice(["none", "bf16", "powersgd"]), default="none", help="Native DDP: compress gradients.")
-@click.option("--monitor", multiple=True, type=click.Choice(["csv", "tensorboard"]), help="DeepSpeed's own monitors, into RUN/monitor.")
+@click.option("--monitor", multiple=True, type=click.Choice(["csv", "tensorboard", "comms"]), help="DeepSpeed's own monitors.")
 @click.option("--ds-config", type=click.Path(), metavar="JSON", help="A DeepSpeed configuration, laid over the one made here.")
 @_output_options
 def train(

@@ -22,7 +22,9 @@ Example:
   dsconv validate model/ --nproc 4 --cells zero3-bf16,tp2-fp32 --report report/""")  # fmt: skip
 @click.argument("model")
 @click.option("--nproc", type=click.IntRange(2), default=2, show_default=True, metavar="W", help="Ranks of each run; an even number.")
-@click.option("--report", "folder", required=True, type=click.Path(), metavar="DIR", help="For report.json, report.md, the curves and runs.")
+@click.option(
+    "--report", "folder", required=True, type=click.Path(), metavar="DIR", help="For report.json, report.md, the curves and runs."
+)
 @click.option("--quick", is_flag=True, help="A few rows: ZeRO-1, ZeRO-3, AutoTP and native.")
 @click.option("--cells", metavar="ROW,…", help="These rows only, such as zero3-bf16.")
 @click.option("--sabotage", type=click.Choice(SABOTAGES), help="Break each resumed run on purpose: validation must fail.")
@@ -79,7 +81,7 @@ def _show(report: ValidationReport, folder: str) -> None:
     table = Table("", *COLUMNS)
     for name in dict.fromkeys(cell.row for cell in report.cells):
         found = {cell.column: cell.passed for cell in report.cells if cell.row == name}
-        table.add_row(name, *(MARKS[found[column]] for column in COLUMNS))
+        table.add_row(name, *(MARKS[found[column]] if column in found else "" for column in COLUMNS))
     Console().print(table)
     count = sum(cell.passed is not None for cell in report.cells)
     failed = sum(cell.passed is False for cell in report.cells)

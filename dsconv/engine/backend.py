@@ -12,11 +12,15 @@ import torch
 
 @dataclass
 class StepResult:
-    """Of one step on one rank. ``loss`` is this rank's mean over its samples, ``grad_norm`` global, before clipping."""
+    """Of one step on one rank. ``loss`` is this rank's mean over its samples, ``grad_norm`` global, before clipping.
+
+    ``comm_seconds``: in collectives, where the backend measures that.
+    """
 
     loss: float
     grad_norm: float | None
     lr: float
+    comm_seconds: float | None = None
 
 
 class Backend(Protocol):

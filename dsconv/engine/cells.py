@@ -66,4 +66,10 @@ def _all(nproc: int) -> list[Row]:
 def _zero(base: Layout, stage: int, dtype: str) -> Row:
     layout = replace(base, zero_stage=stage)
     other = replace(layout, nproc=base.nproc // 2)
-    return Row(f"zero{stage}-{dtype}", layout, dtype, {}, {"another world": other, "another stage": replace(layout, zero_stage=(3, 2, 1, 1)[stage])})
+    return Row(
+        f"zero{stage}-{dtype}",
+        layout,
+        dtype,
+        {},
+        {"another world": other, "another stage": replace(layout, zero_stage=(3, 2, 1, 1)[stage])},
+    )

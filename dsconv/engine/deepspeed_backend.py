@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dsconv.engine.backend import StepResult
-from dsconv.engine.models import TORCH_DTYPES, Source, build
+from dsconv.engine.models import Source, build
 from dsconv.engine.options import RunOptions
 from dsconv.engine.states import fill_whole_masters, local_states
 from dsconv.errors import RunFailedError, UsageError
@@ -56,9 +56,12 @@ def ds_config(options: RunOptions) -> dict[str, Any]:
         if not torch.cuda.is_available() and options.offload == "cpu":  # torch's Adam: DeepSpeed's own would be compiled first
             config["zero_force_ds_cpu_optimizer"] = False
             config["optimizer"]["params"]["torch_adam"] = True
+    if "comms" in options.monitor:
+        config["comms_logger"] = {"enabled": True, "prof_all": True}
     for kind in options.monitor:
-        name = {"csv": "csv_monitor", "tensorboard": "tensorboard"}[kind]
-        config[name] = {"enabled": True, "output_path": str(Path(options.output_dir) / "monitor"), "job_name": kind}
+        name = {"csv": "csv_monitor", "tensorboard": "tensorboard"}.get(kind)
+        if name is not None:
+            config[name] = {"enabled": True, "output_path": str(Path(options.output_dir) / "monitor"), "job_name": kind}
     return merged(config, options.ds_config)
 
 
@@ -85,8 +88,7 @@ class DeepSpeedBackend:
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
         self.options = options
         self._group = self._mpu = None
-        stage3_weights = fresh and layout.zero_stage == 3 and source.checkpoint is not None and layout.tp == 1
-        if stage3_weights:
+        if fresh and layout.zero_stage == 3 and source.checkpoint is not None and layout.tp == 1:
             from dsconv.loaders.zero3 import load_zero3
 
             model = load_zero3(source.checkpoint, config, model_class=_causal(source), config=source.config).train()
@@ -128,7 +130,17 @@ class DeepSpeedBackend:
             self.engine.step()
         found = self.engine.get_global_grad_norm()
         norm = self._plain_norm if found is None else float(found)
-        return StepResult(torch.stack(losses).double().mean().item(), norm, lr)
+        return StepResult(torch.stack(losses).double().mean().item(), norm, lr, self._communication())
+
+    def _communication(self) -> float | None:
+        """Seconds in collectives since the last step, by DeepSpeed's own logger (0.19.8 ``utils/comms_logging.py``; in ms)."""
+        if "comms" not in self.options.monitor:
+            return None
+        from deepspeed.comm.comm import comms_logger
+
+        spent = sum(sum(row[1]) for sizes in comms_logger.comms_dict.values() for row in sizes.values())
+        comms_logger.comms_dict.clear()
+        return float(spent) / 1000
 
     def _keep_plain_norm(self) -> None:
         """Without ZeRO and in fp32 the engine clips and forgets the norm (0.19.8 ``engine.py`` ``clip_fp32_gradients``)."""

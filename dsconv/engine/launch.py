@@ -56,9 +56,16 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
         multiprocessing.set_forkserver_preload(PRELOAD)
         _start_server()
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=job.options.layout.nproc, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, start_method=method, monitor_interval=0.1, logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.options.layout.nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method=method,
+        logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
+    )
     ended: list[Any] = []
 
     def agent() -> None:
@@ -126,7 +133,7 @@ def _signals_forwarded(run: Path) -> Iterator[None]:
         signal.raise_signal(signum)
 
     (run / STOP).unlink(missing_ok=True)
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {int(number): signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

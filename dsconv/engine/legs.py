@@ -34,7 +34,7 @@ class Leg:
 
 
 class Legs:
-    """Makes legs in ``folder``, of ``options`` with the layout, dtype and dropout of each; ``half``, an even number, is the step they stop at."""
+    """Makes legs in ``folder``, of ``options`` with the layout, dtype and dropout of each; ``half``, an even step, is where they stop."""
 
     def __init__(self, folder: Path, options: RunOptions, half: int, began: Callable[[str], None]) -> None:
         self.folder, self.options, self.half, self.began = folder, options, half, began
@@ -103,10 +103,8 @@ class Legs:
         return leg
 
     def _options(self, row: Row, layout: Layout, dropout: float, leg: Leg) -> RunOptions:
-        options = replace(
-            self.options, output_dir=str(leg.run), dtype=row.dtype, dropout=dropout, save_every=self.half // 2, layout=layout, **row.settings
-        )  # fmt: skip
-        return options.relaid(layout)
+        changes = {"output_dir": str(leg.run), "dtype": row.dtype, "dropout": dropout, "save_every": self.half // 2, "layout": layout}
+        return replace(self.options, **changes, **row.settings).relaid(layout)
 
     def _resume(self, leg: Leg, layout: Layout, sabotage: str | None) -> None:
         options = replace(RunOptions.read(leg.run), output_dir=str(leg.run))

@@ -82,7 +82,8 @@ class RunOptions:
 
     ``micro_batch`` is samples a forward pass and rank; gradient accumulation is what is left over. ``data`` is
     ``synthetic`` or a file. ``ds_config`` is laid over the configuration that dsconv makes. ``dropout`` overrides every
-    dropout probability of the model's configuration. ``hook`` is the DDP communication hook of the native backend.
+    dropout probability of the model's configuration. ``hook`` is the DDP communication hook of the native backend. ``monitor``:
+    ``csv`` and ``tensorboard`` write into RUN/monitor, ``comms`` adds the time in collectives to the metrics.
     """
 
     model: str
@@ -125,8 +126,8 @@ class RunOptions:
         share = self.micro_batch * self.layout.dp
         if self.batch_size % share:
             raise UsageError(
-                f"--batch-size {self.batch_size} does not divide by --micro-batch {self.micro_batch} × {self.layout.dp} data-parallel ranks: "
-                f"take {-(-self.batch_size // share) * share}"
+                f"--batch-size {self.batch_size} does not divide by --micro-batch {self.micro_batch} × {self.layout.dp} data-parallel "
+                f"ranks: take {-(-self.batch_size // share) * share}"
             )
         cut = self.layout.sp * self.layout.cp
         if self.seq_len % cut:
@@ -137,6 +138,8 @@ class RunOptions:
             raise UsageError("--offload nvme needs --zero-stage 3 and --nvme-path, a folder on a fast local disk")
         if self.hook != "none" and (self.layout.backend != "native" or self.layout.fsdp):
             raise UsageError("--hook compresses DDP's gradients: it needs --backend native --no-fsdp")
+        if self.monitor and self.layout.backend == "native":
+            raise UsageError("--monitor is DeepSpeed's: the native backend writes metrics.jsonl only")
         if self.dtype == "fp16" and self.layout.backend == "native":
             raise UsageError("--dtype fp16 needs a loss scaler, which --backend native has not: take bf16")
 

@@ -10,6 +10,7 @@ def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str
     """RUN/loss.png of the metrics; None, and a warning, where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         warnings.append("no loss.png: pip install 'dsconv[plot]'")
         return None
@@ -19,7 +20,7 @@ def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str
     axes.plot(steps, [line["loss"] for line in lines], color="tab:blue", label="loss")
     axes.set_xlabel("step")
     axes.set_ylabel("loss", color="tab:blue")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     norms = [line["grad_norm"] for line in lines]
     if all(norm is not None for norm in norms):

@@ -34,7 +34,8 @@ def save_randomness(path: Path) -> None:
     """The state of every generator of this process as a safetensors file: no pickle."""
     from safetensors.torch import save_file
 
-    name, keys, place, has_gauss, gauss = numpy.random.get_state(legacy=True)
+    generator: Any = numpy.random.get_state(legacy=True)
+    name, keys, place, has_gauss, gauss = generator
     version, internal, gauss_next = random.getstate()
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(numpy.int64))}
     tensors["python"] = torch.tensor(internal, dtype=torch.int64)

@@ -70,7 +70,8 @@ def _fragments(name: str, parameter: Any, states: dict[str, Any]) -> Iterator[tu
 
 def _flat_masters(engine: Any) -> dict[int, torch.Tensor]:
     """The flat partition that holds this rank's part of a parameter's master, by the parameter's id."""
-    optimizer, found = engine.optimizer, {}
+    optimizer = engine.optimizer
+    found: dict[int, torch.Tensor] = {}
     for low, high in (("bit16_groups", "single_partition_of_fp32_groups"), ("bf16_groups", "fp32_groups_flat_partition")):
         for parameters, flat in zip(getattr(optimizer, low, ()), getattr(optimizer, high, ()), strict=True):
             found |= {id(parameter): flat for parameter in parameters}
@@ -81,7 +82,7 @@ def _whole_masters(engine: Any) -> dict[int, torch.Tensor]:
     """Masters of a 16-bit optimizer without ZeRO, by the id of the module's parameter: one tensor each (0.19.8
     ``fp16/unfused_optimizer.py``), or views of a group's flat one (``fp16/fused_optimizer.py``)."""
     optimizer = engine.optimizer
-    found = {}
+    found: dict[int, torch.Tensor] = {}
     for index, lows in enumerate(getattr(optimizer, "fp16_groups", ())):
         if hasattr(optimizer, "fp32_groups"):
             highs = optimizer.fp32_groups[index]

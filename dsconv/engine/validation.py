@@ -31,6 +31,9 @@ FLOORS = {"fp32": 2.0**-20, "bf16": 2.0**-14}
 LOGITS = {"fp32": 2.0**-16, "bf16": 2.0**-5}  # of the largest logit, where ranks compute parts of the model
 
 
+Verdict = tuple[str, bool | None, dict[str, Any]]  # level, passed, evidence
+
+
 @dataclass
 class Cell:
     """One row and column. ``passed`` is None where the column does not apply, and ``evidence`` says why."""
@@ -67,33 +70,42 @@ class ValidationReport:
 
 
 class Validation:
-    """Runs the cells of ``rows``; ``began`` is told each run that starts, ``done`` each cell."""
+    """Runs the cells of ``rows``, in ``folder``; ``began`` is told each run that starts, ``done`` each cell."""
 
     def __init__(
-        self, folder: Path, options: RunOptions, half: int, sabotage: str | None, began: Callable[[str], None], done: Callable[[Cell], None]
+        self,
+        folder: Path,
+        options: RunOptions,
+        rows: list[Row],
+        sabotage: str | None = None,
+        began: Callable[[str], None] = lambda name: None,
+        done: Callable[[Cell], None] = lambda cell: None,
     ) -> None:
-        self.legs = Legs(folder, options, half, began)
-        self.sabotage, self.done, self.half = sabotage, done, half
+        self.half = options.steps // 2
+        self.legs = Legs(folder, options, self.half, began)
+        self.rows, self.sabotage, self.done = rows, sabotage, done
         self.folder = folder
         self.cells: list[Cell] = []
         self.curves: dict[str, dict[str, list[float]]] = {}
 
-    def run(self, rows: list[Row]) -> list[Cell]:
-        for row in rows:
-            self._cell(row, "in place", self._in_place)
-        # All curves without dropout first: together they say how far apart rounding alone takes runs.
-        for row in rows:
-            for column in ("another world", "another stage"):
-                self._cell(row, column, lambda row, column=column: self._elsewhere(row, column, rows))
-            self._cell(row, "convert", self._convert)
-            self._cell(row, "load back", self._load_back)
-        self.cells.sort(key=lambda cell: ([row.name for row in rows].index(cell.row), COLUMNS.index(cell.column)))
+    def run(self) -> list[Cell]:
+        for row in self.rows:
+            for column in COLUMNS:
+                # Sabotage breaks runs that resume; what is converted is not one.
+                if self.sabotage is None or column not in ("convert", "load back"):
+                    self.check(row, column)
         return self.cells
 
-    def _cell(self, row: Row, column: str, check: Callable[[Row], tuple[str, bool | None, dict[str, Any]]]) -> None:
+    def check(self, row: Row, column: str) -> None:
+        """Run one cell."""
+        checks: dict[str, Callable[[], Verdict]] = {
+            "in place": lambda: self._in_place(row),
+            "convert": lambda: self._convert(row),
+            "load back": lambda: self._load_back(row),
+        }
         began = time.monotonic()
         try:
-            level, passed, evidence = check(row)
+            level, passed, evidence = checks.get(column, lambda: self._elsewhere(row, column))()
         except DsconvError as error:  # a run that cannot go on has not passed
             level, passed, evidence = "ran", False, {"error": f"{type(error).__name__}: {error}"}
         cell = Cell(f"{row.name}: {column}", row.name, column, row.layout.label(), row.dtype, passed, level, evidence)
@@ -101,7 +113,7 @@ class Validation:
         self.cells.append(cell)
         self.done(cell)
 
-    def _in_place(self, row: Row) -> tuple[str, bool | None, dict[str, Any]]:
+    def _in_place(self, row: Row) -> Verdict:
         whole = self.legs.whole(row, row.layout, DROPOUT)
         first = self.legs.first_half(row)
         second = self.legs.second_half(row, self.sabotage)
@@ -119,7 +131,7 @@ class Validation:
         passed = passed and not any(value for key, value in evidence.items() if "differ" in key)
         return "states, bitwise", passed, {"states compared": compared, **evidence}
 
-    def _elsewhere(self, row: Row, column: str, rows: list[Row]) -> tuple[str, bool | None, dict[str, Any]]:
+    def _elsewhere(self, row: Row, column: str) -> Verdict:
         target = row.targets[column]
         if isinstance(target, str):
             return "–", None, {"why not": target}
@@ -127,27 +139,32 @@ class Validation:
         reference = self.legs.whole(row, target, 0.0)
         resumed = self.legs.elsewhere(row, target, self.sabotage)
         self._keep(row, f"{column}: {target.label()}", resumed)
-        apart = self._apart(row, target, rows)
+        apart = self._apart(row, target)
         floor = FLOORS[row.dtype] * max(source.curve("loss"))
         tolerance = max(2 * apart, floor)
         distance = _distance(resumed, reference)
         compared, differing = compare_checkpoints(source.run, self.half, resumed.probe / "resaved")
         evidence = {
-            "resumed as": target.label(), "tensors compared": compared, "tensors that differ": differing, "largest distance of losses": distance,
-            "tolerance": tolerance, "distance of uninterrupted runs": apart, "floor": floor,
-        }  # fmt: skip
+            "resumed as": target.label(),
+            "tensors compared": compared,
+            "tensors that differ": differing,
+            "largest distance of losses": distance,
+            "tolerance": tolerance,
+            "distance of uninterrupted runs": apart,
+            "floor": floor,
+        }
         return "states, calibrated", compared > 0 and not differing and distance <= tolerance, evidence
 
-    def _apart(self, row: Row, target: Layout, rows: list[Row]) -> float:
+    def _apart(self, row: Row, target: Layout) -> float:
         """The largest distance between uninterrupted runs of the row's dtype, settings and without dropout, over all layouts."""
         layouts = {row.layout, target}
-        for other in rows:
+        for other in self.rows:
             if (other.dtype, other.settings) == (row.dtype, row.settings):
                 layouts |= {other.layout}
         legs = [self.legs.whole(row, layout, 0.0) for layout in sorted(layouts, key=Layout.label)]
         return max(_distance(a, b) for a in legs for b in legs)
 
-    def _convert(self, row: Row) -> tuple[str, bool | None, dict[str, Any]]:
+    def _convert(self, row: Row) -> Verdict:
         whole = self.legs.whole(row, row.layout, 0.0)
         merged = self.folder / f"merged-{row.name}"
         report = merge(latest(whole.run), merged, verify_output=True, fsync=False, force=True)
@@ -160,7 +177,7 @@ class Validation:
         passed = report.verified and (found is None or found <= limit)
         return "bit for bit" if exact else "masters bit for bit, logits calibrated", passed, evidence
 
-    def _load_back(self, row: Row) -> tuple[str, bool | None, dict[str, Any]]:
+    def _load_back(self, row: Row) -> Verdict:
         if row.dtype != "fp32" and row.layout.tp * row.layout.pp > 1:
             return "–", None, {"why not": "an engine that cuts a 16-bit model makes its masters of 16-bit weights"}
         merged = self.folder / f"merged-{row.name}"
@@ -203,8 +220,8 @@ def validate(
         raise UsageError(f"--steps {steps}: a multiple of 4; runs stop halfway, with a checkpoint a quarter of the way before")
     options = RunOptions(model, "", steps, Layout(nproc=nproc), seq_len=seq_len, batch_size=2 * nproc, seed=seed)
     open_source(options, False)  # a model that cannot be read is told before anything runs
-    validation = Validation(report_folder / "runs", options, steps // 2, sabotage, began, done)
-    found = validation.run(chosen)
+    validation = Validation(report_folder / "runs", options, chosen, sabotage, began, done)
+    found = validation.run()
     passed = all(cell.passed is not False for cell in found)
     report = ValidationReport(
         model, nproc, steps, steps // 2, sabotage, passed, found, validation.curves, _versions(), time.monotonic() - began_at

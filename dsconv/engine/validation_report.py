@@ -24,15 +24,11 @@ def write_report(folder: Path, report: ValidationReport) -> None:
 
 
 def _page(report: ValidationReport, plotted: bool) -> str:
-    lines = [
-        f"# {'Sabotage: ' + report.sabotage if report.sabotage else 'Validation'}: {'passed' if report.passed else 'FAILED'}",
-        "",
-        f"`{report.model}` on {report.nproc} ranks, {report.steps} steps, stopped and resumed at step {report.stopped_at}, "
-        f"{report.seconds:.0f} s. {', '.join(f'{name} {version}' for name, version in report.versions.items())}.",
-        "",
-        "| | " + " | ".join(COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
-    ]
+    what = f"Sabotage: {report.sabotage}" if report.sabotage else "Validation"
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    ran = f"{report.nproc} ranks, {report.steps} steps, stopped and resumed at step {report.stopped_at}, {report.seconds:.0f} s"
+    lines = [f"# {what}: {'passed' if report.passed else 'FAILED'}", "", f"`{report.model}` on {ran}. {versions}.", ""]
+    lines += ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     by_row: dict[str, dict[str, Cell]] = {}
     for cell in report.cells:
         by_row.setdefault(cell.row, {})[cell.column] = cell
@@ -83,7 +79,9 @@ def _plot(path: Path, report: ValidationReport) -> bool:
         panel.legend(fontsize=7)
     for panel in panels[count:]:
         panel.set_visible(False)
-    figure.suptitle(f"Losses; the vertical line is where runs were stopped. With dropout: uninterrupted, in place; without: the others", fontsize=9)
+    figure.suptitle(
+        "Losses; the vertical line is where runs were stopped. With dropout: uninterrupted, in place; without: the others", fontsize=9
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return True

@@ -70,7 +70,9 @@ def run_rank(job: Job) -> Outcome:
             if job.checkpoint is None and dist.get_rank() == 0:
                 keep_source(source, Path(job.options.output_dir))
             state = _state(job, source)
-            data = open_data(job.options.data, job.options.seq_len, source.config.get_text_config().vocab_size, job.options.seed, source.folder)
+            data = open_data(
+                job.options.data, job.options.seq_len, source.config.get_text_config().vocab_size, job.options.seed, source.folder
+            )
         backend = _backend(job, source)
         try:
             _restore(job, backend, state)
@@ -252,7 +254,7 @@ class _Loop:
         tokens = self.options.batch_size * self.options.seq_len
         return {
             "step": self.state.step, "loss": loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens / seconds,
-            "memory_bytes": memory, "seconds": seconds,
+            "memory_bytes": memory, "seconds": seconds, **({} if result.comm_seconds is None else {"comm_seconds": result.comm_seconds}),
         }  # fmt: skip
 
     def _reduced(self, loss: float) -> tuple[float, bool, int]:
