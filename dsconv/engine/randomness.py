@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 
 from dsconv.errors import MalformedError
@@ -17,6 +16,8 @@ from dsconv.errors import MalformedError
 def seed_everything(seed: int, stream: int) -> None:
     """Every generator, from the run's seed and the number of the rank's stream (``zlib`` keeps neighbours apart)."""
     import zlib
+
+    import numpy
 
     mixed = zlib.crc32(f"{seed}/{stream}".encode())
     random.seed(mixed)
@@ -32,6 +33,7 @@ def _tracker() -> dict[str, torch.Tensor]:
 
 def save_randomness(path: Path) -> None:
     """The state of every generator of this process as a safetensors file: no pickle."""
+    import numpy
     from safetensors.torch import save_file
 
     generator: Any = numpy.random.get_state(legacy=True)
@@ -48,6 +50,7 @@ def save_randomness(path: Path) -> None:
 
 def restore_randomness(path: Path) -> None:
     """What ``save_randomness`` wrote. Raises MalformedError for another file."""
+    import numpy
     from safetensors import SafetensorError, safe_open
 
     try:
