@@ -33,6 +33,21 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
             self.fail(str(error), param, ctx)
 
 
+class Repo(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
+    """A repository of the Hub: org/model."""
+
+    name = "repo"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from dsconv.convert.push import check_repo
+
+        try:
+            check_repo(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
 def size(nbytes: float) -> str:
     """``1.55 GB``; decimal units, as disks and the Hub count."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
@@ -145,3 +160,18 @@ def show_report(report: Any, seconds: float, as_json: bool, quiet: bool) -> bool
         click.echo(f"{report.source} ({report.format}{step}) → {report.output}")
         return True
     return False
+
+
+def show_push(pushed: dict[str, Any]) -> None:
+    """What a push did, for people."""
+    warn(pushed["warnings"])
+    made = " (made, private)" if pushed["created"] and pushed["private"] else " (made, public)" if pushed["created"] else ""
+    click.echo(f"{pushed['folder']} → {pushed['repo']}{made}, {pushed['revision']}")
+    how = "checked against its manifest" if pushed["checked"] else "not checked"
+    new = "" if pushed["changed"] else "; the Hub had all of it"
+    click.echo(f"{count(len(pushed['files']), 'file')}, {size(pushed['nbytes'])}, {how}{new}")
+    if pushed["deleted"]:
+        click.echo(f"taken away there: {', '.join(pushed['deleted'])}")
+    if pushed["left_out"]:
+        click.echo(f"left out: {', '.join(pushed['left_out'])}")
+    click.echo(pushed["pull_request"] or pushed["url"])
