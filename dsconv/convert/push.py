@@ -21,13 +21,12 @@ from typing import Any
 
 from dsconv.checkpoint.copy import default_workers
 from dsconv.checkpoint.hub import REPO, TRUE, connection
-from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.storage import is_remote
+from dsconv.checkpoint.storage import as_path, is_remote
 from dsconv.convert.hub_errors import explain, status_of
 from dsconv.convert.merge import MANIFEST
 from dsconv.convert.model_card import CARD, make_card
-from dsconv.convert.push_files import File, check_and_hash, check_names, files_of, read_manifest, require_model
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MismatchError, OutputError, RemoteError, UnsafeError
+from dsconv.convert.push_files import File, check_and_hash, check_names, files_of, open_model, read_manifest
+from dsconv.errors import DsconvError, MismatchError, OutputError, RemoteError, UnsafeError
 
 # The weights of an earlier push that this one does not replace: from_pretrained may take them for the model's.
 STALE = re.compile(r"(?P<stem>model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -82,19 +81,16 @@ def push(
     The folder must be what its manifest says, unless ``check`` is False: files, sizes, and the CRC-32 of each tensor. A
     branch ``revision`` is made if need be. ``progress`` is called with (phase, bytes done, bytes in all), from any thread.
 
-    Raises DsconvError: what ``open_checkpoint`` raises; MismatchError where the folder is not what its manifest says, or what
-    arrived is not what was sent; UnsafeError for a link out of the folder, and where ``private`` was asked for and the
-    repository is public; RemoteError where the Hub or the network fails. ValueError for a ``repo`` that is none, and for
-    ``create_pr`` with a ``revision``.
+    Raises DsconvError: CheckpointNotFoundError or MalformedError where the folder is no model; MismatchError where it is not what
+    its manifest says, or what arrived is not what was sent; UnsafeError for a link out of the folder, and where ``private`` was
+    asked for and the repository is public; RemoteError where the Hub or the network fails. ValueError for a ``repo`` that is
+    none, and for ``create_pr`` with a ``revision``.
     """
     check_repo(repo)
     if create_pr and revision is not None:
         raise ValueError("a pull request is made against the main branch: leave out the revision, or create_pr")
-    if is_remote(folder):
-        raise CheckpointNotFoundError(f"{folder}: what is pushed lies on this disk; download it, or merge it to a folder here")
-    root = Path(folder)
-    model = open_checkpoint(root)
-    require_model(root, model)
+    root = as_path(folder)
+    model = open_model(root)
     manifest = read_manifest(root)
     files, left_out = files_of(root)
     if manifest is not None and check:
@@ -106,7 +102,7 @@ def push(
     if dry_run:
         return report
     api = open_api(repo)
-    with _one_sentence(repo, revision), _silent_client():
+    with _one_sentence(report), _silent_client():
         there = _look(api, repo, revision)
         _require_private(there, private)
         digests = check_and_hash(root, model, files, manifest if check else None, workers or default_workers(), progress)
@@ -250,27 +246,49 @@ def _upload(api: Any, there: _Repository, shelf: Path, report: PushReport, creat
     stale = [name for name in there.names - names
              if name == MANIFEST or ((match := STALE.fullmatch(name)) and match["stem"] in stems)]  # fmt: skip
     digests = {row["file"]: row["sha256"] for row in report.files if row["file"] != CARD}
+    report.commit, report.url = there.sha, f"{api.endpoint}/{there.repo}/commit/{there.sha}"
+    if names <= there.names and not stale and not _differences(api, there.repo, str(there.sha), shelf, digests):
+        return
+    if create_pr:  # by ourselves: ``upload_folder`` opens another one each time that it is run again
+        pull = api.create_pull_request(there.repo, title=message, description="Pushed with dsconv.")
+        report.pull_request, report.revision = pull.url, pull.git_reference
+        there = _look(api, there.repo, report.revision) or there
     try:
         commit = api.upload_folder(
             repo_id=there.repo,
             folder_path=shelf,
             commit_message=message,
             revision=there.revision,
-            create_pr=create_pr,
-            parent_commit=None if create_pr else there.sha,
+            parent_commit=there.sha,
             delete_patterns=sorted(stale) or None,  # none of these names has a character that a pattern gives a meaning
         )
-        oid, report.url, report.pull_request = commit.oid, str(commit.commit_url), commit.pr_url
+        oid = commit.oid
     except Exception as error:
-        # The answer to a commit may be lost on its way: sent again, it then is refused, since it is there.
-        now = _look(api, there.repo, there.revision) if status_of(error) in CONFLICTS and not create_pr else None
-        if now is None or now.sha is None or now.sha == there.sha or _differences(api, there.repo, now.sha, shelf, digests):
+        landed = _landed(api, there, error, shelf, digests)
+        if landed is None:
             raise
-        oid, report.url = now.sha, f"{api.endpoint}/{there.repo}/commit/{now.sha}"
+        oid = landed
     wrong = _differences(api, there.repo, oid, shelf, digests)
     if wrong:
         raise MismatchError(f"{there.repo}: after the push, the Hub's commit {oid} differs: {'; '.join(wrong[:5])}")
-    report.commit, report.changed, report.deleted = oid, oid != there.sha, sorted(stale)
+    report.commit, report.changed, report.deleted = oid, True, sorted(stale)
+    report.url = f"{api.endpoint}/{there.repo}/commit/{oid}"
+
+
+def _landed(api: Any, there: _Repository, error: Exception, shelf: Path, digests: dict[str, str]) -> str | None:
+    """The commit of an upload that failed, if the Hub has all of it: the answer to a commit may be lost on its way.
+
+    The client may have sent the commit again then, and that is refused, since the head has moved.
+    """
+    if status_of(error) not in (None, *CONFLICTS):
+        return None
+    try:
+        now = _look(api, there.repo, there.revision)
+        if now is None or now.sha in (None, there.sha) or _differences(api, there.repo, str(now.sha), shelf, digests):
+            return None
+    except Exception:  # noqa: BLE001 - the network is still gone, and the first error says so
+        return None
+    return now.sha
 
 
 def _differences(api: Any, repo: str, commit: str, shelf: Path, digests: dict[str, str]) -> list[str]:
@@ -303,7 +321,7 @@ def _message(folder: Path, manifest: dict[str, Any] | None) -> str:
 
 
 @contextlib.contextmanager
-def _one_sentence(repo: str, revision: str | None) -> Iterator[None]:
+def _one_sentence(report: PushReport) -> Iterator[None]:
     try:
         yield
     except DsconvError:
@@ -311,7 +329,10 @@ def _one_sentence(repo: str, revision: str | None) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - the client's own, httpx2's, hf_xet's and the system's
         if isinstance(error, OSError) and error.filename and status_of(error) is None:  # of this disk
             raise
-        raise explain(repo, revision, error) from None
+        said = explain(report.repo, None if report.revision == "main" else report.revision, error)
+        if report.pull_request is not None:
+            said = RemoteError(f"{said}. The pull request is open: push with --revision {report.revision} to go on with it")
+        raise said from None
 
 
 @contextlib.contextmanager

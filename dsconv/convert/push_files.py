@@ -18,6 +18,8 @@ from typing import Any
 
 from dsconv.checkpoint.checksums import crc32
 from dsconv.checkpoint.copy import BLOCK_BYTES
+from dsconv.checkpoint.formats import safetensors_folder
+from dsconv.checkpoint.storage import is_remote
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert.merge import MANIFEST
 from dsconv.errors import CheckpointNotFoundError, MalformedError, MismatchError, UnsafeError
@@ -35,6 +37,20 @@ class File:
     name: str
     path: Path
     nbytes: int
+
+
+def open_model(folder: Path) -> Checkpoint:
+    """The model in ``folder``, also where that is the folder of a training checkpoint. Raises what ``open_checkpoint`` raises."""
+    if is_remote(folder):
+        raise CheckpointNotFoundError(f"{folder}: what is pushed lies on this disk: download it, or merge it into a folder here")
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(f"{folder}: no such folder")
+    if not safetensors_folder.detect(folder):
+        raise CheckpointNotFoundError(
+            f"{folder}: holds no safetensors (model.safetensors, its index, or adapter_model.safetensors), which is what is pushed; "
+            f"of a checkpoint, dsconv merge {folder} OUT --push-to-hub REPO makes them"
+        )
+    return safetensors_folder.read(folder)
 
 
 def files_of(folder: Path) -> tuple[list[File], list[str]]:
@@ -174,12 +190,4 @@ def _refuse(folder: Path, wrong: list[str]) -> None:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise MismatchError(
             f"{folder}: not what its {MANIFEST} says: {'; '.join(wrong[:SHOWN])}{more}. Nothing was pushed: merge again, or --no-check"
-        )
-
-
-def require_model(folder: Path, model: Checkpoint) -> None:
-    """Raise CheckpointNotFoundError unless ``model`` is a folder of safetensors."""
-    if model.format != "safetensors" or not folder.is_dir():
-        raise CheckpointNotFoundError(
-            f"{folder}: {model.format}; what is pushed is a folder of safetensors: dsconv merge {folder} OUT --push-to-hub REPO makes one"
         )

@@ -127,9 +127,8 @@ class Watcher:
         except OutputError as error:
             return Event(name, WAITING, error=error)
         except (DsconvError, OSError) as error:
-            if not (self.run / name).is_dir():
-                error = CheckpointNotFoundError(f"{self.run / name} was taken away before it could be merged")
-            return Event(name, FAILED, error=error)
+            gone = CheckpointNotFoundError(f"{self.run / name} was taken away before it could be merged")
+            return Event(name, FAILED, error=error if (self.run / name).is_dir() else gone)
         try:
             step = json.loads((output / MANIFEST).read_bytes())["source"]["step"]
             report = push(output, self.repo, private=self.private, progress=progress)
