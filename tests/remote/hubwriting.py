@@ -14,12 +14,13 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from tests.cli.running import Ran, dsconv
 from tests.remote.hubserver import LARGE, Hub, HubHandler, commit, git_hash, run_hub
 
 ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE)
@@ -28,10 +29,11 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 @dataclass
 class Fault:
     """What befalls the next ``times`` requests that match: a status, ``drop`` (the connection is closed before the request is
-    heeded), ``half`` (after half of its body) or ``deaf`` (it is heeded, and the answer lost)."""
+    heeded), ``half`` (after half of its body), ``deaf`` (it is heeded, and the answer lost) or a function (the same, and it is
+    called in between)."""
 
     request: str  # a pattern of "METHOD /path"
-    what: int | str
+    what: int | str | Callable[[], object]
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -177,11 +179,13 @@ class WritingHandler(HubHandler):
             return True
         if fault.what == "half" and body is None:
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
-        if fault.what == "deaf" and body is not None:
+        if (fault.what == "deaf" or callable(fault.what)) and body is not None:
             answer = self.answer
             self.answer = lambda *args, **kwargs: None  # type: ignore[method-assign]
             self._post(hub, unquote(self.path.partition("?")[0]), body)
             self.answer = answer  # type: ignore[method-assign]
+            if callable(fault.what):
+                fault.what()
         self.close_connection = True
         self.connection.close()
         return True
@@ -291,3 +295,27 @@ class WritingHandler(HubHandler):
 def serve_writable_hub(base: Path, **options: Any) -> Iterator[WritableHub]:
     with run_hub(WritableHub({}, base=base, **options), WritingHandler) as hub:
         yield hub
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def download(hub: WritableHub, repo: str, target: Path, revision: str | None = None) -> dict[str, bytes]:
+    """What ``snapshot_download`` gives, without its own files and those that the Hub adds."""
+    import huggingface_hub
+
+    huggingface_hub.snapshot_download(repo, local_dir=target, revision=revision, endpoint=hub.url, token=hub.token)
+    return {name: data for name, data in contents(target).items() if name != ".gitattributes" and not name.startswith(".cache")}
+
+
+class Shell:
+    """Runs dsconv against ``hub`` as a user does: huggingface_hub decides how the bytes travel, and waits as it does."""
+
+    def __init__(self, hub: WritableHub, home: Path) -> None:
+        self.home = home
+        self.environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0"}
+
+    def __call__(self, *arguments: str | Path, **environment: str) -> Ran:
+        variables: dict[str, Any] = {**self.environment, **environment}
+        return dsconv(*arguments, cwd=self.home, **variables)

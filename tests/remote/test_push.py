@@ -6,11 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +15,7 @@ import torch
 import dsconv as package
 from dsconv import merge
 from dsconv.errors import DsconvError, MismatchError, RemoteError, UnsafeError
-from tests.cli.running import Ran, dsconv
-from tests.remote.hubwriting import Fault, WritableHub, serve_writable_hub
+from tests.remote.hubwriting import Fault, Shell, WritableHub, contents, download
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w2"
@@ -39,34 +35,8 @@ def merged(trained: Callable[[str], Trained], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
-    """A hub of this process: over LFS, with waits that are noted and not waited."""
-    with serve_writable_hub(tmp_path / "hub") as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
-        yield server
-
-
-@pytest.fixture
 def folder(merged: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(merged, tmp_path / "model"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def download(hub: WritableHub, repo: str, target: Path, revision: str | None = None) -> dict[str, bytes]:
-    """What ``snapshot_download`` gives, without its own files and those that the Hub adds."""
-    import huggingface_hub
-
-    huggingface_hub.snapshot_download(repo, local_dir=target, revision=revision, endpoint=hub.url, token=hub.token)
-    return {name: data for name, data in contents(target).items() if name != ".gitattributes" and not name.startswith(".cache")}
 
 
 def test_what_is_pushed_comes_back_byte_by_byte(hub: WritableHub, folder: Path, trained: Callable[[str], Trained], tmp_path: Path) -> None:
@@ -303,23 +273,6 @@ def test_what_is_no_model(hub: WritableHub, trained: Callable[[str], Trained], t
     with pytest.raises(ValueError, match="a repository of the Hub is written org/model"):
         package.push(tmp_path, "model")
     assert hub.requests == []
-
-
-class Shell:
-    """Runs dsconv against ``hub`` as a user does: huggingface_hub decides how the bytes travel, and waits as it does."""
-
-    def __init__(self, hub: WritableHub, home: Path) -> None:
-        self.hub = hub
-        self.home = home
-
-    def __call__(self, *arguments: str | Path, **environment: str) -> Ran:
-        base: dict[str, Any] = {
-            "HF_ENDPOINT": self.hub.url,
-            "HF_HOME": str(self.home / "hf"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_TOKEN": self.hub.token,
-        }
-        return dsconv(*arguments, cwd=self.home, **{**base, **environment})
 
 
 def test_the_command_over_xet(hub: WritableHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
