@@ -103,10 +103,11 @@ class _Bar:
     def __init__(self) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
+        self._ended = ""  # the phase that ended last: other threads may still tell of it
         self._lock = threading.Lock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        if total < QUICK_BYTES:
+        if total < QUICK_BYTES or phase == self._ended:
             return
         with self._lock:
             if self._progress is None:
@@ -115,10 +116,15 @@ class _Bar:
             if phase not in self._tasks:
                 self._tasks[phase] = self._progress.add_task(phase, total=total)
             self._progress.update(self._tasks[phase], completed=done)
+            if done >= total:  # what follows may draw its own bars, as the Hub's client does
+                self._ended = phase
+                self.close()
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
+            self._tasks.clear()
 
 
 def _make_bar() -> Any:
@@ -141,6 +147,8 @@ class _Log:
         now = time.monotonic()
         with self._lock:
             began = self._began.setdefault(phase, now)
+            if done >= total:
+                del self._began[phase]  # a watcher has it again
             if now - self._last < LOG_SECONDS:
                 return
             self._last = now

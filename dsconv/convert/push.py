@@ -175,12 +175,19 @@ def _look(api: Any, repo: str, revision: str | None) -> _Repository | None:
     try:
         info = api.model_info(repo, revision=revision)
     except errors.RevisionNotFoundError:
-        if revision is None or revision.startswith("refs/") or COMMIT.fullmatch(revision):
+        if not _is_branch(revision):
             raise
         return _Repository(repo, revision, None, bool(api.model_info(repo).private), frozenset())
     except errors.RepositoryNotFoundError:
+        if revision is not None and not _is_branch(revision):
+            raise
         return None
     return _Repository(repo, revision, info.sha, bool(info.private), frozenset(file.rfilename for file in info.siblings or []))
+
+
+def _is_branch(revision: str | None) -> bool:
+    """Whether ``revision`` can be made: neither a commit nor a reference such as that of a pull request."""
+    return revision is not None and not revision.startswith("refs/") and not COMMIT.fullmatch(revision)
 
 
 def _require_private(there: _Repository | None, private: bool) -> None:

@@ -184,6 +184,9 @@ def test_branches(hub: WritableHub, folder: Path) -> None:
     assert not package.push(folder, "org/new", revision="step/2").changed
     with pytest.raises(RemoteError, match="no such repository or no revision 'refs/pr/9' of it"):
         package.push(folder, "org/new", revision="refs/pr/9")
+    with pytest.raises(RemoteError, match="no such repository or no revision"):
+        package.push(folder, "org/never", revision="refs/pr/1")
+    assert "org/never" not in hub.repos
     with pytest.raises(ValueError, match="against the main branch"):
         package.push(folder, "org/new", revision="v1", create_pr=True)
 
