@@ -74,8 +74,7 @@ def _with_metadata(text: str, metadata: Mapping[str, Any], newline: str) -> str:
     added = missing.to_yaml(line_break=newline)
     if block is None:
         return f"---{newline}{added}{newline}---{newline}{newline}{text}"
-    start = f"{block[1]}{block[2]}{newline}" if block[2] else block[1]
-    return f"{start}{added}{block[3]}{text[block.end() :]}"
+    return f"{block[1]}{block[2]}{newline}{added}{block[3]}{text[block.end() :]}"
 
 
 def base_model(folder: Path, source: Mapping[str, Any], repo: str) -> str | None:

@@ -36,10 +36,9 @@ CONFLICTS = (409, 412)
 
 @dataclass
 class PushReport:
-    """What a push did, or with ``dry_run`` would do. ``files``: [{file, bytes, sha256}]; sizes are in bytes.
-
-    ``commit`` is the one that holds the files; ``changed`` is False where the Hub had all of them. ``checked`` is False where
-    there was no manifest to check against, or it was not to be. ``left_out`` are files of the folder that do not go.
+    """What a push did, or with ``dry_run`` would do. ``files``: [{file, bytes, sha256}], with the card once it is made; sizes are
+    in bytes. ``commit`` is the one that holds the files; ``changed`` is False where the Hub had all of them. ``checked`` is False
+    where there was no manifest to check against, or it was not to be. ``left_out`` are files of the folder that do not go.
     """
 
     folder: str
@@ -115,7 +114,11 @@ def push(
         listed = {name: digest for name, digest in digests.items() if name != CARD}
         sizes = {file.name: file.nbytes for file in files}
         card = make_card(_existing_card(api, there, root, report), repo, root, model, manifest, sizes, listed)
-        with _shelf(files, card) as shelf:
+        data = card.encode(errors="surrogateescape")
+        report.files = [row for row in rows if row["file"] != CARD]
+        report.files.append({"file": CARD, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        report.nbytes = sum(row["bytes"] for row in report.files)
+        with _shelf(files, data) as shelf:
             _upload(api, there, shelf, report, create_pr, commit_message or _message(root, manifest))
     return report
 
@@ -234,7 +237,7 @@ def _read_text(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _shelf(files: Iterable[File], card: str) -> Iterator[Path]:
+def _shelf(files: Iterable[File], card: bytes) -> Iterator[Path]:
     """A folder of links to what goes, and the card: ``upload_folder`` takes a folder, and the user's is not written to."""
     with tempfile.TemporaryDirectory(prefix="dsconv-push-") as name:
         shelf = Path(name)
@@ -243,16 +246,16 @@ def _shelf(files: Iterable[File], card: str) -> Iterator[Path]:
                 place = shelf / file.name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(file.path.resolve())
-        (shelf / CARD).write_bytes(card.encode(errors="surrogateescape"))
+        (shelf / CARD).write_bytes(card)
         yield shelf
 
 
 def _upload(api: Any, there: _Repository, shelf: Path, report: PushReport, create_pr: bool, message: str) -> None:
-    names = {row["file"] for row in report.files} | {CARD}
+    names = {row["file"] for row in report.files}
     stems = {match["stem"] for name in names if (match := STALE.fullmatch(name))}
     stale = [name for name in there.names - names
              if name == MANIFEST or ((match := STALE.fullmatch(name)) and match["stem"] in stems)]  # fmt: skip
-    digests = {row["file"]: row["sha256"] for row in report.files if row["file"] != CARD}
+    digests = {row["file"]: row["sha256"] for row in report.files}
     report.commit, report.url = there.sha, f"{api.endpoint}/{there.repo}/commit/{there.sha}"
     if names <= there.names and not stale and not _differences(api, there.repo, str(there.sha), shelf, digests):
         return
@@ -300,7 +303,7 @@ def _landed(api: Any, there: _Repository, error: Exception, shelf: Path, digests
 
 def _differences(api: Any, repo: str, commit: str, shelf: Path, digests: dict[str, str]) -> list[str]:
     """What the Hub has at ``commit`` that is not what is on the shelf: large files by sha256, small ones by git's own hash."""
-    names = [CARD, *digests]
+    names = list(digests)
     found = {file.path: file for start in range(0, len(names), 500)
              for file in api.get_paths_info(repo, names[start : start + 500], revision=commit)}  # fmt: skip
     wrong = []
@@ -309,7 +312,7 @@ def _differences(api: Any, repo: str, commit: str, shelf: Path, digests: dict[st
         if file is None:
             wrong.append(f"{name} is not there (does the repository's .gitignore name it?)")
         elif file.lfs is not None:
-            if name in digests and file.lfs.sha256 != digests[name]:
+            if file.lfs.sha256 != digests[name]:
                 wrong.append(f"{name} has the sha256 {file.lfs.sha256} and was {digests[name]} when it was checked")
         elif file.blob_id != _git_hash(shelf / name):
             wrong.append(f"{name} is another file")

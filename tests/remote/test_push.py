@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import dsconv as package
 from dsconv import merge
+from dsconv.convert.model_card import BEGIN, END
+from dsconv.convert.model_card import merged as merged_card
 from dsconv.errors import DsconvError, MismatchError, RemoteError, UnsafeError
 from tests.remote.hubwriting import Fault, Shell, WritableHub, contents, download
 from tests.trained import Trained, load_safetensors
@@ -45,7 +49,6 @@ def test_what_is_pushed_comes_back_byte_by_byte(hub: WritableHub, folder: Path, 
     report = package.push(folder, "org/new", private=True, progress=lambda *call: calls.append(call))
     assert contents(folder) == before  # the folder is not written to
     assert (report.created, report.private, report.checked, report.changed) == (True, True, True, True)
-    assert calls[-1] == ("check", report.nbytes, report.nbytes)
     assert hub.is_private("org/new")
     assert [c["message"] for c in hub.commits] == ["initial commit", "Step 2 of a ZeRO-3 checkpoint"]
     back = download(hub, "org/new", tmp_path / "back")
@@ -56,7 +59,9 @@ def test_what_is_pushed_comes_back_byte_by_byte(hub: WritableHub, folder: Path, 
                   "| dtype | float32 |", "| parameters | 5,376 in 20 tensors |", "library_name: transformers",
                   'LlamaForCausalLM.from_pretrained("org/new")'):  # fmt: skip
         assert words in card, card
-    for row in report.files:
+    assert calls[-1] == ("check", report.nbytes - len(card.encode()), report.nbytes - len(card.encode()))
+    assert report.files[-1] == {"file": "README.md", "bytes": len(card.encode()), "sha256": hashlib.sha256(card.encode()).hexdigest()}
+    for row in report.files[:-1]:
         assert f"| `{row['file']}` | {row['bytes']:,} | `{row['sha256']}` |" in card
 
     sent = len(hub.received)
@@ -88,7 +93,7 @@ def test_what_fails_in_passing_is_tried_again(name: str, hub: WritableHub, folde
 
 
 def test_what_has_arrived_is_not_sent_again(hub: WritableHub, folder: Path) -> None:
-    last = package.push(folder, "org/other").files[-4]["sha256"]  # a shard
+    last = package.push(folder, "org/other").files[-5]["sha256"]  # a shard
     assert last in hub.objects
     hub.objects.clear()
     hub.received.clear()
@@ -237,6 +242,20 @@ def test_a_readme_keeps_every_line(hub: WritableHub, folder: Path) -> None:
     assert "# From the folder\n" in (hub.head("org/new") / "README.md").read_text()
 
 
+TEXT = st.lists(st.sampled_from(["---", "a: 1", "tags: [b]", "# c", "text", "", "  x", "- y", "<!-- dsconv: end -->", "{d: 1}"]))
+
+
+@given(TEXT, st.sampled_from(["\n", "\r\n"]), st.booleans())
+def test_any_readme_keeps_its_lines_in_order(lines: list[str], newline: str, ends: bool) -> None:
+    text = newline.join(lines) + newline * ends
+    section = f"{BEGIN}\n## The weights\n{END}"
+    made = merged_card(text, section, {"library_name": "transformers", "tags": ["dsconv"]})
+    remaining = iter(made.splitlines())
+    assert all(line in remaining for line in text.splitlines())
+    assert made.count("## The weights") == 1
+    assert merged_card(made, section.replace("weights", "new weights"), {}) == made.replace("The weights", "The new weights")
+
+
 FAILURES: dict[str, tuple[str, list[Fault], dict[str, str], str]] = {
     "401": ("org/new", [], {"HF_TOKEN": "hf_wrong"}, "does not accept the token, or gives it no access: set HF_TOKEN"),
     "403": ("others/new", [], {}, "the token may not write there: set HF_TOKEN"),
@@ -315,7 +334,7 @@ def test_the_command_over_xet(hub: WritableHub, tmp_path: Path, monkeypatch: pyt
     lost = shell("push", folder, "org/new")
     assert lost.code == 0, lost.err
     assert [c["revision"] for c in hub.commits] == ["main", "main", "main"]
-    assert lost.out.splitlines()[:2] == [f"{folder} → org/new, main", "2 files, 1.20 MB, not checked"]
+    assert lost.out.splitlines()[:2] == [f"{folder} → org/new, main", "3 files, 1.20 MB, not checked"]
 
 
 def test_pull_requests(hub: WritableHub, folder: Path) -> None:
