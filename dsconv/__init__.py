@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
     from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.merge import MergeReport, merge
+    from dsconv.convert.push import PushReport, push
     from dsconv.convert.universal_writer import UniversalReport, to_universal
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
@@ -28,6 +29,8 @@ _HOMES = {
     "open_checkpoint": "dsconv.checkpoint",
     "MergeReport": "dsconv.convert.merge",
     "merge": "dsconv.convert.merge",
+    "PushReport": "dsconv.convert.push",
+    "push": "dsconv.convert.push",
     "UniversalReport": "dsconv.convert.universal_writer",
     "to_universal": "dsconv.convert.universal_writer",
     "VerifyReport": "dsconv.convert.verify",
@@ -46,6 +49,7 @@ __all__ = [
     "DsconvError",
     "LoadReport",
     "MergeReport",
+    "PushReport",
     "TensorEntry",
     "UniversalReport",
     "VerifyReport",
@@ -54,6 +58,7 @@ __all__ = [
     "load_zero3",
     "merge",
     "open_checkpoint",
+    "push",
     "stream_into",
     "to_dcp",
     "to_universal",

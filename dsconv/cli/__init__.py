@@ -14,11 +14,13 @@ import click
 from dsconv._version import __version__
 from dsconv.cli.inspect import inspect
 from dsconv.cli.merge import merge, zero_to_fp32
+from dsconv.cli.push import push
 from dsconv.cli.to_dcp import to_dcp
 from dsconv.cli.to_universal import to_universal
 from dsconv.cli.train import resume, train
 from dsconv.cli.validate import validate
 from dsconv.cli.verify import verify
+from dsconv.cli.watch import watch
 from dsconv.errors import EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError
 
 EPILOG = """\b
@@ -41,7 +43,7 @@ def cli() -> None:
     """
 
 
-for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, train, resume, validate):
+for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch, train, resume, validate):
     cli.add_command(_command)
 
 
