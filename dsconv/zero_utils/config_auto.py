@@ -65,7 +65,8 @@ class TrainingValues:
     @property
     def train_batch_size(self) -> int | None:
         """Samples a step of all ranks: what DeepSpeed requires ``train_batch_size`` to be."""
-        return _product(self.world_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        world, micro, steps = self.world_size, self.per_device_train_batch_size, self.gradient_accumulation_steps
+        return None if world is None or micro is None or steps is None else world * micro * steps
 
     @property
     def warmup_num_steps(self) -> int | None:
@@ -171,8 +172,3 @@ def hidden_size_of(model_config: object) -> int | None:
 
 def _attribute(holder: object, name: str) -> Any:
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
-
-
-def _product(*numbers: int | None) -> int | None:
-    known = [number for number in numbers if number is not None]
-    return math.prod(known) if len(known) == len(numbers) else None
