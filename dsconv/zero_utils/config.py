@@ -146,7 +146,7 @@ def _text_of(source: str | os.PathLike[str]) -> tuple[str, str]:
         return "ds_config", text
     try:
         path = Path(text)
-        there = path.exists()
+        there = text != "" and path.exists()
     except (OSError, ValueError):  # a text too long for a path, or with a zero byte
         there = False
     if there:
@@ -191,6 +191,8 @@ def _parse(name: str, text: str) -> tuple[Any, list[Finding]]:
 
 
 def _parse_hjson(name: str, text: str, pairs: Any, error: Exception) -> Any:
+    if not text.strip():
+        raise MalformedError(f"{name}: the DeepSpeed config is empty; expected an object, {{…}}")
     try:
         import hjson
     except ImportError:
