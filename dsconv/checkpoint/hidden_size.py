@@ -48,10 +48,14 @@ def read_hidden_size(model: str, revision: str | None = None) -> int:
 def _known_to_transformers(path: Path) -> Any:
     """The configuration as transformers understands it; None where it is not installed, or does not know the model."""
     try:
-        from transformers import AutoConfig
+        from transformers import AutoConfig, logging
     except ImportError:
         return None
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception:  # noqa: BLE001 - what a configuration can be is anybody's
         return None
+    finally:
+        logging.set_verbosity(verbosity)

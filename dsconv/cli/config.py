@@ -105,7 +105,11 @@ def config(
             console.show_json(report)
         elif not quiet:
             _show(report)
-        if not mismatches and any(finding.severity == "error" for finding in findings):
+        errors = sum(finding.severity == "error" for finding in findings)
+        if (errors or mismatches) and not as_json:
+            wrong = [console.count(number, noun) for number, noun in ((errors, "error"), (len(mismatches), "mismatch")) if number]
+            click.echo(f"Error: {' and '.join(wrong)} in {read.source}", err=True)
+        if errors and not mismatches:
             context.exit(EXIT_UNREADABLE)
     if mismatches:
         context.exit(EXIT_MISMATCH)
@@ -133,9 +137,9 @@ def _show(report: dict[str, Any]) -> None:
         said = f"The config says {mismatch['found']}, and {mismatch['argument']} is {mismatch['expected']}."
         click.echo(f"{label} {mismatch['key']}\n         {said}")
     if report["auto"]:
-        click.echo('Still "auto":')
+        click.echo('Still "auto", and what the Trainer writes there:')
         for key in report["auto"]:
-            click.echo(f"  {key}: {AUTO_KEYS.get(key, 'DeepSpeed takes its default')}")
+            click.echo(f"  {key}: {AUTO_KEYS.get(key, 'nothing')}")
     click.echo(json.dumps(report["resolved"], indent=2))
 
 

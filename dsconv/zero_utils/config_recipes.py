@@ -49,9 +49,9 @@ _TRAINING = (
     ("optimizer.params.eps", "auto", "Adam's epsilon"),
     ("optimizer.params.weight_decay", "auto", "decoupled weight decay"),
     ("scheduler.type", "WarmupDecayLR", "linear up, then linear down to 0, as the Trainer's default schedule"),
-    ("scheduler.params.warmup_min_lr", "auto", "the Trainer fills 0"),
+    ("scheduler.params.warmup_min_lr", 0, "from 0"),
     ("scheduler.params.warmup_max_lr", "auto", "the learning rate at the top; keep it equal to optimizer.params.lr"),
-    ("scheduler.params.warmup_num_steps", "auto", "steps up, at least 1"),
+    ("scheduler.params.warmup_num_steps", "auto", "steps up; DeepSpeed takes at least 2"),
     ("scheduler.params.warmup_type", "linear", "DeepSpeed's default is log, which no other trainer has"),
     ("scheduler.params.total_num_steps", "auto", "steps in all; WarmupDecayLR does not start without it"),
     ("gradient_clipping", "auto", "DeepSpeed 0.19 clips at 1.0 if this is left out; 0 turns clipping off"),
@@ -60,7 +60,7 @@ _COMMON = (*_BATCH, *_TRAINING)
 _STAGE1 = ("zero_optimization.stage", 1, "optimizer states are partitioned: 12 bytes a parameter become 12 / ranks")
 _STAGE2 = ("zero_optimization.stage", 2, "optimizer states and gradients are partitioned; parameters are whole on each rank")
 _STAGE3 = ("zero_optimization.stage", 3, "parameters too are partitioned, and gathered layer by layer: for models that fit in no other way")
-_OVERLAP = ("zero_optimization.overlap_comm", True, "reduce gradients while the backward pass goes on; costs buffers of 4.5 × the bucket")
+_OVERLAP = ("zero_optimization.overlap_comm", True, "reduce gradients while the backward pass goes on; costs a second bucket")
 _BUCKET2 = ("zero_optimization.reduce_bucket_size", 200_000_000, "elements reduced at once; smaller saves memory, larger saves calls")
 _GATHER2 = ("zero_optimization.allgather_bucket_size", 200_000_000, "elements of updated parameters sent at once")
 _CONTIGUOUS = ("zero_optimization.contiguous_gradients", True, "one buffer for gradients: no fragmentation in the backward pass")

@@ -18,7 +18,7 @@ from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w3"
-COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify"]
+COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "config"]
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -50,6 +50,8 @@ def test_the_surface_of_the_command_line() -> None:
                          "--verify", "--workers", "-d", "-q", "-t"],
         "inspect": ["--all", "--debug", "--json", "--revision", "--tag", "-d", "-t"],
         "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--revision", "--subset", "-d", "-q"],
+        "config": ["--betas", "--debug", "--dtype", "--eps", "--grad-accum", "--json", "--list-recipes", "--lr", "--max-grad-norm",
+                   "--micro-batch", "--model", "--quiet", "--recipe", "--steps", "--warmup-steps", "--weight-decay", "--world", "-d", "-q"],
     }  # fmt: skip
 
 
