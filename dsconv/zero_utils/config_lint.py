@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from dsconv.zero_utils import config_keys as keys
 from dsconv.zero_utils.config_auto import AUTO_KEYS, autos
@@ -57,7 +57,8 @@ def _keys(config: Mapping[str, Any], section: str = "") -> Iterator[Finding]:
         elif key == "communication_timeout":
             yield Finding("warning", key, "Nothing reads it, so the timeout is not changed.", TIMEOUT_FIX)
         elif name not in known.keys:
-            yield _unknown(str(name), key, section)
+            if known.strict or not str(name).startswith("_"):  # "_comment" is how notes are written
+                yield _unknown(str(name), key, section)
         elif key in SECTIONS and not isinstance(value, Mapping):
             if not (key == ZERO and isinstance(value, bool)) and not (value is None and key in _MAY_BE_NULL):
                 yield Finding("error", key, f"It is {_shown(value)}; expected an object.", f'Write "{name}": {{…}}, or take it out.')
@@ -142,7 +143,7 @@ def stage_of(config: Mapping[str, Any]) -> int | None:
     stage = lookup(zero, "stage", 0)
     if stage == "auto":  # pydantic models leave "auto" out (runtime/config_utils.py), so the default holds
         return 0
-    return int(stage) if isinstance(stage, (int, float)) and not isinstance(stage, bool) and stage in (0, 1, 2, 3) else None
+    return int(stage) if _is_number(stage) and stage in (0, 1, 2, 3) else None
 
 
 def _zero(config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -275,18 +276,19 @@ def _scheduler(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _batch(config: Mapping[str, Any], world_size: int | None) -> Iterator[Finding]:
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    whole, micro, steps = (config.get(name) for name in names)
+    sizes: list[Any] = [config.get(name) for name in names]
+    whole, micro, steps = sizes
     if whole is None and micro is None:
         fix = 'Set one of them; "auto" where a Trainer fills it.'
         yield Finding("error", names[1], "DeepSpeed needs train_micro_batch_size_per_gpu or train_batch_size.", fix)
-    for name, number in zip(names, (whole, micro, steps), strict=True):
-        if number is not None and number != "auto" and (type(number) is not int or number <= 0):
-            yield Finding("error", name, f"It is {_shown(number)}.", "Write a whole number above 0.")
+    for name, size in zip(names, sizes, strict=True):
+        if size not in (None, "auto") and not (_is_number(size) and size > 0 and size % 1 == 0):
+            yield Finding("error", name, f"It is {_shown(size)}.", "Write a whole number above 0.")
             return
-    if not isinstance(whole, int):
+    if not _is_number(whole):
         return
     ranks = None if world_size is None else _data_ranks(config, world_size)
-    known = [number for number in (micro, steps, ranks) if isinstance(number, int)]
+    known = [number for number in (micro, steps, ranks) if _is_number(number)]
     product = math.prod(known)
     if len(known) == 3 and whole != product:
         message = f"{whole} is not micro-batch {micro} × accumulation steps {steps} × ranks {ranks} = {product}."
@@ -295,6 +297,10 @@ def _batch(config: Mapping[str, Any], world_size: int | None) -> Iterator[Findin
         given = [f"{what} {n}" for what, n in (("micro-batch", micro), ("accumulation steps", steps), ("ranks", ranks)) if n in known]
         message = f"{whole} is no multiple of {' × '.join(given)} = {product}."
         yield Finding("error", names[0], message, f"Set a multiple of {product}, or take it out: DeepSpeed multiplies.")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _data_ranks(config: Mapping[str, Any], world_size: int) -> int:

@@ -203,3 +203,13 @@ print([finding.fix for finding in config.lint()], config.resolved(TrainingValues
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "['Write zero_optimization.'] 8\n"
+
+
+def test_the_page_has_every_recipe_and_every_auto_key() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+    for recipe in RECIPES.values():
+        assert f"### {recipe.name}\n{recipe.summary}\n" in page
+        for key, value, why in recipe.rows:
+            assert f"| `{key}` | `{json.dumps(value)}` | {why} |\n" in page
+    for key, argument in AUTO_KEYS.items():
+        assert f"| `{key}` | {argument}" in page

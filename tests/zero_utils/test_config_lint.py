@@ -35,6 +35,7 @@ def test_recipes_are_clean(name: str) -> None:
 
 def test_a_config_of_everyday_is_clean() -> None:
     config = {
+        "_comment": "for the small model",
         "train_batch_size": 32,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
@@ -61,6 +62,7 @@ def test_batch_sizes_and_ranks() -> None:
     assert not DSConfig.read(config | {"sequence_parallel_size": 2}).lint(world_size=16)
     assert not DSConfig.read({"train_batch_size": 32}).lint(world_size=8)
     assert [f.key for f in DSConfig.read({"train_batch_size": 30}).lint(world_size=8)] == ["train_batch_size"]
+    assert not DSConfig.read({"train_batch_size": 32.0, "train_micro_batch_size_per_gpu": 8}).lint(world_size=4)
     assert [f.key for f in DSConfig.read({}).lint()] == ["train_micro_batch_size_per_gpu"]
     assert not DSConfig.read({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}).lint(world_size=8)
 
