@@ -25,6 +25,7 @@ from dsconv.zero_utils.config_keys import lookup
 from dsconv.zero_utils.config_lint import Finding
 
 MAX_CONFIG_BYTES = 16 << 20  # a config is kilobytes: a checkpoint given by mistake is not read whole
+MAX_DEPTH = 64  # objects in objects; DeepSpeed's own keys need 6
 SHOWN_SOURCE = 60
 
 
@@ -45,13 +46,16 @@ class DSConfig:
         """
         if isinstance(source, DSConfig):
             return source
-        if isinstance(source, Mapping):
-            return cls("ds_config", _plain(source))
-        name, text = _text_of(source)
-        values, findings = _parse(name, text)
-        if not isinstance(values, dict):
+        name, values = "ds_config", source
+        findings: list[Finding] = []
+        if not isinstance(source, Mapping):
+            name, text = _text_of(source)
+            values, findings = _parse(name, text)
+        if not isinstance(values, Mapping):
             raise MalformedError(f"{name}: the DeepSpeed config is {type(values).__name__}; expected an object, {{…}}")
-        return cls(name, values, tuple(findings))
+        if _is_deep(values, MAX_DEPTH):
+            raise MalformedError(f"{name}: the DeepSpeed config is nested more than {MAX_DEPTH} deep")
+        return cls(name, _plain(values), tuple(findings))
 
     def get(self, key: str, default: Any = None) -> Any:
         """A copy of the value at ``"a.b.c"``; ``default`` where the config does not have it."""
@@ -133,6 +137,11 @@ class DSConfig:
             told = "; ".join(map(str, mismatches))
             raise ConfigMismatchError(f'{self.source}: {told}. Make them equal, or write "auto" in the config')
         return resolved
+
+
+def _is_deep(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return depth == 0 or any(_is_deep(child, depth - 1) for child in inner)
 
 
 def _plain(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,6 +222,12 @@ DEPRECATED = {
     "allgather_size": "Write zero_optimization.allgather_bucket_size.",
 }
 
+# Keys of older releases that 0.19.8 does not know, and what they are called now.
+RENAMED = {
+    "aio.thread_count": "intra_op_parallelism",
+    "fp32_allreduce": 'communication_data_type: "fp32"',
+}
+
 # Keys that are read at stage 3 only (runtime/engine.py _configure_zero_optimizer, runtime/zero/partition_parameters.py), and
 # at stages 1 and 2 only.
 ONLY_STAGE3 = _words(

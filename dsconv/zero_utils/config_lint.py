@@ -18,6 +18,7 @@ from dsconv.zero_utils.config_keys import SECTIONS, lookup
 
 Severity = Literal["error", "warning", "info"]
 ZERO = "zero_optimization"
+MAX_KEY_LENGTH = 80  # of a key that another is looked for: twice the longest that there is
 TIMEOUT_FIX = (
     "Take it out. What is read: deepspeed.init_distributed(timeout=timedelta(…)), the environment variable DEEPSPEED_TIMEOUT "
     "(minutes, default 10), or TrainingArguments(ddp_timeout=…) (seconds, default 1800)."
@@ -75,7 +76,7 @@ _MAY_BE_NULL = frozenset(f"{ZERO}.{name}" for name in ("offload_param", "offload
 
 
 def _unknown(name: str, key: str, section: str) -> Finding:
-    nearest = _nearest(name, section)
+    nearest = keys.RENAMED.get(key) or _nearest(name, section)
     fix = f"Write {nearest}." if nearest else "Take it out."
     where = section or "the top level"
     if SECTIONS[section].strict:
@@ -90,6 +91,8 @@ def _unknown(name: str, key: str, section: str) -> Finding:
 def _nearest(name: str, section: str) -> str | None:
     """The key that was meant: spelt alike here, of this very name in another section, or the closest one here."""
     plain = name.lower().replace("-", "_")
+    if len(plain) > MAX_KEY_LENGTH:
+        return None
     here = SECTIONS[section].keys
     if plain in here:
         return plain

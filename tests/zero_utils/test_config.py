@@ -77,6 +77,7 @@ def test_every_form(form: Callable[[Path], Any], tmp_path: Path) -> None:
         (b"\xff\xfe\x00", MalformedError, "not text in UTF-8"),
         (b"{" * 100_000, MalformedError, "not JSON"),
         (b"", MalformedError, "expected an object"),
+        (b'{"a":' * 300 + b"1" + b"}" * 300, MalformedError, "nested more than 64 deep"),
         (b" " * ((16 << 20) + 1), MalformedError, "a small text file"),
         (None, CheckpointNotFoundError, "cannot be read: Is a directory"),
     ],
