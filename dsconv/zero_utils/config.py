@@ -119,7 +119,8 @@ class DSConfig:
 
     def lint(self, world_size: int | None = None) -> list[Finding]:
         """What is wrong with the config, errors first (see ``config_lint``); with ``world_size`` processes where that is known."""
-        return [*self._read_findings, *config_lint.lint(self._values, world_size)]
+        found = [*self._read_findings, *config_lint.lint(self._values, world_size)]
+        return sorted(found, key=lambda finding: config_lint.SEVERITIES.index(finding.severity))
 
     def filled(self, values: TrainingValues) -> tuple[DSConfig, list[Mismatch]]:
         """The config with ``values`` in place of "auto", and where it says something else than they do."""

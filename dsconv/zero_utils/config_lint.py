@@ -17,6 +17,7 @@ from dsconv.zero_utils.config_auto import AUTO_KEYS, autos
 from dsconv.zero_utils.config_keys import SECTIONS, lookup
 
 Severity = Literal["error", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 ZERO = "zero_optimization"
 MAX_KEY_LENGTH = 80  # of a key that another is looked for: twice the longest that there is
 TIMEOUT_FIX = (
@@ -39,10 +40,9 @@ class Finding:
 
 
 def lint(config: Mapping[str, Any], world_size: int | None = None) -> list[Finding]:
-    """Everything found in a config, errors first, each kind in the order of the rules. ``world_size`` counts processes."""
+    """Everything found in a config, in the order of the rules. ``world_size`` counts processes."""
     rules = (_keys(config), _values(config), _zero(config), _precision(config), _optimizer(config), _scheduler(config))
-    found = [finding for rule in (*rules, _batch(config, world_size), _parallel(config)) for finding in rule]
-    return sorted(found, key=lambda finding: ("error", "warning", "info").index(finding.severity))
+    return [finding for rule in (*rules, _batch(config, world_size), _parallel(config)) for finding in rule]
 
 
 # Keys ----------------------------------------------------------------------------------------------------------------
