@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from dsconv._version import __version__
+from dsconv.cli.config import config
 from dsconv.cli.inspect import inspect
 from dsconv.cli.merge import merge, zero_to_fp32
 from dsconv.cli.push import push
@@ -41,7 +42,7 @@ def cli() -> None:
     """
 
 
-for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch):
+for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch, config):
     cli.add_command(_command)
 
 
