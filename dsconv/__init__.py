@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dsconv.loaders.stream import stream_into
     from dsconv.loaders.tensor_parallel import load_tp
     from dsconv.loaders.zero3 import load_zero3
+    from dsconv.zero_utils.config import DSConfig
 
 _HOMES = {
     "Checkpoint": "dsconv.checkpoint",
@@ -37,6 +38,7 @@ _HOMES = {
     "verify": "dsconv.convert.verify",
     "DcpReport": "dsconv.convert.dcp_writer",
     "to_dcp": "dsconv.convert.dcp_writer",
+    "DSConfig": "dsconv.zero_utils.config",
     "DsconvError": "dsconv.errors",
     "LoadReport": "dsconv.loaders.report",
     "load_tp": "dsconv.loaders.tensor_parallel",
@@ -45,6 +47,7 @@ _HOMES = {
 }
 __all__ = [
     "Checkpoint",
+    "DSConfig",
     "DcpReport",
     "DsconvError",
     "LoadReport",

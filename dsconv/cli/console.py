@@ -58,8 +58,8 @@ def size(nbytes: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 tensor``, ``1,234 tensors``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """``1 tensor``, ``1,234 tensors``, ``2 mismatches``."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('h') else 's'}"
 
 
 def show_json(data: dict[str, Any]) -> None:

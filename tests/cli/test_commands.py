@@ -18,7 +18,7 @@ from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w3"
-COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify"]
+COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "config"]
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -54,6 +54,8 @@ def test_the_surface_of_the_command_line() -> None:
                  "--revision", "-d", "-q"],
         "watch": ["--adapter", "--config-from", "--debug", "--dtype", "--exclude-frozen", "--interval", "--max-shard-size", "--once",
                   "--private", "--push-to-hub", "--quiet", "-d", "-q"],
+        "config": ["--betas", "--debug", "--dtype", "--eps", "--grad-accum", "--json", "--list-recipes", "--lr", "--max-grad-norm",
+                   "--micro-batch", "--model", "--quiet", "--recipe", "--steps", "--warmup-steps", "--weight-decay", "--world", "-d", "-q"],
     }  # fmt: skip
 
 
