@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -91,11 +90,12 @@ def train(
     """
     from dsconv.engine import Layout, RunOptions
     from dsconv.engine import train as run
+    from dsconv.zero_utils.config import DSConfig
 
     options["nproc"] = options["nproc"] or _launched_ranks() or 1
     layout = Layout(**{axis: options.pop(axis) for axis in AXES})
     if ds_config is not None:
-        options["ds_config"] = _read_config(ds_config)
+        options["ds_config"] = DSConfig.read(ds_config).to_dict()
     settings = RunOptions(model=model, layout=layout, **options)
     with console.progress(quiet or as_json, unit="steps") as progress:
         report = run(settings, stop_after=stop_after, progress=progress)
@@ -130,20 +130,6 @@ def resume(run: str, stop_after: int | None, as_json: bool, quiet: bool, debug: 
 
 def _launched_ranks() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    from dsconv.errors import CheckpointNotFoundError, MalformedError
-
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{path}: the DeepSpeed configuration cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise MalformedError(f"{path}: the DeepSpeed configuration is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise MalformedError(f"{path}: a DeepSpeed configuration is a JSON object, not {type(found).__name__}")
-    return found
 
 
 def _show(report: Any, as_json: bool, quiet: bool) -> None:

@@ -46,6 +46,7 @@ def train(options: RunOptions, *, stop_after: int | None = None, progress: Progr
     DsconvError or RunFailedError of a rank that failed.
     """
     options.check()
+    _lint(options)
     run = Path(options.output_dir)
     if _leads():
         if (run / METRICS).exists() or checkpoints.steps(run):  # what failed before its first step may be tried again
@@ -81,6 +82,18 @@ def resume(
     if _leads():
         options.write()
     return _run(Job(options, last, checkpoint, state.layout != options.layout), progress)
+
+
+def _lint(options: RunOptions) -> None:
+    """Raise UsageError for a DeepSpeed configuration that DeepSpeed would refuse or misread, before any rank starts."""
+    if options.layout.backend != "deepspeed":
+        return
+    from dsconv.engine.deepspeed_backend import ds_config
+    from dsconv.zero_utils.config import DSConfig
+
+    wrong = [finding for finding in DSConfig.read(ds_config(options)).lint(options.layout.nproc) if finding.severity == "error"]
+    if wrong:
+        raise UsageError("; ".join(f"{finding.key}: {finding.message} {finding.fix}".strip() for finding in wrong))
 
 
 def _leads() -> bool:
