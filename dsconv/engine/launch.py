@@ -47,14 +47,9 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    _environment()
+    prepare()
     logs = Path(job.options.output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    # Imported once in a server that forks the ranks; a CUDA context does not survive a fork.
-    method = "spawn" if torch.cuda.is_available() else "forkserver"
-    if method == "forkserver":
-        multiprocessing.set_forkserver_preload(PRELOAD)
-        _start_server()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -63,7 +58,7 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        start_method=method,
+        start_method="spawn" if torch.cuda.is_available() else "forkserver",  # a CUDA context does not survive a fork
         logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
     )
     ended: list[Any] = []
@@ -107,13 +102,15 @@ def _start_server() -> None:
             signal.signal(signal.SIGTERM, before)
 
 
-def _environment() -> None:
-    """What the ranks, and the server that forks them, need to have set before anything is imported."""
+def prepare() -> None:
+    """The environment of the ranks, and the server that forks them, which has imported once what all of them need."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")  # ranks that another's failure leaves waiting
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sums in one order
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        _start_server()
 
 
 @contextlib.contextmanager

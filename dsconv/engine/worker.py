@@ -226,6 +226,7 @@ class _Loop:
         self.rank = dist.get_rank()
         self.saved: str | None = None
         self.interrupted = False
+        self._ended = time.monotonic()
 
     def run(self) -> None:
         """Steps up to ``job.stop_after``; a checkpoint at each multiple of ``save_every``, at the end, and when told to stop."""
@@ -241,16 +242,18 @@ class _Loop:
                 due = self.options.save_every and self.state.step % self.options.save_every == 0
                 if last or due or self.interrupted:
                     self._save()
+                    self._ended = time.monotonic()
 
     def _step(self) -> dict[str, Any]:
-        began = time.monotonic()
+        """``seconds`` is since the last step ended, or its save: all that a step costs."""
         rows = self.data.take(self.state.position, self.options.batch_size)
         share = len(rows) // self.options.layout.dp
         result = self.backend.step(rows[self.backend.dp_rank * share : (self.backend.dp_rank + 1) * share])
         self.state.step += 1
         loss, stopped, memory = self._reduced(result.loss)
         self.interrupted = stopped
-        seconds = time.monotonic() - began
+        now = time.monotonic()
+        seconds, self._ended = now - self._ended, now
         tokens = self.options.batch_size * self.options.seq_len
         return {
             "step": self.state.step, "loss": loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens / seconds,
