@@ -103,7 +103,13 @@ class Legs:
         return leg
 
     def _options(self, row: Row, layout: Layout, dropout: float, leg: Leg) -> RunOptions:
-        changes = {"output_dir": str(leg.run), "dtype": row.dtype, "dropout": dropout, "save_every": self.half // 2, "layout": layout}
+        changes: dict[str, Any] = {
+            "output_dir": str(leg.run),
+            "dtype": row.dtype,
+            "dropout": dropout,
+            "save_every": self.half // 2,
+            "layout": layout,
+        }
         return replace(self.options, **changes, **row.settings).relaid(layout)
 
     def _resume(self, leg: Leg, layout: Layout, sabotage: str | None) -> None:
