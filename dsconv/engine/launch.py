@@ -11,7 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -65,7 +65,7 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
 
     def agent() -> None:
         try:
-            ended.append(elastic_launch(config, _entry)(job))
+            ended.append(elastic_launch(config, _entry)(replace(job, launcher=os.getpid())))
         except BaseException as error:  # noqa: BLE001 - told by the thread that waits
             ended.append(error)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class Job:
     """What the ranks of one launch do. ``checkpoint``: go on from it; ``relaid``: it is of ranks laid out otherwise.
 
     ``stop_after``: the last step to take, saved; ``probe``: a folder for the states and logits at the end, for validation;
-    ``sabotage``: what validation breaks on purpose.
+    ``sabotage``: what validation breaks on purpose. ``launcher``: the process that started the ranks, if one did.
     """
 
     options: RunOptions
@@ -45,6 +46,7 @@ class Job:
     relaid: bool = False
     probe: Path | None = None
     sabotage: str | None = None
+    launcher: int | None = None
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Outcome:
 def run_rank(job: Job) -> Outcome:
     """Called on every rank, with RANK, WORLD_SIZE and MASTER_ADDR in the environment. Raises DsconvError."""
     began = time.monotonic()
-    stop = _StopFlag(Path(job.options.output_dir))
+    stop = _StopFlag(Path(job.options.output_dir), job.launcher)
     _start_group(job.options)
     try:
         with agreement("the engine"):
@@ -201,10 +203,11 @@ def _universal(job: Job, rank: int) -> Iterator[Path]:
 
 
 class _StopFlag:
-    """SIGTERM and SIGINT, or RUN/.stop, which the launcher makes: the run saves after the step that it is in, and ends well."""
+    """SIGTERM, SIGINT, or RUN/.stop, which the launcher makes, or its end: the run saves after the step in hand, and ends well."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, launcher: int | None) -> None:
         self._file = run / STOP
+        self._launcher = os.pidfd_open(launcher) if launcher is not None else None  # readable once that process has ended
         self._signalled = False
         with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -215,7 +218,11 @@ class _StopFlag:
 
     @property
     def raised(self) -> bool:
-        return self._signalled or self._file.exists()
+        return self._signalled or self._file.exists() or self._orphaned()
+
+    def _orphaned(self) -> bool:
+        """The server that forked the ranks lives as long as they do, so nothing ends them when their launcher is killed."""
+        return self._launcher is not None and bool(select.select([self._launcher], [], [], 0)[0])
 
 
 class _Loop:

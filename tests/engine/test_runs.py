@@ -103,6 +103,28 @@ def test_told_to_stop_it_saves_and_ends_well(finished: Path, tiny_llama: Path, t
     assert resume(run, stop_after=report["step"] + 1).step == report["step"] + 1
 
 
+def test_ranks_whose_launcher_was_killed_save_and_end(tiny_llama: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    run = tmp_path / "run"
+    arguments = ["--steps", "100000", "--seq-len", "16", "--batch-size", "4", "--nproc", "2", "--zero-stage", "1"]
+    process = subprocess.Popen(
+        command("train", str(tiny_llama), "--output-dir", str(run), *arguments),
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    wait_for(lambda: len(read_metrics(run)) > 2, process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while not (run / checkpoints.FOLDER / checkpoints.LATEST).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    steps = len(read_metrics(run))
+    assert checkpoints.read_state(checkpoints.latest(run)).step == steps
+    time.sleep(0.5)
+    assert len(read_metrics(run)) == steps
+
+
 def test_a_disk_that_fills_leaves_the_checkpoint_before(finished: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """The largest file that a process may write stands in for the space that is left."""
     run = tmp_path / "run"
