@@ -21,6 +21,7 @@ from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.models import config_folder, model_class_of, read_config
 from dsconv.loaders.partitions import allocate_partition
+from dsconv.loaders.swapping import require_async_io
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ def load_zero3(
     began = time.monotonic()
     settings = _settings(ds_config)
     with agreement("load_zero3"):
+        _check_offload(settings["zero_optimization"])
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
         folder = config_folder(checkpoint)
         if config is None:
@@ -96,8 +98,26 @@ def _settings(ds_config: str | os.PathLike[str] | dict[str, Any]) -> dict[str, A
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise UnsupportedError(f"ds_config says ZeRO stage {stage}: load_zero3 needs stage 3; for others load with from_pretrained")
+    for section, key in (
+        (zero, "zero_quantized_weights"),
+        (zero, "zero_quantized_nontrainable_weights"),
+        (settings.get("weight_quantization") or {}, "quantized_initialization"),
+    ):
+        if section.get(key):
+            raise UnsupportedError(f"ds_config sets {key}: load_zero3 does not quantize; switch it off, or load with from_pretrained")
     checked: dict[str, Any] = settings
     return checked
+
+
+def _check_offload(zero: dict[str, Any]) -> None:
+    """Raise UnsupportedError where partitions are to lie on NVMe and DeepSpeed cannot put them there."""
+    if (zero.get("offload_param") or {}).get("device") != "nvme":
+        return
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        raise UnsupportedError("zero_hpz_partition_size with offload_param to nvme: DeepSpeed has no secondary partitions there")
+    if not zero["offload_param"].get("nvme_path"):
+        raise UnsupportedError("offload_param to nvme needs nvme_path, a folder on the disk")
+    require_async_io()
 
 
 @contextmanager
