@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dsconv.checkpoint.copy import CASTABLE
+from dsconv.checkpoint.dtypes import BY_NAME
 from dsconv.checkpoint.filling import Filling, Patch, Reads, Slot, reads_of
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.reading import tensor_bytes
@@ -100,7 +102,8 @@ def fill_model(
             continue
         done.add(id(tensor))
         report.loaded += 1
-        slots = _slots(name, tensor, copies, devices)
+        slots = list(_slots(name, tensor, copies, devices))
+        _check_cast(name, tensor.dtype, made_of)
         if isinstance(made_of, Computed):
             parts = computed.setdefault(id(made_of), (made_of, []))[1]
             parts += [(name, part) for part in (*slots, *([tensor] if is_swapped(tensor) else []))]
@@ -135,9 +138,14 @@ def fill_model(
 def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], devices: set[str]) -> Iterator[Slot]:
     """What of a tensor of the model is in this rank's memory; ``copies`` gains (target, its contiguous stand-in) where one is needed."""
     if hasattr(tensor, "ds_tensor"):
+        if hasattr(tensor.ds_tensor, "ds_quant_scale"):
+            raise UnsupportedError(f"{name} has a quantized partition (zero_quantized_nontrainable_weights), which is not made here")
         if not is_swapped(tensor):
             devices.add(tensor.ds_tensor.device.type)
             yield from partition_slots(tensor)
+        if tensor.ds_status.name == "AVAILABLE":  # gathered, as persistent parameters stay after a step: this is the copy in use
+            devices.add(tensor.device.type)
+            yield slot_of(tensor.detach(), full_shape(tensor))
         yield from master_slots(name, tensor)
         return
     local, region = tensor.detach(), None
@@ -153,6 +161,18 @@ def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, tor
         copies.append((local, torch.empty(local.shape, dtype=local.dtype, device=local.device)))
         local = copies[-1][1]
     yield slot_of(local, full_shape(tensor), 0, region)
+
+
+def _check_cast(name: str, dtype: torch.dtype, made_of: tuple[Patch, ...] | Computed) -> None:
+    """Raise UnsupportedError where a cast would take quantized values for numbers, or numbers for quantized values."""
+    wanted = BY_NAME[str(dtype).removeprefix("torch.")]
+    for entry in made_of.entries if isinstance(made_of, Computed) else [patch.entry for patch in made_of]:
+        stored = entry.dtype
+        if stored == wanted or {stored.name, wanted.name} <= CASTABLE or not (stored.floating or wanted.floating):
+            continue
+        raise UnsupportedError(
+            f"{name} is {wanted} in the model, and {entry.name} is stored as {stored}: quantized weights are neither made nor unpacked here"
+        )
 
 
 def _fill_from(full: torch.Tensor, slot: Slot) -> None:

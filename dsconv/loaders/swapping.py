@@ -1,23 +1,35 @@
 """Partitions that ``offload_param`` keeps on NVMe: filled in the swapper's own buffers and written out by DeepSpeed.
 
 DeepSpeed 0.19.8 ``runtime/swap_tensor/partitioned_param_swapper.py``. A rank's swapper has ``buffer_count`` buffers of
-``buffer_size`` elements; that is the memory a load takes, whatever the size of the model.
+``buffer_size`` elements; that is the memory a load takes, whatever the size of the model. Its writes say nothing of a disk
+that is full: space is reserved before, and files are measured after.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from dsconv.errors import OutputError, UnsupportedError
 
 
-def require_async_io() -> None:
-    """Load DeepSpeed's async_io op, which is compiled when first used, or raise UnsupportedError that says what it lacks."""
+def check_nvme(nvme_path: str) -> None:
+    """Raise OutputError where the folder cannot be made, UnsupportedError where DeepSpeed's async_io op cannot be loaded.
+
+    The op is compiled when it is first used, for minutes.
+    """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     try:
+        (Path(nvme_path) / "zero_stage_3").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{nvme_path}: offload_param's nvme_path cannot be made a folder: {error.strerror}") from None
+    try:
+        if not AsyncIOBuilder().is_compatible():  # asked first: load() compiles another op before it asks
+            raise RuntimeError("async_io is not compatible")
         AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # noqa: BLE001 - the compiler's, the linker's and the loader's are of many kinds
         raise UnsupportedError(
@@ -27,9 +39,9 @@ def require_async_io() -> None:
 
 
 def move_to_nvme(param: Any) -> None:
-    """Put an empty partition of ``ds_numel`` elements on NVMe: a file of zeros that takes no space until it is filled.
+    """Put an empty partition of ``ds_numel`` elements on NVMe: a file of zeros, which is what the checkpoint may lack.
 
-    Raises UnsupportedError where it is larger than a buffer, OutputError where the file cannot be made.
+    Raises UnsupportedError where it is larger than a buffer, OutputError where the disk has no room for it.
     """
     from deepspeed.runtime.zero.config import OffloadDeviceEnum
 
@@ -39,14 +51,22 @@ def move_to_nvme(param: Any) -> None:
             f"a partition of a parameter of shape {list(param.ds_shape)} has {numel} elements, which a buffer of offload_param "
             f"cannot hold: set its buffer_size ({swapper.elements_per_buffer}) to {numel} or more"
         )
+    nbytes = _file_bytes(param)
     try:
-        with open(swapper.get_path(param), "wb") as file:
-            file.truncate(swapper._io_aligned_numel(numel) * swapper.swap_element_size)
+        with Path(swapper.get_path(param)).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
     except OSError as error:
-        raise OutputError(f"{swapper.swap_folder}: offload_param's nvme_path cannot be written: {error.strerror}") from None
+        raise OutputError(
+            f"{swapper.swap_folder}: no room for a partition of {nbytes} bytes at offload_param's nvme_path: {error.strerror}"
+        ) from None
     swapper.param_id_to_numel[param.ds_id] = numel
     param.ds_tensor.final_location = OffloadDeviceEnum.nvme
     swapper.remove_partition_and_release_buffers([param])
+
+
+def _file_bytes(param: Any) -> int:
+    swapper = param.nvme_swapper
+    return int(swapper._io_aligned_numel(param.ds_tensor.ds_numel) * swapper.swap_element_size)
 
 
 def is_swapped(tensor: Any) -> bool:
@@ -56,7 +76,7 @@ def is_swapped(tensor: Any) -> bool:
 
 @contextmanager
 def in_buffers(params: Sequence[Any]) -> Iterator[None]:
-    """Partitions on NVMe are buffers of the swapper in here; what these then hold is written to NVMe."""
+    """Partitions on NVMe are buffers of the swapper in here; what these then hold is written to NVMe. Raises OutputError."""
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
     swapper = params[0].nvme_swapper
@@ -71,6 +91,10 @@ def in_buffers(params: Sequence[Any]) -> Iterator[None]:
         swapper.swap_out_and_release(list(params))
     finally:
         swapper.remove_partition_and_release_buffers(params)
+    for param in params:
+        path, nbytes = Path(swapper.get_path(param)), _file_bytes(param)
+        if path.stat().st_size < nbytes:
+            raise OutputError(f"{path}: DeepSpeed wrote {path.stat().st_size} of {nbytes} bytes: the disk is full")
 
 
 def batches(swapped: Sequence[tuple[Any, Any]]) -> Iterator[Sequence[tuple[Any, Any]]]:

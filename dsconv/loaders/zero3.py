@@ -19,9 +19,9 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 from dsconv.loaders.agreement import agreement
-from dsconv.loaders.models import config_folder, model_class_of, read_config
+from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 from dsconv.loaders.partitions import allocate_partition
-from dsconv.loaders.swapping import require_async_io
+from dsconv.loaders.swapping import check_nvme
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ def load_zero3(
         folder = config_folder(checkpoint)
         if config is None:
             config = read_config(checkpoint, folder)
+        refuse_quantized(config, checkpoint)
         kind = model_class_of(model_class, config)
     from dsconv.loaders.mapping import match
     from dsconv.loaders.stream import fill_model, finish_transformers, print_once
@@ -96,14 +97,11 @@ def _settings(ds_config: str | os.PathLike[str] | dict[str, Any]) -> dict[str, A
             raise UnsupportedError(f"{ds_config}: the DeepSpeed configuration is not JSON: {error}") from None
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != 3:
+    if zero is None or stage != 3:
         raise UnsupportedError(f"ds_config says ZeRO stage {stage}: load_zero3 needs stage 3; for others load with from_pretrained")
-    for section, key in (
-        (zero, "zero_quantized_weights"),
-        (zero, "zero_quantized_nontrainable_weights"),
-        (settings.get("weight_quantization") or {}, "quantized_initialization"),
-    ):
-        if section.get(key):
+    quantizing = {**zero, **(settings.get("weight_quantization") or {})}
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "quantized_initialization"):
+        if quantizing.get(key):
             raise UnsupportedError(f"ds_config sets {key}: load_zero3 does not quantize; switch it off, or load with from_pretrained")
     checked: dict[str, Any] = settings
     return checked
@@ -117,7 +115,7 @@ def _check_offload(zero: dict[str, Any]) -> None:
         raise UnsupportedError("zero_hpz_partition_size with offload_param to nvme: DeepSpeed has no secondary partitions there")
     if not zero["offload_param"].get("nvme_path"):
         raise UnsupportedError("offload_param to nvme needs nvme_path, a folder on the disk")
-    require_async_io()
+    check_nvme(str(zero["offload_param"]["nvme_path"]))
 
 
 @contextmanager
