@@ -147,6 +147,8 @@ def _build(kind: Any, config: Any, dtype: Any) -> Any:
         for context in contexts:
             if isinstance(context, deepspeed.zero.Init):
                 context._zero_init_param = _partition_only(context)
+                # The parameters keep the Init: deepspeed.initialize converts with it what is added later, as adapters, with its values.
+                stack.callback(delattr, context, "_zero_init_param")
             stack.enter_context(context)
         return kind(copy.deepcopy(config))
 
