@@ -7,14 +7,13 @@ straight into the slot's memory, or through a block where it is cast or where ru
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsconv.checkpoint.copy import BLOCK_BYTES, Caster, default_workers, one_torch_thread
+from dsconv.checkpoint.copy import BLOCK_BYTES, Caster, default_workers
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.reading import Sources, gather_view
 from dsconv.checkpoint.regions import UNITS, Region, intersect, put_runs, shape_of, width
@@ -186,11 +185,7 @@ class Filling:
     def run(self, reads: Iterable[Reads]) -> None:
         """Fill all slots, or raise the first error once every worker has stopped. Raises MalformedError."""
         ordered = sorted(reads, key=lambda r: (str(r.piece.extent.record.path), r.piece.extent.offset_bytes + int(r.sources[0])))
-        casts = any(read.dtype != read.slot.dtype for read in ordered)
-        with one_torch_thread() if casts else contextlib.nullcontext():
-            self._run(iter([job for read in ordered for job in _jobs(read)]))
-
-    def _run(self, jobs: Iterator[Reads]) -> None:
+        jobs = iter([job for read in ordered for job in _jobs(read)])
         threads = [threading.Thread(target=self._work, args=(jobs,), daemon=True) for _ in range(self.workers)]
         for thread in threads:
             thread.start()
