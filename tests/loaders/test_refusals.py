@@ -111,3 +111,19 @@ def test_damaged_and_foreign_checkpoints(copied: Path) -> None:
     wider.intermediate_size = 16
     with pytest.raises(InconsistentCheckpointError, match=r"3 tensors have another shape: .*down_proj\.weight is \[8, 12\], the model has"):
         dsconv.load_tp(copied, config=wider)
+
+
+def test_no_memory_for_a_block(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsconv.checkpoint import copy
+    from dsconv.loaders import memory
+
+    def refuse(nbytes: int) -> bytearray:
+        return bytearray(nbytes << 30)  # more than any machine has
+
+    for module in (copy, memory):
+        monkeypatch.setattr(module, "bytearray", refuse, raising=False)
+    with pytest.raises(MemoryError):
+        dsconv.load_tp(copied)
+    with pytest.raises(MemoryError):
+        dsconv.merge(copied, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
