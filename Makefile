@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit fixtures bench clean
+.PHONY: help demo test lint types unit fixtures aio bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ unit: $(READY) ## the tests; the checkpoints they read are trained by the first 
 
 fixtures: $(READY) ## train again the checkpoints that are kept in tests/data (compiles DeepSpeed's native ops)
 	$(BIN)/python -m tests.fixtures.session --native --root tests/data/native_ops
+
+aio: $(READY) ## compile DeepSpeed's async_io op, with which the tests of NVMe run (needs libaio-dev; takes minutes)
+	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'
 
 bench: $(READY) ## measure against the official script and cp: 40 GB of disk, half an hour
 	$(BIN)/python -m benchmarks.zero_to_fp32 --plot docs/zero_to_fp32.svg
