@@ -29,6 +29,8 @@ ZSTD = "stream.zstd"
 ZSTD_VERSION = "1"
 MAX_AROUND_BYTES = 1 << 20  # what a zip may add to its tensor's bytes
 BLOCK_BYTES = 4 << 20
+ZSTD_STEP_BYTES = 2048  # become at most 64 MB in memory, a block of 128 kB for each 4 bytes, before they are counted
+TRAILING = "a zstd frame that does not end where the chunk does"
 
 
 class ChunkFiles:
@@ -128,7 +130,10 @@ class Unpacked:
             while position < end and not stream.eof:
                 data = file.read(position, min(BLOCK_BYTES, end - position))
                 position += len(data)
-                self._write(stream.decompress(data), start + limit_bytes, path)
+                for at in range(0, len(data), ZSTD_STEP_BYTES):
+                    if stream.eof:
+                        raise MalformedError(f"{path}: {TRAILING}")
+                    self._write(stream.decompress(data[at : at + ZSTD_STEP_BYTES]), start + limit_bytes, path)
         except zstandard.ZstdError as error:
             raise MalformedError(f"{path}: not a zstd frame, or a damaged one: {error}") from None
         except OSError as error:
@@ -137,7 +142,7 @@ class Unpacked:
                 "set TMPDIR to a folder with room for all tensors"
             ) from None
         if not stream.eof or position < end or stream.unused_data:
-            raise MalformedError(f"{path}: a zstd frame that does not end where the chunk does")
+            raise MalformedError(f"{path}: {TRAILING}")
         if self._reader is not None:
             self._reader.close()
         self._reader = open_for_reading(self.path)

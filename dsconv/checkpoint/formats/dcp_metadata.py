@@ -20,6 +20,7 @@ from typing import Any
 from dsconv.checkpoint import unpickler
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats.dcp import METADATA
+from dsconv.checkpoint.formats.shard_index import MAX_NAME_BYTES
 from dsconv.checkpoint.standins import MAX_NUMEL, Instance, shown
 from dsconv.checkpoint.storage import open_for_reading
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsafeError
@@ -28,6 +29,7 @@ RANK_METADATA = re.compile(r"__(?P<rank>\d+)\.metadata")
 RANK_FILE = re.compile(r"__(?P<rank>\d+)_\d+\.distcp")
 PACKAGE = "torch.distributed.checkpoint"
 MAX_CHUNKS = 50_000_000
+MAX_PATH_CHARS = 1000
 
 Sizes = tuple[int, ...]
 
@@ -159,9 +161,11 @@ def _places(storage: dict[Any, Any], path: Path) -> dict[tuple[str, Sizes | None
     for key, value in storage.items():
         index, info = _instance(key, "MetadataIndex", path), _instance(value, "_StorageInfo", path)
         name, offset = index.get("fqn"), index.get("offset")
-        if not isinstance(name, str) or not (offset is None or isinstance(offset, tuple)):
+        if not isinstance(name, str) or not (offset is None or _are_sizes(offset)):
             raise MalformedError(f"{path}: storage_data has the key {shown(name)} at {shown(offset)}")
         file, start, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
+        if not isinstance(file, str):
+            raise MalformedError(f"{path}: a chunk lies in {shown(file)}, which is not the name of a file")
         if file not in files:
             files[file] = _inside(file, path)
         if not (type(start) is int and type(nbytes) is int and 0 <= start < MAX_NUMEL and 0 <= nbytes < MAX_NUMEL):
@@ -173,12 +177,12 @@ def _places(storage: dict[Any, Any], path: Path) -> dict[tuple[str, Sizes | None
     return places
 
 
-def _inside(file: Any, path: Path) -> str:
-    if not isinstance(file, str):
-        raise MalformedError(f"{path}: a chunk lies in {shown(file)}, which is not the name of a file")
+def _inside(file: str, path: Path) -> str:
     parts = PurePosixPath(file)
     if not file or parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file or not parts.name:
         raise UnsafeError(f"{path}: a chunk lies in {shown(file, 255)}, outside the folder; refused")
+    if any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in parts.parts) or len(file) > MAX_PATH_CHARS:
+        raise MalformedError(f"{path}: a chunk lies in {shown(file, 255)}, a name longer than any file has")
     return str(parts)
 
 
