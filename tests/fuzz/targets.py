@@ -21,24 +21,13 @@ import torch
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
+from attacks.places import copies
 from dsconv.checkpoint import unpickler
-from dsconv.checkpoint.formats import safetensors_folder
 from dsconv.checkpoint.legacy_file import storage_of
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.standins import shown
-from tests.fixtures import gloo, session
-from tests.fixtures.cases import BY_NAME
 from tests.fuzz.judging import OTHER, SAME, Failure, Tensors, tensors_of
 from tests.fuzz.mutations import damaged, forged_json, forged_pickle, forged_zip
-
-ZERO_CASES = ("odd-z1-bf16-w2", "odd-z2-bf16-w2", "odd-z3-bf16-w2", "odd-z0-fp32-w2")
-GLOO_CASES = (
-    ("dcp", "fsdp2-w3", "ckpt"),
-    ("pipeline", "pp2-z1-fp32", "ckpt"),
-    ("moe", "z1-fp32-w2-ep1", "ckpt"),
-    ("universal", "gpt2-z3-fp32-w1", "official"),
-    ("rankfiles", "fsdp2-tp-w4", "."),
-)
 
 
 @dataclass
@@ -52,12 +41,7 @@ class Seeds:
 
 def seeds(folder: Path) -> Seeds:
     """Copies of the trained checkpoints; those that are not there yet are trained first."""
-    found = Seeds(folder)
-    sources = [(name, path / "ckpt") for name, path in session.ensure([BY_NAME[name] for name in ZERO_CASES]).items()]
-    for maker, name, part in GLOO_CASES:
-        sources.append((f"{maker}-{name}", gloo.ensure(maker, [name])[name] / part))
-    for name, source in sources:
-        found.checkpoints.append(Path(shutil.copytree(source, folder / name)))
+    found = Seeds(folder, list(copies(folder).values()))
     for checkpoint in found.checkpoints:
         for path in sorted(checkpoint.rglob("*")):
             if path.name == ".metadata":
@@ -283,7 +267,7 @@ class Metadata(Files):
 
     def __init__(self, seeds: Seeds) -> None:
         super().__init__(seeds)
-        source = next(path for path in seeds.checkpoints if path.name.startswith("dcp-"))
+        source = next(path for path in seeds.checkpoints if path.name == "dcp")
         folder = Path(shutil.copytree(source, self.folder / "ckpt"))
         self.start(folder / ".metadata", folder)
 
@@ -323,7 +307,7 @@ class Checkpoints(Target):
         kind = rng.randrange(10)
         if kind == 0:
             return Broken(checkpoint, ((path, None),))
-        if checkpoint.name.startswith(("universal", "pipeline")):
+        if checkpoint.name in ("universal", "pipeline"):
             kind = max(kind, 3)  # a file's name alone says of which tensor or layer it is: that two were swapped, nobody can tell
         if kind == 1:
             return Broken(checkpoint, ((path, files[other]), (other, files[path])))
@@ -348,4 +332,3 @@ class Checkpoints(Target):
 
 
 TARGETS: tuple[type[Target], ...] = (Pickles, ZipDamage, ZipForgery, Legacy, SafetensorsHeader, Index, Metadata, Checkpoints)
-_ = safetensors_folder
