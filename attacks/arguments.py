@@ -84,7 +84,6 @@ INDIRECT = [
         "an object of an unknown class is called",
         lambda c: whole(call(glob(CANARY_MODULE, "Evil") + b")\x81", touch(c))),
         CANARY_MODULE,
-        real=False,
     ),
     Hostile("text is called", lambda c: whole(call(text("os.system"), touch(c))), "'os.system'", real=False),
     Hostile("a dtype is called", lambda c: whole(call(glob("torch", "float32"), touch(c))), "float32", real=False),
@@ -97,7 +96,6 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
         "a tensor subclass rebuilt by os.system",
         lambda c: whole(call(FROM_TYPE, SYSTEM, TENSOR_CLASS, tup(touch(c)), b"N")),
         "os.system",
-        real=False,
     ),
     Hostile(
         "a tensor subclass rebuilt by torch.hub.load",
@@ -111,7 +109,6 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
         lambda c: whole(call(FROM_TYPE, glob(CANARY_MODULE, "strike"), TENSOR_CLASS, b")", b"N")),
         "rebuilt by something unknown",
         MalformedError,
-        real=False,
     ),
     Hostile(
         "a tensor subclass rebuilt by itself",
@@ -132,14 +129,12 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
         lambda c: whole(tensor(of=glob(CANARY_MODULE, "Evil"))),
         "storage",
         MalformedError,
-        real=False,
     ),
     Hostile(
         "a storage of an unknown class",
         lambda c: whole(tup(text("storage"), glob(CANARY_MODULE, "Evil"), text("0"), text("cpu"), number(4)), b"Q"),
         CANARY_MODULE,
         DsconvError,
-        real=False,
     ),
     Hostile("a storage whose name leaves the folder", lambda c: whole(storage("../../etc/passwd")), "passwd", MalformedError, real=False),
     Hostile(
@@ -182,14 +177,12 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
         lambda c: whole(call(glob("_codecs", "encode"), text("x"), glob(CANARY_MODULE, "Evil"))),
         "text",
         MalformedError,
-        real=False,
     ),
     Hostile(
         "a torch.Size of an unknown object",
         lambda c: whole(call(glob("torch", "Size"), glob(CANARY_MODULE, "Evil"))),
         "torch.Size",
         MalformedError,
-        real=False,
     ),
     Hostile(
         "a torch.Size below zero", lambda c: whole(call(glob("torch", "Size"), lst(number(-1)))), "torch.Size", MalformedError, real=False

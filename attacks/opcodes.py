@@ -62,6 +62,6 @@ MEMO_TRICKS = [
     Hostile("the call stands between marks and is dropped", lambda c: whole(b"(", call(SYSTEM, touch(c)), b"1N"), "os.system"),
     Hostile("DUP copies the function", lambda c: whole(SYSTEM, b"2", tup(touch(c)), b"R\x86"), "os.system"),
     Hostile("the call makes a dictionary's key", lambda c: whole(b"}", call(SYSTEM, touch(c)), b"Ns"), "os.system"),
-    Hostile("the call makes a persistent id", lambda c: whole(call(SYSTEM, touch(c)), b"Q"), "os.system", real=False),
+    Hostile("the call makes a persistent id", lambda c: whole(call(SYSTEM, touch(c)), b"Q"), "os.system"),
     Hostile("long memo numbers", lambda c: whole(SYSTEM, b"r\x10\x00\x00\x000j\x10\x00\x00\x00", tup(touch(c)), b"R"), "os.system"),
 ]

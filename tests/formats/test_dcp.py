@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise, product
@@ -267,6 +268,14 @@ def lost_place(metadata: Metadata) -> None:
     del metadata.storage_data[MetadataIndex("model.up.weight", [0, 0])]
 
 
+def unhashable(metadata: Metadata) -> None:
+    """An index whose offset holds a list: frozen, so it is set as a pickle would set it."""
+    key = MetadataIndex(UP, [0, 0])
+    info = metadata.storage_data.pop(key)
+    metadata.storage_data[key] = info
+    object.__setattr__(key, "offset", ([],))
+
+
 UP = "model.up.weight"
 
 
@@ -277,6 +286,10 @@ UP = "model.up.weight"
         (lambda m: place(m, UP, relative_path="/etc/passwd"), UnsafeError, "outside the folder"),
         (lambda m: place(m, UP, relative_path="a/../../b"), UnsafeError, "outside the folder"),
         (lambda m: place(m, UP, relative_path=7), MalformedError, "not the name of a file"),
+        (lambda m: place(m, UP, relative_path={}), MalformedError, "not the name of a file"),
+        (lambda m: place(m, UP, relative_path="x" * 300), MalformedError, "a name longer than any file has"),
+        (lambda m: place(m, UP, relative_path="x/" * 3000 + "x"), MalformedError, "a name longer than any file has"),
+        (unhashable, MalformedError, "storage_data has the key 'model.up.weight' at"),
         (lambda m: place(m, UP, relative_path="gone.distcp"), MissingShardError, "names are not there, the first 'gone.distcp'"),
         (lambda m: place(m, UP, offset=10**9), MalformedError, "truncated: the chunk of 'model.up.weight' should end at"),
         (lambda m: place(m, UP, offset=-1), MalformedError, "is stored in .* bytes at -1"),
@@ -440,8 +453,11 @@ def test_a_zstd_bomb_is_stopped(tmp_path: Path) -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
     (tmp_path / "__0_0.distcp").write_bytes(bomb)
     stored = Stored("__0_0.distcp", 0, len(bomb), ("stream.zstd/1",))
+    tracemalloc.start()
     with ChunkFiles(tmp_path) as files, pytest.raises(MalformedError, match="decompresses to more than its tensor has"):
         files.piece("w", BY_NAME["float32"], (5,), stored)
+    assert tracemalloc.get_traced_memory()[1] < 128 << 20
+    tracemalloc.stop()
     assert files.unpacked is not None
     assert files.unpacked.path.stat().st_size < 32 << 20
 

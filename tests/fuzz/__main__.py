@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import resource
 import sys
@@ -41,7 +42,7 @@ def main(count: int, seed: int, first: int, names: tuple[str, ...]) -> None:
         failures = 0
         reported = time.monotonic()
         turns = itertools.cycle([target for target in targets for _ in range(target.share)])
-        with limits():
+        with limits(), contextlib.suppress(KeyboardInterrupt):  # what was done until then is told
             for number in range(first, first + count):
                 target = next(turns)
                 try:
