@@ -196,9 +196,9 @@ def test_doctor_shows_what_works_here(tmp_path: Path) -> None:
 
 
 def test_doctor_says_what_is_missing_and_what_fails(tmp_path: Path) -> None:
-    """In an interpreter that finds no zstandard and no deepspeed, and whose folder for temporary files is not there."""
+    """In an interpreter that finds no zstandard, deepspeed or transformers, and whose folder for temporary files is not there."""
     program = (
-        "import sys\nsys.modules.update(zstandard=None, deepspeed=None)\nfrom dsconv.cli import main\n"
+        "import sys\nsys.modules.update(zstandard=None, deepspeed=None, transformers=None)\nfrom dsconv.cli import main\n"
         "import tempfile\ntempfile.tempdir = '/nonexistent'\nmain(['doctor'])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -237,7 +237,7 @@ class Index(Files):
 
     def __init__(self, seeds: Seeds) -> None:
         super().__init__(seeds)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate((("a.weight", "b"), ("scalar", "empty", "mask")), 1):
             file = f"model-{number:05d}-of-00002.safetensors"
             save_file({name: state_dict()[name] for name in names}, self.folder / file, {"format": "pt"})
