@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +22,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import dsconv
 from dsconv.checkpoint.dtypes import BY_NAME
@@ -39,6 +47,7 @@ from dsconv.errors import (
     UnsafeError,
     UnsupportedError,
 )
+from tests.checkpoint.building import colliding_pairs, glob, text
 from tests.cli.running import dsconv as command
 from tests.fixtures.dcp import CASES, STEP
 from tests.fixtures.gloo import ensure
@@ -424,6 +433,23 @@ def test_random_damage_is_an_error_or_harmless(file: str, broken: Callable[[str]
             refused.append(str(error))
     assert len(refused) > 100
     assert max(map(len, refused)) < 900
+
+
+def test_chunks_whose_places_collide_take_time_in_proportion(tmp_path: Path) -> None:
+    """Offsets are the file's choice, and so would be their hashes: as keys they took quadratic time, 5 s for this 1.8 MB."""
+    pairs = colliding_pairs(10_000)
+    chunks = [ChunkStorageMetadata(torch.Size(pair), torch.Size((1, 1))) for pair in pairs]
+    tensor = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((1 << 61, 1 << 61)), chunks)
+    storage = [(MetadataIndex("w", torch.Size(pair)), _StorageInfo("__0_0.distcp", 10 * i, 10)) for i, pair in enumerate(pairs)]
+    whole = pickle.dumps(Metadata({"w": tensor}, storage_data="MARK"), protocol=2)
+    # The dictionary is made of pairs by the reader: put first, and recalled where the mark is.
+    made = glob("collections", "OrderedDict") + pickle.dumps(storage, protocol=2)[2:-1] + b"\x85Rr\0\0\x10\x000"
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + made + whole[2:].replace(text("MARK"), b"j\0\0\x10\0"))
+    (tmp_path / "__0_0.distcp").write_bytes(bytes(10 * len(pairs)))
+    start = time.process_time()
+    with pytest.raises(MalformedError, match=r"not a torch.save file"):
+        dsconv.open_checkpoint(tmp_path)
+    assert time.process_time() - start < 2.5
 
 
 # zstd -----------------------------------------------------------------------------------------------------------------

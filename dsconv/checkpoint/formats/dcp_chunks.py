@@ -202,7 +202,7 @@ def checksum_of(piece: Piece) -> Any:
 
 def files_of(metadata: Metadata, chosen: Mapping[str, str]) -> list[str]:
     """The files in which the chunks of the chosen tensors are stored."""
-    return sorted({s.file for name in chosen for places in metadata.tensors[name].chunks.values() for s in places})
+    return sorted({s.file for name in chosen for _, _, places in metadata.tensors[name].chunks.values() for s in places})
 
 
 def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
@@ -222,7 +222,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
         raise UnsupportedError(f"{meta.path}: {shown(unknown)} is of dtype {meta.dtype_name}, which dsconv does not read")
     found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in chosen}
     differing: set[str] = set()
-    todo = [(places, name, chunk) for name in chosen for chunk, places in metadata.tensors[name].chunks.items()]
+    todo = [(places, name, (at, sizes)) for name in chosen for at, sizes, places in metadata.tensors[name].chunks.values()]
     todo.sort(key=lambda item: (item[0][0].file, item[0][0].offset_bytes))  # as they lie on disk
     with ChunkFiles(folder) as files, ChunkFiles(folder) as others:
         for (first, *copies), name, (offsets, sizes) in todo:
@@ -247,7 +247,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
         if name in entries or any(name in entry.aliases for entry in entries.values() if entry.aliases):
             raise InconsistentCheckpointError(f"{folder}: two tensors are called {shown(name)}")
         meta = metadata.tensors[flat]
-        places = tuple((chunk, tuple(stored)) for chunk, stored in meta.chunks.items())
+        places = tuple((key, tuple(stored)) for key, (_, _, stored) in meta.chunks.items())
         owner = owners.setdefault((meta.shape, meta.dtype_name, places), name) if places else name
         if owner != name:  # stored once under several names: tied
             entries[owner] = replace(entries[owner], aliases=(*entries[owner].aliases, name))
