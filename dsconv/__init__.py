@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
     from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.merge import MergeReport, merge
+    from dsconv.convert.push import PushReport, push
     from dsconv.convert.universal_writer import UniversalReport, to_universal
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dsconv.loaders.stream import stream_into
     from dsconv.loaders.tensor_parallel import load_tp
     from dsconv.loaders.zero3 import load_zero3
+    from dsconv.zero_utils.config import DSConfig
 
 _HOMES = {
     "Checkpoint": "dsconv.checkpoint",
@@ -28,12 +30,15 @@ _HOMES = {
     "open_checkpoint": "dsconv.checkpoint",
     "MergeReport": "dsconv.convert.merge",
     "merge": "dsconv.convert.merge",
+    "PushReport": "dsconv.convert.push",
+    "push": "dsconv.convert.push",
     "UniversalReport": "dsconv.convert.universal_writer",
     "to_universal": "dsconv.convert.universal_writer",
     "VerifyReport": "dsconv.convert.verify",
     "verify": "dsconv.convert.verify",
     "DcpReport": "dsconv.convert.dcp_writer",
     "to_dcp": "dsconv.convert.dcp_writer",
+    "DSConfig": "dsconv.zero_utils.config",
     "DsconvError": "dsconv.errors",
     "LoadReport": "dsconv.loaders.report",
     "load_tp": "dsconv.loaders.tensor_parallel",
@@ -42,10 +47,12 @@ _HOMES = {
 }
 __all__ = [
     "Checkpoint",
+    "DSConfig",
     "DcpReport",
     "DsconvError",
     "LoadReport",
     "MergeReport",
+    "PushReport",
     "TensorEntry",
     "UniversalReport",
     "VerifyReport",
@@ -54,6 +61,7 @@ __all__ = [
     "load_zero3",
     "merge",
     "open_checkpoint",
+    "push",
     "stream_into",
     "to_dcp",
     "to_universal",

@@ -68,5 +68,11 @@ class MismatchError(DsconvError):
     exit_code = EXIT_MISMATCH
 
 
+class ConfigMismatchError(DsconvError, ValueError):
+    """A DeepSpeed config says something else than the values it was given."""
+
+    exit_code = EXIT_MISMATCH
+
+
 class RankFailedError(DsconvError, RuntimeError):
     """Another rank of a distributed load failed; the message is its own."""

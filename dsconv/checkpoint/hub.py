@@ -59,12 +59,8 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, list[str]]:
     Raises RemoteError where the Hub or the network fails and the cache does not help, CheckpointNotFoundError where there
     is no such repository or it holds no weights, UnsafeError where its index leaves the folder.
     """
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise CheckpointNotFoundError(f"{repo}: no such file or folder; to read it from the Hub: pip install 'dsconv[hub]'") from None
-    api = huggingface_hub.HfApi(**connection(), library_name="dsconv")
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE:
+    api = _api(repo)
+    if _offline():
         return _cached(api, repo, revision, "HF_HUB_OFFLINE is set"), []
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True)
@@ -78,6 +74,33 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, list[str]]:
         if not _is_of_the_network(error):
             raise said from None
         return _cached(api, repo, revision, str(said)), [f"{said}; took what the cache has"]
+
+
+def fetch_config(repo: str, revision: str | None = None) -> Path:
+    """A repository's ``config.json`` in the cache, and nothing else of it; raises as ``fetch`` does."""
+    api = _api(repo)
+    try:
+        return Path(api.hf_hub_download(repo, "config.json", revision=revision, local_files_only=_offline()))
+    except Exception as error:  # noqa: BLE001 - the client's own, httpx2's, and the system's
+        from huggingface_hub import errors
+
+        if isinstance(error, errors.LocalEntryNotFoundError) and _offline():
+            raise RemoteError(f"{repo}: the cache holds no config.json of {_named(repo, revision)}, and HF_HUB_OFFLINE is set") from None
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise CheckpointNotFoundError(f"{_named(repo, revision)} has no config.json") from None
+        raise _explain(repo, revision, error) from None
+
+
+def _api(repo: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CheckpointNotFoundError(f"{repo}: no such file or folder; to read it from the Hub: pip install 'dsconv[hub]'") from None
+    return huggingface_hub.HfApi(**connection(), library_name="dsconv")
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
 
 
 def _kinds() -> tuple[tuple[str, str], ...]:

@@ -12,12 +12,15 @@ from typing import Any, NoReturn
 import click
 
 from dsconv._version import __version__
+from dsconv.cli.config import config
 from dsconv.cli.doctor import doctor
 from dsconv.cli.inspect import inspect
 from dsconv.cli.merge import merge, zero_to_fp32
+from dsconv.cli.push import push
 from dsconv.cli.to_dcp import to_dcp
 from dsconv.cli.to_universal import to_universal
 from dsconv.cli.verify import verify
+from dsconv.cli.watch import watch
 from dsconv.errors import EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError
 
 EPILOG = """\b
@@ -40,7 +43,7 @@ def cli() -> None:
     """
 
 
-for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, doctor):
+for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch, config, doctor):
     cli.add_command(_command)
 
 

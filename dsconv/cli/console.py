@@ -33,6 +33,21 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
             self.fail(str(error), param, ctx)
 
 
+class Repo(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
+    """A repository of the Hub: org/model."""
+
+    name = "repo"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from dsconv.convert.push import check_repo
+
+        try:
+            check_repo(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
 def size(nbytes: float) -> str:
     """``1.55 GB``; decimal units, as disks and the Hub count."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
@@ -43,8 +58,8 @@ def size(nbytes: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 tensor``, ``1,234 tensors``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """``1 tensor``, ``1,234 tensors``, ``2 mismatches``."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('h') else 's'}"
 
 
 def show_json(data: dict[str, Any]) -> None:
@@ -88,10 +103,11 @@ class _Bar:
     def __init__(self) -> None:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
+        self._ended = ""  # the phase that ended last: other threads may still tell of it
         self._lock = threading.Lock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        if total < QUICK_BYTES:
+        if total < QUICK_BYTES or phase == self._ended:
             return
         with self._lock:
             if self._progress is None:
@@ -100,10 +116,15 @@ class _Bar:
             if phase not in self._tasks:
                 self._tasks[phase] = self._progress.add_task(phase, total=total)
             self._progress.update(self._tasks[phase], completed=done)
+            if done >= total:  # what follows may draw its own bars, as the Hub's client does
+                self._ended = phase
+                self.close()
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
+            self._tasks.clear()
 
 
 def _make_bar() -> Any:
@@ -126,6 +147,8 @@ class _Log:
         now = time.monotonic()
         with self._lock:
             began = self._began.setdefault(phase, now)
+            if done >= total:
+                del self._began[phase]  # a watcher has it again
             if now - self._last < LOG_SECONDS:
                 return
             self._last = now
@@ -145,3 +168,18 @@ def show_report(report: Any, seconds: float, as_json: bool, quiet: bool) -> bool
         click.echo(f"{report.source} ({report.format}{step}) → {report.output}")
         return True
     return False
+
+
+def show_push(pushed: dict[str, Any]) -> None:
+    """What a push did, for people."""
+    warn(pushed["warnings"])
+    made = " (made, private)" if pushed["created"] and pushed["private"] else " (made, public)" if pushed["created"] else ""
+    click.echo(f"{pushed['folder']} → {pushed['repo']}{made}, {pushed['revision']}")
+    how = "checked against its manifest" if pushed["checked"] else "not checked"
+    new = "" if pushed["changed"] else "; the Hub had all of it"
+    click.echo(f"{count(len(pushed['files']), 'file')}, {size(pushed['nbytes'])}, {how}{new}")
+    if pushed["deleted"]:
+        click.echo(f"taken away there: {', '.join(pushed['deleted'])}")
+    if pushed["left_out"]:
+        click.echo(f"left out: {', '.join(pushed['left_out'])}")
+    click.echo(pushed["pull_request"] or pushed["url"])

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dsconv.cli import console
-from dsconv.cli.console import Size
+from dsconv.cli.console import Repo, Size
 
 CHECKPOINT = click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 OUTPUT = click.argument("output", type=click.Path(), required=False, metavar="[OUT]")
@@ -28,6 +28,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--fsync/--no-fsync", default=None, help="Have the output on the disk before it counts as written (default: yes)."),
     click.option("--sha256", is_flag=True, help="Put the sha256 of each file in the manifest."),
     click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."),
+    click.option("--push-to-hub", type=Repo(), metavar="REPO", help="Push OUT to org/model on the Hugging Face Hub (see dsconv push)."),
     click.option("--safe_serialization", is_flag=True, hidden=True, help="Of the old script; the output is always safetensors."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
     click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
@@ -99,6 +100,8 @@ def _run(options: dict[str, Any]) -> None:
         click.echo(
             "no config.json was found beside the checkpoint: name the model's folder with --config-from to make OUT loadable", err=True
         )
+    if report.pushed is not None:
+        console.show_push(report.pushed)
 
 
 def _show_plan(report: Any) -> None:

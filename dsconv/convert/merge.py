@@ -62,6 +62,7 @@ class MergeReport:
     verified: bool = False
     warnings: list[str] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
+    pushed: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,13 +98,15 @@ def merge(
     fsync: bool | None = None,
     sha256: bool = False,
     workers: int | None = None,
+    push_to_hub: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> MergeReport:
     """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads, on the disk or in a store.
 
     Weights of a ZeRO checkpoint come from its fp32 masters; frozen weights and buffers keep their stored dtype. With
     ``dtype`` (fp32, bf16 or fp16) every floating tensor of 16 bits or more is cast, once, to nearest even. ``progress``
-    is called with (phase, bytes done, bytes in all), from any thread. ``fsync`` (by default, true) is of the disk.
+    is called with (phase, bytes done, bytes in all), from any thread. ``fsync`` (by default, true) is of the disk. The output
+    is pushed to the repository ``push_to_hub``, if given: see ``push``.
 
     Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being written
     by another run, does not fit the disk or cannot be written as asked; MismatchError when ``verify_output`` finds a
@@ -136,6 +139,10 @@ def merge(
     if dry_run:
         report.plan = [_row(shard.filename, t) for shard in plan.shards for t in shard.tensors]
         return report
+    if push_to_hub is not None:
+        from dsconv.convert.push import prepare, push_merged
+
+        prepare(push_to_hub, target)
     old = _existing(target, force)
     # Of a store, workers wait more than they work.
     workers = workers or (MAX_DEFAULT_WORKERS if is_remote(checkpoint.path) else default_workers())
@@ -162,6 +169,8 @@ def merge(
             _verify(checkpoint, staging.folder, plan, report, wanted is not None, exclude_frozen or adapter, progress)
         order = [*small, *files, *([plan.index_name] if index is not None else [])]
         staging.commit(order, (name for name in old if name not in order or name == plan.index_name or name in files))
+    if push_to_hub is not None:
+        report.pushed = push_merged(target, push_to_hub, progress)
     return report
 
 

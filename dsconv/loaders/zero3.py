@@ -7,20 +7,19 @@ Under ZeRO-3 a rank keeps ``ds_tensor``, elements [r × n, (r + 1) × n) of the 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
-from dsconv.errors import CheckpointNotFoundError, UnsupportedError
+from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.models import config_folder, model_class_of, read_config
 from dsconv.loaders.partitions import allocate_partition
+from dsconv.zero_utils.config import DSConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 def load_zero3(
     source: str | os.PathLike[str] | Checkpoint,
-    ds_config: str | os.PathLike[str] | dict[str, Any],
+    ds_config: str | os.PathLike[str] | dict[str, Any] | DSConfig,
     *,
     model_class: Any = None,
     config: Any = None,
@@ -52,7 +51,11 @@ def load_zero3(
     ``open_checkpoint`` raises.
     """
     began = time.monotonic()
-    settings = _settings(ds_config)
+    settings = DSConfig.read(ds_config)
+    if not settings.is_zero3:
+        raise UnsupportedError(
+            f"{settings.source} says ZeRO stage {settings.stage}: load_zero3 needs stage 3; for others load with from_pretrained"
+        )
     with agreement("load_zero3"):
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
         folder = config_folder(checkpoint)
@@ -83,30 +86,13 @@ def load_zero3(
     return model
 
 
-def _settings(ds_config: str | os.PathLike[str] | dict[str, Any]) -> dict[str, Any]:
-    settings: Any = ds_config
-    if not isinstance(ds_config, dict):
-        try:
-            settings = json.loads(Path(ds_config).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointNotFoundError(f"{ds_config}: the DeepSpeed configuration cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise UnsupportedError(f"{ds_config}: the DeepSpeed configuration is not JSON: {error}") from None
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != 3:
-        raise UnsupportedError(f"ds_config says ZeRO stage {stage}: load_zero3 needs stage 3; for others load with from_pretrained")
-    checked: dict[str, Any] = settings
-    return checked
-
-
 @contextmanager
-def _hf_zero3(settings: dict[str, Any]) -> Iterator[None]:
+def _hf_zero3(settings: DSConfig) -> Iterator[None]:
     """transformers knows of ZeRO-3 while this is open, as it does while a script keeps an ``HfDeepSpeedConfig``."""
     from transformers.integrations import deepspeed as integration
 
     before = integration._hf_deepspeed_config_weak_ref
-    keep = integration.HfDeepSpeedConfig(settings)
+    keep = integration.HfDeepSpeedConfig(settings.to_dict())
     try:
         yield
     finally:

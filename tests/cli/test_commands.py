@@ -18,7 +18,7 @@ from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w3"
-COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "doctor"]
+COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "config", "doctor"]
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -39,8 +39,8 @@ def test_the_surface_of_the_command_line() -> None:
         options = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
         surface[name] = sorted(option for option in options if option[0] == "-")
     merge = ["--adapter", "--config-from", "--debug", "--dry-run", "--dtype", "--exclude-frozen", "--exclude_frozen_parameters",
-             "--force", "--fsync", "--json", "--max-shard-size", "--max_shard_size", "--no-fsync", "--quiet", "--revision",
-             "--safe_serialization", "--sha256", "--tag", "--verify", "--workers", "-d", "-q", "-t"]  # fmt: skip
+             "--force", "--fsync", "--json", "--max-shard-size", "--max_shard_size", "--no-fsync", "--push-to-hub", "--quiet",
+             "--revision", "--safe_serialization", "--sha256", "--tag", "--verify", "--workers", "-d", "-q", "-t"]  # fmt: skip
     assert surface == {
         "zero-to-fp32": merge,
         "merge": merge,
@@ -51,6 +51,12 @@ def test_the_surface_of_the_command_line() -> None:
         "inspect": ["--all", "--debug", "--json", "--revision", "--tag", "-d", "-t"],
         "doctor": ["--debug", "--json", "-d"],
         "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--revision", "--subset", "-d", "-q"],
+        "push": ["--check", "--commit-message", "--create-pr", "--debug", "--dry-run", "--json", "--no-check", "--private", "--quiet",
+                 "--revision", "-d", "-q"],
+        "watch": ["--adapter", "--config-from", "--debug", "--dtype", "--exclude-frozen", "--interval", "--max-shard-size", "--once",
+                  "--private", "--push-to-hub", "--quiet", "-d", "-q"],
+        "config": ["--betas", "--debug", "--dtype", "--eps", "--grad-accum", "--json", "--list-recipes", "--lr", "--max-grad-norm",
+                   "--micro-batch", "--model", "--quiet", "--recipe", "--steps", "--warmup-steps", "--weight-decay", "--world", "-d", "-q"],
     }  # fmt: skip
 
 

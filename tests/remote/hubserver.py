@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote
 
 from tests.remote.serving import Handler
+
+LARGE = (".safetensors", ".bin", ".pt", ".onnx", ".model")  # of the .gitattributes that the Hub gives each repository
 
 
 @dataclass
@@ -34,6 +36,13 @@ class Hub:
     bytes_sent: int = 0
     requests: list[str] = field(default_factory=list)
 
+    def is_private(self, repo: str) -> bool:
+        return repo == self.private
+
+    def revisions(self, repo: str) -> dict[str, Path]:
+        """The folder of each branch and commit."""
+        return {**self.repos[repo], **{commit(folder): folder for folder in self.repos[repo].values()}}
+
     def downloads(self) -> list[str]:
         """The files that were fetched."""
         return [request.rpartition("/")[2] for request in self.requests if request.startswith("GET") and "/resolve/" in request]
@@ -47,7 +56,15 @@ def entry(folder: Path, path: Path) -> dict[str, Any]:
     name = path.relative_to(folder).as_posix()
     if path.is_dir():
         return {"type": "directory", "path": name, "oid": commit(path)}
-    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": commit(path)}
+    data = path.read_bytes()
+    found = {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
+    if path.suffix in LARGE:
+        found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return found
+
+
+def git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 class HubHandler(Handler):
@@ -74,11 +91,10 @@ class HubHandler(Handler):
             self.fail(404, "RepoNotFound")
             return
         repo, action, rest = match.groups()
-        if hub.private == repo and self.headers.get("Authorization") != f"Bearer {hub.token}":
+        if hub.is_private(repo) and self.headers.get("Authorization") != f"Bearer {hub.token}":
             self.fail(401, "RepoNotFound")
             return
-        revisions = hub.repos[repo]
-        known = {**revisions, **{commit(folder): folder for folder in revisions.values()}}
+        known = hub.revisions(repo)
         revision = next((name for name in known if (rest or "main") == name or (rest or "").startswith(name + "/")), None)
         if revision is None:
             self.fail(404, "RevisionNotFound")
@@ -87,7 +103,17 @@ class HubHandler(Handler):
         inside = (rest or "main")[len(revision) + 1 :]
         if action in (None, "revision"):
             files = [{"rfilename": e["path"], "size": e["size"]} for e in self._tree(folder, True) if e["type"] == "file"]
-            self.json({"id": repo, "sha": commit(folder), "siblings": files, "private": False, "downloads": 0, "likes": 0, "tags": []})
+            self.json(
+                {
+                    "id": repo,
+                    "sha": commit(folder),
+                    "siblings": files,
+                    "private": hub.is_private(repo),
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                }
+            )
         elif action == "tree":
             query = parse_qs(self.path.partition("?")[2])
             if not (folder / inside).is_dir():
@@ -127,8 +153,16 @@ class HubHandler(Handler):
 
 @contextlib.contextmanager
 def serve_hub(repos: dict[str, dict[str, Path]], **options: Any) -> Iterator[Hub]:
-    hub = Hub(repos, **options)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (HubHandler,), {"owner": hub}))
+    with run_hub(Hub(repos, **options), HubHandler) as hub:
+        yield hub
+
+
+AHub = TypeVar("AHub", bound=Hub)
+
+
+@contextlib.contextmanager
+def run_hub(hub: AHub, handler: type[HubHandler]) -> Iterator[AHub]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (handler,), {"owner": hub}))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -30,7 +30,7 @@ def folder_of(base: Path, state: dict[str, Any], kind: str) -> Path:
     for safe in (True, False):
         if kind in ("both", "safetensors" if safe else "bin"):
             save_torch_state_dict(state, base, max_shard_size=100, safe_serialization=safe)
-    (base / "config.json").write_text(json.dumps({"model_type": "bert", "dtype": "float32"}))
+    (base / "config.json").write_text(json.dumps({"model_type": "bert", "dtype": "float32", "hidden_size": 50}))
     (base / "tokenizer.json").write_text("{}")
     (base / "vocab.txt").write_text("a\nb")
     (base / "README.md").write_text("# hello")
@@ -172,6 +172,21 @@ def test_what_cannot_be_had_is_said_in_a_line(name: str, shell: Shell, tmp_path:
 def test_a_private_repository_with_its_token(shell: Shell, tmp_path: Path) -> None:
     assert shell("merge", "org/private", "out", HF_TOKEN="hf_secret").code == 0
     assert holds(tmp_path / "out", STATE)
+
+
+def test_a_config_alone_is_fetched_for_its_hidden_size(shell: Shell) -> None:
+    ds_config = '{"train_batch_size": 1, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}'
+    found = shell("config", ds_config, "--model", "org/both", "--json")
+    assert found.code == 0, found.err
+    assert found.json["resolved"]["zero_optimization"]["reduce_bucket_size"] == 2500
+    assert set(shell.hub.downloads()) == {"config.json"}
+    assert shell("config", ds_config, "--model", "org/both", "--json", HF_HUB_OFFLINE="1").json == found.json
+    assert not shell.hub.requests
+    gone = shell("config", ds_config, "--model", "org/nowhere")
+    assert (gone.code, gone.out) == (6, "")
+    assert "no such repository on the Hub" in gone.err
+    assert shell("config", ds_config, "--model", "org/private").code == 6
+    assert shell("config", ds_config, "--model", "org/private", HF_TOKEN="hf_secret").code == 0
 
 
 @pytest.mark.parametrize(

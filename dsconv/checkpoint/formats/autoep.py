@@ -26,6 +26,7 @@ from dsconv.checkpoint.regions import box
 from dsconv.checkpoint.standins import shown
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.zero_utils.config_keys import lookup
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import share_numel
 
@@ -129,8 +130,7 @@ def naming_of(states: ModuleStates, folder: TagFolder, warnings: list[str]) -> N
         return Naming()
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise MalformedError(f"{states.path}: ds_autoep_layers is {shown(rows)}; expected a list of layers")
-    config = states.raw.get("ds_config")
-    options = config.get("expert_parallel") if isinstance(config, dict) else None
+    options = lookup(states.raw, "ds_config.expert_parallel")
     options = options if isinstance(options, dict) else {}
     own = [key for key in OVERRIDES if options.get(key) is not None]
     if own:

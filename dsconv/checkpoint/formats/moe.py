@@ -39,6 +39,7 @@ from dsconv.checkpoint.formats.zero import Partition
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.errors import InconsistentCheckpointError, MissingShardError, UnsupportedError
+from dsconv.zero_utils.config_keys import lookup
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import expert_replicas
 
@@ -146,8 +147,7 @@ def _replicas_of_group(
             f"{first.path}: group {g} is partitioned over {replicas} of {world} ranks, and {len(owned)} of its {len(group)} "
             "parameters are experts'; expected experts only. The optimizer files and the model states are not of one save"
         )
-    config = states.raw.get("ds_config")
-    data_first = isinstance(config, dict) and config.get("use_data_before_expert_parallelism") is True
+    data_first = lookup(states.raw, "ds_config.use_data_before_expert_parallelism") is True
     return expert_replicas(world, world // replicas, data_first)
 
 
