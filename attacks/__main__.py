@@ -121,8 +121,12 @@ def show(rows: dict[str, list[Attack]]) -> None:
 @click.option("--only", metavar="TECHNIQUE", help="The programs of one technique.")
 def main(list_all: bool, only: str | None) -> None:
     """Make the hostile files and give them to Python, DeepSpeed, torch, picklescan and dsconv. Exits 1 when dsconv takes one."""
-    import deepspeed.utils.zero_to_fp32  # noqa: F401 - once, before the forks
-    import torch
+    try:  # once, before the forks
+        import deepspeed.utils.zero_to_fp32  # noqa: F401
+        import picklescan.scanner  # noqa: F401
+        import torch
+    except ImportError as error:
+        raise click.ClickException(f"{error.name} is not installed: pip install -e '.[dev]', or make attacks") from None
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="dsconv-attacks-") as temporary:

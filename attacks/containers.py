@@ -113,7 +113,7 @@ CONTAINERS = [
     Container("the flag for encryption is set (CVE-2025-1945)", _with(flags=0x801), "encrypted"),
     Container("the flag is set in the record's own header only", _with(local_flags=0x801), "flags"),
     Container("the CRC-32 is wrong (CVE-2025-10156)", _with(crc32=1), "CRC-32"),
-    Container("the CRC-32 is zero, as without checksums", _with(crc32=0), "os.system"),
+    Container("the CRC-32 is zero, as without checksums", _with(crc32=0), "CRC-32"),
     Container("the directory says compressed", _with(method=8), "compressed"),
     Container("the record's own header says compressed", _with(local_method=8), "method"),
     Container("all records are compressed", _compressed, "compressed"),

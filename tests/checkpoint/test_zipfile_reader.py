@@ -110,6 +110,15 @@ def test_a_file_without_checksums_says_so(tmp_path: Path) -> None:
     assert list(TorchFile(tmp_path / "unchecked.pt").root) == ["a"]
 
 
+def test_one_checksum_of_zero_does_not_turn_the_others_off(tmp_path: Path) -> None:
+    records = pt_records(PICKLE, _0=b"0123456789abcdef")
+    records[0].crc32 = 0
+    path = written(tmp_path, zip_bytes(records))
+    assert opened(path).checksummed
+    with pytest.raises(MalformedError, match=r"file\.pt: data\.pkl fails its CRC-32"):
+        TorchFile(path)
+
+
 def test_a_comment_is_no_harm(tmp_path: Path) -> None:
     assert "data.pkl" in opened(written(tmp_path, zip_bytes(SOUND, comment=b"saved on a Sunday"))).records
     assert "data.pkl" in opened(written(tmp_path, zip_bytes(SOUND, comment=b"x" * 65535))).records
