@@ -80,6 +80,28 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, list[str]]:
         return _cached(api, repo, revision, str(said)), [f"{said}; took what the cache has"]
 
 
+def fetch_config(repo: str, revision: str | None) -> Path:
+    """The config.json of a repository, in the cache. Raises RemoteError, and CheckpointNotFoundError where it has none."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointNotFoundError(f"{repo}: no such file or folder; to read it from the Hub: pip install 'dsconv[hub]'") from None
+    api = huggingface_hub.HfApi(**connection(), library_name="dsconv")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
+    try:
+        return Path(api.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline))
+    except LocalEntryNotFoundError as error:  # no answer, and nothing in the cache
+        why = "HF_HUB_OFFLINE is set" if offline else str(_explain(repo, revision, error.__cause__ or error))
+        raise RemoteError(f"{repo}: the cache holds no config.json of {_named(repo, revision)}, and {why}") from None
+    except EntryNotFoundError:
+        raise CheckpointNotFoundError(
+            f"{_named(repo, revision)} has no config.json on the Hub, and the model's sizes follow from it"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - the client's own, httpx2's, and the system's
+        raise _explain(repo, revision, error) from None
+
+
 def _kinds() -> tuple[tuple[str, str], ...]:
     """The kinds of weights, as they are looked for: (one file, its index)."""
     from dsconv.checkpoint.formats import bin_folder, safetensors_folder

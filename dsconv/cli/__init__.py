@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from dsconv._version import __version__
+from dsconv.cli.estimate import estimate
 from dsconv.cli.inspect import inspect
 from dsconv.cli.merge import merge, zero_to_fp32
 from dsconv.cli.to_dcp import to_dcp
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify):
+for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, estimate):
     cli.add_command(_command)
 
 
