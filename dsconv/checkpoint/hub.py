@@ -92,7 +92,8 @@ def fetch_config(repo: str, revision: str | None) -> Path:
     try:
         return Path(api.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline))
     except LocalEntryNotFoundError as error:  # no answer, and nothing in the cache
-        why = "HF_HUB_OFFLINE is set" if offline else str(_explain(repo, revision, error.__cause__ or error))
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        why = "HF_HUB_OFFLINE is set" if offline else str(_explain(repo, revision, cause))
         raise RemoteError(f"{repo}: the cache holds no config.json of {_named(repo, revision)}, and {why}") from None
     except EntryNotFoundError:
         raise CheckpointNotFoundError(

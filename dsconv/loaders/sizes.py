@@ -45,9 +45,8 @@ def sizes_of(model: Any, name: str) -> ModelSizes:
     AutoTP (DeepSpeed 0.19.8 ``module_inject/auto_tp.py``) cuts matrices of linear layers, the output head's among them, and an
     embedding only where it is tied to the head. The few biases that it cuts are taken for whole, and every cut for even.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)}
-    others = {id(p) for m in model.modules() if not isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)}
-    parameters = tuple((p.numel(), p.dim() > 1 and (id(p) in others or id(p) not in embeddings)) for p in model.parameters())
+    cut = {id(p) for m in model.modules() if not isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)}
+    parameters = tuple((p.numel(), p.dim() > 1 and id(p) in cut) for p in model.parameters())
     largest = max((sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()), default=0)
     return ModelSizes(name, parameters, largest, _decoder(model))
 
