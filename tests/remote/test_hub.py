@@ -209,3 +209,15 @@ def test_a_real_model_of_the_hub_as_a_folder(tmp_path: Path) -> None:
         ours = AutoModel.from_pretrained(tmp_path / "out", dtype="bfloat16")(**tokens).last_hidden_state
         theirs = AutoModel.from_pretrained(source, dtype="bfloat16")(**tokens).last_hidden_state
     assert same(ours, theirs)
+
+
+def test_an_estimate_downloads_the_configuration_only(shell: Shell) -> None:
+    found = shell("estimate", "org/both", "--json", "--seq-len", "64")
+    assert found.code == 0, found.err
+    assert found.json["model"]["parameters"] > 100_000_000  # of the default BertConfig
+    assert set(shell.hub.downloads()) == {"config.json"}
+    offline = shell("estimate", "org/both", "--json", "--seq-len", "64", HF_HUB_OFFLINE="1")
+    assert offline.json == found.json
+    assert shell.hub.requests == []
+    absent = shell("estimate", "org/none")
+    assert (absent.code, "no such repository on the Hub" in absent.err) == (6, True), absent.err
