@@ -18,7 +18,7 @@ from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w3"
-COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "config", "doctor"]
+COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "push", "watch", "config", "estimate", "doctor"]
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -50,6 +50,8 @@ def test_the_surface_of_the_command_line() -> None:
                          "--verify", "--workers", "-d", "-q", "-t"],
         "inspect": ["--all", "--debug", "--json", "--revision", "--tag", "-d", "-t"],
         "doctor": ["--debug", "--json", "-d"],
+        "estimate": ["--accumulation", "--debug", "--dtype", "--fit", "--fp32-grads", "--json", "--micro-batch", "--nodes", "--nproc",
+                     "--plot", "--revision", "--seq-len", "--tp", "-d"],
         "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--revision", "--subset", "-d", "-q"],
         "push": ["--check", "--commit-message", "--create-pr", "--debug", "--dry-run", "--json", "--no-check", "--private", "--quiet",
                  "--revision", "-d", "-q"],
