@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit fixtures bench clean
+.PHONY: help demo test lint types unit attacks fuzz fixtures aio bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,8 +34,20 @@ types: $(READY) ## mypy, strict
 unit: $(READY) ## the tests; the checkpoints they read are trained by the first run (2 to 3 minutes on 2 cores)
 	$(BIN)/python -m pytest $(ARGS)
 
+attacks: $(READY) ## make every hostile file and give it to DeepSpeed, torch, picklescan and dsconv: 2 to 4 minutes
+	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m attacks $(ARGS)
+
+# How many broken files, and from which seed: make fuzz N=1000000 SEED=1
+N ?= 100000
+SEED ?= 0
+fuzz: $(READY) ## break N files of every kind and count what becomes of them: 1 minute for 100,000, or make fuzz N=1000000
+	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m tests.fuzz --count $(N) --seed $(SEED) $(ARGS)
+
 fixtures: $(READY) ## train again the checkpoints that are kept in tests/data (compiles DeepSpeed's native ops)
 	$(BIN)/python -m tests.fixtures.session --native --root tests/data/native_ops
+
+aio: $(READY) ## compile DeepSpeed's async_io op, with which the tests of NVMe run (needs libaio-dev; takes minutes)
+	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'
 
 bench: $(READY) ## measure against the official script and cp: 40 GB of disk, half an hour
 	$(BIN)/python -m benchmarks.zero_to_fp32 --plot docs/zero_to_fp32.svg

@@ -10,7 +10,18 @@ import dsconv
 
 ROOT = Path(dsconv.__file__).parent
 # A room may import from its own floor's own room and from the floors below.
-FLOORS = {"zero_utils": 1, "errors": 0, "_version": 0, "checkpoint": 2, "convert": 3, "loaders": 3, "engine": 4, "compat": 4, "cli": 5}
+FLOORS = {
+    "zero_utils": 1,
+    "errors": 0,
+    "_version": 0,
+    "checkpoint": 2,
+    "convert": 3,
+    "loaders": 3,
+    "engine": 4,
+    "compat": 4,
+    "doctor": 4,
+    "cli": 5,
+}
 HEAVY = {
     "torch",
     "deepspeed",

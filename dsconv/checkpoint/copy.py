@@ -152,9 +152,9 @@ class CopyRun:
                 )
 
     def _work(self, pending: Iterator[list[Copy]]) -> None:
-        buffer = bytearray(BLOCK_BYTES)
-        caster = Caster()
         try:
+            buffer = bytearray(BLOCK_BYTES)
+            caster = Caster()
             with Sources() as sources:
                 while not self._stop.is_set():
                     with self._lock:

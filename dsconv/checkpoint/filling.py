@@ -195,9 +195,9 @@ class Filling:
             raise self._error
 
     def _work(self, jobs: Iterator[Reads]) -> None:
-        room = memoryview(self.buffer(BLOCK_BYTES))
-        caster = Caster()
         try:
+            room = memoryview(self.buffer(BLOCK_BYTES))
+            caster = Caster()
             with Sources() as sources:
                 while self._error is None:
                     with self._lock:

@@ -79,15 +79,17 @@ def fetch(repo: str, revision: str | None) -> tuple[Path, list[str]]:
 def fetch_config(repo: str, revision: str | None = None) -> Path:
     """A repository's ``config.json`` in the cache, and nothing else of it; raises as ``fetch`` does."""
     api = _api(repo)
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     try:
         return Path(api.hf_hub_download(repo, "config.json", revision=revision, local_files_only=_offline()))
+    except LocalEntryNotFoundError as error:  # no answer, and nothing in the cache
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        why = "HF_HUB_OFFLINE is set" if _offline() else str(_explain(repo, revision, cause))
+        raise RemoteError(f"{repo}: the cache holds no config.json of {_named(repo, revision)}, and {why}") from None
+    except EntryNotFoundError:
+        raise CheckpointNotFoundError(f"{_named(repo, revision)} has no config.json") from None
     except Exception as error:  # noqa: BLE001 - the client's own, httpx2's, and the system's
-        from huggingface_hub import errors
-
-        if isinstance(error, errors.LocalEntryNotFoundError) and _offline():
-            raise RemoteError(f"{repo}: the cache holds no config.json of {_named(repo, revision)}, and HF_HUB_OFFLINE is set") from None
-        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            raise CheckpointNotFoundError(f"{_named(repo, revision)} has no config.json") from None
         raise _explain(repo, revision, error) from None
 
 

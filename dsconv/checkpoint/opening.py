@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib import import_module
 from pathlib import Path
 
 from dsconv.checkpoint import hub
+from dsconv.checkpoint.standins import MAX_NUMEL, shown
 from dsconv.checkpoint.storage import as_path
 from dsconv.checkpoint.tensormap import Checkpoint, prove_tiling
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
@@ -43,6 +45,8 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None, revisi
     except OSError as error:
         raise MalformedError(f"{error.filename or root}: cannot be read: {error.strerror}") from None
     for entry in checkpoint.values():
+        if math.prod(max(1, size) for size in entry.shape) * entry.dtype.itemsize >= MAX_NUMEL:  # of no elements: the others are held
+            raise MalformedError(f"{root}: {shown(entry.name)} has the shape {shown(entry.shape)}, which torch cannot make")
         prove_tiling(entry)
     return checkpoint
 

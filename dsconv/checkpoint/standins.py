@@ -21,6 +21,7 @@ MAX_NUMEL = 1 << 63  # torch counts elements in an int64
 BASE_WORK = 1_000_000
 SMALL = 1 << 20
 MAX_KEY_DEPTH = 4
+MAX_SHOWN_NAME = 255  # characters of a class, in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,8 @@ class OpaqueClass:
 
     def __str__(self) -> str:
         text = f"{self.module}.{self.name}"
-        return text if text.isprintable() else repr(text)
+        text = text if text.isprintable() else repr(text[:MAX_SHOWN_NAME])
+        return text if len(text) <= MAX_SHOWN_NAME else text[: MAX_SHOWN_NAME - 1] + "…"
 
     @property
     def makes_objects(self) -> bool:

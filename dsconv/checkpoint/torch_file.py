@@ -15,6 +15,7 @@ from dsconv.checkpoint.zipfile_reader import Archive
 from dsconv.errors import MalformedError, UnsupportedError
 
 MAX_KNOWN = 4096  # pickles of a few hundred bytes each
+MAX_EXPANDED_BYTES = 64 << 20  # of a tensor that repeats its storage (torch's expand): a file of 2 kB can name one of any size
 
 KnownPickles = dict[bytes, tuple[TensorRef, dict[str, int]]]
 
@@ -115,6 +116,12 @@ class TorchFile:
             return ()
         if is_contiguous(tensor.shape, tensor.strides):
             return (Piece(self.extent(tensor, 0, tensor.numel), 0, tensor.numel),)
+        nbytes = tensor.numel * tensor.dtype.itemsize
+        if nbytes > MAX_EXPANDED_BYTES and tensor.numel > tensor.storage.numel:
+            raise UnsupportedError(
+                f"{self.path}: a tensor of shape {list(tensor.shape)} repeats a storage of {tensor.storage.numel} elements to make "
+                f"{nbytes} bytes; the limit is {MAX_EXPANDED_BYTES}. If you trust the file, save it again after contiguous()"
+            )
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
         return (Piece(self.extent(tensor, 0, span), 0, tensor.numel, tensor.shape, tensor.strides),)
 

@@ -13,6 +13,8 @@ import click
 
 from dsconv._version import __version__
 from dsconv.cli.config import config
+from dsconv.cli.doctor import doctor
+from dsconv.cli.estimate import estimate
 from dsconv.cli.inspect import inspect
 from dsconv.cli.merge import merge, zero_to_fp32
 from dsconv.cli.push import push
@@ -44,7 +46,10 @@ def cli() -> None:
     """
 
 
-for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch, config, train, resume, validate):
+COMMANDS = (
+    zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch, config, estimate, train, resume, validate, doctor,
+)  # fmt: skip
+for _command in COMMANDS:
     cli.add_command(_command)
 
 

@@ -16,7 +16,7 @@ from dsconv.cli.console import Repo
 Example:
   dsconv push merged/ org/model --private
   dsconv push merged/ org/model --dry-run
-  dsconv push merged/ org/model --revision step-500 --commit-message "Step 500"
+  dsconv push merged/ org/model --revision step-500 --create-pr
 
 A push that was cut off is resumed by running it again."""
 )

@@ -26,6 +26,21 @@ def read_config(checkpoint: Checkpoint, folder: Path | None) -> Any:
     return AutoConfig.from_pretrained(str(folder))
 
 
+def refuse_quantized(config: Any, checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedError where the configuration says that the weights are quantized: their bytes are not the model's values.
+
+    transformers 5.24 ``quantizers/auto.py`` ``get_hf_quantizer`` goes by the same field.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise UnsupportedError(
+        f"{checkpoint.path}: the configuration says that the weights are quantized ({getattr(method, 'value', method)}), which is not "
+        "loaded: use from_pretrained, or, where the weights are not quantized, pass config= without its quantization_config"
+    )
+
+
 def model_class_of(model_class: Any, config: Any) -> Any:
     """The class to build: given, chosen by an Auto class, or named by the configuration.
 

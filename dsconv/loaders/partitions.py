@@ -6,26 +6,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsconv.checkpoint.filling import Slot
-from dsconv.errors import UnsupportedError
 from dsconv.loaders.memory import slot_of
+from dsconv.loaders.swapping import move_to_nvme
 
 
 def allocate_partition(init: Any, param: Any) -> None:
     """Give a parameter its empty ``ds_tensor`` where ``_partition_param`` (0.19.8) would put it, and hpZ's second one.
 
-    Raises UnsupportedError for NVMe and for quantized weights, whose partitions are not the checkpoint's bytes.
+    Raises UnsupportedError for what the swapper's buffers cannot hold, OutputError where NVMe cannot be written.
     """
     import torch
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.config import OffloadDeviceEnum
-    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
-    if init.remote_device == OffloadDeviceEnum.nvme:
-        raise UnsupportedError("offload_param to nvme: load_zero3 fills memory; use device cpu, or from_pretrained")
-    if init.quantized_weights or init.quantized_nontrainable_weights:
-        raise UnsupportedError("zero_quantized_weights: load_zero3 does not quantize; switch it off, or use from_pretrained")
+    nvme = init.remote_device == OffloadDeviceEnum.nvme
     aligned = init._aligned_size(param)
-    device = init.local_device if param.ds_persist else init.remote_device
+    numel = aligned // init._partition_world_size(param)
 
     def new(numel: int, where: Any) -> Any:
         tensor = torch.empty(numel, dtype=param.dtype, device=where)
@@ -37,11 +34,24 @@ def allocate_partition(init: Any, param: Any) -> None:
         tensor.final_location = None
         return tensor
 
-    param.ds_tensor = new(aligned // init._partition_world_size(param), device)
+    if nvme and init.param_swapper.swappable_tensor(numel=numel):
+        param.ds_tensor = new(0, "cpu")
+        param.ds_tensor.ds_numel = numel
+        move_to_nvme(param)
+    elif param.ds_persist:
+        param.ds_tensor = new(numel, init.local_device)
+    else:
+        param.ds_tensor = new(numel, OffloadDeviceEnum.cpu if nvme else init.remote_device)
     param.ds_numel_aligned = aligned
     if init.zero_param_process_group is not None:
         param.ds_secondary_tensor = new(aligned // init.num_ranks_in_param_group, init.remote_device)
         param.ds_secondary_start = init.rank_in_group * param.ds_secondary_tensor.ds_numel
+
+
+def held_numel(param: Any) -> int:
+    """How many elements of a ZeRO-3 parameter this rank's partition holds, without its padding."""
+    start = param.ds_zero_partition_rank * param.ds_tensor.ds_numel
+    return int(max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start)))
 
 
 def partition_slots(param: Any) -> Iterator[Slot]:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.filling import Filling, Reads, Slot, reads_of
+from dsconv.checkpoint.copy import CASTABLE
+from dsconv.checkpoint.dtypes import BY_NAME
+from dsconv.checkpoint.filling import Filling, Patch, Reads, Slot, reads_of
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.reading import tensor_bytes
 from dsconv.checkpoint.tensormap import Checkpoint
@@ -21,8 +23,9 @@ from dsconv.loaders.agreement import agreement
 from dsconv.loaders.mapping import Computed, Matched, full_shape, match
 from dsconv.loaders.masters import master_slots
 from dsconv.loaders.memory import block_maker, slot_of
-from dsconv.loaders.partitions import partition_slots
+from dsconv.loaders.partitions import held_numel, partition_slots
 from dsconv.loaders.report import LoadReport, check_strict
+from dsconv.loaders.swapping import batches, in_buffers, is_swapped
 
 
 def stream_into(
@@ -88,7 +91,8 @@ def fill_model(
     )
     report.warnings += checkpoint.warnings
     jobs: list[Reads] = []
-    computed: dict[int, tuple[Computed, list[tuple[str, Slot]]]] = {}
+    computed: dict[int, tuple[Computed, list[tuple[str, Slot | torch.Tensor]]]] = {}
+    swapped: list[tuple[torch.Tensor, tuple[Patch, ...]]] = []  # partitions on NVMe
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     done: set[int] = set()
     devices: set[str] = set()
@@ -98,20 +102,33 @@ def fill_model(
             continue
         done.add(id(tensor))
         report.loaded += 1
-        for slot in _slots(name, tensor, copies, devices):
-            if isinstance(made_of, Computed):
-                computed.setdefault(id(made_of), (made_of, []))[1].append((name, slot))
-                report.computed[name] = made_of.why
-            else:
-                jobs += reads_of(made_of, slot)
-    filling = Filling(workers, _counter(progress, sum(job.nbytes for job in jobs)), block_maker(devices))
+        slots = list(_slots(name, tensor, copies, devices))
+        _check_cast(name, tensor.dtype, made_of)
+        if isinstance(made_of, Computed):
+            parts = computed.setdefault(id(made_of), (made_of, []))[1]
+            parts += [(name, part) for part in (*slots, *([tensor] if is_swapped(tensor) else []))]
+            report.computed[name] = made_of.why
+            continue
+        jobs += [job for slot in slots for job in reads_of(made_of, slot)]
+        if is_swapped(tensor):
+            swapped.append((tensor, made_of))
+    total = sum(job.nbytes for job in jobs) + sum(held_numel(tensor) * made_of[0].entry.dtype.itemsize for tensor, made_of in swapped)
+    filling = Filling(workers, _counter(progress, total), block_maker(devices))
     filling.run(jobs)
+    for batch in batches(swapped):
+        with in_buffers([tensor for tensor, _ in batch]):
+            filling.run([job for tensor, made_of in batch for slot in partition_slots(tensor) for job in reads_of(made_of, slot)])
     report.bytes_read, report.overflowed = filling.bytes_read, filling.overflowed
-    for group, slots in computed.values():  # one at a time: each holds whole tensors
+    for group, parts in computed.values():  # one at a time: each holds whole tensors
         values = group.values()
         report.bytes_read += sum(entry.nbytes for entry in group.entries)
-        for name, slot in slots:
-            _fill_from(values[name], slot)
+        for name, part in parts:
+            if isinstance(part, Slot):
+                _fill_from(values[name], part)
+                continue
+            with in_buffers([part]):
+                for slot in partition_slots(part):
+                    _fill_from(values[name], slot)
     with torch.no_grad():
         for target, contiguous in copies:
             target.copy_(contiguous)
@@ -119,10 +136,16 @@ def fill_model(
 
 
 def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], devices: set[str]) -> Iterator[Slot]:
-    """What of a tensor of the model lies on this rank; ``copies`` gains (target, its contiguous stand-in) where one is needed."""
+    """What of a tensor of the model is in this rank's memory; ``copies`` gains (target, its contiguous stand-in) where one is needed."""
     if hasattr(tensor, "ds_tensor"):
-        devices.add(tensor.ds_tensor.device.type)
-        yield from partition_slots(tensor)
+        if hasattr(tensor.ds_tensor, "ds_quant_scale"):
+            raise UnsupportedError(f"{name} has a quantized partition (zero_quantized_nontrainable_weights), which is not made here")
+        if not is_swapped(tensor):
+            devices.add(tensor.ds_tensor.device.type)
+            yield from partition_slots(tensor)
+        if tensor.ds_status.name == "AVAILABLE":  # gathered, as persistent parameters stay after a step: this is the copy in use
+            devices.add(tensor.device.type)
+            yield slot_of(tensor.detach(), full_shape(tensor))
         yield from master_slots(name, tensor)
         return
     local, region = tensor.detach(), None
@@ -138,6 +161,18 @@ def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, tor
         copies.append((local, torch.empty(local.shape, dtype=local.dtype, device=local.device)))
         local = copies[-1][1]
     yield slot_of(local, full_shape(tensor), 0, region)
+
+
+def _check_cast(name: str, dtype: torch.dtype, made_of: tuple[Patch, ...] | Computed) -> None:
+    """Raise UnsupportedError where a cast would take quantized values for numbers, or numbers for quantized values."""
+    wanted = BY_NAME[str(dtype).removeprefix("torch.")]
+    for entry in made_of.entries if isinstance(made_of, Computed) else [patch.entry for patch in made_of]:
+        stored = entry.dtype
+        if stored == wanted or {stored.name, wanted.name} <= CASTABLE or not (stored.floating or wanted.floating):
+            continue
+        raise UnsupportedError(
+            f"{name} is {wanted} in the model, and {entry.name} is stored as {stored}: quantized weights are neither made nor unpacked here"
+        )
 
 
 def _fill_from(full: torch.Tensor, slot: Slot) -> None:

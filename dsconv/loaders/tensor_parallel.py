@@ -13,7 +13,7 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement
-from dsconv.loaders.models import config_folder, model_class_of, read_config
+from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 
 
 def load_tp(
@@ -45,6 +45,7 @@ def load_tp(
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
         folder = config_folder(checkpoint)
         config = copy.deepcopy(read_config(checkpoint, folder) if config is None else config)
+        refuse_quantized(config, checkpoint)
         kind = model_class_of(model_class, config)
         size = _tp_size(device_mesh)
         settings = DistributedConfig(tp_plan=None if tp_plan == "auto" else tp_plan, tp_size=size) if size > 1 else None

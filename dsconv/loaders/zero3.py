@@ -17,8 +17,9 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement
-from dsconv.loaders.models import config_folder, model_class_of, read_config
+from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 from dsconv.loaders.partitions import allocate_partition
+from dsconv.loaders.swapping import check_nvme
 from dsconv.zero_utils.config import DSConfig
 
 if TYPE_CHECKING:
@@ -56,11 +57,14 @@ def load_zero3(
         raise UnsupportedError(
             f"{settings.source} says ZeRO stage {settings.stage}: load_zero3 needs stage 3; for others load with from_pretrained"
         )
+    _refuse_quantizing(settings)
     with agreement("load_zero3"):
+        _check_offload(settings.get("zero_optimization"))
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
         folder = config_folder(checkpoint)
         if config is None:
             config = read_config(checkpoint, folder)
+        refuse_quantized(config, checkpoint)
         kind = model_class_of(model_class, config)
     from dsconv.loaders.mapping import match
     from dsconv.loaders.stream import fill_model, finish_transformers, print_once
@@ -84,6 +88,24 @@ def load_zero3(
     model.load_report = report
     print_once(report)
     return model
+
+
+def _refuse_quantizing(settings: DSConfig) -> None:
+    quantizing = {**settings.get("zero_optimization"), **(settings.get("weight_quantization") or {})}
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "quantized_initialization"):
+        if quantizing.get(key):
+            raise UnsupportedError(f"ds_config sets {key}: load_zero3 does not quantize; switch it off, or load with from_pretrained")
+
+
+def _check_offload(zero: dict[str, Any]) -> None:
+    """Raise UnsupportedError where partitions are to lie on NVMe and DeepSpeed cannot put them there."""
+    if (zero.get("offload_param") or {}).get("device") != "nvme":
+        return
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        raise UnsupportedError("zero_hpz_partition_size with offload_param to nvme: DeepSpeed has no secondary partitions there")
+    if not zero["offload_param"].get("nvme_path"):
+        raise UnsupportedError("offload_param to nvme needs nvme_path, a folder on the disk")
+    check_nvme(str(zero["offload_param"]["nvme_path"]))
 
 
 @contextmanager
@@ -115,6 +137,8 @@ def _build(kind: Any, config: Any, dtype: Any) -> Any:
         for context in contexts:
             if isinstance(context, deepspeed.zero.Init):
                 context._zero_init_param = _partition_only(context)
+                # The parameters keep the Init: deepspeed.initialize converts with it what is added later, as adapters, with its values.
+                stack.callback(delattr, context, "_zero_init_param")
             stack.enter_context(context)
         return kind(copy.deepcopy(config))
 

@@ -21,6 +21,24 @@ def group_padding_limit(world: int) -> int:
     return ALIGNMENT_FACTOR * world
 
 
+def group_numel(numel: int, world: int) -> int:
+    """Elements of a stage-1/2 group of ``numel``, its padding counted."""
+    factor = ALIGNMENT_FACTOR * world
+    return -(-numel // factor) * factor
+
+
+def overlapping_numel(numels: list[int], partition_numel: int) -> int:
+    """Elements of all parameters that reach into a partition of a flat group, of the partition for which they are most."""
+    found: dict[int, int] = {}
+    start = 0
+    for numel in numels:
+        if numel:
+            for partition in range(start // partition_numel, (start + numel - 1) // partition_numel + 1):
+                found[partition] = found.get(partition, 0) + numel
+        start += numel
+    return max(found.values(), default=0)
+
+
 def expert_replicas(world: int, ep_size: int, data_first: bool) -> list[list[int]]:
     """For each expert-parallel rank, the ranks that hold its experts, in the order in which they partition them.
 

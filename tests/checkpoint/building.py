@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,3 +154,23 @@ def tensor(
     hooks = call(glob("collections", "OrderedDict"))
     rest = [metadata] if metadata else []
     return call(glob("torch._utils", "_rebuild_tensor_v2"), storage() if of is None else of, number(offset), *sizes, b"\x89", hooks, *rest)
+
+
+def colliding_pairs(count: int) -> list[tuple[int, int]]:
+    """Two-element tuples of one hash: the second number makes good what the first changed (CPython 3.8+ tuplehash)."""
+    mask, p1, p2, p5 = (1 << 64) - 1, 11400714785074694791, 14029467366897019727, 2870177450012600261
+    inverse = pow(p2, -1, 1 << 64)
+
+    def after(acc: int, lane: int) -> int:
+        acc = (acc + lane * p2) & mask
+        return ((acc << 31 | acc >> 33) & mask) * p1 & mask
+
+    target = (after(p5, 1) + 5 * p2) & mask
+    found: list[tuple[int, int]] = []
+    first = 1
+    while len(found) < count:
+        first += 1
+        second = (target - after(p5, first)) * inverse & mask
+        if second < sys.hash_info.modulus:
+            found.append((first, second))
+    return found

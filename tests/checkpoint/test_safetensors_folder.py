@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
+from dsconv.checkpoint import open_checkpoint
 from dsconv.checkpoint.dtypes import BY_NAME
 from dsconv.checkpoint.formats import shard_index
 from dsconv.checkpoint.formats.safetensors_folder import INDEX, SINGLE, detect, read, read_file
@@ -182,6 +183,8 @@ def test_an_index_that_leaves_the_folder_is_refused(file: Any, sharded: Path) ->
         (b'{"weight_map": {"a": "x", "a": "y"}}', "'a' is given twice"),
         (b'{"weight_map": {"\\ud800": "x"}}', "not JSON"),
         (b"\xff\xfe{\x00}\x00", "not JSON"),
+        (b'{"weight_map": {"a": "' + b"x" * 2000 + b'"}}', "a name of over 255 bytes"),
+        (b'{"weight_map": {"a": "\\ud800' + b"x" * 253 + b'"}}', "a name of over 255 bytes"),
         (b'{"weight_map": ' + b"[" * 100_000, "not JSON"),
         (b'{"weight_map": {"a": ' + b'{"a": ' * 50_000, "not JSON"),
     ],
@@ -327,6 +330,15 @@ def test_headers_that_the_library_takes_are_taken(tmp_path: Path) -> None:
         path.write_bytes(data)
         assert the_library_accepts(path)
         assert we_accept(path)
+
+
+def test_a_shape_without_elements_that_torch_cannot_make_is_malformed(tmp_path: Path) -> None:
+    """safetensors multiplies in order, and takes it: 0 × anything is 0. torch multiplies all but the zeros."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(file_bytes({"a": item(shape=(0, 1 << 40, 1 << 40), offsets=(0, 0))}))
+    assert the_library_accepts(path)
+    with pytest.raises(MalformedError, match=r"a\.safetensors: 'a' has the shape .* which torch cannot make"):
+        open_checkpoint(path)
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:

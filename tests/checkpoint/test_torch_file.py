@@ -93,6 +93,14 @@ def test_views_of_every_kind(title: str, tmp_path: Path) -> None:
     assert same(file, file.root[0], BASE)
 
 
+def test_a_small_storage_repeated_into_a_huge_tensor_is_refused(tmp_path: Path) -> None:
+    """A file of 2 kB that would become 32 GB, in memory and on disk."""
+    file = saved(tmp_path, {"bomb": torch.zeros(1).expand(1 << 33), "fine": torch.zeros(2, 1).expand(2, 1 << 23)})
+    with pytest.raises(UnsupportedError, match=r"file\.pt: .* repeats a storage of 1 elements to make 34359738368 bytes; the limit is"):
+        file.pieces(file.root["bomb"])
+    assert file.pieces(file.root["fine"])[0].numel == 1 << 24
+
+
 def test_tensors_that_share_a_storage_share_its_record(tmp_path: Path) -> None:
     weight = torch.ones(4, 4)
     file = saved(tmp_path, {"embed": weight, "head": weight, "row": weight[1], "other": torch.ones(4, 4)})

@@ -21,7 +21,7 @@ from dsconv.checkpoint import pickle_opcodes, standins, unpickler
 from dsconv.checkpoint.dtypes import BY_NAME
 from dsconv.checkpoint.standins import Opaque, OpaqueClass, shown
 from dsconv.errors import DsconvError, MalformedError, UnsafeError
-from tests.checkpoint.building import call, glob, load_raw, lst, number, storage, tensor, text, tup, whole
+from tests.checkpoint.building import call, colliding_pairs, glob, load_raw, lst, number, storage, tensor, text, tup, whole
 
 QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=100, suppress_health_check=list(HealthCheck))
 
@@ -254,23 +254,7 @@ def _colliding_numbers() -> list[int]:
 
 
 def _colliding_pairs() -> list[bytes]:
-    """Two-element tuples of one hash: the second number makes good what the first changed (CPython 3.8+ tuplehash)."""
-    mask, p1, p2, p5 = (1 << 64) - 1, 11400714785074694791, 14029467366897019727, 2870177450012600261
-    inverse = pow(p2, -1, 1 << 64)
-
-    def after(acc: int, lane: int) -> int:
-        acc = (acc + lane * p2) & mask
-        return ((acc << 31 | acc >> 33) & mask) * p1 & mask
-
-    target = (after(p5, 1) + 5 * p2) & mask
-    found: list[bytes] = []
-    first = 1
-    while len(found) < 40_000:
-        first += 1
-        second = (target - after(p5, first)) * inverse & mask
-        if second < sys.hash_info.modulus:
-            found.append(number(first) + number(second) + b"\x86")
-    return found
+    return [number(first) + number(second) + b"\x86" for first, second in colliding_pairs(40_000)]
 
 
 def _exhausting() -> dict[str, Callable[[], bytes]]:

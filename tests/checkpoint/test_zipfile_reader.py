@@ -110,6 +110,15 @@ def test_a_file_without_checksums_says_so(tmp_path: Path) -> None:
     assert list(TorchFile(tmp_path / "unchecked.pt").root) == ["a"]
 
 
+def test_one_checksum_of_zero_does_not_turn_the_others_off(tmp_path: Path) -> None:
+    records = pt_records(PICKLE, _0=b"0123456789abcdef")
+    records[0].crc32 = 0
+    path = written(tmp_path, zip_bytes(records))
+    assert opened(path).checksummed
+    with pytest.raises(MalformedError, match=r"file\.pt: data\.pkl fails its CRC-32"):
+        TorchFile(path)
+
+
 def test_a_comment_is_no_harm(tmp_path: Path) -> None:
     assert "data.pkl" in opened(written(tmp_path, zip_bytes(SOUND, comment=b"saved on a Sunday"))).records
     assert "data.pkl" in opened(written(tmp_path, zip_bytes(SOUND, comment=b"x" * 65535))).records
@@ -241,8 +250,9 @@ def test_what_torch_never_writes_is_refused(title: str, tmp_path: Path) -> None:
     assert says in refused(tmp_path, data, error)
 
 
-def test_bytes_put_before_a_zip_whose_offsets_know_of_them_are_harmless(tmp_path: Path) -> None:
-    assert "data.pkl" in opened(written(tmp_path, zip_bytes(SOUND, prefix=b"#!/bin/sh\n"))).records
+def test_bytes_put_before_a_zip_are_refused_though_its_offsets_know_of_them(tmp_path: Path) -> None:
+    """torch looks at the first four bytes: it takes this file for a bare pickle, and runs it."""
+    assert "10 bytes lie before the zip's first record" in refused(tmp_path, zip_bytes(SOUND, prefix=b"#!/bin/sh\n"), UnsafeError)
 
 
 def test_a_zip64_end_that_lies_is_refused(tmp_path: Path, real: bytes) -> None:

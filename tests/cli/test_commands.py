@@ -18,7 +18,7 @@ from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w3"
-COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "config"]
+COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "push", "watch", "config", "estimate", "doctor"]
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -49,6 +49,9 @@ def test_the_surface_of_the_command_line() -> None:
         "to-universal": ["--debug", "--dry-run", "--exclude-frozen", "--force", "--fsync", "--json", "--no-fsync", "--quiet", "--tag",
                          "--verify", "--workers", "-d", "-q", "-t"],
         "inspect": ["--all", "--debug", "--json", "--revision", "--tag", "-d", "-t"],
+        "doctor": ["--debug", "--json", "-d"],
+        "estimate": ["--accumulation", "--debug", "--dtype", "--fit", "--fp32-grads", "--json", "--micro-batch", "--nodes", "--nproc",
+                     "--plot", "--revision", "--seq-len", "--tp", "-d"],
         "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--revision", "--subset", "-d", "-q"],
         "push": ["--check", "--commit-message", "--create-pr", "--debug", "--dry-run", "--json", "--no-check", "--private", "--quiet",
                  "--revision", "-d", "-q"],
@@ -184,6 +187,35 @@ def test_verify_equal_and_not(trained: Callable[[str], Trained], tmp_path: Path)
     assert report.json["differences"][0]["element"] == index
     quiet = dsconv("verify", made.checkpoint, tmp_path / "out", "--quiet")
     assert (quiet.code, quiet.out) == (5, "")
+
+
+def test_doctor_shows_what_works_here(tmp_path: Path) -> None:
+    report = dsconv("doctor", tmp_path / "not yet there", "--json")
+    assert report.code == 0
+    found = report.json
+    assert found["dsconv"] == package.__version__
+    assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["devices"]["cores"] >= 1
+    assert found["free_bytes"][str(tmp_path / "not yet there")] > 0
+    core = found["works"][:2]
+    assert [check["what"] for check in core] == ["merging and verifying a checkpoint", "refusing a pickle that would run code"]
+    assert all(check["works"] for check in core)
+    assert {check["what"] for check in found["works"] if not check["works"]} <= {"gs://"}
+
+
+def test_doctor_says_what_is_missing_and_what_fails(tmp_path: Path) -> None:
+    """In an interpreter that finds no zstandard, deepspeed or transformers, and whose folder for temporary files is not there."""
+    program = (
+        "import sys\nsys.modules.update(zstandard=None, deepspeed=None, transformers=None)\nfrom dsconv.cli import main\n"
+        "import tempfile\ntempfile.tempdir = '/nonexistent'\nmain(['doctor'])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 3
+    assert "Traceback" not in result.stderr
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("does not work: merging and verifying a checkpoint: FileNotFoundError: ") for line in lines)
+    assert "works: refusing a pickle that would run code" in lines
+    assert any("zstd: " in line and line.endswith("pip install 'dsconv[zstd]'") for line in lines)
 
 
 NO_HEAVY = """

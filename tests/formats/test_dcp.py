@@ -9,6 +9,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise, product
@@ -20,7 +22,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import dsconv
 from dsconv.checkpoint.dtypes import BY_NAME
@@ -38,6 +47,7 @@ from dsconv.errors import (
     UnsafeError,
     UnsupportedError,
 )
+from tests.checkpoint.building import colliding_pairs, glob, text
 from tests.cli.running import dsconv as command
 from tests.fixtures.dcp import CASES, STEP
 from tests.fixtures.gloo import ensure
@@ -267,6 +277,14 @@ def lost_place(metadata: Metadata) -> None:
     del metadata.storage_data[MetadataIndex("model.up.weight", [0, 0])]
 
 
+def unhashable(metadata: Metadata) -> None:
+    """An index whose offset holds a list: frozen, so it is set as a pickle would set it."""
+    key = MetadataIndex(UP, [0, 0])
+    info = metadata.storage_data.pop(key)
+    metadata.storage_data[key] = info
+    object.__setattr__(key, "offset", ([],))
+
+
 UP = "model.up.weight"
 
 
@@ -277,6 +295,10 @@ UP = "model.up.weight"
         (lambda m: place(m, UP, relative_path="/etc/passwd"), UnsafeError, "outside the folder"),
         (lambda m: place(m, UP, relative_path="a/../../b"), UnsafeError, "outside the folder"),
         (lambda m: place(m, UP, relative_path=7), MalformedError, "not the name of a file"),
+        (lambda m: place(m, UP, relative_path={}), MalformedError, "not the name of a file"),
+        (lambda m: place(m, UP, relative_path="x" * 300), MalformedError, "a name longer than any file has"),
+        (lambda m: place(m, UP, relative_path="x/" * 3000 + "x"), MalformedError, "a name longer than any file has"),
+        (unhashable, MalformedError, "storage_data has the key 'model.up.weight' at"),
         (lambda m: place(m, UP, relative_path="gone.distcp"), MissingShardError, "names are not there, the first 'gone.distcp'"),
         (lambda m: place(m, UP, offset=10**9), MalformedError, "truncated: the chunk of 'model.up.weight' should end at"),
         (lambda m: place(m, UP, offset=-1), MalformedError, "is stored in .* bytes at -1"),
@@ -413,6 +435,23 @@ def test_random_damage_is_an_error_or_harmless(file: str, broken: Callable[[str]
     assert max(map(len, refused)) < 900
 
 
+def test_chunks_whose_places_collide_take_time_in_proportion(tmp_path: Path) -> None:
+    """Offsets are the file's choice, and so would be their hashes: as keys they took quadratic time, 5 s for this 1.8 MB."""
+    pairs = colliding_pairs(10_000)
+    chunks = [ChunkStorageMetadata(torch.Size(pair), torch.Size((1, 1))) for pair in pairs]
+    tensor = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((1 << 61, 1 << 61)), chunks)
+    storage = [(MetadataIndex("w", torch.Size(pair)), _StorageInfo("__0_0.distcp", 10 * i, 10)) for i, pair in enumerate(pairs)]
+    whole = pickle.dumps(Metadata({"w": tensor}, storage_data="MARK"), protocol=2)
+    # The dictionary is made of pairs by the reader: put first, and recalled where the mark is.
+    made = glob("collections", "OrderedDict") + pickle.dumps(storage, protocol=2)[2:-1] + b"\x85Rr\0\0\x10\x000"
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + made + whole[2:].replace(text("MARK"), b"j\0\0\x10\0"))
+    (tmp_path / "__0_0.distcp").write_bytes(bytes(10 * len(pairs)))
+    start = time.process_time()
+    with pytest.raises(MalformedError, match=r"not a torch.save file"):
+        dsconv.open_checkpoint(tmp_path)
+    assert time.process_time() - start < 2.5
+
+
 # zstd -----------------------------------------------------------------------------------------------------------------
 
 
@@ -440,8 +479,11 @@ def test_a_zstd_bomb_is_stopped(tmp_path: Path) -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
     (tmp_path / "__0_0.distcp").write_bytes(bomb)
     stored = Stored("__0_0.distcp", 0, len(bomb), ("stream.zstd/1",))
+    tracemalloc.start()
     with ChunkFiles(tmp_path) as files, pytest.raises(MalformedError, match="decompresses to more than its tensor has"):
         files.piece("w", BY_NAME["float32"], (5,), stored)
+    assert tracemalloc.get_traced_memory()[1] < 128 << 20
+    tracemalloc.stop()
     assert files.unpacked is not None
     assert files.unpacked.path.stat().st_size < 32 << 20
 

@@ -30,7 +30,7 @@ def folder_of(base: Path, state: dict[str, Any], kind: str) -> Path:
     for safe in (True, False):
         if kind in ("both", "safetensors" if safe else "bin"):
             save_torch_state_dict(state, base, max_shard_size=100, safe_serialization=safe)
-    (base / "config.json").write_text(json.dumps({"model_type": "bert", "dtype": "float32", "hidden_size": 50}))
+    (base / "config.json").write_text(json.dumps({"model_type": "bert", "dtype": "float32", "hidden_size": 48}))
     (base / "tokenizer.json").write_text("{}")
     (base / "vocab.txt").write_text("a\nb")
     (base / "README.md").write_text("# hello")
@@ -178,7 +178,7 @@ def test_a_config_alone_is_fetched_for_its_hidden_size(shell: Shell) -> None:
     ds_config = '{"train_batch_size": 1, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}'
     found = shell("config", ds_config, "--model", "org/both", "--json")
     assert found.code == 0, found.err
-    assert found.json["resolved"]["zero_optimization"]["reduce_bucket_size"] == 2500
+    assert found.json["resolved"]["zero_optimization"]["reduce_bucket_size"] == 2304
     assert set(shell.hub.downloads()) == {"config.json"}
     assert shell("config", ds_config, "--model", "org/both", "--json", HF_HUB_OFFLINE="1").json == found.json
     assert not shell.hub.requests
@@ -224,3 +224,15 @@ def test_a_real_model_of_the_hub_as_a_folder(tmp_path: Path) -> None:
         ours = AutoModel.from_pretrained(tmp_path / "out", dtype="bfloat16")(**tokens).last_hidden_state
         theirs = AutoModel.from_pretrained(source, dtype="bfloat16")(**tokens).last_hidden_state
     assert same(ours, theirs)
+
+
+def test_an_estimate_downloads_the_configuration_only(shell: Shell) -> None:
+    found = shell("estimate", "org/both", "--json", "--seq-len", "64")
+    assert found.code == 0, found.err
+    assert found.json["model"]["parameters"] > 100_000_000  # of the default BertConfig
+    assert set(shell.hub.downloads()) == {"config.json"}
+    offline = shell("estimate", "org/both", "--json", "--seq-len", "64", HF_HUB_OFFLINE="1")
+    assert offline.json == found.json
+    assert shell.hub.requests == []
+    absent = shell("estimate", "org/none")
+    assert (absent.code, "no such repository on the Hub" in absent.err) == (6, True), absent.err

@@ -29,6 +29,8 @@ ZSTD = "stream.zstd"
 ZSTD_VERSION = "1"
 MAX_AROUND_BYTES = 1 << 20  # what a zip may add to its tensor's bytes
 BLOCK_BYTES = 4 << 20
+ZSTD_STEP_BYTES = 2048  # become at most 64 MB in memory, a block of 128 kB for each 4 bytes, before they are counted
+TRAILING = "a zstd frame that does not end where the chunk does"
 
 
 class ChunkFiles:
@@ -128,7 +130,10 @@ class Unpacked:
             while position < end and not stream.eof:
                 data = file.read(position, min(BLOCK_BYTES, end - position))
                 position += len(data)
-                self._write(stream.decompress(data), start + limit_bytes, path)
+                for at in range(0, len(data), ZSTD_STEP_BYTES):
+                    if stream.eof:
+                        raise MalformedError(f"{path}: {TRAILING}")
+                    self._write(stream.decompress(data[at : at + ZSTD_STEP_BYTES]), start + limit_bytes, path)
         except zstandard.ZstdError as error:
             raise MalformedError(f"{path}: not a zstd frame, or a damaged one: {error}") from None
         except OSError as error:
@@ -137,7 +142,7 @@ class Unpacked:
                 "set TMPDIR to a folder with room for all tensors"
             ) from None
         if not stream.eof or position < end or stream.unused_data:
-            raise MalformedError(f"{path}: a zstd frame that does not end where the chunk does")
+            raise MalformedError(f"{path}: {TRAILING}")
         if self._reader is not None:
             self._reader.close()
         self._reader = open_for_reading(self.path)
@@ -197,7 +202,7 @@ def checksum_of(piece: Piece) -> Any:
 
 def files_of(metadata: Metadata, chosen: Mapping[str, str]) -> list[str]:
     """The files in which the chunks of the chosen tensors are stored."""
-    return sorted({s.file for name in chosen for places in metadata.tensors[name].chunks.values() for s in places})
+    return sorted({s.file for name in chosen for _, _, places in metadata.tensors[name].chunks.values() for s in places})
 
 
 def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
@@ -217,7 +222,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
         raise UnsupportedError(f"{meta.path}: {shown(unknown)} is of dtype {meta.dtype_name}, which dsconv does not read")
     found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in chosen}
     differing: set[str] = set()
-    todo = [(places, name, chunk) for name in chosen for chunk, places in metadata.tensors[name].chunks.items()]
+    todo = [(places, name, (at, sizes)) for name in chosen for at, sizes, places in metadata.tensors[name].chunks.values()]
     todo.sort(key=lambda item: (item[0][0].file, item[0][0].offset_bytes))  # as they lie on disk
     with ChunkFiles(folder) as files, ChunkFiles(folder) as others:
         for (first, *copies), name, (offsets, sizes) in todo:
@@ -242,7 +247,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
         if name in entries or any(name in entry.aliases for entry in entries.values() if entry.aliases):
             raise InconsistentCheckpointError(f"{folder}: two tensors are called {shown(name)}")
         meta = metadata.tensors[flat]
-        places = tuple((chunk, tuple(stored)) for chunk, stored in meta.chunks.items())
+        places = tuple((key, tuple(stored)) for key, (_, _, stored) in meta.chunks.items())
         owner = owners.setdefault((meta.shape, meta.dtype_name, places), name) if places else name
         if owner != name:  # stored once under several names: tied
             entries[owner] = replace(entries[owner], aliases=(*entries[owner].aliases, name))

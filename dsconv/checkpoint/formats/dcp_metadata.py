@@ -20,6 +20,7 @@ from typing import Any
 from dsconv.checkpoint import unpickler
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats.dcp import METADATA
+from dsconv.checkpoint.formats.shard_index import MAX_NAME_BYTES
 from dsconv.checkpoint.standins import MAX_NUMEL, Instance, shown
 from dsconv.checkpoint.storage import open_for_reading
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsafeError
@@ -28,6 +29,7 @@ RANK_METADATA = re.compile(r"__(?P<rank>\d+)\.metadata")
 RANK_FILE = re.compile(r"__(?P<rank>\d+)_\d+\.distcp")
 PACKAGE = "torch.distributed.checkpoint"
 MAX_CHUNKS = 50_000_000
+MAX_PATH_CHARS = 1000
 
 Sizes = tuple[int, ...]
 
@@ -44,12 +46,12 @@ class Stored:
 
 @dataclass
 class TensorMeta:
-    """A tensor: ``dtype`` is None where dsconv does not know it, ``chunks`` maps (offsets, sizes) to the places it is stored."""
+    """A tensor: ``dtype`` is None where dsconv does not know it, ``chunks`` are (offsets, sizes, places it is stored) by ``_key``."""
 
     dtype: DType | None
     dtype_name: str
     shape: Sizes
-    chunks: dict[tuple[Sizes, Sizes], list[Stored]]
+    chunks: dict[str, tuple[Sizes, Sizes, list[Stored]]]
     path: Path
 
 
@@ -122,7 +124,7 @@ def _add(whole: Metadata, path: Path) -> None:
         if not isinstance(name, str):
             raise MalformedError(f"{path}: a tensor is called {shown(name)}")
         if isinstance(meta, Instance) and meta.cls.endswith(".BytesStorageMetadata"):
-            whole.objects.setdefault(name, places.get((name, None)))
+            whole.objects.setdefault(name, places.get((name, _key(None))))
             continue
         _add_tensor(whole, name, _tensor(name, _instance(meta, "TensorStorageMetadata", path), places, path))
     planner = root.get("planner_data")
@@ -143,8 +145,8 @@ def _add_tensor(whole: Metadata, name: str, tensor: TensorMeta) -> None:
             f"{tensor.path}: {shown(name)} is {tensor.dtype_name} {list(tensor.shape)}, in {known.path.name} {known.dtype_name} "
             f"{list(known.shape)}: files of two saves; copy those of one again"
         )
-    for chunk, stored in tensor.chunks.items():
-        known.chunks.setdefault(chunk, []).extend(stored)
+    for key, (offsets, sizes, stored) in tensor.chunks.items():
+        known.chunks.setdefault(key, (offsets, sizes, []))[2].extend(stored)
 
 
 def _instance(value: Any, name: str, path: Path) -> Instance:
@@ -153,15 +155,22 @@ def _instance(value: Any, name: str, path: Path) -> Instance:
     return value
 
 
-def _places(storage: dict[Any, Any], path: Path) -> dict[tuple[str, Sizes | None], Stored]:
-    places: dict[tuple[str, Sizes | None], Stored] = {}
+def _key(*sizes: Sizes | None) -> str:
+    """Sizes as a dictionary's key: the hash of text is secret, that of numbers is not, and a file can choose some that collide."""
+    return str(sizes)
+
+
+def _places(storage: dict[Any, Any], path: Path) -> dict[tuple[str, str], Stored]:
+    places: dict[tuple[str, str], Stored] = {}
     files: dict[str, str] = {}
     for key, value in storage.items():
         index, info = _instance(key, "MetadataIndex", path), _instance(value, "_StorageInfo", path)
         name, offset = index.get("fqn"), index.get("offset")
-        if not isinstance(name, str) or not (offset is None or isinstance(offset, tuple)):
+        if not isinstance(name, str) or not (offset is None or _are_sizes(offset)):
             raise MalformedError(f"{path}: storage_data has the key {shown(name)} at {shown(offset)}")
         file, start, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
+        if not isinstance(file, str):
+            raise MalformedError(f"{path}: a chunk lies in {shown(file)}, which is not the name of a file")
         if file not in files:
             files[file] = _inside(file, path)
         if not (type(start) is int and type(nbytes) is int and 0 <= start < MAX_NUMEL and 0 <= nbytes < MAX_NUMEL):
@@ -169,20 +178,20 @@ def _places(storage: dict[Any, Any], path: Path) -> dict[tuple[str, Sizes | None
         transforms = info.get("transform_descriptors") or ()
         if not isinstance(transforms, (list, tuple)) or not all(isinstance(t, str) for t in transforms):
             raise MalformedError(f"{path}: {shown(name)} is transformed by {shown(transforms)}")
-        places[name, offset] = Stored(files[file], start, nbytes, tuple(transforms))
+        places[name, _key(offset)] = Stored(files[file], start, nbytes, tuple(transforms))
     return places
 
 
-def _inside(file: Any, path: Path) -> str:
-    if not isinstance(file, str):
-        raise MalformedError(f"{path}: a chunk lies in {shown(file)}, which is not the name of a file")
+def _inside(file: str, path: Path) -> str:
     parts = PurePosixPath(file)
     if not file or parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file or not parts.name:
         raise UnsafeError(f"{path}: a chunk lies in {shown(file, 255)}, outside the folder; refused")
+    if any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in parts.parts) or len(file) > MAX_PATH_CHARS:
+        raise MalformedError(f"{path}: a chunk lies in {shown(file, 255)}, a name longer than any file has")
     return str(parts)
 
 
-def _tensor(name: str, meta: Instance, places: dict[tuple[str, Sizes | None], Stored], path: Path) -> TensorMeta:
+def _tensor(name: str, meta: Instance, places: dict[tuple[str, str], Stored], path: Path) -> TensorMeta:
     shape, chunks = meta.get("size"), meta.get("chunks")
     properties = _instance(meta.get("properties"), "TensorProperties", path).state
     dtype = (
@@ -190,7 +199,7 @@ def _tensor(name: str, meta: Instance, places: dict[tuple[str, Sizes | None], St
     )
     if not _are_sizes(shape) or not isinstance(chunks, list) or len(chunks) > MAX_CHUNKS or dtype is None:
         raise MalformedError(f"{path}: {shown(name)} has no dtype, size or chunks")
-    found: dict[tuple[Sizes, Sizes], list[Stored]] = {}
+    found: dict[str, tuple[Sizes, Sizes, list[Stored]]] = {}
     for item in chunks:
         chunk = _instance(item, "ChunkStorageMetadata", path)
         offsets, sizes = chunk.get("offsets"), chunk.get("sizes")
@@ -198,10 +207,10 @@ def _tensor(name: str, meta: Instance, places: dict[tuple[str, Sizes | None], St
             raise MalformedError(f"{path}: {shown(name)} of shape {shown(shape)} has a chunk of {shown(sizes)} at {shown(offsets)}")
         if 0 in sizes:
             continue  # a rank with no share of the tensor
-        stored = places.get((name, offsets))
+        stored = places.get((name, _key(offsets)))
         if stored is None:
             raise MalformedError(f"{path}: {shown(name)} has a chunk at {list(offsets)} that is stored nowhere")
-        found[offsets, sizes] = [stored]
+        found[_key(offsets, sizes)] = offsets, sizes, [stored]
     return TensorMeta(dtype if isinstance(dtype, DType) else None, shown(dtype).removeprefix("torch."), shape, found, path)
 
 

@@ -15,6 +15,7 @@ from dsconv.errors import MalformedError, MissingShardError, UnsafeError
 
 MAX_INDEX_BYTES = 100_000_000  # as much as safetensors allows a header
 MAX_INTEGER_DIGITS = 19
+MAX_NAME_BYTES = 255  # of a file, on any file system of Linux
 
 
 def read_all(index: Path, read_file: Callable[[Path], dict[str, TensorEntry]]) -> tuple[dict[str, TensorEntry], list[Path], list[str]]:
@@ -56,6 +57,8 @@ def weight_map_of(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file or "\0" in file:
             raise UnsafeError(f"{path}: weight_map puts {shown(name)} in {shown(file)}, outside the folder; refused")
+        if len(file.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+            raise MalformedError(f"{path}: weight_map puts {shown(name)} in {shown(file)}, a name of over {MAX_NAME_BYTES} bytes")
     return weight_map
 
 

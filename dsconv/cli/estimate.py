@@ -1,0 +1,130 @@
+"""``dsconv estimate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsconv.cli import console
+from dsconv.cli.console import Size
+
+if TYPE_CHECKING:
+    from dsconv.zero_utils.estimate import Report, Row
+
+NOTES = """Ideal: model states of a rank, wherever they lie (ZeRO paper). DeepSpeed: what its own estimators say of a GPU (16-bit training,
+no activations). The other columns: what DeepSpeed 0.19.8 allocates under AdamW; activations are an estimate. Peak: the larger of
+backward (gradients, buffers, activations) and the optimizer's step. Not counted: CUDA's context, workspaces, fragmentation.
+The formulas: docs/estimate.md."""
+
+
+@click.command(epilog="""\b
+Example:
+  dsconv estimate Qwen/Qwen2.5-7B --nproc 8
+  dsconv estimate config.json --fit 80GB --nproc 8 --nodes 2 --plot memory.png""")  # fmt: skip
+@click.argument("model", metavar="MODEL")
+@click.option("--nproc", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Ranks (GPUs) of a node.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Nodes.")
+@click.option("--tp", "tps", type=click.IntRange(1), multiple=True, metavar="N", help="Tensor-parallel degree; several may be given.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="What is trained in.")
+@click.option("--fp32-grads", is_flag=True, help="Gradients accumulate in fp32 (data_types.grad_accum_dtype).")
+@click.option("--seq-len", type=click.IntRange(1), default=4096, show_default=True, metavar="N", help="Tokens of a sequence.")
+@click.option("--micro-batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences a rank and micro-batch.")
+@click.option("--accumulation", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Micro-batches a step.")
+@click.option("--fit", "limit", type=Size(), metavar="SIZE", help="Name the cheapest setting that fits, such as 80GB a GPU.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw it (.png, .svg, .pdf).")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in bytes.")
+@click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
+def estimate(
+    model: str, tps: tuple[int, ...], limit: int | None, plot: Path | None, revision: str | None, as_json: bool, debug: bool, **job: Any
+) -> None:
+    """Tell what training with DeepSpeed will need: memory of each rank, disk.
+
+    MODEL is a config.json, a folder that has one, or a Hub id. Only the configuration is read: no weights. Every ZeRO stage,
+    offload and activation checkpointing is a row, the cheapest first.
+    """
+    from dsconv.loaders.sizes import model_sizes
+    from dsconv.zero_utils import estimate as estimating
+    from dsconv.zero_utils.memory import Job
+
+    work = Job(**job)
+    for tp in tps:
+        if work.nproc % tp:
+            raise click.UsageError(f"--tp {tp} does not divide the {console.count(work.nproc, 'rank')} of a node")
+    console.quiet_downloads(as_json)
+    report = estimating.estimate(model_sizes(model, revision), work, tuple(sorted(set(tps))) or (1,), limit)
+    if plot is not None:
+        from dsconv.zero_utils.memory_plot import draw
+
+        draw(report, plot)
+    if as_json:
+        console.show_json(report.to_dict())
+    else:
+        _show(report)
+
+
+def _show(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    model, job = report.model, report.job
+    world = f"{console.count(job.nodes, 'node')} × {console.count(job.nproc, 'GPU')}"
+    click.echo(f"{model.name}: {model.numel:,} parameters; {world}, {job.dtype}, {job.micro_batch} × {job.seq_len:,} tokens a rank")
+    if model.decoder is None:
+        console.warn(["activations are not estimated: the configuration is not of a decoder"])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("setting", no_wrap=True)
+    columns = (
+        "ideal",
+        "DeepSpeed",
+        "parameters",
+        "gradients",
+        "optimizer",
+        "buffers",
+        "activations",
+        "peak",
+        "CPU a node",
+        "NVMe a node",
+        "checkpoint",
+    )
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(*_cells(report, row), style="bold" if row is report.fit else None)
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
+    out.print()
+    out.print(table)
+    click.echo(f"\n{NOTES}")
+    if report.limit is not None:
+        click.echo("\n" + _verdict(report, report.limit))
+
+
+def _cells(report: Report, row: Row) -> list[str]:
+    held = row.held
+    sizes: list[int | None] = [
+        row.ideal,
+        row.deepspeed[0] if row.deepspeed else None,
+        held.parameters,
+        held.gradients,
+        held.optimizer,
+        held.buffers,
+    ]
+    sizes += [
+        held.activations if report.model.decoder else None,
+        held.peak,
+        held.cpu * report.job.nproc,
+        held.nvme * report.job.nproc,
+        row.disk,
+    ]
+    return [str(row.setting), *("–" if size is None else console.size(size) if size else "0" for size in sizes)]
+
+
+def _verdict(report: Report, limit: int) -> str:
+    if report.fit is None:
+        least = report.smallest
+        return f"Nothing fits {console.size(limit)}: {least.setting} needs least, {console.size(least.held.peak)}"
+    peak = report.fit.held.peak
+    return f"Cheapest that fits {console.size(limit)}: {report.fit.setting} ({console.size(peak)}, {console.size(limit - peak)} left over)"

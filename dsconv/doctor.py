@@ -1,0 +1,149 @@
+"""What is installed, what the machine has, and what works here: the first thing to send with a report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dsconv._version import __version__
+from dsconv.errors import DsconvError, UnsafeError
+
+PACKAGES = (
+    "torch", "safetensors", "numpy", "zlib-ng", "deepspeed", "transformers", "accelerate", "peft", "huggingface_hub", "fsspec",
+    "aiohttp", "s3fs", "gcsfs", "zstandard",
+)  # fmt: skip
+# What needs more than the core: the modules it imports, and the extra that brings them.
+FEATURES = {
+    "the Hub (org/model, --push-to-hub)": (("huggingface_hub",), "hub"),
+    "https:// and other stores": (("fsspec", "aiohttp"), "remote"),
+    "s3://": (("fsspec", "s3fs"), "s3"),
+    "gs://": (("fsspec", "gcsfs"), "gs"),
+    "DCP chunks compressed with zstd": (("zstandard",), "zstd"),
+    "loading into ZeRO-3 (load_zero3)": (("deepspeed", "transformers"), "train"),
+    "loading into TP and DTensors (load_tp)": (("transformers",), "train"),
+}
+EVIL = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
+
+
+def diagnose(folder: Path) -> dict[str, Any]:
+    """Versions, devices, free bytes of ``folder`` and of the folders that are written to besides, and the checks of what works.
+
+    Imports torch and whatever FEATURES names, which takes some seconds. A check that fails is told, not raised.
+    """
+    cuda = _cuda()
+    return {
+        "dsconv": __version__,
+        "python": sys.version.split()[0],
+        "system": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": {"cores": len(os.sched_getaffinity(0)), "memory_bytes": _memory_bytes(), "accelerators": cuda},
+        "free_bytes": {
+            str(path): _free_bytes(path) for path in dict.fromkeys((folder.absolute(), Path(tempfile.gettempdir()), _hub_cache()))
+        },
+        "works": [*_core(), *(_feature(what, modules, extra) for what, (modules, extra) in FEATURES.items())],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cuda() -> list[str]:
+    """The accelerators that torch sees; none where it cannot be imported, which is among the checks."""
+    try:
+        import torch
+
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    except Exception:  # noqa: BLE001 - a broken driver fails in ways of its own
+        return []
+
+
+def _hub_cache() -> Path:
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _free_bytes(path: Path) -> int | None:
+    """Of the file system that ``path`` lies in, or will lie in."""
+    for near in (path, *path.parents):
+        if near.exists():
+            return shutil.disk_usage(near).free
+    return None
+
+
+def _check(what: str, run: Callable[[], str | None], fix: str = "") -> dict[str, Any]:
+    began = time.monotonic()
+    try:
+        problem = run()
+    except Exception as error:  # noqa: BLE001 - the answer is what went wrong, whatever it was
+        problem = f"{type(error).__name__}: {error}"
+    return {
+        "what": what,
+        "works": problem is None,
+        "seconds": round(time.monotonic() - began, 3),
+        "problem": problem,
+        "fix": fix if problem else "",
+    }
+
+
+def _core() -> list[dict[str, Any]]:
+    """The real thing in small: a file that torch saves is merged and compared, and one that would run code is refused."""
+    return [
+        _check("merging and verifying a checkpoint", _merge, "pip install --force-reinstall dsconv"),
+        _check("refusing a pickle that would run code", _refuse, "do not use this installation; report it (SECURITY.md)"),
+    ]
+
+
+def _merge() -> str | None:
+    import torch
+
+    from dsconv.convert.merge import merge
+    from dsconv.convert.verify import verify
+
+    with tempfile.TemporaryDirectory(prefix="dsconv-doctor-") as folder:
+        file, output = Path(folder) / "pytorch_model.bin", Path(folder) / "out"
+        torch.save({"weight": torch.arange(1000.0).reshape(10, 100), "steps": torch.tensor(7)}, file)
+        merge(file, output)
+        return None if verify(file, output).equal else "what was merged is not what was saved"
+
+
+def _refuse() -> str | None:
+    from dsconv.checkpoint import unpickler
+
+    try:
+        unpickler.load(EVIL, Path("doctor.pkl"), lambda pid: None)
+    except UnsafeError:
+        return None
+    except DsconvError as error:
+        return f"refused, but as {type(error).__name__}: {error}"
+    return "it was read"
+
+
+def _feature(what: str, modules: tuple[str, ...], extra: str) -> dict[str, Any]:
+    def run() -> str | None:
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{' and '.join(missing)} not installed"
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which is the answer's
+            for name in modules:
+                importlib.import_module(name)
+        return None
+
+    return _check(what, run, f"pip install 'dsconv[{extra}]'")

@@ -1,0 +1,83 @@
+"""Some thousands of broken files of every kind, in the time that a test has; ``make fuzz`` breaks a million."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.__main__ import input_of
+from tests.fuzz.judging import OTHER, REFUSED, SAME, Failure, judged, limits
+from tests.fuzz.targets import TARGETS, Checkpoints, Seeds, Target, seeds
+
+INPUTS = 150  # for each share of a target's in a mixed run
+SEARCHED = settings(derandomize=True, deadline=None, database=None, max_examples=40, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+    return seeds(tmp_path_factory.mktemp("seeds"))
+
+
+@pytest.mark.parametrize("kind", TARGETS, ids=lambda kind: kind.name)
+def test_broken_files_are_refused_or_read_as_before(kind: type[Target], found: Seeds) -> None:
+    target = kind(found)
+    outcomes: Counter[str] = Counter()
+    with limits():
+        for number in range(INPUTS * kind.share if kind is not Checkpoints else INPUTS):
+            outcomes[judged(lambda: target.judge(target.broken(input_of(target, 5, number))))] += 1  # noqa: B023
+        search(target)
+    assert outcomes[REFUSED] > outcomes.total() / 2  # the mutations do break files
+    assert outcomes[SAME] + outcomes[OTHER] > 0  # and some of what they do is harmless
+    assert not (target.covered and outcomes[OTHER])
+
+
+def search(target: Target) -> None:
+    """The same mutations with choices of hypothesis', which shrinks those of an input that fails."""
+
+    @SEARCHED
+    @given(st.randoms(use_true_random=False))
+    def check(rng: Random) -> None:
+        judged(lambda: target.judge(target.broken(rng)))
+
+    check()
+
+
+def test_the_judge_sees_what_must_not_happen() -> None:
+    """The fuzzing itself is no blank: each kind of failure is told."""
+
+    def loops() -> str:
+        while True:
+            pass
+
+    def swells() -> str:
+        return str(len(bytearray(1 << 30)))
+
+    def runs() -> str:
+        exec("1")
+        return SAME
+
+    def raises() -> str:
+        raise KeyError("a")
+
+    with limits():
+        for wrong, says in ((loops, "processor time"), (swells, "MemoryError"), (runs, "ran exec"), (raises, "KeyError")):
+            with pytest.raises(Failure, match=says):
+                judged(wrong)
+        assert judged(lambda: SAME) == SAME
+
+
+def test_other_bytes_are_told(found: Seeds, tmp_path: Path) -> None:
+    """A target whose file changed under a checksum's eyes, and whose checksum was made to agree, is a failure to it."""
+    from tests.checkpoint.building import Rec, zip_bytes
+    from tests.fuzz.mutations import records
+    from tests.fuzz.targets import ZipDamage
+
+    target = ZipDamage(Seeds(tmp_path))
+    other = [Rec(name, data[:-1] + b"\x01" if name.endswith("/data/0") else data) for name, data in records(target.data)]
+    with pytest.raises(Failure, match="other tensors"):
+        judged(lambda: target.judge(zip_bytes(other)))

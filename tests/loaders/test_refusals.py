@@ -1,0 +1,129 @@
+"""What a loader refuses says so by name, before a model is built: no ranks are needed for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dsconv
+from dsconv.errors import InconsistentCheckpointError, MalformedError, OutputError, UnsupportedError
+
+ZERO3: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+
+
+def zero3(**zero: Any) -> dict[str, Any]:
+    return {**ZERO3, "zero_optimization": {"stage": 3, **zero}}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("llama")
+    config = transformers.LlamaConfig(
+        vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "quanto", "compressed-tensors", "fp8"])
+def test_quantized_checkpoint(method: str, copied: Path) -> None:
+    import transformers
+
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method, "load_in_4bit": True}}))
+    for load in (lambda **more: dsconv.load_tp(copied, **more), lambda **more: dsconv.load_zero3(copied, ZERO3, **more)):
+        with pytest.raises(UnsupportedError, match=rf"model: the configuration says that the weights are quantized \({method}\)"):
+            load()
+    plain = transformers.AutoConfig.from_pretrained(copied)
+    del plain.quantization_config  # what the message says helps where the weights are not quantized
+    assert not dsconv.load_tp(copied, config=plain).load_report.missing
+
+
+def test_quantized_values_are_not_numbers(tmp_path: Path) -> None:
+    for dtype in (torch.float8_e4m3fn, torch.int8, torch.uint8):
+        save_file({"weight": torch.ones(4, 3).to(dtype)}, tmp_path / "model.safetensors")
+        model = nn.Linear(3, 4, bias=False)
+        before = model.weight.detach().clone()
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(UnsupportedError, match=f"weight is float32 in the model, and weight is stored as {name}: quantized"):
+            dsconv.stream_into(model, tmp_path)
+        assert torch.equal(model.weight, before)
+        same = nn.Module()
+        same.weight = nn.Parameter(torch.zeros(4, 3, dtype=dtype), requires_grad=False)
+        dsconv.stream_into(same, tmp_path)  # into its own dtype it is only bytes
+        assert torch.equal(same.weight.view(torch.uint8), torch.ones(4, 3).to(dtype).view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (zero3(zero_quantized_weights=True), "ds_config sets zero_quantized_weights"),
+        (zero3(zero_quantized_nontrainable_weights=True), "ds_config sets zero_quantized_nontrainable_weights"),
+        ({**ZERO3, "weight_quantization": {"quantized_initialization": {"num_bits": 4}}}, "ds_config sets quantized_initialization"),
+        (zero3(offload_param={"device": "nvme"}), "needs nvme_path"),
+        (zero3(offload_param={"device": "nvme", "nvme_path": "x"}, zero_hpz_partition_size=2), "DeepSpeed has no secondary partitions"),
+    ],
+)
+def test_settings(settings: dict[str, Any], says: str, llama: Path) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        dsconv.load_zero3(llama, settings)
+
+
+def test_nvme_that_cannot_be_used(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="nvme_path cannot be made a folder: Not a directory"):
+        dsconv.load_zero3(llama, zero3(offload_param={"device": "nvme", "nvme_path": str(tmp_path / "file")}))
+    monkeypatch.setenv("CC", "false")  # a machine without a compiler: DeepSpeed asks it whether libaio is there
+    with pytest.raises(UnsupportedError, match=r"needs DeepSpeed's async_io op, which cannot be loaded here: install libaio"):
+        dsconv.load_zero3(llama, zero3(offload_param={"device": "nvme", "nvme_path": str(tmp_path / "disk")}))
+
+
+def test_damaged_and_foreign_checkpoints(copied: Path) -> None:
+    import transformers
+
+    file = copied / "model.safetensors"
+    whole, weights = file.read_bytes(), load_file(file)
+    loads = [lambda **more: dsconv.load_tp(copied, **more), lambda **more: dsconv.load_zero3(copied, ZERO3, **more)]
+    file.write_bytes(whole[:-100])
+    for load in loads:
+        with pytest.raises(MalformedError, match=r"model\.safetensors"):
+            load()
+    # Another model's: nothing fits, and strict says so; of another width: the shapes say so.
+    save_file({f"encoder.{name}": tensor for name, tensor in weights.items()}, file)
+    with pytest.raises(InconsistentCheckpointError, match="the model has and the checkpoint lacks: "):
+        dsconv.load_tp(copied, strict=True)
+    file.write_bytes(whole)
+    wider = transformers.AutoConfig.from_pretrained(copied)
+    wider.intermediate_size = 16
+    with pytest.raises(InconsistentCheckpointError, match=r"3 tensors have another shape: .*down_proj\.weight is \[8, 12\], the model has"):
+        dsconv.load_tp(copied, config=wider)
+
+
+def test_no_memory_for_a_block(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsconv.checkpoint import copy
+    from dsconv.loaders import memory
+
+    def refuse(nbytes: int) -> bytearray:
+        return bytearray(nbytes << 30)  # more than any machine has
+
+    for module in (copy, memory):
+        monkeypatch.setattr(module, "bytearray", refuse, raising=False)
+    with pytest.raises(MemoryError):
+        dsconv.load_tp(copied)
+    with pytest.raises(MemoryError):
+        dsconv.merge(copied, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
