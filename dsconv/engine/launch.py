@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -82,8 +83,21 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
 
 
 def _entry(job: Job) -> dict[str, Any]:
-    """A rank. It leaves without destructors, some of which (gloo's, DeepSpeed's) abort now and then."""
-    return asdict(run_rank(job))
+    """A rank. Its result goes to the agent, for which it then waits: forever, if the launcher was killed."""
+    outcome = run_rank(job)
+    if not _alive(job.launcher):
+        os._exit(0)
+    return asdict(outcome)
+
+
+def _alive(pid: int | None) -> bool:
+    """Whether the process has not ended; one that nobody has waited for has."""
+    if pid is None:
+        return False
+    try:
+        return not select.select([os.pidfd_open(pid)], [], [], 0)[0]
+    except ProcessLookupError:
+        return False
 
 
 def _start_server() -> None:
