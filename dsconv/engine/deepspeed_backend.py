@@ -187,6 +187,13 @@ class DeepSpeedBackend:
         with torch.no_grad():
             found = self.module(input_ids=rows.to(self.engine.device)).logits.float().cpu()
         self.module.train()
+        if self.options.layout.tp > 1:  # AutoTP cuts the head along the vocabulary
+            from deepspeed.utils import groups
+
+            group = groups.get_tensor_model_parallel_group()
+            parts: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(parts, found, group=group)
+            found = torch.cat(parts, -1) if found.shape[-1] < self.module.config.get_text_config().vocab_size else found
         return found
 
     def close(self) -> None:

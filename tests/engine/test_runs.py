@@ -71,7 +71,7 @@ def test_a_run_that_was_killed_in_a_save_goes_on_from_the_one_before(
     arguments = ["--steps", str(STEPS), "--save-every", "1", "--seq-len", "16", "--batch-size", "4", "--nproc", "2", "--zero-stage", "2"]
     process = subprocess.Popen(
         command("train", str(tiny_llama), "--output-dir", str(run), *arguments),
-        env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     third = run / checkpoints.FOLDER / checkpoints.PARTIAL / checkpoints.tag_of(3)
     wait_for(lambda: third.is_dir() and any(third.iterdir()), process)
@@ -109,8 +109,8 @@ def test_ranks_whose_launcher_was_killed_save_and_end(tiny_llama: Path, tmp_path
     process = subprocess.Popen(
         command("train", str(tiny_llama), "--output-dir", str(run), *arguments),
         env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     wait_for(lambda: len(read_metrics(run)) > 2, process)
     process.kill()
