@@ -9,6 +9,7 @@ the key of a tied layer, unless the trainer's patterns do, and its weights have 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from dsconv.checkpoint.formats.rank_map import RankMap
 from dsconv.checkpoint.formats.tensor_parallel import Rules
 from dsconv.checkpoint.formats.universal_info import UniversalInfo
 from dsconv.checkpoint.reading import Sources
+from dsconv.checkpoint.renaming import renamed
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
@@ -28,6 +30,9 @@ from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingSh
 from dsconv.zero_utils.files import LAYER, TagFolder
 
 TIED = re.compile(r"tied_modules\.(?P<key>[^.]+)\.(?P<local>.+)")
+ENGINE_STATE = "engine.json"  # which dsconv's engine leaves in a checkpoint
+MAX_ENGINE_STATE_BYTES = 1 << 20
+_PREFIX = re.compile(r"(?:\d+|tied_modules\.[^.]+)\.(?P<local>.+)")
 
 
 @dataclass
@@ -72,6 +77,24 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
 
         checkpoint.training = partial(join_training, folder, ranks, entries, ordered, joining)
     return checkpoint
+
+
+def hf_named(checkpoint: Checkpoint, folder: TagFolder) -> Checkpoint:
+    """A checkpoint of dsconv's engine by the names of the transformers model that it cut into layers; any other as it is.
+
+    Its layers keep the model's own names under their numbers (``engine/pipeline_layers.py``): ``3.model.layers.2.mlp.up_proj.weight``.
+    """
+    path = folder.path / ENGINE_STATE
+    try:
+        if path.stat().st_size > MAX_ENGINE_STATE_BYTES:
+            return checkpoint
+        found = json.loads(path.read_bytes())
+        stages = found["layout"]["pp"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return checkpoint
+    names = {name: match["local"] for name in checkpoint if (match := _PREFIX.fullmatch(name))}
+    fitting = stages == checkpoint.world.get("pipeline_parallel") and len(names) == len(checkpoint) == len(set(names.values()))
+    return renamed(checkpoint, names) if fitting else checkpoint
 
 
 def _place(name: str) -> int:
