@@ -18,8 +18,8 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     training = checkpoint.training
     entries = {names.get(name, name): named(entry) for name, entry in checkpoint.items()}
     return Checkpoint(
-        checkpoint.path, checkpoint.format, entries, folder=checkpoint.folder, step=checkpoint.step, world=checkpoint.world, info=checkpoint.info,
-        warnings=checkpoint.warnings, sources=checkpoint.sources, is_zero=checkpoint.is_zero,
+        checkpoint.path, checkpoint.format, entries, folder=checkpoint.folder, step=checkpoint.step, world=checkpoint.world,
+        info=checkpoint.info, warnings=checkpoint.warnings, sources=checkpoint.sources, is_zero=checkpoint.is_zero,
         training=(lambda: _training(training(), names)) if training is not None else None, no_training=checkpoint.no_training,
     )  # fmt: skip
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dsconv.checkpoint.formats.pipeline import LAYERS_OF_TRANSFORMERS
+from dsconv.checkpoint.renaming import renamed
 from dsconv.engine.backend import StepResult
 from dsconv.engine.deepspeed_backend import DeepSpeedBackend, ds_config
 from dsconv.engine.models import Source, build
 from dsconv.engine.options import RunOptions
 from dsconv.engine.pipeline_layers import Donor, layer_specs, paths_of, pipeline_names
 from dsconv.errors import UsageError
+from dsconv.loaders.stream import stream_into
 
 
 class PipelineBackend(DeepSpeedBackend):
@@ -49,7 +53,10 @@ class PipelineBackend(DeepSpeedBackend):
         donor.model = None
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=self.module, model_parameters=parameters, config=config)
-        self._names = {pipeline: name for name, pipeline in pipeline_names(source.config).items()}
+        names = pipeline_names(source.config)
+        self._names = {pipeline: name for name, pipeline in names.items()}
+        if fresh and source.checkpoint is not None and options.dtype != "fp32":  # the masters, as in DeepSpeedBackend
+            stream_into(self.engine, renamed(source.checkpoint, names), strict=False)
         self._sizes = (source.config.hidden_size, source.config.vocab_size)
         self._plain_norm: float | None = None
         self._keep_plain_norm()
@@ -60,7 +67,8 @@ class PipelineBackend(DeepSpeedBackend):
         lr = float(self.engine.get_lr()[0])
         self.engine.train_batch(iter([(part, part) for part in rows.split(self.options.micro_batch)]))
         found = self.engine.get_global_grad_norm()
-        return StepResult(float(self.engine.dp_group_loss), self._plain_norm if found is None else float(found), lr)
+        norm = self._plain_norm if found is None else float(found)
+        return StepResult(float(self.engine.dp_group_loss), norm, lr, self._communication())
 
     def _keep_plain_norm(self) -> None:
         """Without ZeRO and in fp32 the engine forgets the norm, and takes that of the first stage's gradients for it.
@@ -80,6 +88,9 @@ class PipelineBackend(DeepSpeedBackend):
             torch._foreach_mul_(gradients, torch.clamp(engine.gradient_clipping() / (norm + 1e-6), max=1.0))
 
         engine.clip_fp32_gradients = clip
+
+    def save(self, folder: Path, tag: str) -> None:
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, client_state={LAYERS_OF_TRANSFORMERS: True})
 
     def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for name, state, tensor in super().local_states():

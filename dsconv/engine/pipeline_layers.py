@@ -134,8 +134,8 @@ def layer_specs(donor: Donor) -> list[Any]:
     if paths.places and paths.dropout:
         specs.append(LayerSpec(Places, donor, (paths.places, paths.dropout)))
     rotary = (paths.rotary,) if paths.rotary else ()
-    for index in range(len(donor.model.get_submodule(paths.blocks))):
-        specs.append(LayerSpec(Block, donor, (f"{paths.blocks}.{index}", *rotary), index))
+    blocks: Any = donor.model.get_submodule(paths.blocks)
+    specs += [LayerSpec(Block, donor, (f"{paths.blocks}.{index}", *rotary), index) for index in range(len(blocks))]
     specs.append(LayerSpec(Single, donor, (paths.norm,)))
     if tied:
         specs.append(TiedLayerSpec(*shared, forward_fn=_as_head, tied_weight_attr=f"{paths.embedding}.weight"))

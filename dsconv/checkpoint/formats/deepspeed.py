@@ -24,9 +24,9 @@ def read(path: Path, tag: str | None) -> Checkpoint:
 
         return read_moe(folder)
     if folder.layers:
-        from dsconv.checkpoint.formats.pipeline import hf_named, read_pipeline
+        from dsconv.checkpoint.formats.pipeline import read_pipeline
 
-        return hf_named(read_pipeline(folder), folder)
+        return read_pipeline(folder)
     if len(folder.mp_ranks) > 1:
         from dsconv.checkpoint.formats.tensor_parallel import read_tensor_parallel
 

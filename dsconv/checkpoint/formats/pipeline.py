@@ -9,7 +9,6 @@ the key of a tied layer, unless the trainer's patterns do, and its weights have 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,8 +29,7 @@ from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingSh
 from dsconv.zero_utils.files import LAYER, TagFolder
 
 TIED = re.compile(r"tied_modules\.(?P<key>[^.]+)\.(?P<local>.+)")
-ENGINE_STATE = "engine.json"  # which dsconv's engine leaves in a checkpoint
-MAX_ENGINE_STATE_BYTES = 1 << 20
+LAYERS_OF_TRANSFORMERS = "dsconv_layers_of_transformers"  # what dsconv's engine saves as client state (``engine/pipeline_backend.py``)
 _PREFIX = re.compile(r"(?:\d+|tied_modules\.[^.]+)\.(?P<local>.+)")
 
 
@@ -76,25 +74,16 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
         from dsconv.checkpoint.formats.joined_training import join_training
 
         checkpoint.training = partial(join_training, folder, ranks, entries, ordered, joining)
-    return checkpoint
+    return hf_named(checkpoint) if first.raw.get(LAYERS_OF_TRANSFORMERS) is True else checkpoint
 
 
-def hf_named(checkpoint: Checkpoint, folder: TagFolder) -> Checkpoint:
-    """A checkpoint of dsconv's engine by the names of the transformers model that it cut into layers; any other as it is.
+def hf_named(checkpoint: Checkpoint) -> Checkpoint:
+    """Under the names of the transformers model that dsconv's engine cut into layers: ``3.model.layers.2.…`` without the number.
 
-    Its layers keep the model's own names under their numbers (``engine/pipeline_layers.py``): ``3.model.layers.2.mlp.up_proj.weight``.
+    As it is where a name is no layer's, or two would be one.
     """
-    path = folder.path / ENGINE_STATE
-    try:
-        if path.stat().st_size > MAX_ENGINE_STATE_BYTES:
-            return checkpoint
-        found = json.loads(path.read_bytes())
-        stages = found["layout"]["pp"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return checkpoint
     names = {name: match["local"] for name in checkpoint if (match := _PREFIX.fullmatch(name))}
-    fitting = stages == checkpoint.world.get("pipeline_parallel") and len(names) == len(checkpoint) == len(set(names.values()))
-    return renamed(checkpoint, names) if fitting else checkpoint
+    return renamed(checkpoint, names) if len(names) == len(checkpoint) == len(set(names.values())) else checkpoint
 
 
 def _place(name: str) -> int:
