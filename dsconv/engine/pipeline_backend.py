@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsconv.checkpoint.formats.pipeline import LAYERS_OF_TRANSFORMERS
 from dsconv.checkpoint.renaming import renamed
 from dsconv.engine.backend import StepResult
 from dsconv.engine.deepspeed_backend import DeepSpeedBackend, ds_config
@@ -18,6 +17,7 @@ from dsconv.engine.options import RunOptions
 from dsconv.engine.pipeline_layers import Donor, layer_specs, paths_of, pipeline_names
 from dsconv.errors import UsageError
 from dsconv.loaders.stream import stream_into
+from dsconv.zero_utils.files import LAYERS_OF_TRANSFORMERS
 
 
 class PipelineBackend(DeepSpeedBackend):
@@ -56,7 +56,7 @@ class PipelineBackend(DeepSpeedBackend):
         names = pipeline_names(source.config)
         self._names = {pipeline: name for name, pipeline in names.items()}
         if fresh and source.checkpoint is not None and options.dtype != "fp32":  # the masters, as in DeepSpeedBackend
-            stream_into(self.engine, renamed(source.checkpoint, names), strict=False)
+            stream_into(self.module, renamed(source.checkpoint, names), strict=False)
         self._sizes = (source.config.hidden_size, source.config.vocab_size)
         self._plain_norm: float | None = None
         self._keep_plain_norm()

@@ -26,10 +26,9 @@ from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
-from dsconv.zero_utils.files import LAYER, TagFolder
+from dsconv.zero_utils.files import LAYER, LAYERS_OF_TRANSFORMERS, TagFolder
 
 TIED = re.compile(r"tied_modules\.(?P<key>[^.]+)\.(?P<local>.+)")
-LAYERS_OF_TRANSFORMERS = "dsconv_layers_of_transformers"  # what dsconv's engine saves as client state (``engine/pipeline_backend.py``)
 _PREFIX = re.compile(r"(?:\d+|tied_modules\.[^.]+)\.(?P<local>.+)")
 
 
