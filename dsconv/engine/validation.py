@@ -178,7 +178,7 @@ class Validation:
         return "bit for bit" if exact else "masters bit for bit, logits calibrated", passed, evidence
 
     def _load_back(self, row: Row) -> Verdict:
-        if row.dtype != "fp32" and row.layout.tp * row.layout.pp > 1:
+        if row.dtype != "fp32" and row.layout.tp > 1:
             return "–", None, {"why not": "an engine that cuts a 16-bit model makes its masters of 16-bit weights"}
         merged = self.folder / f"merged-{row.name}"
         if not merged.is_dir():

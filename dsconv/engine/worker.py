@@ -77,7 +77,7 @@ def run_rank(job: Job) -> Outcome:
             )
         backend = _backend(job, source)
         try:
-            _restore(job, backend, state)
+            _restore(job, backend, state, source)
             if job.probe is not None and job.checkpoint is not None:
                 write_states(job.probe / "start", backend)
                 if job.relaid:
@@ -157,7 +157,7 @@ def _state(job: Job, source: Source) -> State:
     return replace(state, layout=job.options.layout)
 
 
-def _restore(job: Job, backend: Backend, state: State) -> None:
+def _restore(job: Job, backend: Backend, state: State, source: Source) -> None:
     """The engine's state, then the random generators': loading draws numbers of its own."""
     options, rank = job.options, dist.get_rank()
     if job.checkpoint is None:
@@ -165,7 +165,7 @@ def _restore(job: Job, backend: Backend, state: State) -> None:
         return
     with agreement("resume"):
         if _converts(job):
-            with _universal(job, rank) as converted:
+            with _universal(job, rank, source) as converted:
                 backend.load(converted)
         else:
             backend.load(job.checkpoint)
@@ -182,7 +182,7 @@ def _restore(job: Job, backend: Backend, state: State) -> None:
 
 
 @contextlib.contextmanager
-def _universal(job: Job, rank: int) -> Iterator[Path]:
+def _universal(job: Job, rank: int, source: Source) -> Iterator[Path]:
     """The checkpoint as a universal one, made by rank 0 and taken away after."""
     import shutil
 
@@ -193,7 +193,7 @@ def _universal(job: Job, rank: int) -> Iterator[Path]:
     with agreement("to-universal"):
         if rank == 0:
             shutil.rmtree(folder.parent, ignore_errors=True)
-            write_universal(job.checkpoint, folder, job.options.layout)
+            write_universal(job.checkpoint, folder, job.options.layout, source.config)
     try:
         yield folder
     finally:
