@@ -229,7 +229,7 @@ def test_a_real_model_of_the_hub_as_a_folder(tmp_path: Path) -> None:
 def test_an_estimate_downloads_the_configuration_only(shell: Shell) -> None:
     found = shell("estimate", "org/both", "--json", "--seq-len", "64")
     assert found.code == 0, found.err
-    assert found.json["model"]["parameters"] > 100_000_000  # of the default BertConfig
+    assert found.json["model"]["parameters"] > 1_000_000
     assert set(shell.hub.downloads()) == {"config.json"}
     offline = shell("estimate", "org/both", "--json", "--seq-len", "64", HF_HUB_OFFLINE="1")
     assert offline.json == found.json
