@@ -66,7 +66,7 @@ def resume(
 ) -> RunReport:
     """Go on with a run from its last whole checkpoint, with the same ranks or with ``layout``.
 
-    Other ranks, stages and parallel degrees get the checkpoint as a universal one. ``changes`` are other settings of
+    Other ranks, stages and parallel degrees get the checkpoint as a universal one, or by DCP's own resharding. ``changes`` are other settings of
     ``RunOptions`` that may change on the way (``steps``, ``save_every``, ``keep``, …). Raises as ``train`` does.
     """
     folder = Path(run)
@@ -77,6 +77,11 @@ def resume(
     state = checkpoints.read_state(checkpoint)
     options = options.relaid(layout or state.layout)
     options.check()
+    if options.layout.backend != state.layout.backend:
+        raise UsageError(
+            f"{checkpoint} is of --backend {state.layout.backend}, and its optimizer's state is not {options.layout.backend}'s: start from its "
+            f"weights with `dsconv merge {checkpoint} OUT` and `dsconv train OUT`"
+        )
     job = Job(options, _last(options, stop_after), checkpoint, state.layout != options.layout, probe, sabotage)
     if _leads():
         options.write()

@@ -143,7 +143,7 @@ def _restore(job: Job, backend: Backend, state: State) -> None:
         seed_everything(options.seed, backend.stream)
         return
     with agreement("resume"):
-        if job.universal:
+        if job.universal and options.layout.backend == "deepspeed":  # DCP loads into any layout
             with _universal(job, rank) as converted:
                 backend.load(converted)
         else:
