@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,10 @@ class NativeBackend:
 
         layout, rank = options.layout, dist.get_rank()
         self.options = options
+        self.config = copy.deepcopy(source.config)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if layout.cp > 1 and self.device.type == "cpu":
             raise UsageError(f"--cp {layout.cp} needs a GPU: torch's context_parallel has no attention for the CPU")
-        if options.hook != "none" and layout.tp > 1:
-            raise UsageError("--hook with --tp: DDP's hooks are for models that every rank has whole")
         self.hook = None
         self._replicated = layout.tp == 1 and not layout.fsdp
         if self._replicated:

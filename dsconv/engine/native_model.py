@@ -73,12 +73,22 @@ def _meshes(model: Any, options: RunOptions, device: torch.device) -> Any:
     sizes = {"fsdp_size": samples} if layout.fsdp else {"dp_replicate_size": samples}
     _, manager = initialize_distributed_mesh(DistributedConfig(tp_size=layout.tp, **sizes))
     assert manager is not None
+    _untie(model)
     try:
         type(model).maybe_distribute_model(model, DistributedConfig(tp_size=layout.tp), manager)
     except ValueError as error:
         raise UnsupportedError(f"--tp {layout.tp}: transformers cannot cut {options.model}: {error}") from None
-    model.tie_weights()  # each of two tied modules was given its own shards
+    model.tie_weights()
     return manager.get_mesh("fsdp" if layout.fsdp else ("dp_replicate", "fsdp"))
+
+
+def _untie(model: Any) -> None:
+    """Give each module a parameter of its own, as transformers (5.24 ``apply_tensor_parallelism``) wants it to cut them."""
+    first = {name for name, _ in model.named_parameters()}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name not in first:
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, torch.nn.Parameter(parameter.detach(), parameter.requires_grad))
 
 
 def _check_plan(model: Any, options: RunOptions) -> None:

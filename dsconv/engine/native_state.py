@@ -29,6 +29,9 @@ def save(backend: NativeBackend, folder: Path) -> None:
     hook = backend.hook.state() if backend.hook is not None else {}
     if hook:
         state["hook"] = {f"rank-{dist.get_rank()}": hook}
+    if dist.get_rank() == 0:
+        folder.mkdir()
+        backend.config.save_pretrained(folder)  # `dsconv merge` makes a model of the checkpoint
     try:
         # The engine syncs the whole folder before it is put in place.
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=False))
