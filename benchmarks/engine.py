@@ -107,7 +107,9 @@ def resuming(folder: Path, model: Path, rounds: int) -> dict[str, Any]:
     run = folder / "resumed"
     shutil.rmtree(run, ignore_errors=True)
     train(RunOptions(str(model), str(run), 2 * rounds + 2, Layout(nproc=2, zero_stage=3), seq_len=128, batch_size=4), stop_after=1)
-    ours, theirs, whole = [], [], []
+    ours: list[float] = []
+    theirs: list[float] = []
+    whole: list[float] = []
     for number in range(rounds):
         source = checkpoints.latest(run)
         for name in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
@@ -151,7 +153,7 @@ def main(rounds: int, steps: int, hidden: int, folder: Path) -> None:
         vocab_size=8000, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=8, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=256,
     ).save_pretrained(model)  # fmt: skip
-    found = {"machine": machine(), "steps": [overhead(folder, model, stage, rounds, steps) for stage in (1, 3)]}
+    found: dict[str, Any] = {"machine": machine(), "steps": [overhead(folder, model, stage, rounds, steps) for stage in (1, 3)]}
     found["resume"] = resuming(folder, model, rounds)
     click.echo(json.dumps(found, indent=1))
     shutil.rmtree(folder)

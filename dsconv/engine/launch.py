@@ -158,11 +158,15 @@ def _told(error: BaseException, logs: Path) -> BaseException:
     failures = getattr(error, "failures", None)
     if not failures:
         return RunFailedError(f"the ranks could not be started: {error}") if isinstance(error, Exception) else error
+    for failure in sorted(failures.values(), key=lambda failure: failure.timestamp):
+        name, _, message = _text(failure).partition(": ")
+        kind = getattr(dsconv.errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, DsconvError) and kind is not dsconv.errors.RankFailedError:
+            return kind(message)
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    return RunFailedError(f"rank {rank} failed: {_text(failure)} (its output is in {logs})")
+
+
+def _text(failure: Any) -> str:
     found = failure.error_file_data.get("message")
-    text = found["message"] if isinstance(found, dict) else str(failure.message)
-    name, _, message = text.partition(": ")
-    kind = getattr(dsconv.errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, DsconvError) and kind is not dsconv.errors.RankFailedError:
-        return kind(message)
-    return RunFailedError(f"rank {rank} failed: {text} (its output is in {logs})")
+    return str(found["message"] if isinstance(found, dict) else failure.message)

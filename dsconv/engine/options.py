@@ -13,6 +13,7 @@ from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
 RUN_FILE = "run.json"
 BACKENDS = ("deepspeed", "native")
 DTYPES = ("fp32", "bf16", "fp16")
+HOOKS = ("none", "bf16", "powersgd")
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,10 @@ class RunOptions:
             raise UsageError(f"--offload {self.offload} needs --zero-stage 1, 2 or 3")
         if self.offload == "nvme" and (self.layout.zero_stage != 3 or not self.nvme_path):
             raise UsageError("--offload nvme needs --zero-stage 3 and --nvme-path, a folder on a fast local disk")
-        if self.hook != "none" and (self.layout.backend != "native" or self.layout.fsdp):
-            raise UsageError("--hook compresses DDP's gradients: it needs --backend native --no-fsdp")
+        if self.hook not in HOOKS:
+            raise UsageError(f"--hook is {self.hook!r}: it is {', '.join(HOOKS)}")
+        if self.hook != "none" and (self.layout.backend != "native" or self.layout.fsdp or self.layout.tp > 1):
+            raise UsageError("--hook compresses DDP's gradients: it needs --backend native --no-fsdp, without --tp")
         if self.monitor and self.layout.backend == "native":
             raise UsageError("--monitor is DeepSpeed's: the native backend writes metrics.jsonl only")
         if self.dtype == "fp16" and self.layout.backend == "native":

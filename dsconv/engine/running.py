@@ -65,8 +65,8 @@ def resume(
 ) -> RunReport:
     """Go on with a run from its last whole checkpoint, with the same ranks or with ``layout``.
 
-    Other ranks, stages and parallel degrees get the checkpoint as a universal one. ``changes`` are other settings of
-    ``RunOptions`` that may change on the way (``steps``, ``save_every``, ``keep``, …). Raises as ``train`` does.
+    Other ranks, stages and parallel degrees get the checkpoint as a universal one, or by DCP's own resharding. ``changes`` are
+    other settings of ``RunOptions`` that may change on the way (``steps``, ``save_every``, ``keep``, …). Raises as ``train`` does.
     """
     folder = Path(run)
     options = RunOptions.read(folder)
@@ -76,6 +76,11 @@ def resume(
     state = checkpoints.read_state(checkpoint)
     options = options.relaid(layout or state.layout)
     options.check()
+    if options.layout.backend != state.layout.backend:
+        raise UsageError(
+            f"{checkpoint} is of --backend {state.layout.backend}, and its optimizer's state is not {options.layout.backend}'s: start "
+            f"from its weights with `dsconv merge {checkpoint} OUT` and `dsconv train OUT`"
+        )
     last = _last(options, stop_after)
     if state.step >= last:  # nothing to do, so nothing is started
         return _report(options, Outcome(state.step, str(checkpoint), False, 0.0))

@@ -163,12 +163,11 @@ def _restore(job: Job, backend: Backend, state: State, source: Source) -> None:
     if job.checkpoint is None:
         seed_everything(options.seed, backend.stream)
         return
-    with agreement("resume"):
-        if _converts(job):
-            with _universal(job, rank, source) as converted:
-                backend.load(converted)
-        else:
-            backend.load(job.checkpoint)
+    if _converts(job):
+        with _universal(job, rank, source) as converted:
+            backend.load(converted)
+    else:
+        backend.load(job.checkpoint)
     if job.relaid:  # other ranks: there is no state of theirs to go on with
         seed_everything(options.seed + state.step, backend.stream)
     elif job.sabotage == "reset-rng":
@@ -284,7 +283,7 @@ class _Loop:
             with agreement("save"):
                 if self.rank == 0:
                     checkpoints.begin(self.run_folder)
-            with agreement("save"), _disk_errors(partial):
+            with _disk_errors(partial):  # the ranks talk to each other in it, so one that fails must end, not wait
                 self.backend.save(partial, tag)
             with agreement("save"), _disk_errors(partial):
                 save_randomness(checkpoints.randomness_path(partial / tag, self.rank))
@@ -294,8 +293,7 @@ class _Loop:
                 if self.rank == 0:
                     self.saved = str(checkpoints.commit(self.run_folder, self.state.step, self.options.keep))
         except DsconvError:
-            if self.rank == 0:
-                checkpoints.abandon(self.run_folder)
+            checkpoints.abandon(self.run_folder)
             raise
 
     @contextlib.contextmanager
@@ -317,8 +315,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error, DsconvError):
-            raise
+        if isinstance(error, DsconvError) or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
+            raise  # only torch.save's writer says so of a file; others are of connections that another rank's end has closed
         raise OutputError(f"{folder}: the checkpoint cannot be written: {error}; `latest` names the one before") from error
 
 
