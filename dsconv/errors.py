@@ -6,6 +6,7 @@ Each class is also the built-in error that fits, so that a caller who catches ``
 
 from __future__ import annotations
 
+EXIT_USAGE = 2
 EXIT_UNREADABLE = 3
 EXIT_UNSAFE = 4
 EXIT_MISMATCH = 5
@@ -20,6 +21,12 @@ class DsconvError(Exception):
 
     def __str__(self) -> str:
         return " ".join(str(part) for part in self.args)
+
+
+class UsageError(DsconvError, ValueError):
+    """What was asked for cannot be: settings that contradict each other, or that no engine has."""
+
+    exit_code = EXIT_USAGE
 
 
 class CheckpointNotFoundError(DsconvError, FileNotFoundError):
@@ -76,3 +83,9 @@ class ConfigMismatchError(DsconvError, ValueError):
 
 class RankFailedError(DsconvError, RuntimeError):
     """Another rank of a distributed load failed; the message is its own."""
+
+
+class RunFailedError(DsconvError, RuntimeError):
+    """A rank of a training run failed; the message is its own."""
+
+    exit_code = 1

@@ -20,6 +20,8 @@ from dsconv.cli.merge import merge, zero_to_fp32
 from dsconv.cli.push import push
 from dsconv.cli.to_dcp import to_dcp
 from dsconv.cli.to_universal import to_universal
+from dsconv.cli.train import resume, train
+from dsconv.cli.validate import validate
 from dsconv.cli.verify import verify
 from dsconv.cli.watch import watch
 from dsconv.errors import EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError
@@ -44,7 +46,10 @@ def cli() -> None:
     """
 
 
-for _command in (zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch, config, estimate, doctor):
+COMMANDS = (
+    zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch, config, estimate, train, resume, validate, doctor,
+)  # fmt: skip
+for _command in COMMANDS:
     cli.add_command(_command)
 
 

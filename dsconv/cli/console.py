@@ -83,35 +83,36 @@ def colour() -> bool:
 
 
 @contextlib.contextmanager
-def progress(quiet: bool) -> Iterator[Progress | None]:
-    """A callback for ``merge`` and ``verify`` that shows phase, bytes, rate and time left on stderr."""
+def progress(quiet: bool, unit: str = "bytes") -> Iterator[Progress | None]:
+    """A callback that shows on stderr the phase, how much of it is done, rate and time left; ``unit`` is what it counts."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        bar = _Bar()
+        bar = _Bar(unit)
         try:
             yield bar
         finally:
             bar.close()
     else:
-        yield _Log()
+        yield _Log(unit)
 
 
 class _Bar:
     """A rich progress bar a phase; rich is imported when the first one is needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
         self._ended = ""  # the phase that ended last: other threads may still tell of it
         self._lock = threading.Lock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        if total < QUICK_BYTES or phase == self._ended:
+        if (self._unit == "bytes" and total < QUICK_BYTES) or phase == self._ended:
             return
         with self._lock:
             if self._progress is None:
-                self._progress = _make_bar()
+                self._progress = _make_bar(self._unit)
                 self._progress.start()
             if phase not in self._tasks:
                 self._tasks[phase] = self._progress.add_task(phase, total=total)
@@ -127,18 +128,19 @@ class _Bar:
             self._tasks.clear()
 
 
-def _make_bar() -> Any:
+def _make_bar(unit: str) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description:>7}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+    return Progress(TextColumn("{task.description:>7}"), BarColumn(), *amount, TimeRemainingColumn(), console=Console(stderr=True))
 
 
 class _Log:
     """A line now and then, for logs of batch jobs."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
+        self._show = size if unit == "bytes" else lambda amount: f"{amount:,.4g} {unit}"
         self._began: dict[str, float] = {}
         self._last = time.monotonic()
         self._lock = threading.Lock()
@@ -155,7 +157,7 @@ class _Log:
             elapsed = now - began
         rate = done / elapsed if elapsed else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        click.echo(f"{phase}: {size(done)} of {size(total)}, {size(rate)}/s{left}", err=True)
+        click.echo(f"{phase}: {self._show(done)} of {self._show(total)}, {self._show(rate)}/s{left}", err=True)
 
 
 def show_report(report: Any, seconds: float, as_json: bool, quiet: bool) -> bool:

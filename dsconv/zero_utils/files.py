@@ -17,6 +17,7 @@ OPTIMIZER = re.compile(r"(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp
 ZERO3_MODEL = re.compile(r"zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 MODEL = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(?P<layer>\d+)-model(_(?P<mp>\d+)-model)?_states\.pt")
+LAYERS_OF_TRANSFORMERS = "dsconv_layers_of_transformers"  # client state of dsconv's engine: a pipeline's layers keep the model's names
 EXPERT = re.compile(r"(layer_(?P<layer>-?\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 MAX_TAG_BYTES = 4096

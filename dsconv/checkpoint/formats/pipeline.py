@@ -21,13 +21,15 @@ from dsconv.checkpoint.formats.rank_map import RankMap
 from dsconv.checkpoint.formats.tensor_parallel import Rules
 from dsconv.checkpoint.formats.universal_info import UniversalInfo
 from dsconv.checkpoint.reading import Sources
+from dsconv.checkpoint.renaming import renamed
 from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
-from dsconv.zero_utils.files import LAYER, TagFolder
+from dsconv.zero_utils.files import LAYER, LAYERS_OF_TRANSFORMERS, TagFolder
 
 TIED = re.compile(r"tied_modules\.(?P<key>[^.]+)\.(?P<local>.+)")
+_PREFIX = re.compile(r"(?:\d+|tied_modules\.[^.]+)\.(?P<local>.+)")
 
 
 @dataclass
@@ -71,7 +73,16 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
         from dsconv.checkpoint.formats.joined_training import join_training
 
         checkpoint.training = partial(join_training, folder, ranks, entries, ordered, joining)
-    return checkpoint
+    return hf_named(checkpoint) if first.raw.get(LAYERS_OF_TRANSFORMERS) is True else checkpoint
+
+
+def hf_named(checkpoint: Checkpoint) -> Checkpoint:
+    """Under the names of the transformers model that dsconv's engine cut into layers: ``3.model.layers.2.…`` without the number.
+
+    As it is where a name is no layer's, or two would be one.
+    """
+    names = {name: match["local"] for name in checkpoint if (match := _PREFIX.fullmatch(name))}
+    return renamed(checkpoint, names) if len(names) == len(checkpoint) == len(set(names.values())) else checkpoint
 
 
 def _place(name: str) -> int:

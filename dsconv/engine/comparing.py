@@ -1,0 +1,87 @@
+"""What validation compares: digests of states, checkpoints by their maps, logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.reading import tensor_bytes
+from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.convert.universal_plan import training_of
+from dsconv.engine.checkpoints import FOLDER, tag_of
+from dsconv.engine.probe import read_logits, read_states
+from dsconv.errors import UnsupportedError
+
+SHOWN = 5
+
+
+def compare_states(first: Path, second: Path, kinds: tuple[str, ...] | None = None) -> list[str]:
+    """Where the digests of two probes differ, as ``rank 1: exp_avg of model.norm.weight``; at most a few, and how many more."""
+    a, b = read_states(first), read_states(second)
+    if len(a) != len(b):
+        return [f"{len(a)} and {len(b)} ranks"]
+    found = []
+    for rank, (left, right) in enumerate(zip(a, b, strict=True)):
+        for kind in kinds or sorted(left.keys() | right.keys()):
+            one, two = left.get(kind, {}), right.get(kind, {})
+            found += [f"rank {rank}: {kind} of {name}" for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
+    return _few(found)
+
+
+def _few(found: list[str]) -> list[str]:
+    return found if len(found) <= SHOWN else [*found[:SHOWN], f"and {len(found) - SHOWN} more"]
+
+
+def compare_checkpoints(run: Path, step: int, resaved: Path) -> tuple[int, list[str]]:
+    """(tensors compared, those that differ): masters, and optimizer states where both formats' maps have them, bit for bit."""
+    first, second = open_checkpoint(run / FOLDER / tag_of(step)), open_checkpoint(resaved)
+    count, differing = _compare(dict(first), dict(second))
+    one, two = _optimizer(first), _optimizer(second)
+    if one and two:
+        more, others = _compare(one, two)
+        count, differing = count + more, differing + others
+    return count, _few(differing)
+
+
+def _optimizer(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """{parameter/state: its entry}; none of a format whose optimizer dsconv does not read."""
+    try:
+        training = training_of(checkpoint)
+    except UnsupportedError:
+        return {}
+    return {f"{name}/{state}": entry for name, states in training.states.items() for state, entry in states.items()}
+
+
+def _compare(first: dict[str, TensorEntry], second: dict[str, TensorEntry]) -> tuple[int, list[str]]:
+    second = second | {alias: entry for entry in second.values() for alias in entry.aliases}
+    names = {name for name in first if name in second} | {a for e in first.values() for a in e.aliases if a in second}
+    differing = [f"{name} is missing" for name, entry in first.items() if name not in second and not any(a in names for a in entry.aliases)]
+    compared = 0
+    for name, entry in first.items():
+        match = next((n for n in (name, *entry.aliases) if n in second), None)
+        if match is None:
+            continue
+        compared += 1
+        a, b = entry.read().contiguous(), second[match].read().contiguous()
+        if a.shape != b.shape or a.dtype != b.dtype or bytes(tensor_bytes(a)) != bytes(tensor_bytes(b)):
+            differing.append(name)
+    return compared, differing
+
+
+def compare_logits(probe: Path, merged: Path, dtype: str) -> dict[str, Any]:
+    """How far the logits of the merged model are from the trained one's, as a part of the largest; 0 is equal bit for bit."""
+    found = read_logits(probe)
+    if found is None:
+        return {"logits": "not computed: each rank has a part of every sequence"}
+    from transformers import AutoModelForCausalLM
+
+    from dsconv.engine.models import TORCH_DTYPES
+
+    rows, trained = found
+    model = AutoModelForCausalLM.from_pretrained(str(merged), dtype=TORCH_DTYPES[dtype], attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        logits = model(input_ids=rows).logits.float()
+    return {"largest difference of logits": float((logits - trained).abs().max() / trained.abs().max()), "rows": len(rows)}

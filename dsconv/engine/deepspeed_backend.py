@@ -1,0 +1,222 @@
+"""Runs on DeepSpeed's engine: ZeRO 0 to 3, offload, AutoTP, Ulysses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsconv.engine.backend import StepResult
+from dsconv.engine.models import Source, build
+from dsconv.engine.options import RunOptions
+from dsconv.engine.states import fill_whole_masters, local_states
+from dsconv.errors import RunFailedError, UsageError
+from dsconv.loaders.stream import stream_into
+
+
+def ds_config(options: RunOptions) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: what the options say, with ``options.ds_config`` laid over it."""
+    layout = options.layout
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": options.micro_batch,
+        "gradient_accumulation_steps": options.accumulation,
+        "gradient_clipping": options.grad_clip,
+        "steps_per_print": 10**9,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": options.lr, "weight_decay": options.weight_decay, "torch_adam": options.offload == "none"},
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "total_num_steps": options.steps,
+                "warmup_num_steps": max(1, options.warmup),
+                "warmup_min_lr": 0.0,
+                "warmup_max_lr": options.lr,
+                "warmup_type": "linear",
+            },
+        },
+        "zero_optimization": {"stage": layout.zero_stage},
+    }
+    if options.dtype != "fp32":
+        config[options.dtype] = {"enabled": True}
+    if layout.tp > 1:
+        config["tensor_parallel"] = {"autotp_size": layout.tp}
+    if options.offload != "none":
+        zero = config["zero_optimization"]
+        where = {"device": options.offload}
+        if options.offload == "nvme":
+            where["nvme_path"] = str(options.nvme_path)
+        zero["offload_optimizer"] = {**where, "pin_memory": torch.cuda.is_available()}
+        if layout.zero_stage == 3:
+            zero["offload_param"] = {**where, "pin_memory": torch.cuda.is_available()}
+        if not torch.cuda.is_available() and options.offload == "cpu":  # torch's Adam: DeepSpeed's own would be compiled first
+            config["zero_force_ds_cpu_optimizer"] = False
+            config["optimizer"]["params"]["torch_adam"] = True
+    if "comms" in options.monitor:
+        config["comms_logger"] = {"enabled": True, "prof_all": True}
+    for kind in options.monitor:
+        name = {"csv": "csv_monitor", "tensorboard": "tensorboard"}.get(kind)
+        if name is not None:
+            config[name] = {"enabled": True, "output_path": str(Path(options.output_dir) / "monitor"), "job_name": kind}
+    return merged(config, options.ds_config)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` laid over it, key by key at every depth."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out
+
+
+class DeepSpeedBackend:
+    """``universal``: ``load`` will be given a universal checkpoint, of any layout; ``fresh``: it will not be called."""
+
+    def __init__(self, options: RunOptions, source: Source, *, fresh: bool, universal: bool) -> None:
+        import deepspeed
+        from deepspeed.utils import groups
+
+        layout = options.layout
+        rank = dist.get_rank()
+        config = ds_config(options)
+        if universal:
+            config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+        self.options = options
+        self._group = self._mpu = None
+        if fresh and layout.zero_stage == 3 and source.checkpoint is not None and layout.tp == 1:
+            from dsconv.loaders.zero3 import load_zero3
+
+            model = load_zero3(source.checkpoint, config, model_class=_causal(source), config=source.config).train()
+        else:
+            model = build(source, options.seed, torch.float32, fresh)
+        if options.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if layout.sp > 1:
+            self._mpu = _ulysses(model, options)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=self._mpu)
+        self.module = self.engine.module
+        if fresh and source.checkpoint is not None and layout.tp == 1 and options.dtype != "fp32":
+            # The masters too, at the checkpoint's precision: DeepSpeed makes them of the 16-bit weights.
+            if layout.zero_stage:
+                stream_into(self.engine, source.checkpoint, strict=False)
+            else:
+                fill_whole_masters(self.engine, source.checkpoint)
+        self._plain_norm: float | None = None
+        self._keep_plain_norm()
+        self._share_of_mean = 1
+        if layout.sp > 1:
+            self._group = groups._get_sequence_parallel_group()
+            averaged = layout.zero_stage == 3 and self.engine.optimizer.reduce_scatter
+            self._share_scale = layout.sp if averaged else 1
+            self._share_of_mean = layout.sp // self._share_scale  # to the mean over all ranks
+        self.dp_rank = rank // (layout.tp * layout.sp)
+        # Tensor-parallel ranks hold the same activations, so they must drop the same ones.
+        self.stream = rank // layout.tp
+
+    def step(self, rows: torch.Tensor) -> StepResult:
+        losses = []
+        for part in rows.to(self.engine.device).split(self.options.micro_batch):
+            loss = self._sequence_loss(part) if self._group is not None else self.engine(input_ids=part, labels=part).loss
+            losses.append(loss.detach() * self._share_of_mean)
+            self.engine.backward(loss)
+            if self.engine.is_gradient_accumulation_boundary():
+                lr = float(self.engine.get_lr()[0])
+            self.engine.step()
+        found = self.engine.get_global_grad_norm()
+        norm = self._plain_norm if found is None else float(found)
+        return StepResult(torch.stack(losses).double().mean().item(), norm, lr, self._communication())
+
+    def _communication(self) -> float | None:
+        """Seconds in collectives since the last step, by DeepSpeed's own logger (0.19.8 ``utils/comms_logging.py``; in ms)."""
+        if "comms" not in self.options.monitor:
+            return None
+        from deepspeed.comm.comm import comms_logger
+
+        spent = sum(sum(row[1]) for sizes in comms_logger.comms_dict.values() for row in sizes.values())
+        comms_logger.comms_dict.clear()
+        return float(spent) / 1000
+
+    def _keep_plain_norm(self) -> None:
+        """Without ZeRO and in fp32 the engine clips and forgets the norm (0.19.8 ``engine.py`` ``clip_fp32_gradients``)."""
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        engine = self.engine
+
+        def clip() -> None:
+            self._plain_norm = float(clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu))
+
+        engine.clip_fp32_gradients = clip
+
+    def _sequence_loss(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of the part of each sequence that this rank has (Ulysses, arXiv 2309.14509): its share of the mean over all tokens.
+
+        DeepSpeed adds gradients up over the sequence-parallel ranks and averages them over the data-parallel ones (0.19.8
+        ``stage_1_and_2.py``, "dp_world_size / float(self.sequence_parallel_size)"), so shares are what it wants. Stage 3 with
+        ``reduce_scatter`` averages over all of them (``stage3.py`` ``__avg_scatter_grads``), which a factor undoes.
+        """
+        size, mine = dist.get_world_size(self._group), dist.get_rank(self._group)
+        length = rows.shape[1] // size
+        here = slice(mine * length, (mine + 1) * length)
+        labels = torch.nn.functional.pad(rows[:, 1:], (0, 1), value=-100)[:, here].contiguous()
+        places = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)[:, here].contiguous()
+        logits = self.engine(input_ids=rows[:, here].contiguous(), position_ids=places).logits
+        total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        return total / (len(rows) * (rows.shape[1] - 1)) * self._share_scale
+
+    def save(self, folder: Path, tag: str) -> None:
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, checkpoint: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise RunFailedError(f"{checkpoint}: DeepSpeed did not load it")
+
+    def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        return local_states(self.engine)
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor | None:
+        if self._group is not None:
+            return None
+        self.module.eval()
+        with torch.no_grad():
+            found = self.module(input_ids=rows.to(self.engine.device)).logits.float().cpu()
+        self.module.train()
+        if self.options.layout.tp > 1:  # AutoTP cuts the head along the vocabulary
+            from deepspeed.utils import groups
+
+            group = groups.get_tensor_model_parallel_group()
+            parts: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(parts, found, group=group)
+            found = torch.cat(parts, -1) if found.shape[-1] < self.module.config.get_text_config().vocab_size else found
+        return found
+
+    def close(self) -> None:
+        from deepspeed.utils import groups
+
+        self.engine.destroy()
+        groups._release_process_group_references()
+
+
+def _causal(source: Source) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping[type(source.config)]
+
+
+def _ulysses(model: Any, options: RunOptions) -> Any:
+    """DeepSpeed's attention over the sequence-parallel group in place of transformers' "sdpa" (0.19.8 ``ulysses_sp.py``)."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    text = model.config.get_text_config()
+    if text.num_attention_heads % options.layout.sp:
+        raise UsageError(f"--sp {options.layout.sp} does not divide the model's {text.num_attention_heads} attention heads")
+    text.num_key_value_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model, "sdpa", options.layout.sp, options.micro_batch, seq_length=options.seq_len, seq_length_is_variable=False
+    )

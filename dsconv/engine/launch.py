@@ -1,0 +1,172 @@
+"""Starts the ranks of a job in this machine, by torchrun's elastic agent; or is one of them, under torchrun and its like."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import dsconv.errors
+from dsconv.engine.worker import STOP, Job, Outcome, run_rank
+from dsconv.errors import DsconvError, RunFailedError
+
+PRELOAD = ["dsconv.engine.warm"]
+
+
+def launched() -> bool:
+    """Whether torchrun, the deepspeed launcher or the like has started this process as one rank of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_job(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
+    """Run it on ``job.options.layout.nproc`` ranks, or as this one. ``waiting`` is called now and then meanwhile.
+
+    SIGTERM and SIGINT make the ranks save after the step that they are in. Raises the DsconvError of the rank that failed,
+    RunFailedError for any other end.
+    """
+    if not launched():
+        return launch(job, waiting)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs there
+        return run_rank(job)
+
+
+def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
+    """Run it on ranks of its own; their output goes to RUN/logs."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    prepare()
+    logs = Path(job.options.output_dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.options.layout.nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn" if torch.cuda.is_available() else "forkserver",  # a CUDA context does not survive a fork
+        logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
+    )
+    ended: list[Any] = []
+
+    def agent() -> None:
+        try:
+            ended.append(elastic_launch(config, _entry)(replace(job, launcher=os.getpid())))
+        except BaseException as error:  # noqa: BLE001 - told by the thread that waits
+            ended.append(error)
+
+    thread = threading.Thread(target=agent, name="agent", daemon=True)
+    with _signals_forwarded(logs.parent):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+            if waiting is not None:
+                waiting()
+    if isinstance(ended[0], BaseException):
+        raise _told(ended[0], logs) from None
+    return Outcome(**ended[0][0])
+
+
+def _entry(job: Job) -> dict[str, Any]:
+    """A rank. Its result goes to the agent, for which it then waits: forever, if the launcher was killed."""
+    outcome = run_rank(job)
+    if not _alive(job.launcher):
+        os._exit(0)
+    return asdict(outcome)
+
+
+def _alive(pid: int | None) -> bool:
+    """Whether the process has not ended; one that nobody has waited for has."""
+    if pid is None:
+        return False
+    try:
+        return not select.select([os.pidfd_open(pid)], [], [], 0)[0]
+    except ProcessLookupError:
+        return False
+
+
+def _start_server() -> None:
+    """The server that forks the ranks, deaf to SIGTERM, as the ranks are until they have a handler of their own.
+
+    A scheduler signals every process of a job: what was importing would die, and with it the save.
+    """
+    from multiprocessing.forkserver import ensure_running
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
+    try:
+        ensure_running()
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def prepare() -> None:
+    """The environment of the ranks, and the server that forks them, which has imported once what all of them need."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")  # ranks that another's failure leaves waiting
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sums in one order
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        _start_server()
+
+
+@contextlib.contextmanager
+def _signals_forwarded(run: Path) -> Iterator[None]:
+    """SIGTERM and SIGINT make the ranks save and end, by RUN/.stop, which they look for; a second one ends them at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        if not (run / STOP).exists():
+            (run / STOP).touch()
+            return
+        for child in multiprocessing.active_children():
+            child.kill()
+        signal.signal(signum, before[signum])
+        signal.raise_signal(signum)
+
+    (run / STOP).unlink(missing_ok=True)
+    before = {int(number): signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        (run / STOP).unlink(missing_ok=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _told(error: BaseException, logs: Path) -> BaseException:
+    """The first rank's own error, of its own class where it is dsconv's."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return RunFailedError(f"the ranks could not be started: {error}") if isinstance(error, Exception) else error
+    for failure in sorted(failures.values(), key=lambda failure: failure.timestamp):
+        name, _, message = _text(failure).partition(": ")
+        kind = getattr(dsconv.errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, DsconvError) and kind is not dsconv.errors.RankFailedError:
+            return kind(message)
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    return RunFailedError(f"rank {rank} failed: {_text(failure)} (its output is in {logs})")
+
+
+def _text(failure: Any) -> str:
+    found = failure.error_file_data.get("message")
+    return str(found["message"] if isinstance(found, dict) else failure.message)

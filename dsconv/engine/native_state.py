@@ -1,0 +1,107 @@
+"""What a native run keeps, as a DCP directory of tensors: model, optimizer, schedule, and a hook's memory.
+
+There is no object in it, so loading unpickles nothing but ``.metadata``, and that after dsconv's own reader has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.errors import InconsistentCheckpointError
+
+if TYPE_CHECKING:
+    from dsconv.engine.native_backend import NativeBackend
+
+
+def save(backend: NativeBackend, folder: Path) -> None:
+    """Every rank writes its part. Raises OSError."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    model, optimizer = _states(backend)
+    state: dict[str, Any] = {"model": model, "optimizer": _tensors(optimizer)}
+    state["lr_scheduler"] = {"last_epoch": torch.tensor(backend.scheduler.last_epoch)}
+    hook = backend.hook.state() if backend.hook is not None else {}
+    if hook:
+        state["hook"] = {f"rank-{dist.get_rank()}": hook}
+    if dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)  # another rank's writer may have been first
+        backend.config.save_pretrained(folder)  # `dsconv merge` makes a model of the checkpoint
+    try:
+        # The engine syncs the whole folder before it is put in place.
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=False))
+    except CheckpointException as error:  # not an Exception
+        raise OSError(_reason(error)) from None
+
+
+def load(backend: NativeBackend, checkpoint: Path) -> None:
+    """Of any layout: DCP reads, of each tensor, what this rank holds. Raises what ``open_checkpoint`` raises, and
+    InconsistentCheckpointError where DCP finds that the checkpoint is of another model."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    open_checkpoint(checkpoint)  # refuses a pickle that is no metadata, and finds what is missing or damaged, by name
+    model, optimizer = _states(backend)
+    schedule = torch.tensor(0)
+    state: dict[str, Any] = {"model": model, "optimizer": _tensors(optimizer), "lr_scheduler": {"last_epoch": schedule}}
+    hook = _hook_space(backend, dcp.FileSystemReader(checkpoint).read_metadata())
+    if hook:
+        state["hook"] = {f"rank-{dist.get_rank()}": hook}
+    try:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint))
+    except CheckpointException as error:
+        raise InconsistentCheckpointError(f"{checkpoint}: {_reason(error)}") from None
+    set_state_dict(
+        backend.model,
+        backend.optimizer,
+        model_state_dict=model,
+        optim_state_dict={**optimizer, **state["optimizer"]},
+        options=StateDictOptions(flatten_optimizer_state_dict=True, strict=False),
+    )
+    backend.schedule(int(schedule))
+    if hook:
+        assert backend.hook is not None
+        backend.hook.restore(hook, backend.device)
+
+
+def _states(backend: NativeBackend) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the model, tied weights once; of the optimizer, by the parameters' names, whatever its groups."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    model, optimizer = get_state_dict(backend.model, backend.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    tied = {name for name, _ in backend.module.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in backend.module.named_parameters()}
+    return {name: tensor for name, tensor in model.items() if name not in tied}, dict(optimizer)
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings, which the run's own options give."""
+    return {key: value for key, value in state.items() if torch.is_tensor(value)}
+
+
+def _hook_space(backend: NativeBackend, metadata: Any) -> dict[str, torch.Tensor]:
+    """Memory for what the hook kept on this rank; none where it kept nothing, or in another world."""
+    if backend.hook is None or backend.hook.powersgd is None:
+        return {}
+    start = "hook.rank-"
+    ranks = {int(name.removeprefix(start).partition(".")[0]) for name in metadata.state_dict_metadata if name.startswith(start)}
+    if len(ranks) != dist.get_world_size():
+        return {}
+    mine = f"{start}{dist.get_rank()}."
+    return {
+        name.removeprefix(mine): torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in metadata.state_dict_metadata.items()
+        if name.startswith(mine)
+    }
+
+
+def _reason(error: Any) -> str:
+    """The first rank's failure, in a line."""
+    rank, (failure, _) = min(error.failures.items())
+    return f"rank {rank}: {failure}".splitlines()[0]

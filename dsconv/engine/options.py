@@ -1,0 +1,180 @@
+"""What a run was asked for, kept in RUN/run.json, and how its ranks are laid out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
+
+RUN_FILE = "run.json"
+BACKENDS = ("deepspeed", "native")
+DTYPES = ("fp32", "bf16", "fp16")
+HOOKS = ("none", "bf16", "powersgd")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks, and what each axis of them does.
+
+    ``nproc`` ranks in all; ``tp``, ``pp``, ``sp`` and ``cp`` are the degrees of tensor, pipeline, Ulysses sequence and torch's
+    context parallelism. What is left is data parallelism. ``zero_stage`` is DeepSpeed's; ``fsdp`` says whether the native
+    backend shards parameters over the data-parallel ranks (FSDP2) or replicates them (DDP).
+    """
+
+    backend: str = "deepspeed"
+    nproc: int = 1
+    zero_stage: int = 0
+    tp: int = 1
+    pp: int = 1
+    sp: int = 1
+    cp: int = 1
+    fsdp: bool = True
+
+    @property
+    def dp(self) -> int:
+        """Ranks that take different samples."""
+        return self.nproc // (self.tp * self.pp * self.sp * self.cp)
+
+    def check(self) -> None:
+        """Raise UsageError, with what would work, for a layout that no engine has."""
+        for axis in ("nproc", "tp", "pp", "sp", "cp"):
+            if getattr(self, axis) < 1:
+                raise UsageError(f"--{axis} is {getattr(self, axis)}: it counts ranks, and is 1 or more")
+        if self.backend not in BACKENDS:
+            raise UsageError(f"--backend is {self.backend!r}: it is {' or '.join(BACKENDS)}")
+        if self.zero_stage not in range(4):
+            raise UsageError(f"--zero-stage is {self.zero_stage}: it is 0, 1, 2 or 3")
+        degree = self.tp * self.pp * self.sp * self.cp
+        if self.nproc % degree:
+            asked = " × ".join(f"{axis} {getattr(self, axis)}" for axis in ("tp", "pp", "sp", "cp") if getattr(self, axis) > 1)
+            raise UsageError(f"{self.nproc} ranks do not divide into {asked}: --nproc is a multiple of {degree}")
+        if self.backend == "native":
+            self._check_native()
+        elif self.cp > 1:
+            raise UsageError("--cp is torch's context parallelism, of --backend native; DeepSpeed's is Ulysses: --sp")
+        elif self.pp > 1 and self.zero_stage > 1:
+            raise UsageError(f"--pp {self.pp} with --zero-stage {self.zero_stage}: DeepSpeed's pipeline works with stages 0 and 1")
+        elif self.pp > 1 and (self.tp > 1 or self.sp > 1):
+            raise UsageError("--pp goes with data parallelism only here: AutoTP and Ulysses do not cut a PipelineModule")
+        elif self.tp > 1 and self.sp > 1:
+            raise UsageError("--tp with --sp: DeepSpeed's AutoTP and Ulysses are not made for each other; take one")
+
+    def _check_native(self) -> None:
+        for axis, other in (("pp", "DeepSpeed's pipeline"), ("sp", "DeepSpeed's Ulysses")):
+            if getattr(self, axis) > 1:
+                raise UsageError(f"--{axis} is {other}: --backend deepspeed")
+        if self.zero_stage:
+            raise UsageError("--zero-stage is DeepSpeed's; --backend native shards with FSDP2 (--no-fsdp for DDP)")
+
+    def label(self) -> str:
+        """``zero3 × 2``, ``tp2 zero1 × 4``, ``native tp2 fsdp × 4``: for tables and pictures."""
+        axes = [f"{axis}{getattr(self, axis)}" for axis in ("tp", "pp", "sp", "cp") if getattr(self, axis) > 1]
+        kind = f"zero{self.zero_stage}" if self.backend == "deepspeed" else ("fsdp" if self.fsdp else "ddp")
+        return " ".join([*(["native"] if self.backend == "native" else []), *axes, kind, "×", str(self.nproc)])
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A run. ``batch_size`` counts samples a step over all ranks, so that it stays when the layout changes.
+
+    ``micro_batch`` is samples a forward pass and rank; gradient accumulation is what is left over. ``data`` is
+    ``synthetic`` or a file. ``ds_config`` is laid over the configuration that dsconv makes. ``dropout`` overrides every
+    dropout probability of the model's configuration. ``hook`` is the DDP communication hook of the native backend. ``monitor``:
+    ``csv`` and ``tensorboard`` write into RUN/monitor, ``comms`` adds the time in collectives to the metrics.
+    """
+
+    model: str
+    output_dir: str
+    steps: int
+    layout: Layout = field(default_factory=Layout)
+    save_every: int = 0
+    keep: int = 0
+    seq_len: int = 128
+    batch_size: int = 8
+    micro_batch: int = 1
+    dtype: str = "bf16"
+    seed: int = 0
+    data: str = "synthetic"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 0
+    grad_clip: float = 1.0
+    offload: str = "none"
+    nvme_path: str | None = None
+    activation_checkpointing: bool = False
+    dropout: float | None = None
+    hook: str = "none"
+    monitor: tuple[str, ...] = ()
+    ds_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a step and rank."""
+        return self.batch_size // (self.micro_batch * self.layout.dp)
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be run."""
+        self.layout.check()
+        for name in ("steps", "seq_len", "batch_size", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it is 1 or more")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype is {self.dtype!r}: it is {', '.join(DTYPES)}")
+        share = self.micro_batch * self.layout.dp
+        if self.batch_size % share:
+            raise UsageError(
+                f"--batch-size {self.batch_size} does not divide by --micro-batch {self.micro_batch} × {self.layout.dp} data-parallel "
+                f"ranks: take {-(-self.batch_size // share) * share}"
+            )
+        cut = self.layout.sp * self.layout.cp
+        if self.seq_len % cut:
+            raise UsageError(f"--seq-len {self.seq_len} does not divide by {cut} ranks of sequence parallelism")
+        if self.offload != "none" and self.layout.zero_stage == 0:
+            raise UsageError(f"--offload {self.offload} needs --zero-stage 1, 2 or 3")
+        if self.offload == "nvme" and (self.layout.zero_stage != 3 or not self.nvme_path):
+            raise UsageError("--offload nvme needs --zero-stage 3 and --nvme-path, a folder on a fast local disk")
+        if self.hook not in HOOKS:
+            raise UsageError(f"--hook is {self.hook!r}: it is {', '.join(HOOKS)}")
+        if self.hook != "none" and (self.layout.backend != "native" or self.layout.fsdp or self.layout.tp > 1):
+            raise UsageError("--hook compresses DDP's gradients: it needs --backend native --no-fsdp, without --tp")
+        if self.monitor and self.layout.backend == "native":
+            raise UsageError("--monitor is DeepSpeed's: the native backend writes metrics.jsonl only")
+        if self.dtype == "fp16" and self.layout.backend == "native":
+            raise UsageError("--dtype fp16 needs a loss scaler, which --backend native has not: take bf16")
+
+    def relaid(self, layout: Layout) -> RunOptions:
+        """The same run on other ranks, with the micro-batch that fits them best if its own does not."""
+        options = replace(self, layout=layout)
+        if layout.dp and options.batch_size % (options.micro_batch * layout.dp) and options.batch_size % layout.dp == 0:
+            options = replace(options, micro_batch=1)
+        return options
+
+    def write(self) -> None:
+        """Into RUN/run.json, replaced in one step."""
+        from dsconv.engine.checkpoints import write_file
+
+        write_file(Path(self.output_dir) / RUN_FILE, json.dumps(asdict(self), indent=1).encode() + b"\n")
+
+    @classmethod
+    def read(cls, run: Path) -> RunOptions:
+        """Of RUN/run.json. Raises CheckpointNotFoundError or MalformedError."""
+        path = run / RUN_FILE
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f"{path} is not there: give the folder that `dsconv train --output-dir` wrote") from None
+        except ValueError as error:
+            raise MalformedError(f"{path} is not JSON: {error}") from None
+        known = {f.name for f in fields(cls)}
+        try:
+            unknown = sorted(set(found) - known)
+            if unknown:
+                raise MalformedError(f"{path} has the unknown settings {', '.join(unknown)}: it is of another version of dsconv")
+            layout = Layout(**found.pop("layout"))
+            return cls(**{**found, "layout": layout, "monitor": tuple(found.get("monitor", ())), "output_dir": str(run)})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise MalformedError(f"{path} is not what `dsconv train` writes: {error}") from None

@@ -1,0 +1,35 @@
+"""Pictures of runs: loss and gradient norm over the steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str | None:
+    """RUN/loss.png of the metrics; None, and a warning, where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        warnings.append("no loss.png: pip install 'dsconv[plot]'")
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [line["step"] for line in lines]
+    axes.plot(steps, [line["loss"] for line in lines], color="tab:blue", label="loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss", color="tab:blue")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    norms = [line["grad_norm"] for line in lines]
+    if all(norm is not None for norm in norms):
+        other = axes.twinx()
+        other.plot(steps, norms, color="tab:orange", linewidth=0.8, alpha=0.8)
+        other.set_ylabel("gradient norm", color="tab:orange")
+        axes.set_zorder(other.get_zorder() + 1)
+        axes.patch.set_visible(False)
+    axes.set_title(f"{run.name}: {len(lines)} steps, loss {lines[-1]['loss']:.4f}")
+    path = run / "loss.png"
+    figure.savefig(path, dpi=120)
+    return str(path)

@@ -1,0 +1,42 @@
+"""A checkpoint of the engine's for ranks laid out otherwise: a universal one, by the names that the new layout's parameters have."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.renaming import renamed
+from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.convert.universal_writer import to_universal
+from dsconv.engine.options import Layout
+from dsconv.errors import InconsistentCheckpointError, UnsupportedError
+
+
+def write_universal(checkpoint: Path, output: Path, layout: Layout, config: Any) -> None:
+    """Convert ``checkpoint`` for ``layout``; ``config`` is the model's.
+
+    Raises UnsupportedError for a layout that loads no universal checkpoint, and what ``to_universal`` raises.
+    """
+    if layout.zero_stage == 0:
+        raise UnsupportedError(
+            f"{checkpoint}: {layout.label()} cannot take over the state of other ranks, since DeepSpeed without ZeRO loads no universal "
+            "checkpoint; take --zero-stage 1, which computes the same"
+        )
+    source = open_checkpoint(checkpoint)  # by names in transformers, whatever the layout
+    if layout.pp > 1:
+        source = _for_pipeline(source, config)
+    # The engine trains every weight; what is left are second names of tied ones, which no loader looks for.
+    to_universal(source, output, exclude_frozen=layout.pp > 1, fsync=False)
+    shutil.copy(checkpoint / "engine.json", output / "engine.json")
+
+
+def _for_pipeline(source: Checkpoint, config: Any) -> Checkpoint:
+    from dsconv.engine.pipeline_layers import pipeline_names
+
+    names = pipeline_names(config)
+    missing = [name for name in names if name not in source]
+    if missing:
+        raise InconsistentCheckpointError(f"{source.path} has no {missing[0]!r}, which a pipeline stage of the {config.model_type} holds")
+    return renamed(source, names)

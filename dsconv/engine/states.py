@@ -1,0 +1,101 @@
+"""What a DeepSpeed engine holds on this rank of each parameter: the weight, the fp32 master, the optimizer's states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dsconv.checkpoint.tensormap import Checkpoint
+
+
+def local_states(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(name, state, this rank's part without padding), in the model's order; see ``Backend.local_states``.
+
+    ZeRO-3: partitions (DeepSpeed 0.19.8 ``stage3.py`` ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: fragments of a
+    flat partition (``utils/tensor_fragment.py``). Without ZeRO: whole, from the optimizer itself.
+    """
+    stage = engine.zero_optimization_stage()
+    whole = _whole_masters(engine) if stage == 0 else {}
+    flats = _flat_masters(engine) if stage in (0, 1, 2) else {}
+    for name, parameter in engine.module.named_parameters():
+        if stage == 3:
+            yield from _partitions(name, parameter)
+            continue
+        yield name, "weight", parameter.detach()
+        if getattr(parameter, "_hp_mapping", None) is not None:
+            yield from _fragments(name, parameter, _inner(engine).state.get(flats[id(parameter)], {}))
+        elif stage == 0:  # in stages 1 and 2 another rank has it
+            master = whole.get(id(parameter), parameter)
+            if parameter.requires_grad:
+                yield name, "fp32", master.detach()
+                for key, value in sorted(_inner(engine).state.get(master, {}).items()):
+                    if torch.is_tensor(value) and value.numel() == master.numel():
+                        yield name, key, value.detach()
+
+
+def _inner(engine: Any) -> Any:
+    """torch's optimizer, inside whatever DeepSpeed wraps it in."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _partitions(name: str, parameter: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+    start = parameter.ds_zero_partition_rank * parameter.ds_tensor.ds_numel
+    held = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+    yield name, "weight", parameter.ds_tensor.detach().flatten()[:held]
+    stage3 = getattr(parameter, "_z3_optimizer", None)
+    if stage3 is None or not parameter.requires_grad:
+        return
+    for state in ("fp32", *sorted(_stage3_keys(stage3))):
+        key = None if state == "fp32" else state
+        found, _ = stage3._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
+        if found is not None:
+            yield name, state, found.detach().flatten()[:held]
+
+
+def _stage3_keys(stage3: Any) -> set[str]:
+    states = stage3.optimizer.state.values()
+    return {key for state in states for key, value in state.items() if torch.is_tensor(value) and value.dim()}
+
+
+def _fragments(name: str, parameter: Any, states: dict[str, Any]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    mapping = parameter._hp_mapping
+    where = mapping.get_hp_fragment_address()
+    yield name, "fp32", mapping.get_hp_fragment().detach()
+    for key, value in sorted(states.items()):
+        if torch.is_tensor(value) and value.dim():
+            yield name, key, value.detach().narrow(0, where.start, where.numel)
+
+
+def _flat_masters(engine: Any) -> dict[int, torch.Tensor]:
+    """The flat partition that holds this rank's part of a parameter's master, by the parameter's id."""
+    optimizer = engine.optimizer
+    found: dict[int, torch.Tensor] = {}
+    for low, high in (("bit16_groups", "single_partition_of_fp32_groups"), ("bf16_groups", "fp32_groups_flat_partition")):
+        for parameters, flat in zip(getattr(optimizer, low, ()), getattr(optimizer, high, ()), strict=True):
+            found |= {id(parameter): flat for parameter in parameters}
+    return found
+
+
+def _whole_masters(engine: Any) -> dict[int, torch.Tensor]:
+    """Masters of a 16-bit optimizer without ZeRO, by the id of the module's parameter: one tensor each (0.19.8
+    ``fp16/unfused_optimizer.py``), or views of a group's flat one (``fp16/fused_optimizer.py``)."""
+    optimizer = engine.optimizer
+    found: dict[int, torch.Tensor] = {}
+    for index, lows in enumerate(getattr(optimizer, "fp16_groups", ())):
+        if hasattr(optimizer, "fp32_groups"):
+            highs = optimizer.fp32_groups[index]
+        else:
+            highs = optimizer.fp32_groups_flat[index].split([low.numel() for low in lows])
+        found |= {id(low): high for low, high in zip(lows, highs, strict=True)}
+    return found
+
+
+def fill_whole_masters(engine: Any, checkpoint: Checkpoint) -> None:
+    """The masters that a 16-bit optimizer without ZeRO keeps, from a checkpoint of the model's weights."""
+    whole = _whole_masters(engine)
+    for name, parameter in engine.module.named_parameters():
+        if name in checkpoint and id(parameter) in whole:
+            master = whole[id(parameter)]
+            master.detach().copy_(checkpoint[name].read().reshape(master.shape))

@@ -1,0 +1,87 @@
+"""What validation leaves to read: report.json, a page, and the curves laid over each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconv.engine.cells import COLUMNS
+from dsconv.engine.checkpoints import write_file
+
+if TYPE_CHECKING:
+    from dsconv.engine.validation import Cell, ValidationReport
+
+CURVES = "curves.png"
+MARKS = {True: "✓", False: "✗", None: "–"}
+
+
+def write_report(folder: Path, report: ValidationReport) -> None:
+    """REPORT/report.json, report.md and, with matplotlib, curves.png."""
+    plotted = _plot(folder / CURVES, report)
+    write_file(folder / "report.json", json.dumps(report.to_dict(), indent=1).encode() + b"\n")
+    write_file(folder / "report.md", _page(report, plotted).encode())
+
+
+def _page(report: ValidationReport, plotted: bool) -> str:
+    what = f"Sabotage: {report.sabotage}" if report.sabotage else "Validation"
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    ran = f"{report.nproc} ranks, {report.steps} steps, stopped and resumed at step {report.stopped_at}, {report.seconds:.0f} s"
+    lines = [f"# {what}: {'passed' if report.passed else 'FAILED'}", "", f"`{report.model}` on {ran}. {versions}.", ""]
+    lines += ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    by_row: dict[str, dict[str, Cell]] = {}
+    for cell in report.cells:
+        by_row.setdefault(cell.row, {})[cell.column] = cell
+    for name, cells in by_row.items():
+        first = next(iter(cells.values()))
+        marks = [MARKS[cells[column].passed] if column in cells else "" for column in COLUMNS]
+        lines.append(f"| {name} ({first.layout}) | " + " | ".join(marks) + " |")
+    if plotted:
+        lines += ["", f"![Losses of the runs]({CURVES})"]
+    lines += ["", "## What was compared", ""]
+    for cell in report.cells:
+        lines += [f"### {MARKS[cell.passed]} {cell.name}", "", f"Level: {cell.level}. {cell.seconds:.1f} s.", ""]
+        lines += [f"- {key}: {_shown(value)}" for key, value in cell.evidence.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) if value else "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _plot(path: Path, report: ValidationReport) -> bool:
+    """A panel a row: how far each resumed curve lies from the uninterrupted one would be invisible, so the curves themselves."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        report.warnings.append("no curves.png: pip install 'dsconv[plot]'")
+        return False
+    count = len(report.curves)
+    if not count:
+        return False
+    across = min(3, count)
+    down = -(-count // across)
+    figure = Figure(figsize=(4.4 * across, 3.2 * down + 0.6), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    styles = [("black", "-", 2.4, None), ("tab:orange", "--", 1.6, "o"), ("tab:blue", ":", 1.6, "s"), ("tab:green", "-.", 1.4, "^")]
+    for panel, (row, curves) in zip(panels, report.curves.items(), strict=False):
+        for (name, losses), (colour, line, width, marker) in zip(curves.items(), styles, strict=False):
+            steps = range(1, len(losses) + 1)
+            panel.plot(steps, losses, color=colour, linestyle=line, linewidth=width, marker=marker, markersize=4, label=name)
+        panel.axvline(report.stopped_at + 0.5, color="grey", linewidth=0.8)
+        panel.set_title(row, fontsize=10)
+        panel.set_xlabel("step")
+        panel.set_ylabel("loss")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    for panel in panels[count:]:
+        panel.set_visible(False)
+    figure.suptitle(
+        "Losses; the vertical line is where runs were stopped. With dropout: uninterrupted, in place; without: the others", fontsize=9
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return True

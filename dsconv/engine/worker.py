@@ -1,0 +1,337 @@
+"""One rank of a run: build the engine, go on from where the run was, take steps, save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsconv.engine import checkpoints
+from dsconv.engine.backend import Backend
+from dsconv.engine.checkpoints import State
+from dsconv.engine.data import Position, open_data
+from dsconv.engine.models import Source, keep_source, open_source
+from dsconv.engine.options import RunOptions
+from dsconv.engine.probe import write_logits, write_states
+from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
+from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, UsageError
+from dsconv.loaders.agreement import agreement
+
+METRICS = "metrics.jsonl"
+STOP = ".stop"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks of one launch do. ``checkpoint``: go on from it; ``relaid``: it is of ranks laid out otherwise.
+
+    ``stop_after``: the last step to take, saved; ``probe``: a folder for the states and logits at the end, for validation;
+    ``sabotage``: what validation breaks on purpose. ``launcher``: the process that started the ranks, if one did.
+    """
+
+    options: RunOptions
+    stop_after: int
+    checkpoint: Path | None = None
+    relaid: bool = False
+    probe: Path | None = None
+    sabotage: str | None = None
+    launcher: int | None = None
+
+
+@dataclass
+class Outcome:
+    """How a launch ended, the same on every rank."""
+
+    step: int
+    checkpoint: str | None
+    interrupted: bool
+    seconds: float
+
+
+def run_rank(job: Job) -> Outcome:
+    """Called on every rank, with RANK, WORLD_SIZE and MASTER_ADDR in the environment. Raises DsconvError."""
+    began = time.monotonic()
+    stop = _StopFlag(Path(job.options.output_dir), job.launcher)
+    _start_group(job.options)
+    try:
+        with agreement("the engine"):
+            job.options.check()
+            _check_world(job.options)
+            source = open_source(job.options, job.checkpoint is not None)
+            if job.checkpoint is None and dist.get_rank() == 0:
+                keep_source(source, Path(job.options.output_dir))
+            state = _state(job, source)
+            data = open_data(
+                job.options.data, job.options.seq_len, source.config.get_text_config().vocab_size, job.options.seed, source.folder
+            )
+        backend = _backend(job, source)
+        try:
+            _restore(job, backend, state, source)
+            if job.probe is not None and job.checkpoint is not None:
+                write_states(job.probe / "start", backend)
+                if job.relaid:
+                    backend.save(job.probe, "resaved")
+            loop = _Loop(job, backend, state, data, stop)
+            loop.run()
+            if job.probe is not None:
+                write_states(job.probe / "end", backend)
+                write_logits(job.probe, backend, data)
+            return Outcome(state.step, loop.saved, loop.interrupted, time.monotonic() - began)
+        finally:
+            backend.close()
+    finally:
+        _end_group()
+
+
+def _check_world(options: RunOptions) -> None:
+    world = dist.get_world_size()
+    if world != options.layout.nproc:
+        raise UsageError(f"there are {world} ranks, and the run is laid out for {options.layout.nproc}")
+    if options.dtype == "fp16" and not torch.cuda.is_available():
+        raise UsageError("--dtype fp16 needs a GPU: DeepSpeed trains in it on no CPU; take bf16")
+
+
+def _start_group(options: RunOptions) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if options.layout.backend == "deepspeed":
+        import deepspeed
+
+        if not torch.cuda.is_available():  # gloo for every collective: the other would be compiled first
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    else:
+        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+
+
+def _end_group() -> None:
+    with contextlib.suppress(Exception):  # another rank's failure is the error to tell, not that it left
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _backend(job: Job, source: Source) -> Backend:
+    options = job.options
+    if options.layout.backend == "native":
+        from dsconv.engine.native_backend import NativeBackend
+
+        return NativeBackend(options, source, fresh=job.checkpoint is None)
+    if options.layout.pp > 1:
+        from dsconv.engine.pipeline_backend import PipelineBackend
+
+        return PipelineBackend(options, source, fresh=job.checkpoint is None, universal=_converts(job))
+    from dsconv.engine.deepspeed_backend import DeepSpeedBackend
+
+    return DeepSpeedBackend(options, source, fresh=job.checkpoint is None, universal=_converts(job))
+
+
+def _converts(job: Job) -> bool:
+    """Whether the checkpoint must be made universal first. DCP reshards by itself; without ZeRO every data-parallel rank has all."""
+    if not job.relaid or job.options.layout.backend == "native":
+        return False
+    assert job.checkpoint is not None
+    old, new = checkpoints.read_state(job.checkpoint).layout, job.options.layout
+    return not (old.zero_stage == new.zero_stage == 0 and (old.tp, old.pp) == (new.tp, new.pp))
+
+
+def _state(job: Job, source: Source) -> State:
+    """Where to go on; raises InconsistentCheckpointError for a checkpoint of another model."""
+    identity = source.identity()
+    if job.checkpoint is None:
+        return State(0, Position(), job.options.layout, identity)
+    state = checkpoints.read_state(job.checkpoint)
+    if state.model != identity:
+        differing = [f"{key} {state.model.get(key)} and {value}" for key, value in identity.items() if state.model.get(key) != value]
+        raise InconsistentCheckpointError(f"{job.checkpoint} is of another model than {job.options.model}: {', '.join(differing)}")
+    return replace(state, layout=job.options.layout)
+
+
+def _restore(job: Job, backend: Backend, state: State, source: Source) -> None:
+    """The engine's state, then the random generators': loading draws numbers of its own."""
+    options, rank = job.options, dist.get_rank()
+    if job.checkpoint is None:
+        seed_everything(options.seed, backend.stream)
+        return
+    if _converts(job):
+        with _universal(job, rank, source) as converted:
+            backend.load(converted)
+    else:
+        backend.load(job.checkpoint)
+    if job.relaid:  # other ranks: there is no state of theirs to go on with
+        seed_everything(options.seed + state.step, backend.stream)
+    elif job.sabotage == "reset-rng":
+        seed_everything(options.seed, backend.stream)
+    else:
+        restore_randomness(checkpoints.randomness_path(job.checkpoint, rank))
+    if job.sabotage == "drop-exp-avg":
+        for _, name, tensor in backend.local_states():
+            if name == "exp_avg":
+                tensor.zero_()
+
+
+@contextlib.contextmanager
+def _universal(job: Job, rank: int, source: Source) -> Iterator[Path]:
+    """The checkpoint as a universal one, made by rank 0 and taken away after."""
+    import shutil
+
+    from dsconv.engine.reshaping import write_universal
+
+    assert job.checkpoint is not None
+    folder = Path(job.options.output_dir) / checkpoints.FOLDER / ".universal" / job.checkpoint.name
+    with agreement("to-universal"):
+        if rank == 0:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            write_universal(job.checkpoint, folder, job.options.layout, source.config)
+    try:
+        yield folder
+    finally:
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+class _StopFlag:
+    """SIGTERM, SIGINT, or RUN/.stop, which the launcher makes, or its end: the run saves after the step in hand, and ends well."""
+
+    def __init__(self, run: Path, launcher: int | None) -> None:
+        self._file = run / STOP
+        self._launcher = os.pidfd_open(launcher) if launcher is not None else None  # readable once that process has ended
+        self._signalled = False
+        with contextlib.suppress(ValueError):  # not the main thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._raise)
+
+    def _raise(self, signum: int, frame: Any) -> None:
+        self._signalled = True
+
+    @property
+    def raised(self) -> bool:
+        return self._signalled or self._file.exists() or self._orphaned()
+
+    def _orphaned(self) -> bool:
+        """The server that forked the ranks lives as long as they do, so nothing ends them when their launcher is killed."""
+        return self._launcher is not None and bool(select.select([self._launcher], [], [], 0)[0])
+
+
+class _Loop:
+    def __init__(self, job: Job, backend: Backend, state: State, data: Any, stop: _StopFlag) -> None:
+        self.job, self.backend, self.state, self.data, self.stop = job, backend, state, data, stop
+        self.options = job.options
+        self.run_folder = Path(job.options.output_dir)
+        self.rank = dist.get_rank()
+        self.saved: str | None = None
+        self.interrupted = False
+        self._ended = time.monotonic()
+
+    def run(self) -> None:
+        """Steps up to ``job.stop_after``; a checkpoint at each multiple of ``save_every``, at the end, and when told to stop."""
+        with self._metrics() as metrics:
+            if self.job.sabotage == "skip-batch" and self.job.checkpoint is not None:
+                self.data.take(self.state.position, self.options.batch_size)
+            while self.state.step < self.job.stop_after and not self.interrupted:
+                line = self._step()
+                if metrics is not None:
+                    metrics.write(json.dumps(line) + "\n")
+                    metrics.flush()
+                last = self.state.step == self.job.stop_after
+                due = self.options.save_every and self.state.step % self.options.save_every == 0
+                if last or due or self.interrupted:
+                    self._save()
+                    self._ended = time.monotonic()
+
+    def _step(self) -> dict[str, Any]:
+        """``seconds`` is since the last step ended, or its save: all that a step costs."""
+        rows = self.data.take(self.state.position, self.options.batch_size)
+        share = len(rows) // self.options.layout.dp
+        result = self.backend.step(rows[self.backend.dp_rank * share : (self.backend.dp_rank + 1) * share])
+        self.state.step += 1
+        loss, stopped, memory = self._reduced(result.loss)
+        self.interrupted = stopped
+        now = time.monotonic()
+        seconds, self._ended = now - self._ended, now
+        tokens = self.options.batch_size * self.options.seq_len
+        return {
+            "step": self.state.step, "loss": loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens / seconds,
+            "memory_bytes": memory, "seconds": seconds, **({} if result.comm_seconds is None else {"comm_seconds": result.comm_seconds}),
+        }  # fmt: skip
+
+    def _reduced(self, loss: float) -> tuple[float, bool, int]:
+        """One exchange a step: the mean loss, in rank order; whether any rank was told to stop; the worst rank's memory."""
+        mine = torch.tensor([loss, float(self.stop.raised), float(_memory_bytes())], dtype=torch.float64)
+        mine = mine.cuda() if torch.cuda.is_available() else mine
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        table = torch.stack(everyone).cpu()
+        return table[:, 0].mean().item(), bool(table[:, 1].any()), int(table[:, 2].max())
+
+    def _save(self) -> None:
+        """All ranks write; rank 0 puts it in place. A disk that fills leaves the checkpoint before."""
+        tag = checkpoints.tag_of(self.state.step)
+        partial = self.run_folder / checkpoints.FOLDER / checkpoints.PARTIAL
+        try:
+            with agreement("save"):
+                if self.rank == 0:
+                    checkpoints.begin(self.run_folder)
+            with _disk_errors(partial):  # the ranks talk to each other in it, so one that fails must end, not wait
+                self.backend.save(partial, tag)
+            with agreement("save"), _disk_errors(partial):
+                save_randomness(checkpoints.randomness_path(partial / tag, self.rank))
+                if self.rank == 0:
+                    checkpoints.write_state(partial / tag, self.state)
+            with agreement("save"):
+                if self.rank == 0:
+                    self.saved = str(checkpoints.commit(self.run_folder, self.state.step, self.options.keep))
+        except DsconvError:
+            checkpoints.abandon(self.run_folder)
+            raise
+
+    @contextlib.contextmanager
+    def _metrics(self) -> Iterator[Any]:
+        """RUN/metrics.jsonl on rank 0, without the lines of steps that will be taken again."""
+        if self.rank != 0:
+            yield None
+            return
+        path = self.run_folder / METRICS
+        kept = [line for line in read_metrics(self.run_folder) if line["step"] <= self.state.step]
+        checkpoints.write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        with open(path, "a", encoding="utf-8") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """What torch and DeepSpeed raise when the disk is full, in our words."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, DsconvError) or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
+            raise  # only torch.save's writer says so of a file; others are of connections that another rank's end has closed
+        raise OutputError(f"{folder}: the checkpoint cannot be written: {error}; `latest` names the one before") from error
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl; one that a killed run left half written is not one."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def _memory_bytes() -> int:
+    """The peak so far: the device's where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,171 @@
+"""The parts of the engine that need no ranks: options, data, random generators, the folder of checkpoints."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from dsconv.engine import checkpoints
+from dsconv.engine.checkpoints import State
+from dsconv.engine.data import SYNTHETIC_SAMPLES, Position, open_data
+from dsconv.engine.options import Layout, RunOptions
+from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
+from dsconv.engine.worker import read_metrics
+from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
+
+RUN = RunOptions("model", "run", 8, Layout(nproc=4, zero_stage=1), batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(nproc=3, tp=2), "multiple of 2"),
+        (Layout(nproc=4, tp=2, pp=2, zero_stage=1), "AutoTP and Ulysses do not cut"),
+        (Layout(nproc=2, pp=2, zero_stage=2), "stages 0 and 1"),
+        (Layout(nproc=4, tp=2, sp=2), "take one"),
+        (Layout(nproc=2, cp=2), "--backend native"),
+        (Layout(nproc=2, sp=2, backend="native"), "--backend deepspeed"),
+        (Layout(nproc=2, zero_stage=2, backend="native"), "FSDP2"),
+        (Layout(nproc=2, zero_stage=4), "0, 1, 2 or 3"),
+        (Layout(nproc=0), "1 or more"),
+        (Layout(backend="horovod"), "deepspeed or native"),
+    ],
+)
+def test_layouts_that_no_engine_has_are_refused_with_what_would_work(layout: Layout, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        layout.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 6}, "take 8"),
+        ({"micro_batch": 3}, "take 12"),
+        ({"offload": "cpu", "layout": Layout(nproc=4)}, "needs --zero-stage"),
+        ({"offload": "nvme"}, "--nvme-path"),
+        ({"hook": "bf16"}, "--no-fsdp"),
+        ({"dtype": "fp16", "layout": Layout(nproc=4, backend="native")}, "loss scaler"),
+        ({"dtype": "int8"}, "fp32, bf16, fp16"),
+        ({"steps": 0}, "1 or more"),
+        ({"seq_len": 127, "layout": Layout(nproc=4, sp=2, zero_stage=1)}, "sequence parallelism"),
+        ({"monitor": ("csv",), "layout": Layout(nproc=4, backend="native")}, "metrics.jsonl only"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(RUN, **change).check()  # type: ignore[arg-type]
+
+
+def test_options_survive_their_file(tmp_path: Path) -> None:
+    options = replace(RUN, output_dir=str(tmp_path), monitor=("csv",), ds_config={"gradient_clipping": 0.5})
+    options.write()
+    assert RunOptions.read(tmp_path) == options
+
+
+def test_a_run_file_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"run\.json is not there"):
+        RunOptions.read(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(MalformedError, match="not JSON"):
+        RunOptions.read(tmp_path)
+    (tmp_path / "run.json").write_text('{"model": "m", "layout": {}, "colour": 1}')
+    with pytest.raises(MalformedError, match="colour"):
+        RunOptions.read(tmp_path)
+
+
+def test_every_epoch_takes_each_sample_once_in_another_order() -> None:
+    data = open_data("synthetic", 8, 97, 3, None)
+    position = Position()
+    epochs = [torch.cat([data.take(position, 100) for _ in range(5)] + [data.take(position, 12)]) for _ in range(2)]
+    assert (position.epoch, position.taken) == (2, 0)
+    rows = [sorted(map(tuple, epoch.tolist())) for epoch in epochs]
+    assert rows[0] == rows[1] == sorted(map(tuple, data.samples.tolist()))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_batch_crosses_the_end_of_an_epoch() -> None:
+    data = open_data("synthetic", 8, 97, 3, None)
+    position = Position(0, SYNTHETIC_SAMPLES - 3)
+    expected = torch.cat([data.samples[data.order(0)[-3:]], data.samples[data.order(1)[:5]]])
+    assert torch.equal(data.take(position, 8), expected)
+    assert (position.epoch, position.taken) == (1, 5)
+
+
+def test_text_without_a_tokenizer_is_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(200)) * 2)
+    assert open_data(str(path), 100, 256, 0, None).samples.tolist() == [[*range(100)], [*range(100, 200)]] * 2
+    with pytest.raises(UsageError, match="too small for bytes"):
+        open_data(str(path), 100, 97, 0, None)
+
+
+def test_token_ids_are_checked_against_the_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    numpy.save(path, numpy.arange(50, dtype=numpy.uint16))
+    assert open_data(str(path), 10, 50, 0, None).samples.shape == (5, 10)
+    with pytest.raises(MalformedError, match="from 0 to 49"):
+        open_data(str(path), 10, 40, 0, None)
+    with pytest.raises(UsageError, match="fewer than one sample"):
+        open_data(str(path), 51, 50, 0, None)
+    numpy.save(path, numpy.zeros((2, 2)))
+    with pytest.raises(MalformedError, match="2 dimensions"):
+        open_data(str(path), 10, 50, 0, None)
+    with pytest.raises(CheckpointNotFoundError, match="no such file"):
+        open_data(str(tmp_path / "none"), 10, 50, 0, None)
+
+
+def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> list[object]:
+        return [random.random(), random.gauss(0, 1), *numpy.random.rand(3), numpy.random.randn(), *torch.rand(3).tolist()]
+
+    seed_everything(1, 2)
+    draw()
+    save_randomness(tmp_path / "rng.safetensors")
+    expected = draw()
+    seed_everything(7, 7)
+    restore_randomness(tmp_path / "rng.safetensors")
+    assert draw() == expected
+    (tmp_path / "rng.safetensors").write_bytes(b"nothing")
+    with pytest.raises(MalformedError, match="random generators"):
+        restore_randomness(tmp_path / "rng.safetensors")
+
+
+def _save(run: Path, step: int) -> None:
+    folder = checkpoints.begin(run) / checkpoints.tag_of(step)
+    folder.mkdir()
+    checkpoints.write_state(folder, State(step))
+    checkpoints.commit(run, step, keep=2)
+
+
+def test_a_save_that_was_killed_leaves_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    assert checkpoints.steps(tmp_path) == [2, 3]
+    folder = checkpoints.begin(tmp_path) / checkpoints.tag_of(4)
+    folder.mkdir()
+    assert checkpoints.read_state(checkpoints.latest(tmp_path)).step == 3
+    _save(tmp_path, 4)
+    assert checkpoints.read_state(checkpoints.latest(tmp_path)).step == 4
+    assert not (tmp_path / checkpoints.FOLDER / checkpoints.PARTIAL).exists()
+
+
+def test_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint"):
+        checkpoints.latest(tmp_path)
+    _save(tmp_path, 5)
+    (tmp_path / checkpoints.FOLDER / checkpoints.LATEST).write_text("step-00000009")
+    with pytest.raises(MalformedError, match="step-00000005"):
+        checkpoints.latest(tmp_path)
+    (tmp_path / checkpoints.FOLDER / checkpoints.LATEST).write_text("../..")
+    with pytest.raises(MalformedError, match="not there"):
+        checkpoints.latest(tmp_path)
+
+
+def test_a_metrics_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.1}]

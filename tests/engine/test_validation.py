@@ -1,0 +1,62 @@
+"""Validation of real runs passes, and fails for each thing that is broken on purpose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsconv.engine.cells import COLUMNS, SABOTAGES, rows
+from dsconv.engine.options import Layout, RunOptions
+from dsconv.engine.validation import Validation, validate
+from dsconv.errors import UsageError
+
+
+def test_zero3_resumes_reshapes_and_converts(tiny_llama: Path, tmp_path: Path) -> None:
+    report = validate(str(tiny_llama), tmp_path, nproc=2, cells=("zero3-bf16",))
+    assert [(cell.column, cell.passed) for cell in report.cells] == [(column, True) for column in COLUMNS], report.cells
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["passed"]
+    assert [cell["name"] for cell in written["cells"]] == [f"zero3-bf16: {column}" for column in COLUMNS]
+    assert written["cells"][0]["evidence"]["states compared"] > 100
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.md").read_text()
+    assert "| zero3-bf16 (zero3 × 2) | ✓ | ✓ | ✓ | ✓ | ✓ |" in page
+
+
+def test_each_sabotage_is_caught(tiny_llama: Path, tmp_path: Path) -> None:
+    options = RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4)
+    (row,) = rows(2, False, ("zero1-fp32",))
+    validation = Validation(tmp_path, options, [row])
+    validation.check(row, "in place")
+    for sabotage in SABOTAGES:
+        validation.sabotage = sabotage
+        validation.check(row, "in place")
+    passed = [cell.passed for cell in validation.cells]
+    assert passed == [True] + [False] * len(SABOTAGES), validation.cells
+    found = dict(zip(SABOTAGES, validation.cells[1:], strict=True))
+    assert found["drop-exp-avg"].evidence["states saved and loaded that differ"][0].startswith("rank 0: exp_avg of ")
+    for name in ("reset-rng", "skip-batch"):  # the states are those that were saved; what came after is not
+        assert not found[name].evidence["states saved and loaded that differ"]
+        assert found[name].evidence["steps whose loss differs"] == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["tp2-fp32", "sp2-fp32"])
+def test_model_parallel_runs_resume_in_place_and_elsewhere(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    options = RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4)
+    (row,) = rows(2, False, (name,))
+    validation = Validation(tmp_path, options, [row])
+    for column in ("in place", "another stage", "convert", "load back"):
+        validation.check(row, column)
+    assert [cell.passed for cell in validation.cells] == [True] * 4, validation.cells
+
+
+def test_rows_and_sabotages_that_are_none_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="zero3-bf16"):
+        validate(str(tiny_llama), tmp_path, nproc=2, cells=("zero9",))
+    with pytest.raises(UsageError, match="even number"):
+        validate(str(tiny_llama), tmp_path, nproc=3)
+    with pytest.raises(UsageError, match="multiple of 4"):
+        validate(str(tiny_llama), tmp_path, nproc=2, steps=6)
+    assert not (tmp_path / "report.json").exists()
