@@ -52,8 +52,8 @@ def _output_options(function: Function) -> Function:
 
 @click.command(epilog="""\b
 Example:
-  dsconv train Qwen/Qwen3-0.6B --output-dir run --steps 1000 --save-every 100 --zero-stage 3 --nproc 8
-  torchrun --nproc-per-node 8 -m dsconv train model/ --output-dir run --steps 1000 --backend native --tp 2""")  # fmt: skip
+  dsconv train model/ --output-dir run --steps 1000 --zero-stage 3 --nproc 8
+  torchrun --nproc-per-node 8 -m dsconv train model/ --output-dir run …""")  # fmt: skip
 @click.argument("model")
 @click.option("--output-dir", required=True, type=click.Path(), metavar="RUN", help="A new folder for the run.")
 @click.option("--steps", required=True, type=click.IntRange(1), metavar="N", help="Optimizer steps in all.")

@@ -19,7 +19,7 @@ SABOTAGES = ["drop-exp-avg", "reset-rng", "skip-batch", "swap-shards", "stale-la
 @click.command(epilog="""\b
 Example:
   dsconv validate model/ --nproc 2 --quick --report report/
-  dsconv validate model/ --nproc 4 --cells zero3-bf16,tp2-fp32 --report report/""")  # fmt: skip
+  dsconv validate model/ --nproc 4 --cells zero3-bf16 --report report/""")  # fmt: skip
 @click.argument("model")
 @click.option("--nproc", type=click.IntRange(2), default=2, show_default=True, metavar="W", help="Ranks of each run; an even number.")
 @click.option(

@@ -18,7 +18,22 @@ from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors
 
 CASE = "llama_tied-z3-bf16-w3"
-COMMANDS = ["zero-to-fp32", "merge", "to-universal", "to-dcp", "inspect", "verify", "push", "watch", "config", "estimate", "doctor"]
+COMMANDS = [
+    "zero-to-fp32",
+    "merge",
+    "to-universal",
+    "to-dcp",
+    "inspect",
+    "verify",
+    "push",
+    "watch",
+    "config",
+    "estimate",
+    "train",
+    "resume",
+    "validate",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
@@ -49,6 +64,14 @@ def test_the_surface_of_the_command_line() -> None:
         "to-universal": ["--debug", "--dry-run", "--exclude-frozen", "--force", "--fsync", "--json", "--no-fsync", "--quiet", "--tag",
                          "--verify", "--workers", "-d", "-q", "-t"],
         "inspect": ["--all", "--debug", "--json", "--revision", "--tag", "-d", "-t"],
+        "train": ["--activation-checkpointing", "--backend", "--batch-size", "--cp", "--data", "--debug", "--dropout", "--ds-config",
+                  "--dtype", "--fsdp", "--grad-clip", "--hook", "--json", "--keep", "--lr", "--micro-batch", "--monitor", "--no-fsdp",
+                  "--nproc", "--nvme-path", "--offload", "--output-dir", "--pp", "--quiet", "--save-every", "--seed", "--seq-len", "--sp",
+                  "--steps", "--stop-after", "--tp", "--warmup", "--weight-decay", "--zero-stage", "-d", "-q"],
+        "resume": ["--backend", "--cp", "--debug", "--fsdp", "--json", "--keep", "--no-fsdp", "--nproc", "--pp", "--quiet", "--save-every",
+                   "--sp", "--steps", "--stop-after", "--tp", "--zero-stage", "-d", "-q"],
+        "validate": ["--cells", "--debug", "--json", "--nproc", "--quick", "--quiet", "--report", "--sabotage", "--seed", "--seq-len",
+                     "--steps", "-d", "-q"],
         "doctor": ["--debug", "--json", "-d"],
         "estimate": ["--accumulation", "--debug", "--dtype", "--fit", "--fp32-grads", "--json", "--micro-batch", "--nodes", "--nproc",
                      "--plot", "--revision", "--seq-len", "--tp", "-d"],
