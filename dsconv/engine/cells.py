@@ -65,11 +65,9 @@ def _all(nproc: int) -> list[Row]:
 
 def _zero(base: Layout, stage: int, dtype: str) -> Row:
     layout = replace(base, zero_stage=stage)
-    other = replace(layout, nproc=base.nproc // 2)
-    return Row(
-        f"zero{stage}-{dtype}",
-        layout,
-        dtype,
-        {},
-        {"another world": other, "another stage": replace(layout, zero_stage=(3, 2, 1, 1)[stage])},
-    )
+    targets: dict[str, Layout | str] = {"another world": replace(layout, nproc=base.nproc // 2)}
+    if stage:
+        targets["another stage"] = replace(layout, zero_stage=(0, 2, 1, 1)[stage])
+    else:
+        targets["another stage"] = "DeepSpeed without ZeRO writes no names beside its optimizer's states"
+    return Row(f"zero{stage}-{dtype}", layout, dtype, {}, targets)

@@ -79,7 +79,7 @@ class Legs:
         if leg is None:
             return self._made[name]
         options = self._options(row, row.layout, 0.0, leg)
-        launch(Job(replace(options, model=str(model)), 0, probe=leg.probe))
+        _run(Job(replace(options, model=str(model)), 0, probe=leg.probe))
         return leg
 
     def _leg(self, name: str, row: Row, layout: Layout, dropout: float, last: int) -> Leg:
@@ -88,7 +88,7 @@ class Legs:
             return self._made[name]
         options = self._options(row, layout, dropout, leg)
         options.write()
-        launch(Job(options, last, probe=leg.probe))
+        _run(Job(options, last, probe=leg.probe))
         return leg
 
     def _begin(self, name: str) -> Leg | None:
@@ -119,7 +119,13 @@ class Legs:
         options = options.relaid(layout)
         if layout.zero_stage == 0:
             options = replace(options, offload="none")
-        launch(Job(options, options.steps, checkpoint, relaid, leg.probe, sabotage))
+        _run(Job(options, options.steps, checkpoint, relaid, leg.probe, sabotage))
+
+
+def _run(job: Job) -> None:
+    """Raises KeyboardInterrupt where a signal ended it: then validation is to end."""
+    if launch(job).interrupted:
+        raise KeyboardInterrupt
 
 
 def _settings(row: Row) -> str:
