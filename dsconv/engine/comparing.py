@@ -77,10 +77,12 @@ def compare_logits(probe: Path, merged: Path, dtype: str) -> dict[str, Any]:
     if found is None:
         return {"logits": "not computed: each rank has a part of every sequence"}
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from dsconv.engine.models import TORCH_DTYPES
 
     rows, trained = found
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(str(merged), dtype=TORCH_DTYPES[dtype], attn_implementation="sdpa").eval()
     with torch.no_grad():
         logits = model(input_ids=rows).logits.float()
