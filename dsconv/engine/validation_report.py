@@ -76,7 +76,7 @@ def _plot(path: Path, report: ValidationReport) -> bool:
         panel.set_xlabel("step")
         panel.set_ylabel("loss")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="lower left")
     for panel in panels[count:]:
         panel.set_visible(False)
     figure.suptitle(
