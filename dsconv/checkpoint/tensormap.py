@@ -9,6 +9,7 @@ many ranks stays small.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,22 @@ class Piece:
     region: Region | None = None
 
 
+class ProvenLayout(ABC):
+    """A layout of so many pieces that they are counted and proven to tile by arithmetic, not by making them."""
+
+    @abstractmethod
+    def __call__(self) -> tuple[Piece, ...]: ...
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many pieces there are."""
+
+    @abstractmethod
+    def prove(self, entry: TensorEntry) -> None:
+        """Raise InconsistentCheckpointError unless the pieces cover ``entry`` exactly once, each of them by bytes that are there."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a checkpoint: ``shape`` is the full shape, ``dtype`` what is stored, ``role`` what it was in training."""
@@ -84,6 +101,10 @@ class TensorEntry:
         """The pieces, those of one region in the order of the ranges they fill."""
         return self.layout()
 
+    @property
+    def piece_count(self) -> int:
+        return self.layout.count if isinstance(self.layout, ProvenLayout) else len(self.pieces)
+
     def read(self, index: Any = None) -> torch.Tensor:
         """The tensor, or ``tensor[index]``: only the rows that a slice of the first dimension touches are read.
 
@@ -96,6 +117,9 @@ class TensorEntry:
 
 def prove_tiling(entry: TensorEntry) -> None:
     """Raise InconsistentCheckpointError unless the pieces of ``entry`` cover it exactly once."""
+    if isinstance(entry.layout, ProvenLayout):
+        entry.layout.prove(entry)
+        return
     filled: dict[Region | None, int] = {}
     for piece in entry.pieces:
         where = f"tensor {entry.name!r} in {piece.extent.record.path}"

@@ -22,7 +22,7 @@ from dsconv.convert.flushing import Flusher
 from dsconv.convert.merge import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
 from dsconv.convert.sidecars import read_json
-from dsconv.convert.staging import Staging, debris, open_staging, require_space
+from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space
 from dsconv.convert.ties import tied_pairs
 from dsconv.errors import OutputError
 
@@ -113,9 +113,7 @@ def _existing(target: Path, force: bool) -> list[str]:
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
     names = sorted(p.name for p in target.iterdir() if p.name == METADATA or p.name.endswith(SUFFIX)) if target.is_dir() else []
-    whole = [name for name in names if name not in debris(target)]
-    if whole and not force:
-        raise OutputError(f"{target} already holds a DCP checkpoint ({whole[0]}); give --force to replace it, or another folder")
+    refuse_existing(target, names, "a DCP checkpoint", force)
     return names
 
 
@@ -132,7 +130,7 @@ def _row(tensor: PlacedTensor) -> dict[str, Any]:
     first = tensor.chunks[0]
     return {"file": first.filename, "name": tensor.names[0], "dtype": str(tensor.dtype), "shape": list(tensor.entry.shape),
             "stored_dtype": str(tensor.entry.dtype), "offset": first.offset_bytes + first.head_bytes,
-            "bytes": tensor.entry.numel * tensor.dtype.itemsize, "chunks": len(tensor.chunks), "pieces": len(tensor.entry.pieces),
+            "bytes": tensor.entry.numel * tensor.dtype.itemsize, "chunks": len(tensor.chunks), "pieces": tensor.entry.piece_count,
             "role": tensor.entry.role}  # fmt: skip
 
 

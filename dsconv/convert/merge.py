@@ -34,7 +34,7 @@ from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
 from dsconv.convert.flushing import Flusher
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
-from dsconv.convert.staging import Staging, debris, open_staging, require_space
+from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
 from dsconv.errors import DsconvError, MismatchError, OutputError
@@ -230,10 +230,9 @@ def _existing(target: Path, force: bool) -> list[str]:
     """The weights of an earlier model in ``target``, which ``force`` replaces. Raises OutputError without it."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
-    names = sorted(p.name for p in target.iterdir() if _is_weights(p.name)) if target.is_dir() else []
-    whole = [name for name in names if name not in debris(target)]
-    if whole and not force:
-        raise OutputError(f"{target} already holds a model ({whole[-1]}); give --force to replace it, or another folder")
+    names = [p.name for p in target.iterdir() if _is_weights(p.name)] if target.is_dir() else []
+    names.sort(key=lambda name: (not name.endswith(".index.json"), name == MANIFEST, name))  # what counts first
+    refuse_existing(target, names, "a model", force)
     return names
 
 
@@ -275,7 +274,7 @@ def _report(checkpoint: Checkpoint, target: Path, plan: Plan, extra: list[str], 
 def _row(filename: str, tensor: Any) -> dict[str, Any]:
     return {"file": filename, "name": tensor.name, "dtype": str(tensor.dtype), "shape": list(tensor.entry.shape),
             "stored_dtype": str(tensor.entry.dtype), "offset": tensor.offset_bytes, "bytes": tensor.nbytes,
-            "pieces": len(tensor.entry.pieces), "role": tensor.entry.role}  # fmt: skip
+            "pieces": tensor.entry.piece_count, "role": tensor.entry.role}  # fmt: skip
 
 
 def _write(
