@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.regions import Region, check_inside, numel_of, prove_cover
@@ -61,8 +61,30 @@ class Piece:
     region: Region | None = None
 
 
+class FileGroup(Protocol):
+    """Files, numbered from 0, in which tensors of one layout lie; ``records`` are those that hold them, in order."""
+
+    @property
+    def file_count(self) -> int: ...
+
+    def records(self, number: int) -> list[Record]: ...
+
+
 class ProvenLayout(ABC):
-    """A layout of so many pieces that they are counted and proven to tile by arithmetic, not by making them."""
+    """A layout of so many pieces that they are counted and proven to tile by arithmetic, not by making them.
+
+    ``group`` is where all of them lie, in one order in each file: that of ``begin``. None where records are shared with others.
+    """
+
+    begin: int
+
+    @property
+    @abstractmethod
+    def group(self) -> FileGroup | None: ...
+
+    @abstractmethod
+    def pieces_in(self, number: int) -> tuple[Piece, ...]:
+        """The pieces that lie in one file of the group, in the order in which they lie there."""
 
     @abstractmethod
     def __call__(self) -> tuple[Piece, ...]: ...
@@ -182,6 +204,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.is_zero = is_zero
         self.training = training  # makes the map of the optimizer's states, for formats that can
         self.no_training = no_training  # else why not, where the format has something to say
+        self.stamps: dict[Path, tuple[int, int, int] | None] = {}  # of the sources, by ``storage.stamp``, when they had been opened
         self._entries = dict(entries)
         self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
 

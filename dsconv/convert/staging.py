@@ -116,6 +116,8 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
             staging.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(staging.path(LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                staging.folder.rmdir()  # not if another run is at work in it
             raise OutputError(f"{target}: cannot be written to: {error.strerror}") from None
         if not _locked(lock, staging.path(LOCK)):
             created = False

@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from dsconv.checkpoint.dtypes import BY_NAME
 from dsconv.checkpoint.standins import TensorRef
-from dsconv.checkpoint.tensormap import Piece, ProvenLayout, TensorEntry
+from dsconv.checkpoint.tensormap import Extent, Piece, ProvenLayout, Record, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile, is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 
@@ -39,10 +39,13 @@ class RankFlats:
     ``starts[rank]`` are the positions of its parts and their end; ranks whose parts are of the same lengths, as all of one
     save are, share one list. Raises MalformedError or InconsistentCheckpointError unless each part is one run of its
     storage and of the dtype of the others: the half of the proof of ``EqualShares`` that is the same for every parameter.
+
+    ``alone``: nothing but ``EqualShares`` of these reads their records, and the parts follow each other in each file.
     """
 
-    def __init__(self, files: Sequence[TorchFile], parts: Sequence[Sequence[TensorRef]]) -> None:
+    def __init__(self, files: Sequence[TorchFile], parts: Sequence[Sequence[TensorRef]], alone: bool = False) -> None:
         self.files = files
+        self.alone = alone
         self.parts = parts
         self.dtype = next((part.dtype for of_rank in parts for part in of_rank), BY_NAME["float32"])
         known: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -50,25 +53,39 @@ class RankFlats:
         for file, of_rank in zip(files, parts, strict=True):
             starts = (0, *accumulate(part.numel for part in of_rank))
             self.starts.append(known.setdefault(starts, starts))
+            extents: list[Extent] = []
             for part in of_rank:
                 if not is_contiguous(part.shape, part.strides):
                     raise MalformedError(f"{file.path}: a flat tensor of shape {list(part.shape)} is no single run of its storage")
-                file.extent(part, 0, part.numel)  # raises where the storage is shorter
+                extents.append(file.extent(part, 0, part.numel))  # raises where the storage is shorter
                 if part.numel and part.dtype != self.dtype:
                     raise InconsistentCheckpointError(f"{file.path} holds {part.dtype} masters, {files[0].path} {self.dtype}")
+            self.alone = self.alone and all(a.offset_bytes + a.nbytes <= b.offset_bytes for a, b in pairwise(extents))
         self.alike = len(known) == 1
         self.totals = [starts[-1] for starts in self.starts]
+        self.shortest = min(self.totals)
+
+    @property
+    def file_count(self) -> int:
+        return len(self.files)
+
+    def records(self, number: int) -> list[Record]:
+        """The records of a rank's flat tensors."""
+        records = (self.files[number].extent(part, 0, part.numel).record for part in self.parts[number] if part.numel)
+        return list(dict.fromkeys(records))
 
     def pieces_of(self, parts: Sequence[Sequence[TensorRef]], begin: int, share: int, numel: int) -> tuple[Piece, ...]:
         """``EqualShares``' pieces, of ``parts`` that lie as these do: the masters, or another state of the optimizer."""
-        pieces: list[Piece] = []
-        for rank, file in enumerate(self.files):
-            wanted = min(share, numel - rank * share)
-            if wanted <= 0:
-                break
-            mine = flat_pieces([file] * len(parts[rank]), parts[rank], self.starts[rank], begin, wanted)
-            pieces += [Piece(piece.extent, rank * share + piece.start, piece.numel) for piece in mine]
-        return tuple(pieces)
+        holders = range(min(len(self.files), -(-numel // share) if share else 0))
+        return tuple(piece for rank in holders for piece in self.pieces_of_rank(rank, parts[rank], begin, share, numel))
+
+    def pieces_of_rank(self, rank: int, parts: Sequence[TensorRef], begin: int, share: int, numel: int) -> tuple[Piece, ...]:
+        first = rank * share
+        wanted = min(share, numel - first)
+        if wanted <= 0:
+            return ()
+        mine = flat_pieces([self.files[rank]] * len(parts), parts, self.starts[rank], begin, wanted)
+        return tuple(Piece(piece.extent, first + piece.start, piece.numel) for piece in mine)
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,13 @@ class EqualShares(ProvenLayout):
 
     def __call__(self) -> tuple[Piece, ...]:
         return self.ranks.pieces_of(self.ranks.parts, self.begin, self.share, self.numel)
+
+    @property
+    def group(self) -> RankFlats | None:
+        return self.ranks if self.ranks.alone else None
+
+    def pieces_in(self, number: int) -> tuple[Piece, ...]:
+        return self.ranks.pieces_of_rank(number, self.ranks.parts[number], self.begin, self.share, self.numel)
 
     @property
     def count(self) -> int:
@@ -115,8 +139,8 @@ class EqualShares(ProvenLayout):
         if entry.dtype != ranks.dtype:
             raise InconsistentCheckpointError(f"tensor {entry.name!r}: {entry.dtype} is expected, and the masters are {ranks.dtype}")
         needed = self.begin + min(self.share, self.numel)
-        if self.begin < 0 or needed > min(ranks.totals):
-            short = ranks.totals.index(min(ranks.totals))
+        if self.begin < 0 or needed > ranks.shortest:
+            short = ranks.totals.index(ranks.shortest)
             raise InconsistentCheckpointError(
                 f"tensor {entry.name!r} in {ranks.files[short].path}: its share ends at element {needed}; the file's flat tensors "
                 f"have {ranks.totals[short]}"

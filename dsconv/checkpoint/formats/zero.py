@@ -274,7 +274,7 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
         crosscheck.written_as(other.file, dp)
         crosscheck.same_save(states, other)
     _refuse_offloaded(folder, partitions)
-    ranks = RankFlats([p.file for p in partitions], [p.groups for p in partitions])
+    ranks = RankFlats([p.file for p in partitions], [p.groups for p in partitions], alone=True)
     totals = ranks.totals
     if len(set(totals)) > 1:
         low = totals.index(min(totals))
