@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale --plot docs/scale.svg
 
-The checkpoints are of ZeRO-3, with the files, names, keys, zip records and checksums that DeepSpeed 0.19.8 writes, and their
+The checkpoints are of ZeRO-3 (or 2), with the files, names, keys, zip records and checksums that DeepSpeed 0.19.8 writes, and their
 tensors are holes in sparse files: 1 TB takes some hundred MB of disk, nearly all of it metadata. Each command runs in a
 process of its own; its memory is what the system says it was at the most (VmHWM), its open files are counted as it runs.
 """
@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
+from bisect import bisect_left, bisect_right
 from functools import cache
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from dsconv.checkpoint.dtypes import BY_NAME
 from dsconv.checkpoint.standins import Instance
 from dsconv.checkpoint.training import SmallTensor
 from dsconv.convert.torch_writer import Streamed, TorchArchive
-from dsconv.zero_utils.partition import share_numel
+from dsconv.zero_utils.partition import group_numel, share_numel
 
 FP32, BF16 = BY_NAME["float32"], BY_NAME["bfloat16"]
 SUB_GROUP_NUMEL = 1_000_000_000  # sub_group_size of DeepSpeed
 STEP = 10
 CONFIG = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
+FRAGMENT = "deepspeed.utils.tensor_fragment.fragment_address"
 LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 # Run in a process of its own: open, count the files that are open meanwhile, plan, and tell.
 PROGRAM = """
@@ -98,35 +101,17 @@ def streamed_in(value: Any) -> list[Streamed]:
     return [found for child in children for found in streamed_in(child)]
 
 
-def make(folder: Path, ranks: int, tensors: int, parameters: int) -> Path:
+def make(folder: Path, ranks: int, tensors: int, parameters: int, stage: int = 3) -> Path:
     """A save dir, made anew unless it is there."""
-    home = folder / f"{ranks}-ranks-{tensors}-tensors-{parameters}-parameters"
+    home = folder / f"stage-{stage}-{ranks}-ranks-{tensors}-tensors-{parameters}-parameters"
     if (home / "latest").is_file():
         return home
     shutil.rmtree(home, ignore_errors=True)
     tag = home / f"global_step{STEP}"
     tag.mkdir(parents=True)
     shapes = shapes_of(tensors, parameters)
-    groups: list[int] = [0]
-    for shape in shapes.values():  # 0.19.8 stage3.py _create_fp16_sub_groups: whole parameters until the size is reached
-        if groups[-1] >= SUB_GROUP_NUMEL:
-            groups.append(0)
-        groups[-1] += share_numel(math.prod(shape), ranks)
-    step = SmallTensor(FP32, (), bytes(4))
-    optimizer = {
-        "zero_stage": 3,
-        "loss_scaler": Instance("deepspeed.runtime.fp16.loss_scaler.LossScaler", (), {"cur_scale": 1.0, "dynamic": False}),
-        "dynamic_loss_scale": False,
-        "overflow": False,
-        "partition_count": ranks,
-        "optimizer_state_dict": {
-            "state": {n: {"step": step, "exp_avg": Streamed(FP32, (g,)), "exp_avg_sq": Streamed(FP32, (g,))} for n, g in enumerate(groups)},
-            "param_groups": [{"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": list(range(len(groups)))}],
-        },
-        "fp32_flat_groups": [Streamed(FP32, (g,)) for g in groups],
-    }
     model = {
-        "module": {name: Streamed(BF16, (0,)) for name in shapes},
+        "module": {name: Streamed(BF16, (0,) if stage == 3 else shape) for name, shape in shapes.items()},
         "buffer_names": [],
         "optimizer": None,
         "param_shapes": [shapes],
@@ -139,16 +124,66 @@ def make(folder: Path, ranks: int, tensors: int, parameters: int) -> Path:
         "ds_config": CONFIG,
         "ds_version": "0.19.8",
     }
+    write(tag / f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt", model)
     for rank in range(ranks):
-        value = {"optimizer_state_dict": optimizer, "ds_config": CONFIG, "ds_version": "0.19.8"}
+        state = stage_3(shapes, ranks) if stage == 3 else stage_2(shapes, ranks, rank)
+        value = {"optimizer_state_dict": state, "ds_config": CONFIG, "ds_version": "0.19.8"}
         write(tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", value)
-        path = tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
-        if rank == 0:
-            write(path, model)
-        else:  # without frozen weights dsconv never reads it, as DeepSpeed's own script does not
-            path.touch()
+        if stage == 3 and rank:  # without frozen weights dsconv never reads it, as DeepSpeed's own script does not
+            (tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
     (home / "latest").write_text(tag.name)
     return home
+
+
+@cache
+def flat_lengths(shapes: tuple[tuple[int, ...], ...], ranks: int) -> list[int]:
+    """Of each sub-group, a rank's elements: whole parameters until the size is reached (0.19.8 stage3.py _create_fp16_sub_groups)."""
+    groups = [0]
+    for shape in shapes:
+        if groups[-1] >= SUB_GROUP_NUMEL:
+            groups.append(0)
+        groups[-1] += share_numel(math.prod(shape), ranks)
+    return groups
+
+
+def stage_3(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, Any]:
+    groups = flat_lengths(tuple(shapes.values()), ranks)
+    return {**settings(3), "partition_count": ranks, "optimizer_state_dict": adam(groups), "fp32_flat_groups": flat(groups)}
+
+
+def stage_2(shapes: dict[str, tuple[int, ...]], ranks: int, rank: int) -> dict[str, Any]:
+    """One group; the last rank's part is saved without its padding (0.19.8 stage_1_and_2.py)."""
+    starts = [0, *accumulate(math.prod(shape) for shape in shapes.values())]
+    part = group_numel(starts[-1], ranks) // ranks
+    low, high = min(rank * part, starts[-1]), min((rank + 1) * part, starts[-1])
+    first, last = bisect_right(starts, low) - 1, bisect_left(starts, high)
+    held = {
+        name: Instance(FRAGMENT, (), {"numel": min(starts[i + 1], high) - max(starts[i], low), "start": max(starts[i], low) - low})
+        for i, name in enumerate(islice(shapes, first, last), first)
+    }
+    return {
+        **settings(2),
+        "partition_count": [ranks],
+        "base_optimizer_state": adam([high - low]),
+        "single_partition_of_fp32_groups": flat([high - low]),
+        "param_slice_mappings": [held],
+    }
+
+
+def settings(stage: int) -> dict[str, Any]:
+    scaler = Instance("deepspeed.runtime.fp16.loss_scaler.LossScaler", (), {"cur_scale": 1.0, "dynamic": False})
+    return {"zero_stage": stage, "loss_scaler": scaler, "dynamic_loss_scale": False, "overflow": False}
+
+
+def flat(lengths: list[int]) -> list[Streamed]:
+    return [Streamed(FP32, (length,)) for length in lengths]
+
+
+def adam(lengths: list[int]) -> dict[str, Any]:
+    step = SmallTensor(FP32, (), bytes(4))
+    states = {n: {"step": step, "exp_avg": Streamed(FP32, (g,)), "exp_avg_sq": Streamed(FP32, (g,))} for n, g in enumerate(lengths)}
+    group = {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": list(range(len(lengths)))}
+    return {"state": states, "param_groups": [group]}
 
 
 def cost(source: Path, rounds: int) -> dict[str, Any]:
@@ -205,7 +240,7 @@ def draw(series: dict[str, list[dict[str, Any]]], where: str, path: Path) -> Non
     rows[1][0].set_ylabel("MB of memory at the peak")
     rows[0][0].legend(frameon=False)
     rows[1][0].legend(frameon=False)
-    figure.suptitle(f"A ZeRO-3 checkpoint of sparse files, opened and planned. {where}", fontsize=9)
+    figure.suptitle(f"A ZeRO-3 checkpoint in sparse files, opened and planned. {where}", fontsize=9)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     click.echo(f"drew {path}")
 
@@ -220,8 +255,9 @@ RANKS, TENSORS, PARAMETERS = (16, 64, 256, 1024), (1_000, 10_000, 100_000), (2_5
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--only", nargs=3, type=int, help="RANKS TENSORS PARAMETERS: measure that one only.")
+@click.option("--stage", type=click.Choice(["2", "3"]), default="3", show_default=True, help="Of ZeRO.")
 @click.option("--json", "as_json", is_flag=True)
-def main(folder: Path, rounds: int, plot: Path | None, only: tuple[int, int, int] | None, as_json: bool) -> None:
+def main(folder: Path, rounds: int, plot: Path | None, only: tuple[int, int, int] | None, stage: str, as_json: bool) -> None:
     """Make sparse checkpoints and measure what opening and planning them costs."""
     series: dict[str, list[tuple[int, int, int]]] = {
         "ranks": [(ranks, TENSORS[-1], PARAMETERS[0]) for ranks in RANKS],
@@ -233,7 +269,7 @@ def main(folder: Path, rounds: int, plot: Path | None, only: tuple[int, int, int
     measured: dict[tuple[int, int, int], dict[str, Any]] = {}
     for case in dict.fromkeys(case for cases in series.values() for case in cases):
         began = time.perf_counter()
-        source = make(folder, *case)
+        source = make(folder, *case, int(stage))
         click.echo(f"{source.name}: made in {time.perf_counter() - began:.0f} s", err=True)
         measured[case] = result = {"ranks": case[0], **cost(source, rounds)}
         if not as_json:

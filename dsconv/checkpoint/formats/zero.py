@@ -216,10 +216,9 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
             position += numel + padding
         _check_group(folder, g, position, [part.numel for part in parts])
     if first.state.get("param_slice_mappings") is not None:
+        lengths = [[p.groups[g].numel for p in partitions] for g in range(len(shapes))]
         for partition_rank, partition in enumerate(partitions):
-            crosscheck.slice_mappings(partition.path, partition.state, shapes, [
-                [p.groups[g].numel for p in partitions] for g in range(len(shapes))
-            ], partition_rank)  # fmt: skip
+            crosscheck.slice_mappings(partition.path, partition.state, shapes, lengths, partition_rank)
     entries.update(states.module_entries(exclude=set(entries), ties=ties))
     crosscheck.masters_match_module(states, entries, warnings)
     stage = first.state.get("zero_stage")
