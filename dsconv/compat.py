@@ -129,5 +129,5 @@ def _save_bin(checkpoint: Checkpoint, target: Path, max_shard_bytes: int, exclud
             index = {"metadata": {"total_size": plan.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             names.append("pytorch_model.bin.index.json")
             staging.write(names[-1], (json.dumps(index, indent=2) + "\n").encode())
-        old = [p.name for p in target.glob("pytorch_model*.bin*") if p.name not in names]
+        old = sorted((p.name for p in target.glob("pytorch_model*.bin*")), key=lambda name: not name.endswith(".index.json"))
         staging.commit(names, old)

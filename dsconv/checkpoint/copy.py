@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from dsconv.checkpoint.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.dtypes import BY_NAME, DType
 from dsconv.checkpoint.reading import Part, Sources, gather_view, parts_of
 from dsconv.checkpoint.regions import runs
-from dsconv.checkpoint.storage import is_remote
+from dsconv.checkpoint.storage import is_remote, stamp
 from dsconv.checkpoint.tensormap import Piece, Record, TensorEntry
 from dsconv.errors import MalformedError, OutputError
 
@@ -104,14 +104,15 @@ class CopyStats:
 
 
 class CopyRun:
-    """Runs copies with ``workers`` threads. ``checks`` are the running checksums of the source records, by record."""
+    """Runs copies with ``workers`` threads. ``checks`` are the running checksums of the source records, by record.
 
-    def __init__(
-        self,
-        workers: int,
-        checks: dict[Record, RunningChecksum],
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
+    ``stamps`` are those of ``Checkpoint``: they tell that a file without checksums has changed since it was opened.
+    """
+
+    def __init__(self, workers: int, checks: dict[Record, RunningChecksum], progress: Callable[[int], None] | None = None,
+                 stamps: Mapping[Path, object] | None = None) -> None:  # fmt: skip
+        self.stamps = stamps or {}
+        self.unchecked: set[Path] = set()
         self.workers = max(1, workers)
         self.checks = checks
         self.progress = progress
@@ -120,12 +121,15 @@ class CopyRun:
         self._stop = threading.Event()
         self._error: BaseException | None = None
 
-    def run(self, copies: Iterable[Copy | Gather]) -> None:
-        """Run all ``copies`` to the end, or raise the first error once every worker has stopped."""
+    def run(self, copies: Iterable[Copy | Gather], streamed: Iterable[Copy] = (), casts: bool = False) -> None:
+        """Run all ``copies`` to the end, or raise the first error once every worker has stopped.
+
+        ``streamed`` are run before them, in their order; with ``casts`` some of them change the dtype.
+        """
         ordered = sorted(copies, key=lambda c: (str(c.path), c.offset_bytes))
-        casts = any(c.target is not None and c.target.dtype != c.source_dtype for c in ordered)
+        casts = casts or any(c.target is not None and c.target.dtype != c.source_dtype for c in ordered)
         with one_torch_thread() if casts else contextlib.nullcontext():
-            self._run(_blocks(ordered))
+            self._run(chain(_blocks(streamed), _blocks(ordered)))
 
     def _run(self, pending: Iterator[list[Copy] | Gather]) -> None:
         threads = [threading.Thread(target=self._work, args=(pending,), daemon=True) for _ in range(self.workers)]
@@ -143,13 +147,16 @@ class CopyRun:
             raise self._error
 
     def check_records(self) -> None:
-        """Raise MalformedError, naming it, if a record that was read to the end fails its CRC-32."""
+        """Raise MalformedError, naming it, if a record that was read to the end fails its CRC-32, or a file without one changed."""
         for record, check in self.checks.items():
             if record.crc32 is not None and check.complete and check.value != record.crc32:
                 raise MalformedError(
                     f"{record.path}: record {record.name!r} fails its CRC-32 (expected {record.crc32:08x}, found {check.value:08x}): "
-                    "the file was damaged after it was saved. Restore it from another copy"
+                    "the file was damaged after it was saved, or written to while it was read. Restore it from another copy"
                 )
+        for path in sorted(self.unchecked):
+            if stamp(path) != self.stamps.get(path, stamp(path)):
+                raise MalformedError(f"{path}: it was written to while it was read: run again when nothing writes there")
 
     def _work(self, pending: Iterator[list[Copy]]) -> None:
         try:
@@ -186,6 +193,8 @@ class CopyRun:
             check = self.checks.get(copy.record)
             if check is not None:
                 check.add(copy.offset_bytes - copy.record.offset_bytes, copy.nbytes, crc)
+            elif copy.record.crc32 is None:
+                self.unchecked.add(copy.record.path)
             if copy.target is not None:
                 written += self._write(copy.target, copy.source_dtype, copy.start, data, crc, caster)
         self._count(span, written)
@@ -204,6 +213,8 @@ class CopyRun:
             check = self.checks.get(record)
             if check is not None:
                 check.add(offset - record.offset_bytes, length, crc32(raw))
+            elif record.crc32 is None:
+                self.unchecked.add(record.path)
             part.place(raw, block, gather.start, gather.shape, itemsize)
         written = self._write(gather.target, gather.source_dtype, gather.start, block, crc32(block), caster)
         self._count(sum(length for _, _, length, _ in spans), written)
@@ -213,6 +224,8 @@ class CopyRun:
         assert copy.target is not None
         raw = memoryview(bytearray(copy.nbytes))
         sources.read_into(copy.record.path, copy.offset_bytes, raw)
+        if copy.record.crc32 is None:
+            self.unchecked.add(copy.record.path)
         data = memoryview(gather_view(raw, piece, copy.source_dtype.itemsize))
         step = BLOCK_BYTES // copy.source_dtype.itemsize * copy.source_dtype.itemsize
         written = 0
@@ -299,7 +312,7 @@ def output_dtype(stored: DType, wanted: DType | None) -> DType:
     return wanted if wanted is not None and stored.name in CASTABLE else stored
 
 
-def _blocks(copies: Sequence[Copy | Gather]) -> Iterator[list[Copy] | Gather]:
+def _blocks(copies: Iterable[Copy | Gather]) -> Iterator[list[Copy] | Gather]:
     """Copies, sorted by place, joined into blocks of one file that one read of at most a block covers."""
     block: list[Copy] = []
     for whole in copies:

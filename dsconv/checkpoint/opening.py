@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsconv.checkpoint import hub
 from dsconv.checkpoint.standins import MAX_NUMEL, shown
-from dsconv.checkpoint.storage import as_path
+from dsconv.checkpoint.storage import as_path, stamp
 from dsconv.checkpoint.tensormap import Checkpoint, prove_tiling
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
 
@@ -48,6 +48,7 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None, revisi
         if math.prod(max(1, size) for size in entry.shape) * entry.dtype.itemsize >= MAX_NUMEL:  # of no elements: the others are held
             raise MalformedError(f"{root}: {shown(entry.name)} has the shape {shown(entry.shape)}, which torch cannot make")
         prove_tiling(entry)
+    checkpoint.stamps = {source: stamp(source) for source in checkpoint.sources}
     return checkpoint
 
 

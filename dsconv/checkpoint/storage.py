@@ -125,6 +125,17 @@ def open_for_reading(path: Path) -> OpenFile:
     return open_remote(path)
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Size, time of the last change in ns, and inode of a local file; None where it is gone. Of a store, always None."""
+    if is_remote(path):
+        return None
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def is_remote(path: object) -> bool:
     """Whether ``path``, one of ``as_path``, lies in a store."""
     return not isinstance(path, PurePath)

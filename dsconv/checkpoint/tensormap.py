@@ -9,10 +9,11 @@ many ranks stays small.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.regions import Region, check_inside, numel_of, prove_cover
@@ -60,6 +61,44 @@ class Piece:
     region: Region | None = None
 
 
+class FileGroup(Protocol):
+    """Files, numbered from 0, in which tensors of one layout lie; ``records`` are those that hold them, in order."""
+
+    @property
+    def file_count(self) -> int: ...
+
+    def records(self, number: int) -> list[Record]: ...
+
+
+class ProvenLayout(ABC):
+    """A layout of so many pieces that they are counted and proven to tile by arithmetic, not by making them.
+
+    ``group`` is where all of them lie, in one order in each file: that of ``begin``. None where records are shared with others.
+    """
+
+    begin: int
+
+    @property
+    @abstractmethod
+    def group(self) -> FileGroup | None: ...
+
+    @abstractmethod
+    def pieces_in(self, number: int) -> tuple[Piece, ...]:
+        """The pieces that lie in one file of the group, in the order in which they lie there."""
+
+    @abstractmethod
+    def __call__(self) -> tuple[Piece, ...]: ...
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many pieces there are."""
+
+    @abstractmethod
+    def prove(self, entry: TensorEntry) -> None:
+        """Raise InconsistentCheckpointError unless the pieces cover ``entry`` exactly once, each of them by bytes that are there."""
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a checkpoint: ``shape`` is the full shape, ``dtype`` what is stored, ``role`` what it was in training."""
@@ -84,6 +123,10 @@ class TensorEntry:
         """The pieces, those of one region in the order of the ranges they fill."""
         return self.layout()
 
+    @property
+    def piece_count(self) -> int:
+        return self.layout.count if isinstance(self.layout, ProvenLayout) else len(self.pieces)
+
     def read(self, index: Any = None) -> torch.Tensor:
         """The tensor, or ``tensor[index]``: only the rows that a slice of the first dimension touches are read.
 
@@ -96,6 +139,9 @@ class TensorEntry:
 
 def prove_tiling(entry: TensorEntry) -> None:
     """Raise InconsistentCheckpointError unless the pieces of ``entry`` cover it exactly once."""
+    if isinstance(entry.layout, ProvenLayout):
+        entry.layout.prove(entry)
+        return
     filled: dict[Region | None, int] = {}
     for piece in entry.pieces:
         where = f"tensor {entry.name!r} in {piece.extent.record.path}"
@@ -158,6 +204,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.is_zero = is_zero
         self.training = training  # makes the map of the optimizer's states, for formats that can
         self.no_training = no_training  # else why not, where the format has something to say
+        self.stamps: dict[Path, tuple[int, int, int] | None] = {}  # of the sources, by ``storage.stamp``, when they had been opened
         self._entries = dict(entries)
         self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
 

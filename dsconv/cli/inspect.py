@@ -56,7 +56,7 @@ def describe(found: Checkpoint) -> dict[str, Any]:
         "files": [{"name": path.name, "bytes": path.stat().st_size} for path in found.sources],
         "tensors": [
             {"name": e.name, "dtype": str(e.dtype), "shape": list(e.shape), "role": e.role, "bytes": e.nbytes,
-             "pieces": len(e.pieces), "aliases": list(e.aliases)}
+             "pieces": e.piece_count, "aliases": list(e.aliases)}
             for e in found.values()
         ],
     }  # fmt: skip
@@ -108,7 +108,7 @@ def _show(found: Checkpoint, rows: int | None) -> None:
     for entry in entries[:rows]:
         name = entry.name + "".join(f"\n  = {alias}" for alias in entry.aliases)
         shape = " × ".join(map(str, entry.shape)) or "scalar"
-        table.add_row(Text(name), str(entry.dtype), shape, entry.role, str(len(entry.pieces)), console.size(entry.nbytes))
+        table.add_row(Text(name), str(entry.dtype), shape, entry.role, str(entry.piece_count), console.size(entry.nbytes))
     out.print()
     out.print(table)
     if rows is not None and len(entries) > rows:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.checksums import RunningChecksum, crc32
-from dsconv.checkpoint.copy import CopyRun, Target, copies_of, default_workers, source_checks, write_at
+from dsconv.checkpoint.copy import CopyRun, Target, default_workers, write_at
 from dsconv.checkpoint.dtypes import parse_dtype
 from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.streaming import run_all
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert import dcp_layout
 from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, PlacedTensor, make_dcp_plan
@@ -22,7 +21,7 @@ from dsconv.convert.flushing import Flusher
 from dsconv.convert.merge import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
 from dsconv.convert.sidecars import read_json
-from dsconv.convert.staging import Staging, debris, open_staging, require_space
+from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space
 from dsconv.convert.ties import tied_pairs
 from dsconv.errors import OutputError
 
@@ -87,7 +86,7 @@ def to_dcp(
     old = _existing(target, force)
     require_space(target, plan.nbytes)
     with open_staging(target, fsync) as staging:
-        _write(plan, staging, report, workers or default_workers(), fsync, progress)
+        _write(plan, staging, report, workers or default_workers(), fsync, progress, checkpoint.stamps)
         staging.write(METADATA, dcp_layout.metadata(plan))
         staging.commit([*plan.files, METADATA], old)
     return report
@@ -113,9 +112,7 @@ def _existing(target: Path, force: bool) -> list[str]:
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
     names = sorted(p.name for p in target.iterdir() if p.name == METADATA or p.name.endswith(SUFFIX)) if target.is_dir() else []
-    whole = [name for name in names if name not in debris(target)]
-    if whole and not force:
-        raise OutputError(f"{target} already holds a DCP checkpoint ({whole[0]}); give --force to replace it, or another folder")
+    refuse_existing(target, names, "a DCP checkpoint", force)
     return names
 
 
@@ -132,7 +129,7 @@ def _row(tensor: PlacedTensor) -> dict[str, Any]:
     first = tensor.chunks[0]
     return {"file": first.filename, "name": tensor.names[0], "dtype": str(tensor.dtype), "shape": list(tensor.entry.shape),
             "stored_dtype": str(tensor.entry.dtype), "offset": first.offset_bytes + first.head_bytes,
-            "bytes": tensor.entry.numel * tensor.dtype.itemsize, "chunks": len(tensor.chunks), "pieces": len(tensor.entry.pieces),
+            "bytes": tensor.entry.numel * tensor.dtype.itemsize, "chunks": len(tensor.chunks), "pieces": tensor.entry.piece_count,
             "role": tensor.entry.role}  # fmt: skip
 
 
@@ -166,7 +163,13 @@ class _ChunkedWriter:
 
 
 def _write(
-    plan: DcpPlan, staging: Staging, report: DcpReport, workers: int, fsync: bool, progress: Callable[[str, int, int], None] | None
+    plan: DcpPlan,
+    staging: Staging,
+    report: DcpReport,
+    workers: int,
+    fsync: bool,
+    progress: Callable[[str, int, int], None] | None,
+    stamps: Mapping[Path, object],
 ) -> None:
     descriptors: dict[str, int] = {}
     done = 0
@@ -189,12 +192,9 @@ def _write(
             Target(w.tensor.names[0], w.tensor.dtype, w.write, RunningChecksum(w.tensor.entry.numel * w.tensor.dtype.itemsize))
             for w in writers
         ]
-        pairs = partial(zip, plan.tensors, targets)
-        checks, padding = source_checks(copy for tensor, target in pairs() for copy in copies_of(tensor.entry, target))
-        run = CopyRun(workers, checks, advance)
+        run = CopyRun(workers, {}, advance, stamps)
         with Flusher(list(descriptors.values()), lambda: done, fsync):
-            run.run(chain((copy for tensor, target in pairs() for copy in copies_of(tensor.entry, target)), padding))
-            run.check_records()
+            run_all(((tensor.entry, target) for tensor, target in zip(plan.tensors, targets, strict=True)), run)
             for writer in writers:
                 writer.finish()
             if fsync:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,23 @@ from dsconv._version import __version__
 from dsconv.checkpoint.checksums import RunningChecksum
 from dsconv.checkpoint.copy import (
     MAX_DEFAULT_WORKERS,
-    Copy,
     CopyRun,
     CopyStats,
-    Gather,
     Target,
-    copies_of,
     default_workers,
-    source_checks,
     write_at,
 )
 from dsconv.checkpoint.dtypes import DType, parse_dtype
+from dsconv.checkpoint.formats.safetensors_folder import ADAPTER, SINGLE
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage import as_path, is_remote
+from dsconv.checkpoint.streaming import run_all
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
 from dsconv.convert.flushing import Flusher
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
-from dsconv.convert.staging import Staging, debris, open_staging, require_space
+from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
 from dsconv.errors import DsconvError, MismatchError, OutputError
@@ -230,10 +227,9 @@ def _existing(target: Path, force: bool) -> list[str]:
     """The weights of an earlier model in ``target``, which ``force`` replaces. Raises OutputError without it."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
-    names = sorted(p.name for p in target.iterdir() if _is_weights(p.name)) if target.is_dir() else []
-    whole = [name for name in names if name not in debris(target)]
-    if whole and not force:
-        raise OutputError(f"{target} already holds a model ({whole[-1]}); give --force to replace it, or another folder")
+    names = [p.name for p in target.iterdir() if _is_weights(p.name)] if target.is_dir() else []
+    names.sort(key=lambda name: (not name.endswith(".index.json"), name not in (SINGLE, ADAPTER), name))  # what counts first
+    refuse_existing(target, names, "a model", force)
     return names
 
 
@@ -275,7 +271,7 @@ def _report(checkpoint: Checkpoint, target: Path, plan: Plan, extra: list[str], 
 def _row(filename: str, tensor: Any) -> dict[str, Any]:
     return {"file": filename, "name": tensor.name, "dtype": str(tensor.dtype), "shape": list(tensor.entry.shape),
             "stored_dtype": str(tensor.entry.dtype), "offset": tensor.offset_bytes, "bytes": tensor.nbytes,
-            "pieces": len(tensor.entry.pieces), "role": tensor.entry.role}  # fmt: skip
+            "pieces": tensor.entry.piece_count, "role": tensor.entry.role}  # fmt: skip
 
 
 def _write(
@@ -308,11 +304,9 @@ def _write(
             for t in shard.tensors:
                 write = partial(write_at, descriptor, len(shard.header) + t.offset_bytes)
                 targets[t.name] = Target(t.name, t.dtype, write, RunningChecksum(t.nbytes))
-        checks, padding = source_checks(_copies(plan, targets))
-        run = CopyRun(workers, checks, advance)
+        run = CopyRun(workers, {}, advance, checkpoint.stamps)
         with Flusher(list(descriptors.values()), lambda: done, fsync):
-            run.run(chain(_copies(plan, targets), padding))
-            run.check_records()
+            run_all(((t.entry, targets[t.name]) for t in plan.placed), run)
             if fsync:
                 for descriptor in descriptors.values():
                     os.fsync(descriptor)
@@ -354,11 +348,6 @@ def _note(report: MergeReport, stats: CopyStats) -> None:
             f"{count} values in {len(report.overflowed)} tensors are too large for the dtype and became infinite, "
             f"first in {next(iter(report.overflowed))!r}"
         )
-
-
-def _copies(plan: Plan, targets: Mapping[str, Target]) -> Iterator[Copy | Gather]:
-    for t in plan.placed:
-        yield from copies_of(t.entry, targets[t.name])
 
 
 def _hash_files(staging: Staging, names: list[str], progress: Callable[[str, int, int], None] | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint, Record
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.checkpoint.training import Training
-from dsconv.convert.staging import Staging, debris, open_staging, remove, require_space
+from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space
 from dsconv.convert.universal_plan import FOLDER, LATEST, ModelFile, StateFile, UniversalPlan, plan_universal, training_of
 from dsconv.convert.universal_verify import verify_universal
 from dsconv.errors import OutputError
@@ -103,7 +103,7 @@ def to_universal(
         staging.write(LATEST, b".")  # DeepSpeed joins the folder and the tag
         names = [FOLDER, *(model.path for model in plan.models), *plan.links, LATEST]
         staging.commit(names, old)
-    _point_to(target, report, fsync)
+        _point_to(staging, target, report)
     return report
 
 
@@ -137,9 +137,7 @@ def _existing(checkpoint: Checkpoint, target: Path, force: bool) -> list[str]:
     if not target.is_dir():
         return []
     found = sorted(p.name for p in target.iterdir() if p.name in (FOLDER, LATEST) or p.name.endswith(MODEL_STATES))
-    whole = [name for name in found if name not in debris(target)]
-    if whole and not force:
-        raise OutputError(f"{target} already holds a checkpoint ({whole[0]}); give --force to replace it, or another folder")
+    refuse_existing(target, found, "a checkpoint", force)
     others = sorted(p.name for p in target.iterdir() if p.name.endswith("_optim_states.pt"))
     if others:
         raise OutputError(f"{target} holds another checkpoint ({others[0]}); give the output a folder of its own")
@@ -304,17 +302,11 @@ def _sync_folders(root: Path) -> None:
             os.close(descriptor)
 
 
-def _point_to(target: Path, report: UniversalReport, fsync: bool) -> None:
+def _point_to(staging: Staging, target: Path, report: UniversalReport) -> None:
     """``latest_universal`` beside the output, as the official tool leaves it, replaced in one step."""
-    target = target.resolve()
-    latest, fresh = target.parent / LATEST, target.parent / f".{LATEST}.dsconv-{os.getpid()}"
+    latest = target.resolve().parent / LATEST
     try:
-        with open(fresh, "wb") as file:
-            file.write(os.fsencode(target.name))
-            if fsync:
-                file.flush()
-                os.fsync(file.fileno())
-        fresh.replace(latest)
+        staging.replace("pointer", os.fsencode(target.resolve().name), latest)
     except OSError as error:
-        remove(fresh)
-        report.warnings.append(f"{latest} could not be written ({error.strerror}): load the output's own folder, or name the tag")
+        reason = error.strerror or error
+        report.warnings.append(f"{latest} could not be written ({reason}): load the output's own folder, or name the tag")

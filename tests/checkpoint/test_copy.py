@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import dsconv
 from dsconv.checkpoint import copy as copying
 from dsconv.checkpoint import dtypes
 from dsconv.checkpoint.checksums import RunningChecksum
-from dsconv.checkpoint.formats.zero import _equal_shares, _flat_pieces
+from dsconv.checkpoint.formats.flat_layouts import EqualShares, RankFlats, flat_pieces
 from dsconv.checkpoint.loading import load_tensors
+from dsconv.checkpoint.tensormap import prove_tiling
 from dsconv.checkpoint.torch_file import TorchFile
+from dsconv.errors import InconsistentCheckpointError
 from dsconv.zero_utils.partition import share_numel
 from tests.trained import Trained, load_safetensors, same
 
@@ -50,7 +53,7 @@ def test_stage_3_pieces_are_what_partitioning_does(
     """Cut parameters as ZeRO-3 does, save each rank's flat data in sub-groups, and read the parameters back through the map."""
     folder = tmp_path_factory.mktemp("z3")
     parameters = [torch.randn(numel) for numel in shapes]
-    files, flats = [], []
+    files = []
     for rank in range(world):
         shares = []
         for parameter in parameters:
@@ -59,20 +62,67 @@ def test_stage_3_pieces_are_what_partitioning_does(
             shares.append(padded[rank * share : (rank + 1) * share])
         flat = torch.cat(shares)
         torch.save([t.clone() for t in flat.chunk(sub_groups)] if flat.numel() else [flat], folder / f"{rank}.pt")
-        file = TorchFile(folder / f"{rank}.pt")
-        starts = [0]
-        for group in file.root:
-            starts.append(starts[-1] + group.numel)
-        files.append(file)
-        flats.append((file.root, starts))
+        files.append(TorchFile(folder / f"{rank}.pt"))
+    ranks = RankFlats(files, [file.root for file in files])
     position = 0
     for parameter in parameters:
         share = share_numel(parameter.numel(), world)
-        pieces = _equal_shares(files, flats, position, share, parameter.numel())
+        layout = EqualShares(ranks, position, share, parameter.numel())
         position += share
-        entry = dsconv.TensorEntry("w", dtypes.BY_NAME["float32"], (parameter.numel(),), lambda pieces=pieces: pieces)  # type: ignore[misc]
-        dsconv.checkpoint.tensormap.prove_tiling(entry)
+        entry = dsconv.TensorEntry("w", dtypes.BY_NAME["float32"], (parameter.numel(),), layout)
+        prove_tiling(entry)
+        prove_piece_by_piece(entry)
         assert same(entry.read(), parameter)
+
+
+def prove_piece_by_piece(entry: dsconv.TensorEntry) -> None:
+    pieces = entry.layout()
+    assert entry.piece_count == len(pieces)
+    prove_tiling(dsconv.TensorEntry(entry.name, entry.dtype, entry.shape, lambda: pieces))
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), min_size=1, max_size=4),
+    alike=st.booleans(),
+    begin=st.integers(-1, 8),
+    share=st.integers(0, 8),
+    numel=st.integers(0, 20),
+)
+def test_what_arithmetic_proves_is_so_piece_by_piece(
+    lengths: list[list[int]], alike: bool, begin: int, share: int, numel: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Shares that the numbers give, whether they fit the files or not: what is proven without the pieces holds for them."""
+    folder = tmp_path_factory.mktemp("shares")
+    files = []
+    for rank, of_rank in enumerate([lengths[0]] * len(lengths) if alike else lengths):
+        torch.save([torch.zeros(n) for n in of_rank], folder / f"{rank}.pt")
+        files.append(TorchFile(folder / f"{rank}.pt"))
+    ranks = RankFlats(files, [file.root for file in files])
+    entry = dsconv.TensorEntry("w", dtypes.BY_NAME["float32"], (numel,), EqualShares(ranks, begin, share, numel))
+    fits = begin >= 0 and begin + min(share, numel) <= min(ranks.totals) and numel <= share * len(files)
+    if fits:
+        prove_tiling(entry)
+        prove_piece_by_piece(entry)
+    else:
+        with pytest.raises(InconsistentCheckpointError):
+            prove_tiling(entry)
+
+
+def test_flat_tensors_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    torch.save([torch.arange(8.0)], tmp_path / "sound.pt")
+    torch.save([torch.arange(16.0)[::2]], tmp_path / "strided.pt")
+    torch.save([torch.arange(8)], tmp_path / "integers.pt")
+    files = {path.stem: TorchFile(path) for path in tmp_path.iterdir()}
+    parts = {name: file.root for name, file in files.items()}
+    longer = replace(parts["sound"][0], shape=(9,))
+    for name, wanted, error in (
+        ("strided", parts["strided"], "no single run of its storage"),
+        ("integers", parts["integers"], "holds int64 masters"),
+        ("sound", [longer], "reaches byte 36"),
+    ):
+        with pytest.raises(dsconv.DsconvError, match=error):
+            RankFlats([files["sound"], files[name]], [parts["sound"], wanted])
 
 
 @settings(derandomize=True, deadline=None)
@@ -87,9 +137,9 @@ def test_stage_2_pieces_cross_ranks(lengths: list[int], data: st.DataObject, tmp
         starts.append(starts[-1] + len(part))
     begin = data.draw(st.integers(0, len(flat)))
     numel = data.draw(st.integers(0, len(flat) - begin))
-    pieces = _flat_pieces(files, [file.root for file in files], starts, begin, numel)
+    pieces = flat_pieces(files, [file.root for file in files], starts, begin, numel)
     entry = dsconv.TensorEntry("w", dtypes.BY_NAME["float32"], (numel,), lambda: pieces)
-    dsconv.checkpoint.tensormap.prove_tiling(entry)
+    prove_tiling(entry)
     assert same(entry.read(), flat[begin : begin + numel])
 
 

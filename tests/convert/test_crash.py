@@ -1,4 +1,4 @@
-"""Whole or absent: killed, interrupted, out of space or beside another run, the output is a model or is nothing."""
+"""Whole or absent: interrupted, out of space or beside another run, the output is a model or is nothing. Kills are in tests/crash."""
 
 from __future__ import annotations
 
@@ -18,90 +18,10 @@ import pytest
 import dsconv
 from dsconv.convert import staging
 from dsconv.errors import OutputError
-from tests.trained import Trained, load_safetensors
+from tests.trained import Trained
 
 CASE = "llama_tied-z3-bf16-w3"
 SHARD = "5KB"
-# Kill this process at the n-th system call that changes the output: SIGKILL, as a machine that dies or an OOM killer does.
-KILL_AT = """
-import os, signal, sys, pathlib
-left = int(sys.argv[1])
-def count(function):
-    def counted(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return counted
-for name in ("open", "truncate", "pwrite", "fsync", "fdatasync", "replace", "rename", "unlink", "mkdir", "rmdir"):
-    setattr(os, name, count(getattr(os, name)))
-import dsconv
-dsconv.merge(sys.argv[2], sys.argv[3], max_shard_size=sys.argv[4], workers=1, force=sys.argv[5] == "force")
-print(left)
-"""
-
-
-def merge_and_die(at: int, source: Path, out: Path, force: bool = False) -> subprocess.CompletedProcess[str]:
-    arguments = [str(at), str(source), str(out), SHARD, "force" if force else "no"]
-    return subprocess.run([sys.executable, "-c", KILL_AT, *arguments], capture_output=True, text=True, check=False)
-
-
-def looks_like_a_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_killed_anywhere_it_is_whole_or_absent_and_the_next_run_completes_it(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    made = trained(CASE)
-    whole = tmp_path / "whole"
-    far = 100_000
-    done = merge_and_die(far, made.checkpoint, whole)
-    assert done.returncode == 0, done.stderr
-    calls = far - int(done.stdout)
-    assert calls > 40
-    expected = contents(whole)
-    survived = 0
-    # Every call near the end, where files are moved into place, and every fourth before.
-    for at in [*range(1, calls - 30, 4), *range(calls - 30, calls + 1)]:
-        out = tmp_path / str(at)
-        assert merge_and_die(at, made.checkpoint, out).returncode == -signal.SIGKILL
-        if looks_like_a_model(out):
-            made.check(load_safetensors(out))
-            survived += 1
-        else:
-            dsconv.merge(made.checkpoint, out, max_shard_size=SHARD, workers=1, fsync=False)
-            assert contents(out) == expected
-    assert 0 < survived < 10  # only once the index is in place
-
-
-def test_killed_while_replacing_a_model(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    """The old model is there until the new one is complete; in between, while files move, nothing looks like a model."""
-    made, old = trained(CASE), trained("llama_tied-z3-fp32-w1")
-    far = 100_000
-    dsconv.merge(old.checkpoint, tmp_path / "count", fsync=False)
-    calls = far - int(merge_and_die(far, made.checkpoint, tmp_path / "count", force=True).stdout)
-    seen = set()
-    for at in range(calls - 45, calls + 1, 2):
-        out = tmp_path / str(at)
-        dsconv.merge(old.checkpoint, out, fsync=False)
-        merge_and_die(at, made.checkpoint, out, force=True)
-        if (out / "model.safetensors").is_file():
-            old.check(load_safetensors(out / "model.safetensors"))
-            seen.add("old")
-            with pytest.raises(OutputError, match="already holds a model"):
-                dsconv.merge(made.checkpoint, out, fsync=False)
-        elif looks_like_a_model(out):
-            made.check(load_safetensors(out))
-            seen.add("new")
-        else:
-            dsconv.merge(made.checkpoint, out, fsync=False)
-            made.check(load_safetensors(out))
-            seen.add("neither")
-    assert seen == {"old", "new", "neither"}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -21,6 +21,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats import crosscheck, zero
 from dsconv.checkpoint.formats.experts import Assembly, ExpertLayer, ExpertTensor, Share, cut, finish, owner_of
+from dsconv.checkpoint.formats.flat_layouts import EqualShares, RankFlats
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
 from dsconv.checkpoint.regions import box
 from dsconv.checkpoint.standins import shown
@@ -285,8 +286,7 @@ def _read_group(
     world: int,
 ) -> None:
     """Sub-group ``g``, of which each member holds an equal share of every parameter."""
-    files = [member.file for member in members]
-    flats = [([member.groups[g]], [0, member.groups[g].numel]) for member in members]
+    flats = RankFlats([member.file for member in members], [[member.groups[g]] for member in members])
     wanted = sum(share_numel(math.prod(shape), len(members)) for shape in group.values())
     for member in members:
         if member.groups[g].numel != wanted:
@@ -298,7 +298,7 @@ def _read_group(
     for name, shape in group.items():
         numel = math.prod(shape)
         each = share_numel(numel, len(members))
-        pieces = partial(zero._equal_shares, files, flats, position, each, numel)
+        pieces = EqualShares(flats, position, each, numel)
         position += each
         layer = owner_of(layers, name)
         if not isinstance(layer, AutoEPLayer):

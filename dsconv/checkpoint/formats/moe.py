@@ -34,6 +34,7 @@ from dsconv.checkpoint.formats.experts import (
     role_of,
     warn_of_lost,
 )
+from dsconv.checkpoint.formats.flat_layouts import flat_pieces
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states
 from dsconv.checkpoint.formats.zero import Partition
 from dsconv.checkpoint.standins import TensorRef
@@ -123,7 +124,7 @@ def _flat_group(folder: TagFolder, members: list[Partition], g: int, group: dict
                 f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the {len(members)} optimizer files "
                 f"from {members[0].path.name} on hold {starts[-1]} together. A file is of another save, or of another model"
             )
-        yield name, partial(zero._flat_pieces, files, parts, starts, position, numel)
+        yield name, partial(flat_pieces, files, parts, starts, position, numel)
         position += numel + padding
     zero._check_group(folder, g, position, [part.numel for part in parts])
 

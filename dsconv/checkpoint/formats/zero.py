@@ -18,6 +18,7 @@ from typing import Any
 
 from dsconv.checkpoint.dtypes import DType
 from dsconv.checkpoint.formats import crosscheck
+from dsconv.checkpoint.formats.flat_layouts import EqualShares, RankFlats, flat_pieces
 from dsconv.checkpoint.formats.module_states import ModuleStates, read_module_states, refuse_missing_experts, require
 from dsconv.checkpoint.formats.rank_map import RankMap, of_one_rank
 from dsconv.checkpoint.formats.zero_optimizer import Place
@@ -150,25 +151,6 @@ def _entry(name: str, dtype: DType, shape: tuple[int, ...], layout: Any, ties: d
     return TensorEntry(name, dtype, shape, layout, tuple(ties.get(name, ())), role)
 
 
-def _flat_pieces(files: list[TorchFile], parts: list[TensorRef], starts: list[int], begin: int, numel: int) -> tuple[Piece, ...]:
-    """Stage 1/2: elements [begin, begin + numel) of the parts laid end to end, each cut or not where the next one begins.
-
-    ``starts`` are the positions of the masters' parts and their end. The optimizer's other states lie as the masters do,
-    but keep the padding that masters are saved without (0.19.8 ``stage_1_and_2.py`` ``state_dict``).
-    """
-    pieces = []
-    rank = bisect_right(starts, begin) - 1
-    position = begin
-    while position < begin + numel:
-        stop = min(begin + numel, starts[rank + 1])
-        if stop > position:
-            extent = files[rank].extent(parts[rank], position - starts[rank], stop - position)
-            pieces.append(Piece(extent, position - begin, stop - position))
-            position = stop
-        rank += 1
-    return tuple(pieces)
-
-
 def _shapes_from_mappings(partitions: list[Partition], shapes_of: ShapesOf) -> list[dict[str, tuple[int, ...]]]:
     """The parameters of each group, in order, of a stage-0 run with BF16_Optimizer.
 
@@ -228,16 +210,15 @@ def _read_zero12(folder: TagFolder, partitions: list[Partition], warnings: list[
                     f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer files "
                     f"of {world} ranks hold {starts[-1]} together. A file is of another save, or of another model"
                 )
-            places[name] = Place(shape, g, partial(_flat_pieces, files, starts=starts, begin=position, numel=numel))
-            layout = partial(_flat_pieces, files, parts, starts, position, numel)
+            places[name] = Place(shape, g, partial(flat_pieces, files, starts=starts, begin=position, numel=numel))
+            layout = partial(flat_pieces, files, parts, starts, position, numel)
             entries[name] = _entry(name, parts[0].dtype, shape, layout, ties, "parameter")
             position += numel + padding
         _check_group(folder, g, position, [part.numel for part in parts])
     if first.state.get("param_slice_mappings") is not None:
+        lengths = [[p.groups[g].numel for p in partitions] for g in range(len(shapes))]
         for partition_rank, partition in enumerate(partitions):
-            crosscheck.slice_mappings(partition.path, partition.state, shapes, [
-                [p.groups[g].numel for p in partitions] for g in range(len(shapes))
-            ], partition_rank)  # fmt: skip
+            crosscheck.slice_mappings(partition.path, partition.state, shapes, lengths, partition_rank)
     entries.update(states.module_entries(exclude=set(entries), ties=ties))
     crosscheck.masters_match_module(states, entries, warnings)
     stage = first.state.get("zero_stage")
@@ -275,33 +256,6 @@ def _check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> 
         )
 
 
-def _equal_shares(
-    files: list[TorchFile], flats: list[tuple[list[TensorRef], list[int]]], begin: int, share: int, numel: int
-) -> tuple[Piece, ...]:
-    """Stage 3: rank r holds elements [r × share, (r + 1) × share), at ``begin`` of its sub-groups laid end to end."""
-    pieces: list[Piece] = []
-    for rank, file in enumerate(files):
-        parts, starts = flats[rank]
-        wanted = min(share, numel - rank * share)
-        if wanted <= 0:
-            break
-        mine = _flat_pieces([file] * len(parts), parts, starts, begin, wanted)
-        pieces += [Piece(piece.extent, rank * share + piece.start, piece.numel) for piece in mine]
-    return tuple(pieces)
-
-
-def _state_shares(
-    files: list[TorchFile],
-    flats: list[tuple[list[TensorRef], list[int]]],
-    begin: int,
-    share: int,
-    numel: int,
-    states: list[list[TensorRef]],
-) -> tuple[Piece, ...]:
-    """Stage 3: the same of another state, whose flat tensors, one a sub-group and rank, lie as those of the masters."""
-    return _equal_shares(files, [(mine, starts) for mine, (_, starts) in zip(states, flats, strict=True)], begin, share, numel)
-
-
 def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
     world = len(partitions)
     models = {dp: path for (_, dp), path in folder.zero3.items()}
@@ -319,10 +273,8 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
         crosscheck.written_as(other.file, dp)
         crosscheck.same_save(states, other)
     _refuse_offloaded(folder, partitions)
-    files = [p.file for p in partitions]
-    flats = [(p.groups, [0, *accumulate(g.numel for g in p.groups)]) for p in partitions]
-    starts = [of_rank for _, of_rank in flats]
-    totals = [of_rank[-1] for of_rank in starts]
+    ranks = RankFlats([p.file for p in partitions], [p.groups for p in partitions], alone=True)
+    totals = ranks.totals
     if len(set(totals)) > 1:
         low = totals.index(min(totals))
         raise InconsistentCheckpointError(
@@ -342,11 +294,9 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
         for name, shape in group.items():
             numel = math.prod(shape)
             share = share_numel(numel, world)
-            layout = partial(_equal_shares, files, flats, position, share, numel)
-            places[name] = Place(
-                shape, bisect_right(flats[0][1], position) - 1, partial(_state_shares, files, flats, position, share, numel)
-            )
-            entries[name] = _entry(name, partitions[0].groups[0].dtype, shape, layout, ties, "parameter")
+            group_number = bisect_right(ranks.starts[0], position) - 1
+            places[name] = Place(shape, group_number, partial(ranks.pieces_of, begin=position, share=share, numel=numel))
+            entries[name] = _entry(name, ranks.dtype, shape, EqualShares(ranks, position, share, numel), ties, "parameter")
             position += share
     for name, shape in states.frozen_shapes.items():
         if name not in entries:
