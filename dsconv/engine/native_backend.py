@@ -35,6 +35,8 @@ class NativeBackend:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if layout.cp > 1 and self.device.type == "cpu":
             raise UsageError(f"--cp {layout.cp} needs a GPU: torch's context_parallel has no attention for the CPU")
+        if options.hook == "bf16" and self.device.type == "cpu":
+            raise UsageError("--hook bf16 needs a GPU: torch's DDP sums up bf16 over NCCL only; --hook powersgd works on a CPU")
         self.hook = None
         self._replicated = layout.tp == 1 and not layout.fsdp
         if self._replicated:

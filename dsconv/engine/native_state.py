@@ -29,14 +29,13 @@ def save(backend: NativeBackend, folder: Path) -> None:
     hook = backend.hook.state() if backend.hook is not None else {}
     if hook:
         state["hook"] = {f"rank-{dist.get_rank()}": hook}
-    if dist.get_rank() == 0:
-        folder.mkdir(exist_ok=True)  # another rank's writer may have been first
-        backend.config.save_pretrained(folder)  # `dsconv merge` makes a model of the checkpoint
     try:
         # The engine syncs the whole folder before it is put in place.
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=False))
     except CheckpointException as error:  # not an Exception
         raise OSError(_reason(error)) from None
+    if dist.get_rank() == 0:  # last: the others would wait in DCP for a rank that had failed before it
+        backend.config.save_pretrained(folder)  # `dsconv merge` makes a model of the checkpoint
 
 
 def load(backend: NativeBackend, checkpoint: Path) -> None:
