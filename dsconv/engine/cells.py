@@ -71,5 +71,5 @@ def _zero(base: Layout, stage: int, dtype: str) -> Row:
         layout,
         dtype,
         {},
-        {"another world": other, "another stage": replace(layout, zero_stage=(3, 2, 1, 1)[stage])},
+        {"another world": other, "another stage": replace(layout, zero_stage=(3, 0, 1, 1)[stage])},
     )

@@ -86,7 +86,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 COMPARED = [name for name in NAMES if not name.endswith(("roundrobin", "elastic", "lion", "adagrad", "sgd", "momentum"))
-            and name not in ("odd-z2-fp32-w2", "odd-z1-bf16-w3")]  # fmt: skip
+            and "-z0-" not in name and name not in ("odd-z2-fp32-w2", "odd-z1-bf16-w3")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -155,7 +155,8 @@ def test_both_tools_output_is_read_as_a_source(name: str, made: dict[str, Path],
             if "patterns" in name and key == "embed.weight":
                 expected = expected[: PATTERNS["original_vocab_size"]]
             assert same(entry.read(), expected), key
-            assert entry.role == plain[key].role
+            if name != "odd-z0-fp32-w2":  # without masters the source does not say what was frozen
+                assert entry.role == plain[key].role
         report = dsconv.merge(source, tmp_path / str(number), fsync=False, verify_output=True)
         assert report.tensors == len(plain)
         if "patterns" not in name:
