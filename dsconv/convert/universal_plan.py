@@ -78,8 +78,8 @@ def training_of(checkpoint: Checkpoint) -> Training:
     """Raises UnsupportedError where the checkpoint holds no optimizer states that a universal checkpoint could take."""
     if checkpoint.training is None:
         raise UnsupportedError(
-            f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of DeepSpeed "
-            f"which holds the optimizer's states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
+            f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of DeepSpeed's "
+            f"that holds the optimizer's states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
         )
     return checkpoint.training()
 

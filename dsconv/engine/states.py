@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.formats import crosscheck
-from dsconv.checkpoint.formats.module_states import read_module_states
-from dsconv.checkpoint.formats.zero_optimizer import plain
 from dsconv.checkpoint.standins import Instance
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.checkpoint.training import SmallTensor, Training
@@ -118,7 +115,8 @@ def take_over(engine: Any, checkpoint: Checkpoint) -> None:
     training = training_of(checkpoint)
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         raise UnsupportedError(
-            f"{checkpoint.path}: the fused optimizer without ZeRO keeps no states of single parameters; take --zero-stage 1, or torch's AdamW"
+            f"{checkpoint.path}: DeepSpeed's fused optimizer without ZeRO keeps no states of single parameters; take --zero-stage 1, or "
+            "torch's AdamW"
         )
     whole, inner = _whole_masters(engine), _inner(engine)
     for name, parameter in engine.module.named_parameters():
@@ -151,13 +149,15 @@ def _take_over_counters(engine: Any, training: Training) -> None:
     if isinstance(scaler, Instance) and own is not None:
         for key in ("cur_scale", "cur_iter", "last_overflow_iter"):
             setattr(own, key, scaler.get(key, getattr(own, key)))
-    states = read_module_states(training.model_files[0])
+    counters = training.counters()
     if engine.lr_scheduler is not None:
-        engine.lr_scheduler.load_state_dict(plain(states.raw.get("lr_scheduler"), states.file, "lr_scheduler"))
+        engine.lr_scheduler.load_state_dict(counters["lr_scheduler"])
     for key in ("global_steps", "global_samples", "skipped_steps"):
-        setattr(engine, key, states.raw[key])
+        setattr(engine, key, counters[key])
 
 
 def _number(value: Any) -> Any:
     """A setting, which some optimizers keep as a tensor of no dimensions."""
-    return (crosscheck.decode(value.data, value.dtype) or [value])[0] if isinstance(value, SmallTensor) else value
+    if not isinstance(value, SmallTensor):
+        return value
+    return torch.frombuffer(bytearray(value.data), dtype=getattr(torch, value.dtype.name)).item()

@@ -22,7 +22,7 @@ from dsconv.checkpoint.formats.module_states import ModuleStates
 from dsconv.checkpoint.formats.rank_map import RankMap
 from dsconv.checkpoint.formats.stage0 import agrees, row_major
 from dsconv.checkpoint.formats.universal_info import UniversalInfo
-from dsconv.checkpoint.formats.zero_optimizer import STEP, plain
+from dsconv.checkpoint.formats.zero_optimizer import STEP, counters, plain
 from dsconv.checkpoint.standins import Instance, TensorRef, shown
 from dsconv.checkpoint.tensormap import TensorEntry
 from dsconv.checkpoint.training import Training, whole_rows
@@ -55,13 +55,15 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
     """Of one model-parallel rank. Raises MalformedError, and UnsupportedError where states cannot be told apart, or are none."""
     states, optimizer = rank.states, rank.states.optimizer
     path = states.path
-    inner = optimizer.get(INNER, optimizer) if isinstance(optimizer, dict) else None
+    inner: Any = optimizer.get(INNER, optimizer) if isinstance(optimizer, dict) else None
     rows = _rows(inner, states)
     names = _module_order(rank)
     take, ends, sizes = _reader(states, rank, names, rows)
     found = _assigned(names, sizes, ends, take, path)
     if rank.masters and {name: kept.master for name, kept in found.items()} != rank.masters:
-        raise UnsupportedError(f"{path}: the fp32 masters and the optimizer's states can be matched to the parameters in two ways. {OTHERWISE}")
+        raise UnsupportedError(
+            f"{path}: the fp32 masters and the optimizer's states can be matched to the parameters in two ways. {OTHERWISE}"
+        )
     trained = {name: kept for name, kept in found.items() if kept.row or kept.master is not None}
     if not trained:
         raise UnsupportedError(
@@ -74,7 +76,6 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
     idle = [name for name, kept in found.items() if name not in trained and rank.entries[name].numel]
     if idle:
         warnings.append(f"{len(idle)} parameters, such as {idle[0]!r}, have no optimizer states (frozen, or never given a gradient)")
-    version = states.ds_version
     info = states.raw.get("universal_checkpoint_info")
     return Training(
         stage=0,
@@ -84,8 +85,9 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
         settings=_settings(states),
         module=states.module_entries(exclude=set(trained), ties={}),
         model_files=tuple(folder.model.values()),
+        counters=partial(counters, states),
         cut=UniversalInfo(info, path).cut if isinstance(info, dict) else whole_rows,
-        deepspeed_version=version,
+        deepspeed_version=states.ds_version,
         warnings=tuple(warnings),
     )
 
@@ -128,7 +130,9 @@ def _reader(states: ModuleStates, rank: RankMap, names: list[str], rows: list[li
 
         return take_row, [len(group) for group in rows], [1] * len(names)
     if not rank.masters:
-        raise UnsupportedError(f"{states.path}: the fp32 masters could not be matched to the parameters by order, shape and values. {OTHERWISE}")
+        raise UnsupportedError(
+            f"{states.path}: the fp32 masters could not be matched to the parameters by order, shape and values. {OTHERWISE}"
+        )
     weights = {name: (file, states.module[name]) for name in names}
     known: dict[tuple[str, TensorRef], bool] = {}
 

@@ -89,10 +89,17 @@ def read_training(folder: TagFolder, states: ModuleStates, partitions: list[Part
         settings=settings,
         module={} if stage == 3 else states.module_entries(exclude=set(places), ties={}),
         model_files=tuple(path for _, path in sorted((folder.zero3 if stage == 3 else folder.model).items()))[: len(partitions)],
+        counters=partial(counters, states),
         cut=UniversalInfo(info, states.path).cut if isinstance(info, dict) else whole_rows,
         deepspeed_version=version if isinstance(version, str) else None,
         warnings=tuple(warnings),
     )
+
+
+def counters(states: ModuleStates) -> dict[str, Any]:
+    """What ``engine.load_checkpoint`` sets of the engine itself (0.19.8 ``runtime/engine.py`` ``_load_checkpoint``)."""
+    names = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")
+    return {name: plain(states.raw[name], states.file, name) for name in names if name in states.raw}
 
 
 def _base(partition: Partition) -> Any:
