@@ -27,5 +27,5 @@ def test_a_run_goes_on_without_zero(tiny_llama: Path, tmp_path: Path) -> None:
     assert isinstance(target, Layout)
     assert legs.elsewhere(row, target, None).curve("lr") == legs.whole(row, target, 0.0).curve("lr")
     run = legs.whole(row, row.layout, 0.0).run
-    with pytest.raises(UnsupportedError, match="tp2 zero0 × 2 cannot take over.*--zero-stage 1"):
+    with pytest.raises(UnsupportedError, match=r"tp2 zero0 × 2 cannot take over.*--zero-stage 1"):
         resume(run, layout=replace(target, tp=2), changes={"steps": 6})

@@ -155,10 +155,10 @@ def test_states_of_tensor_parallel_ranks_are_joined_as_their_masters_are(tmp_pat
     found = states_of(folder / "ckpt")
     optimizers = [load(path)["optimizer"] for path in sorted((folder / "ckpt").glob("*/mp_rank_*.pt"))]
     masters = [[master for group in optimizer["fp32_groups"] for master in group] for optimizer in optimizers]
-    joins: list[Callable[[list[Any]], Any]] = [lambda of: torch.cat(of, 0), lambda of: torch.cat(of, 1), lambda of: of[0]]
+    joins: list[Callable[[list[Any]], Any]] = [lambda of: torch.cat(of, 0), lambda of: torch.cat(of, -1), lambda of: of[0]]
     checked = set()
     for number, shards in enumerate(zip(*masters, strict=True)):
-        for name, join in ((name, join) for name in found for join in joins[shards[0].dim() < 2 :]):
+        for name, join in ((name, join) for name in found for join in joins):
             if same(join([shard.detach() for shard in shards]), truth[name]):
                 for state in ("exp_avg", "exp_avg_sq"):
                     mine = [optimizer["optimizer_state_dict"]["state"][number][state] for optimizer in optimizers]
