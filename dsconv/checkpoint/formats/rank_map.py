@@ -92,8 +92,8 @@ def _no_training(ranks: Sequence[RankMap]) -> str:
         return "this run was without ZeRO (stage 0), and saved no optimizer states"
     if not all(rank.entries for rank in ranks):
         return (
-            "this run was without ZeRO (stage 0), where the stages of a pipeline keep states without names. Train a step at stage 1 "
-            "from it, and save that"
+            "this run was without ZeRO (stage 0), where the stages of a pipeline keep states without names. Its weights can be merged "
+            "all the same; an optimizer then starts anew"
         )
     return ""
 

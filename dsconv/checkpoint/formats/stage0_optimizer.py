@@ -32,7 +32,7 @@ from dsconv.zero_utils.files import TagFolder
 INNER = "optimizer_state_dict"
 NO_SETTINGS = frozenset({INNER, "fp32_groups", "fp32_groups_flat", "state", "param_groups"})
 MAX_LIVE = 10_000  # partial assignments at a time; a sound checkpoint has a few
-OTHERWISE = "Train a step at stage 1 from it, and save that"
+OTHERWISE = "Its weights can be merged all the same; an optimizer then starts anew"
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 
 Row = Mapping[str, Any]

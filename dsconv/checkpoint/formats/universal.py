@@ -3,7 +3,7 @@
 Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py``. From stages 1 and 2 a file holds a dict with ``param``, in the
 parameter's full shape (rows that only pad a vocabulary are cut off: ``vocab_tensor``), from stage 3 a bare flat tensor. The
 names and shapes are those of the model states, which are copied from the source; so are buffers and frozen weights, of
-which ``zero/`` holds fp32 copies at most.
+which ``zero/`` holds fp32 copies at most. dsconv makes such checkpoints of runs without ZeRO too (``zero_stage`` 0).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _read(folder: TagFolder) -> Checkpoint:
         folder.path, "DeepSpeed universal", states.in_module_order(entries), folder=folder.save_dir, step=states.step,
         world={"data_parallel": world, "model_parallel": model_parallel},
         info={"zero_stage": stage, "tag": folder.tag, "deepspeed_version": states.ds_version, "master_dtype": "/".join(sorted(masters)),
-              "parameter_groups": len(states.param_shapes)},
+              **({"parameter_groups": len(states.param_shapes)} if stage else {})},
         warnings=tuple(warnings), sources=tuple(of.path for of in all_states), is_zero=True, no_training="it is one already",
     )  # fmt: skip
 
