@@ -65,6 +65,8 @@ class Training:
     ``param_groups``: the optimizer's groups of hyperparameters; ``settings``: what else the optimizer's wrapper saved (loss
     scaler, clipping, …). Both are plain values, SmallTensors, and Instances of classes of DeepSpeed.
     ``module``: tensors of the model states that no parameter of ``states`` stands for: frozen weights, buffers, tied names.
+    ``counters``: makes the engine's own (global_steps, global_samples, skipped_steps, and the state of the lr_scheduler), as far as
+    the model states have them; it may raise UnsupportedError.
     ``model_files``: the model-states files, that of rank 0 first. ``cut``: how a parameter is cut, by its name; it may raise
     UnsupportedError or MalformedError.
     """
@@ -76,6 +78,7 @@ class Training:
     settings: dict[str, Any]
     module: Mapping[str, TensorEntry]
     model_files: tuple[Path, ...]
+    counters: Callable[[], Mapping[str, Any]]
     cut: Callable[[str], Cut] = whole_rows
     deepspeed_version: str | None = None
     warnings: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ load OUT, or the folder that OUT lies in.""")  # fmt: skip
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
 def to_universal(checkpoint: str, output: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Convert a DeepSpeed ZeRO checkpoint into a universal one.
+    """Convert a DeepSpeed checkpoint, of any ZeRO stage or none, into a universal one.
 
     A universal checkpoint holds the fp32 masters, the optimizer's states and its step a parameter, so that a run goes on with
     another number of ranks or at another ZeRO stage. OUT (default: CKPT/<tag>_universal) becomes its folder, and a file

@@ -78,8 +78,8 @@ def training_of(checkpoint: Checkpoint) -> Training:
     """Raises UnsupportedError where the checkpoint holds no optimizer states that a universal checkpoint could take."""
     if checkpoint.training is None:
         raise UnsupportedError(
-            f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of ZeRO stage 1, 2 or 3, "
-            f"which holds the optimizer's states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
+            f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of DeepSpeed's "
+            f"that holds the optimizer's states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
         )
     return checkpoint.training()
 
@@ -129,6 +129,8 @@ def _settings(training: Training) -> dict[str, Any]:
     settings = {**training.settings, "param_groups": training.param_groups}
     if isinstance(settings.get("group_paddings"), list):
         settings["group_paddings"] = [0] * len(settings["group_paddings"])  # the states are written without
+    if training.stage == 0:  # the reader's own sign that the model states list no parameters; DeepSpeed looks at the rest only
+        settings["zero_stage"] = 0
     if training.deepspeed_version is not None:
         settings.setdefault("ds_version", training.deepspeed_version)
     settings["optimizer_state_dict"] = {"state": state, "param_groups": training.param_groups}

@@ -71,7 +71,7 @@ def to_universal(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> UniversalReport:
-    """Convert a checkpoint of ZeRO stage 1, 2 or 3 into a universal one, which any number of ranks and any stage can load.
+    """Convert a checkpoint of DeepSpeed, of any ZeRO stage or none, into a universal one, which any number of ranks and any stage can load.
 
     One of tensor-parallel (AutoTP) or pipeline ranks too: other degrees of those can load it.
 

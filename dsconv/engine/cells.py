@@ -65,9 +65,6 @@ def _all(nproc: int) -> list[Row]:
 
 def _zero(base: Layout, stage: int, dtype: str) -> Row:
     layout = replace(base, zero_stage=stage)
-    targets: dict[str, Layout | str] = {"another world": replace(layout, nproc=base.nproc // 2)}
-    if stage:
-        targets["another stage"] = replace(layout, zero_stage=(0, 2, 1, 1)[stage])
-    else:
-        targets["another stage"] = "DeepSpeed without ZeRO writes no names beside its optimizer's states"
-    return Row(f"zero{stage}-{dtype}", layout, dtype, {}, targets)
+    other = replace(layout, nproc=base.nproc // 2)
+    stages = replace(layout, zero_stage=(3, 0, 1, 1)[stage])
+    return Row(f"zero{stage}-{dtype}", layout, dtype, {}, {"another world": other, "another stage": stages})

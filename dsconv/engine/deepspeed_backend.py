@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.engine.backend import StepResult
+from dsconv.engine.checkpoints import read_state
 from dsconv.engine.models import Source, build
 from dsconv.engine.options import RunOptions
-from dsconv.engine.states import fill_whole_masters, local_states
-from dsconv.errors import RunFailedError, UsageError
+from dsconv.engine.states import fill_whole_masters, local_states, take_over
+from dsconv.errors import RunFailedError, UnsupportedError, UsageError
 from dsconv.loaders.stream import stream_into
 
 
@@ -173,6 +175,15 @@ class DeepSpeedBackend:
         self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, checkpoint: Path) -> None:
+        new, old = self.options.layout, read_state(checkpoint).layout
+        if new.zero_stage == 0 and (old.zero_stage, old.tp, old.pp) != (0, new.tp, new.pp):
+            if new.tp * new.pp > 1:
+                raise UnsupportedError(
+                    f"{checkpoint}: {new.label()} cannot take over the state of other ranks, since DeepSpeed without ZeRO loads no "
+                    "universal checkpoint; take --zero-stage 1, which computes the same"
+                )
+            take_over(self.engine, open_checkpoint(checkpoint))
+            return
         path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
             raise RunFailedError(f"{checkpoint}: DeepSpeed did not load it")

@@ -11,19 +11,11 @@ from dsconv.checkpoint.renaming import renamed
 from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert.universal_writer import to_universal
 from dsconv.engine.options import Layout
-from dsconv.errors import InconsistentCheckpointError, UnsupportedError
+from dsconv.errors import InconsistentCheckpointError
 
 
 def write_universal(checkpoint: Path, output: Path, layout: Layout, config: Any) -> None:
-    """Convert ``checkpoint`` for ``layout``; ``config`` is the model's.
-
-    Raises UnsupportedError for a layout that loads no universal checkpoint, and what ``to_universal`` raises.
-    """
-    if layout.zero_stage == 0:
-        raise UnsupportedError(
-            f"{checkpoint}: {layout.label()} cannot take over the state of other ranks, since DeepSpeed without ZeRO loads no universal "
-            "checkpoint; take --zero-stage 1, which computes the same"
-        )
+    """Convert ``checkpoint`` for ``layout``, which has ZeRO; ``config`` is the model's. Raises what ``to_universal`` raises."""
     source = open_checkpoint(checkpoint)  # by names in transformers, whatever the layout
     if layout.pp > 1:
         source = _for_pipeline(source, config)

@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
+from dsconv.checkpoint.standins import Instance
 from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.checkpoint.training import SmallTensor, Training
+from dsconv.convert.universal_plan import training_of
+from dsconv.errors import InconsistentCheckpointError, UnsupportedError
 
 
 def local_states(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -99,3 +103,61 @@ def fill_whole_masters(engine: Any, checkpoint: Checkpoint) -> None:
         if name in checkpoint and id(parameter) in whole:
             master = whole[id(parameter)]
             master.detach().copy_(checkpoint[name].read().reshape(master.shape))
+
+
+def take_over(engine: Any, checkpoint: Checkpoint) -> None:
+    """Go on from ``checkpoint``, of any layout, with an engine without ZeRO, whose every rank holds the whole model.
+
+    Weights, masters, buffers, the optimizer's states and hyperparameters, the schedule, the loss scaler and the counters: what
+    ``engine.load_checkpoint`` sets (DeepSpeed 0.19.8 ``engine.py`` ``_load_checkpoint``). Raises UnsupportedError where the
+    checkpoint has no optimizer states that could be told, TensorNotFoundError and InconsistentCheckpointError for another model.
+    """
+    training = training_of(checkpoint)
+    if hasattr(engine.optimizer, "fp32_groups_flat"):
+        raise UnsupportedError(
+            f"{checkpoint.path}: DeepSpeed's fused optimizer without ZeRO keeps no states of single parameters; take --zero-stage 1, or "
+            "torch's AdamW"
+        )
+    whole, inner = _whole_masters(engine), _inner(engine)
+    for name, parameter in engine.module.named_parameters():
+        entry = checkpoint[name]
+        if (entry.shape or (1,)) != (tuple(parameter.shape) or (1,)):  # stage 3 has no 0-d parameters
+            raise InconsistentCheckpointError(
+                f"{checkpoint.path}: {name!r} has shape {list(entry.shape)} and the model's {list(parameter.shape)}: it is of another model"
+            )
+        master = whole.get(id(parameter), parameter)
+        value = entry.read().reshape(parameter.shape)
+        for tensor in (parameter, master):
+            tensor.detach().copy_(value)
+        if entry.name not in training.states:  # frozen
+            continue
+        inner.state[master] = {
+            key: state.read().reshape(master.shape).to(master.device) for key, state in training.states[entry.name].items()
+        }
+        if entry.name in training.steps:
+            inner.state[master]["step"] = torch.tensor(_number(training.steps[entry.name]), dtype=torch.float32)
+    for name, buffer in engine.module.named_buffers():
+        if name in checkpoint:
+            buffer.copy_(checkpoint[name].read().reshape(buffer.shape))
+    for group, kept in zip(inner.param_groups, training.param_groups, strict=True):
+        group.update({key: _number(value) for key, value in kept.items() if key in group and key != "params"})
+    _take_over_counters(engine, training)
+
+
+def _take_over_counters(engine: Any, training: Training) -> None:
+    scaler, own = training.settings.get("loss_scaler"), getattr(engine.optimizer, "loss_scale_config", None)
+    if isinstance(scaler, Instance) and own is not None:
+        for key in ("cur_scale", "cur_iter", "last_overflow_iter"):
+            setattr(own, key, scaler.get(key, getattr(own, key)))
+    counters = training.counters()
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(counters["lr_scheduler"])
+    for key in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, key, counters[key])
+
+
+def _number(value: Any) -> Any:
+    """A setting, which some optimizers keep as a tensor of no dimensions."""
+    if not isinstance(value, SmallTensor):
+        return value
+    return torch.frombuffer(bytearray(value.data), dtype=getattr(torch, value.dtype.name)).item()

@@ -137,12 +137,8 @@ def _backend(job: Job, source: Source) -> Backend:
 
 
 def _converts(job: Job) -> bool:
-    """Whether the checkpoint must be made universal first. DCP reshards by itself; without ZeRO every data-parallel rank has all."""
-    if not job.relaid or job.options.layout.backend == "native":
-        return False
-    assert job.checkpoint is not None
-    old, new = checkpoints.read_state(job.checkpoint).layout, job.options.layout
-    return not (old.zero_stage == new.zero_stage == 0 and (old.tp, old.pp) == (new.tp, new.pp))
+    """Whether the checkpoint must be made universal first. DCP reshards by itself; DeepSpeed without ZeRO loads no universal one."""
+    return job.relaid and job.options.layout.backend == "deepspeed" and job.options.layout.zero_stage > 0
 
 
 def _state(job: Job, source: Source) -> State:

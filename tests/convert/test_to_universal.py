@@ -86,7 +86,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 COMPARED = [name for name in NAMES if not name.endswith(("roundrobin", "elastic", "lion", "adagrad", "sgd", "momentum"))
-            and name not in ("odd-z2-fp32-w2", "odd-z1-bf16-w3")]  # fmt: skip
+            and "-z0-" not in name and name not in ("odd-z2-fp32-w2", "odd-z1-bf16-w3")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -155,7 +155,8 @@ def test_both_tools_output_is_read_as_a_source(name: str, made: dict[str, Path],
             if "patterns" in name and key == "embed.weight":
                 expected = expected[: PATTERNS["original_vocab_size"]]
             assert same(entry.read(), expected), key
-            assert entry.role == plain[key].role
+            if name != "odd-z0-fp32-w2":  # without masters the source does not say what was frozen
+                assert entry.role == plain[key].role
         report = dsconv.merge(source, tmp_path / str(number), fsync=False, verify_output=True)
         assert report.tensors == len(plain)
         if "patterns" not in name:
@@ -402,16 +403,10 @@ def test_scalar_states_and_numbers_of_numpy(made: dict[str, Path], tmp_path: Pat
     assert load(tmp_path / "out" / "zero" / "optimizer_state.pt")["param_groups"][0]["lr"] == 0.125
 
 
-@pytest.mark.parametrize("name", ["llama_tied-z0-bf16-w2", "merged"])
-def test_sources_without_partitions_are_refused(name: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    source = trained("llama_tied-z0-bf16-w2").checkpoint
-    if name == "merged":
-        dsconv.merge(source, tmp_path / "merged", fsync=False)
-        source = tmp_path / "merged"
-    with pytest.raises(
-        UnsupportedError, match="ZeRO stage 1, 2 or 3.*holds the optimizer's states" + (".*without ZeRO" if name != "merged" else "$")
-    ):
-        dsconv.to_universal(source, tmp_path / "out")
+def test_sources_without_an_optimizer_are_refused(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    dsconv.merge(trained("llama_tied-z0-bf16-w2").checkpoint, tmp_path / "merged", fsync=False)
+    with pytest.raises(UnsupportedError, match=r"one of DeepSpeed's that holds the optimizer's states$"):
+        dsconv.to_universal(tmp_path / "merged", tmp_path / "out")
 
 
 def test_a_universal_checkpoint_is_not_converted_again(converted: Callable[[str], Path], tmp_path: Path) -> None:

@@ -253,8 +253,8 @@ def test_hyperparameters_of_the_first_rank(made: dict[str, Path], tmp_path: Path
     [
         ("moe", "z1-fp32-w2-ep1", "experts have optimizer states of their own"),
         ("moe", "mixtral-z3-fp32-w2-ep2", "experts have optimizer states of their own"),
-        ("pipeline", "pp2-z0-bf16", "without ZeRO .stage 0."),
-        ("autotp", "llama-tp2-z0-bf16", "without ZeRO .stage 0."),
+        ("pipeline", "pp2-z0-fp32", "without ZeRO .stage 0., where the stages of a pipeline"),
+        ("pipeline", "pp2-z0-fp16", "without ZeRO .stage 0., where the stages of a pipeline"),
     ],
 )
 def test_what_is_refused_says_why(maker: str, name: str, words: str, tmp_path: Path) -> None:

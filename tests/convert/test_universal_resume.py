@@ -16,23 +16,27 @@ from tests.trained import load_safetensors, same
 
 # source: (worlds and stages that load it; with True it trains on as the original did).
 PLANS: dict[str, list[tuple[int, int, bool]]] = {
+    "llama_groups-z0-bf16-w2": [(1, 1, False), (3, 2, False), (2, 3, False)],
+    "odd-z0-fp32-w2": [(3, 1, False), (2, 2, False), (1, 3, False)],
+    "llama_groups-z0-fp16-w2": [(2, 1, False), (3, 3, False)],
+    "llama_frozen-z0-bf16-w2": [(1, 2, False)],
     "llama_tied-z1-bf16-w2": [(1, 1, False), (3, 1, False), (4, 1, False), (2, 1, True), (3, 2, False), (1, 3, False), (3, 3, False)],
     "llama_groups-z1-bf16-w2-bf16opt": [(1, 1, False), (3, 1, False), (4, 2, False), (2, 1, True)],
-    "llama_groups-z2-bf16-w2": [(1, 2, False), (3, 2, False), (4, 1, False), (2, 2, True), (3, 3, False)],
-    "odd-z2-fp32-w2": [(1, 2, False), (2, 2, True), (1, 1, False), (3, 3, False)],
+    "llama_groups-z2-bf16-w2": [(1, 0, False), (1, 2, False), (3, 2, False), (4, 1, False), (2, 2, True), (3, 3, False)],
+    "odd-z2-fp32-w2": [(3, 0, False), (1, 2, False), (2, 2, True), (1, 1, False), (3, 3, False)],
     "llama_frozen-z2-bf16-w2": [(1, 2, False), (4, 2, False), (2, 3, False)],
     "llama_groups-z2-bf16-w2-roundrobin": [(1, 2, False), (3, 2, False)],
     "gpt2-z2-fp32-w2-aligned": [(3, 2, False), (1, 3, False)],
-    "llama_groups-z2-fp16-w2": [(3, 2, False), (2, 2, True), (1, 3, False)],
+    "llama_groups-z2-fp16-w2": [(3, 0, False), (3, 2, False), (2, 2, True), (1, 3, False)],
     "llama_groups-z3-bf16-w2-subgroups": [(1, 3, False), (3, 3, False), (4, 3, False), (3, 2, False), (1, 1, False)],
-    "odd-z3-fp32-w2": [(1, 3, False), (3, 3, False), (2, 3, True), (2, 2, False)],
-    "llama_frozen-z3-bf16-w2": [(3, 3, False), (1, 2, False)],
+    "odd-z3-fp32-w2": [(2, 0, False), (1, 3, False), (3, 3, False), (2, 3, True), (2, 2, False)],
+    "llama_frozen-z3-bf16-w2": [(3, 0, False), (3, 3, False), (1, 2, False)],
     "llama_groups-z2-bf16-w2-elastic": [(3, 2, False)],
     "llama_tied-z1-bf16-w2-lion": [(3, 1, False), (2, 1, True)],
     "llama_tied-z2-bf16-w2-adagrad": [(3, 2, False), (2, 2, True)],
     "llama_tied-z1-fp32-w2-sgd": [(3, 1, False)],
     "llama_tied-z2-fp32-w2-momentum": [(1, 2, False), (2, 2, True)],
-    "llama_tied-z1-bf16-w2-amsgrad": [(3, 1, False), (2, 1, True)],
+    "llama_tied-z1-bf16-w2-amsgrad": [(3, 0, False), (3, 1, False), (2, 1, True)],
     "llama_tied-z2-bf16-w1": [(4, 2, False), (1, 2, True)],
     "gpt2-z3-fp32-w1": [(3, 3, False), (1, 1, False)],
     "odd-z1-bf16-w3": [(1, 1, False), (2, 2, False)],
@@ -54,7 +58,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
         dsconv.to_universal(folder / "ckpt", root / source / "universal", fsync=False, verify_output=True)
         # Half of them by the folder itself, half as the official tool's output is loaded: from its parent.
         for number, (world, stage, goes_on) in enumerate(PLANS[source]):
-            path = root / source / "universal" if number % 2 else root / source
+            path = folder / "ckpt" if stage == 0 else root / source / "universal" if number % 2 else root / source
             resumes.append(Resume(source, str(path), world, stage, goes_on))
     found = run(resumes, root)
     yield found

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsconv.checkpoint.formats import tensor_parallel
-from dsconv.checkpoint.formats.rank_map import RankMap
+from dsconv.checkpoint.formats.rank_map import RankMap, read_training
 from dsconv.checkpoint.formats.shard_copies import same
 from dsconv.checkpoint.formats.tensor_parallel import Rules
 from dsconv.checkpoint.formats.tp_plan import PlanRules
 from dsconv.checkpoint.formats.universal_info import UniversalInfo
-from dsconv.checkpoint.formats.zero_optimizer import read_training
 from dsconv.checkpoint.reading import Sources
 from dsconv.checkpoint.tensormap import TensorEntry
 from dsconv.checkpoint.training import Training
@@ -51,7 +50,7 @@ def join_training(
     where there is one such rank. Raises what ``read_training`` raises, and InconsistentCheckpointError where ranks lack a
     state, differ in copies of one or are of other steps.
     """
-    of_ranks = [read_training(folder.of_rank(mp), r.states, r.partitions, r.stage, r.places) for mp, r in enumerate(ranks)]
+    of_ranks = [read_training(folder.of_rank(mp), r) for mp, r in enumerate(ranks)]
     degree = len(shards)
     slices = [_over_stages(of_ranks[tp::degree], rules) for tp in range(degree)]
     with Sources() as sources:

@@ -69,7 +69,7 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
     files = [layer.file for mine in layers.values() for layer in mine.values()]
     ordered = dict(sorted(full.items(), key=lambda item: _place(item[0])))
     checkpoint = rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, pipeline", warnings, world, files)
-    if ranks[0].stage:
+    if not checkpoint.no_training:
         from dsconv.checkpoint.formats.joined_training import join_training
 
         checkpoint.training = partial(join_training, folder, ranks, entries, ordered, joining)
@@ -274,6 +274,6 @@ def _take_masters(layers: dict[int, Layer], stages: Sequence[RankMap], entries: 
                     _same_copy(found[name], entry, None, warnings, sources)
             else:
                 found[name] = entry
-        stage.masters = len(masters)
+        stage.masters = masters
     for name, entry in entries.items():
         entries[name] = found.get(name) or (replace(entry, role="frozen") if entry.role == "parameter" else entry)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.formats.module_states import ModuleStates
+from dsconv.checkpoint.standins import TensorRef
 from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.errors import MissingShardError
@@ -21,6 +22,7 @@ from dsconv.zero_utils.files import TagFolder
 if TYPE_CHECKING:
     from dsconv.checkpoint.formats.zero import Partition
     from dsconv.checkpoint.formats.zero_optimizer import Place
+    from dsconv.checkpoint.training import Training
 
 
 @dataclass
@@ -33,7 +35,7 @@ class RankMap:
     kind: str  # such as ZeRO-1
     stage: int
     data_parallel: int
-    masters: int = 0  # of stage 0: how many entries are read from the inline optimizer
+    masters: Mapping[str, TensorRef] = field(default_factory=dict)  # of stage 0: those of the inline optimizer, by name
     places: dict[str, Place] = field(default_factory=dict)  # of ZeRO: where each parameter's optimizer states lie
 
     @property
@@ -68,11 +70,32 @@ def of_one_rank(folder: TagFolder, rank: RankMap, warnings: list[str]) -> Checkp
             f"files of one. Copy the others, such as *mp_rank_{missing:02d}_*.pt, from the nodes that wrote them"
         )
     checkpoint = to_checkpoint(folder, [rank], rank.states.in_module_order(rank.entries), rank.kind, warnings)
-    if rank.places and rank.stage:
-        from dsconv.checkpoint.formats.zero_optimizer import read_training
-
-        checkpoint.training = partial(read_training, folder, rank.states, rank.partitions, rank.stage, rank.places)
+    if not checkpoint.no_training:
+        checkpoint.training = partial(read_training, folder, rank)
     return checkpoint
+
+
+def read_training(folder: TagFolder, rank: RankMap) -> Training:
+    """The optimizer of a rank whose files are ``folder``; raises what both readers of it raise."""
+    from dsconv.checkpoint.formats import stage0_optimizer, zero_optimizer
+
+    if rank.partitions:
+        return zero_optimizer.read_training(folder, rank.states, rank.partitions, rank.stage, rank.places)
+    return stage0_optimizer.read_training(folder, rank)
+
+
+def _no_training(ranks: Sequence[RankMap]) -> str:
+    """Why nothing can be said of the optimizer of ``ranks``, if so."""
+    if all(rank.partitions for rank in ranks):
+        return ""
+    if not all(isinstance(rank.states.optimizer, dict) for rank in ranks):
+        return "this run was without ZeRO (stage 0), and saved no optimizer states"
+    if not all(rank.entries for rank in ranks):
+        return (
+            "this run was without ZeRO (stage 0), where the stages of a pipeline keep states without names. Its weights can be merged "
+            "all the same; an optimizer then starts anew"
+        )
+    return ""
 
 
 def to_checkpoint(
@@ -92,7 +115,7 @@ def to_checkpoint(
     masters = {str(entry.dtype) for entry in entries.values() if entry.role == "parameter"}
     info: dict[str, Any] = {"zero_stage": first.stage, "tag": folder.tag, "deepspeed_version": first.states.ds_version}
     if not first.stage:
-        info["masters"] = sum(rank.masters for rank in ranks)
+        info["masters"] = sum(len(rank.masters) for rank in ranks)
     if first.partitions:
         info |= {"master_dtype": "/".join(sorted(masters)), "parameter_groups": len(first.states.param_shapes)}
     paths: set[Path] = {file.path for file in files}
@@ -107,5 +130,5 @@ def to_checkpoint(
         warnings=tuple(warnings),
         sources=tuple(sorted(paths)),
         is_zero=True,
-        no_training="" if first.stage else "this run was without ZeRO (stage 0). Train a step at stage 1 from it, and save that",
+        no_training=_no_training(ranks),
     )

@@ -42,7 +42,7 @@ def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
     masters = match_masters(states, weights, entries, warnings)
     if masters:
         entries |= replaced_by_masters(states.file, entries, masters)
-    return RankMap(states, entries, [], "DeepSpeed stage 0", 0, world_of(states), len(masters))
+    return RankMap(states, entries, [], "DeepSpeed stage 0", 0, world_of(states), masters)
 
 
 def read_states(folder: TagFolder) -> ModuleStates:
@@ -116,7 +116,7 @@ def replaced_by_masters(file: TorchFile, entries: Mapping[str, TensorEntry], mas
     return result
 
 
-def _agrees(file: TorchFile, weights: Weights, name: str, master: TensorRef) -> bool:
+def agrees(file: TorchFile, weights: Weights, name: str, master: TensorRef) -> bool:
     """Whether the first elements of a master in ``file``, cast, are the weight's."""
     holder, weight = weights[name]
     if weight.shape != master.shape or not is_contiguous(weight.shape, weight.strides) or not is_contiguous(master.shape, master.strides):
@@ -136,7 +136,7 @@ def _match(file: TorchFile, weights: Weights, names: list[str], tensors: list[Te
     position = 0
     index = {name: i for i, name in enumerate(names)}
     for master in tensors:
-        candidates = [name for name in free if _agrees(file, weights, name, master)]
+        candidates = [name for name in free if agrees(file, weights, name, master)]
         if not candidates:
             return None
         name = next((c for c in candidates if index[c] >= position), candidates[0])
@@ -157,8 +157,8 @@ def _match_flat(file: TorchFile, weights: Weights, names: list[str], flats: list
                 shape, numel = weights[name][1].shape, weights[name][1].numel
                 if not numel or offset + numel > flat.numel:
                     continue
-                view = TensorRef(flat.storage, flat.dtype, flat.offset + offset, shape, _row_major(shape))
-                if _agrees(file, weights, name, view):
+                view = TensorRef(flat.storage, flat.dtype, flat.offset + offset, shape, row_major(shape))
+                if agrees(file, weights, name, view):
                     matched[name] = view
                     free.remove(name)
                     offset += numel
@@ -168,7 +168,7 @@ def _match_flat(file: TorchFile, weights: Weights, names: list[str], flats: list
     return matched
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides: list[int] = []
     step = 1
     for size in reversed(shape):

@@ -41,7 +41,7 @@ def read_tensor_parallel(folder: TagFolder) -> Checkpoint:
     world = {"data_parallel": ranks[0].data_parallel, "model_parallel": len(ranks), "tensor_parallel": len(ranks)}
     ordered = ranks[0].states.in_module_order(entries)
     checkpoint = rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, tensor parallel", warnings, world)
-    if ranks[0].stage:
+    if not checkpoint.no_training:
         from dsconv.checkpoint.formats.joined_training import join_training
 
         checkpoint.training = partial(join_training, folder, ranks, shards, entries, rules)

@@ -3,7 +3,7 @@
 Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py``. From stages 1 and 2 a file holds a dict with ``param``, in the
 parameter's full shape (rows that only pad a vocabulary are cut off: ``vocab_tensor``), from stage 3 a bare flat tensor. The
 names and shapes are those of the model states, which are copied from the source; so are buffers and frozen weights, of
-which ``zero/`` holds fp32 copies at most.
+which ``zero/`` holds fp32 copies at most. dsconv makes such checkpoints of runs without ZeRO too (``zero_stage`` 0).
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ def _read(folder: TagFolder) -> Checkpoint:
     ties = states.ties()
     listing = all_states if model_parallel > 1 else [states]
     shapes = {name: shape for of in listing for group in of.param_shapes for name, shape in group.items()}
-    entries = {name: _parameter(folder, name, shape, ties, model_parallel == 1) for name, shape in shapes.items()}
+    whole: bool | None = model_parallel == 1
+    if stage == 0:
+        shapes = _with_states(folder, listing)
+        whole = whole if states.module else None
+    entries = {name: _parameter(folder, name, shape, ties, whole) for name, shape in shapes.items()}
     if stage == 3 and model_parallel > 1:
         _refuse_shards(folder, [name for of in all_states for name in of.frozen_shapes if name not in entries], model_parallel)
         entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
@@ -97,18 +101,30 @@ def _read(folder: TagFolder) -> Checkpoint:
         entries.update(rest)
         if not states.module:
             entries.update(_copies(folder, entries, {name for of in all_states for name in of.buffer_names}, warnings))
-        whole = {name: entry for name, entry in entries.items() if name in shapes and entry.shape == shapes[name]}
+        uncut = {name: entry for name, entry in entries.items() if name in shapes and entry.shape == shapes[name]}
         if model_parallel == 1:
-            crosscheck.masters_match_module(states, whole, warnings)
+            crosscheck.masters_match_module(states, uncut, warnings)
     world = len(all_states) if stage == 3 and model_parallel == 1 else _world(states)
     masters = {str(e.dtype) for e in entries.values() if e.role == "parameter"}
     return Checkpoint(
         folder.path, "DeepSpeed universal", states.in_module_order(entries), folder=folder.save_dir, step=states.step,
         world={"data_parallel": world, "model_parallel": model_parallel},
         info={"zero_stage": stage, "tag": folder.tag, "deepspeed_version": states.ds_version, "master_dtype": "/".join(sorted(masters)),
-              "parameter_groups": len(states.param_shapes)},
+              **({"parameter_groups": len(states.param_shapes)} if stage else {})},
         warnings=tuple(warnings), sources=tuple(of.path for of in all_states), is_zero=True, no_training="it is one already",
     )  # fmt: skip
+
+
+def _with_states(folder: TagFolder, all_states: list[ModuleStates]) -> dict[str, tuple[int, ...]]:
+    """Of a source without ZeRO, whose model states list no parameters: those with files of states, in shapes of ``module``.
+
+    A pipeline's module lies in layer files, which are not here: its shapes are not known.
+    """
+    trained = {path.parent.name for path in (folder.path / FOLDER).glob("*/*.pt") if path.name != "fp32.pt"}
+    shapes = {name: value.shape for of in all_states for name, value in of.module.items() if isinstance(value, TensorRef)}
+    if not shapes:
+        return dict.fromkeys(sorted(trained), ())
+    return {name: shape for name, shape in shapes.items() if name in trained}
 
 
 def _refuse_shards(folder: TagFolder, frozen: list[str], model_parallel: int) -> None:
@@ -140,8 +156,8 @@ def _stage(folder: TagFolder) -> int:
         raise MissingShardError(f"{path}: missing; the conversion to a universal checkpoint was not finished: run it again")
     root = TorchFile(path).root
     stage = root.get("zero_stage", 1) if isinstance(root, dict) else None  # BF16_Optimizer, which is stage 1, writes none
-    if type(stage) is not int or not 1 <= stage <= 3:
-        raise MalformedError(f"{path}: the ZeRO stage is {shown(stage)}; expected 1, 2 or 3")
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise MalformedError(f"{path}: the ZeRO stage is {shown(stage)}; expected 0, 1, 2 or 3")
     return stage
 
 

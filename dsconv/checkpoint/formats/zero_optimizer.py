@@ -79,7 +79,7 @@ def read_training(folder: TagFolder, states: ModuleStates, partitions: list[Part
             f"{first.path.name} was saved with elastic_checkpoint, which keeps no hyperparameters: those of the new run's config will count"
         )
     version = first.state.get("ds_version", first.file.root.get("ds_version"))
-    settings = {k: _plain(v, first.file, f"optimizer_state_dict[{k!r}]") for k, v in first.state.items() if k not in SHARDED}
+    settings = {k: plain(v, first.file, f"optimizer_state_dict[{k!r}]") for k, v in first.state.items() if k not in SHARDED}
     info = states.raw.get("universal_checkpoint_info")
     return Training(
         stage=stage,
@@ -89,10 +89,17 @@ def read_training(folder: TagFolder, states: ModuleStates, partitions: list[Part
         settings=settings,
         module={} if stage == 3 else states.module_entries(exclude=set(places), ties={}),
         model_files=tuple(path for _, path in sorted((folder.zero3 if stage == 3 else folder.model).items()))[: len(partitions)],
+        counters=partial(counters, states),
         cut=UniversalInfo(info, states.path).cut if isinstance(info, dict) else whole_rows,
         deepspeed_version=version if isinstance(version, str) else None,
         warnings=tuple(warnings),
     )
+
+
+def counters(states: ModuleStates) -> dict[str, Any]:
+    """What ``engine.load_checkpoint`` sets of the engine itself (0.19.8 ``runtime/engine.py`` ``_load_checkpoint``)."""
+    names = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")
+    return {name: plain(states.raw[name], states.file, name) for name in names if name in states.raw}
 
 
 def _base(partition: Partition) -> Any:
@@ -149,7 +156,7 @@ def _step(partitions: list[Partition], rows: list[dict[str, Any]], g: int) -> An
     for partition, row in zip(partitions, rows, strict=True):
         if row.get(STEP) is None or partition.groups[g].numel == 0:
             continue
-        value = _plain(row[STEP], partition.file, f"the step of group {g}")
+        value = plain(row[STEP], partition.file, f"the step of group {g}")
         numbers = crosscheck.decode(value.data, value.dtype) if isinstance(value, SmallTensor) else [value]
         if not numbers or len(numbers) != 1 or not isinstance(numbers[0], (int, float)):
             raise MalformedError(f"{partition.path}: the optimizer's step of group {g} is {shown(row[STEP])}; expected a number")
@@ -165,14 +172,14 @@ def _step(partitions: list[Partition], rows: list[dict[str, Any]], g: int) -> An
 def _param_groups(partition: Partition) -> list[dict[str, Any]]:
     base = _base(partition)
     groups = base["param_groups"] if isinstance(base, dict) else []
-    return [_plain(group, partition.file, "param_groups") for group in groups]
+    return [plain(group, partition.file, "param_groups") for group in groups]
 
 
-def _plain(value: Any, file: TorchFile, where: str, depth: int = 0) -> Any:
+def plain(value: Any, file: TorchFile, where: str, depth: int = 0) -> Any:
     """``value`` with small tensors read and numpy's numbers made Python's. Raises UnsupportedError for anything else."""
     if depth > MAX_DEPTH:
         raise MalformedError(f"{file.path}: {where} is nested over {MAX_DEPTH} deep")
-    deeper = partial(_plain, file=file, where=where, depth=depth + 1)
+    deeper = partial(plain, file=file, where=where, depth=depth + 1)
     if value is None or isinstance(value, (bool, int, float, str, DType)):
         return value
     if isinstance(value, TensorRef):

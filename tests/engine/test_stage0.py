@@ -1,0 +1,31 @@
+"""Runs that lose their ZeRO: DeepSpeed loads nothing there from another layout, the engine does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsconv.engine import Layout, RunOptions, resume
+from dsconv.engine.cells import rows
+from dsconv.engine.validation import Validation
+from dsconv.errors import UnsupportedError
+
+
+def test_a_run_goes_on_without_zero(tiny_llama: Path, tmp_path: Path) -> None:
+    options = RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4, warmup=3)
+    (row,) = rows(2, False, ("zero1-bf16",))
+    validation = Validation(tmp_path, options, [row])
+    validation.check(row, "another stage")
+    (cell,) = validation.cells
+    assert cell.passed, cell
+    assert cell.evidence["resumed as"] == "zero0 × 2"
+    assert cell.evidence["tensors compared"] == 3 * 20  # masters, exp_avg, exp_avg_sq
+    legs = validation.legs
+    target = row.targets["another stage"]
+    assert isinstance(target, Layout)
+    assert legs.elsewhere(row, target, None).curve("lr") == legs.whole(row, target, 0.0).curve("lr")
+    run = legs.whole(row, row.layout, 0.0).run
+    with pytest.raises(UnsupportedError, match=r"tp2 zero0 × 2 cannot take over.*--zero-stage 1"):
+        resume(run, layout=replace(target, tp=2), changes={"steps": 6})
