@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit attacks fuzz fixtures aio bench clean
+.PHONY: help demo test lint types unit attacks fuzz crash fixtures aio bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ N ?= 100000
 SEED ?= 0
 fuzz: $(READY) ## break N files of every kind and count what becomes of them: 1 minute for 100,000, or make fuzz N=1000000
 	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m tests.fuzz --count $(N) --seed $(SEED) $(ARGS)
+
+crash: $(READY) ## kill runs and fail system calls wherever a run changes the disk: some 20 minutes, or ARGS='--count 60' of each kind
+	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m tests.crash $(ARGS)
 
 fixtures: $(READY) ## train again the checkpoints that are kept in tests/data (compiles DeepSpeed's native ops)
 	$(BIN)/python -m tests.fixtures.session --native --root tests/data/native_ops

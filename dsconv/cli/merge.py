@@ -29,6 +29,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--sha256", is_flag=True, help="Put the sha256 of each file in the manifest."),
     click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."),
     click.option("--push-to-hub", type=Repo(), metavar="REPO", help="Push OUT to org/model on the Hugging Face Hub (see dsconv push)."),
+    click.option("--private", is_flag=True, help="With --push-to-hub: as of dsconv push."),
     click.option("--safe_serialization", is_flag=True, hidden=True, help="Of the old script; the output is always safetensors."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
     click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
@@ -80,6 +81,8 @@ def _run(options: dict[str, Any]) -> None:
     source, output = options.pop("checkpoint"), options.pop("output")
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     del options["safe_serialization"], options["debug"]
+    if options["private"] and options["push_to_hub"] is None:
+        raise click.UsageError("--private is of the repository that --push-to-hub names")
     console.quiet_downloads(quiet or as_json)
     began = time.monotonic()
     with console.progress(quiet or as_json) as progress:

@@ -96,6 +96,7 @@ def merge(
     sha256: bool = False,
     workers: int | None = None,
     push_to_hub: str | None = None,
+    private: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> MergeReport:
     """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads, on the disk or in a store.
@@ -103,7 +104,7 @@ def merge(
     Weights of a ZeRO checkpoint come from its fp32 masters; frozen weights and buffers keep their stored dtype. With
     ``dtype`` (fp32, bf16 or fp16) every floating tensor of 16 bits or more is cast, once, to nearest even. ``progress``
     is called with (phase, bytes done, bytes in all), from any thread. ``fsync`` (by default, true) is of the disk. The output
-    is pushed to the repository ``push_to_hub``, if given: see ``push``.
+    is pushed to the repository ``push_to_hub``, if given: see ``push``, also of ``private``.
 
     Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being written
     by another run, does not fit the disk or cannot be written as asked; MismatchError when ``verify_output`` finds a
@@ -167,7 +168,7 @@ def merge(
         order = [*small, *files, *([plan.index_name] if index is not None else [])]
         staging.commit(order, (name for name in old if name not in order or name == plan.index_name or name in files))
     if push_to_hub is not None:
-        report.pushed = push_merged(target, push_to_hub, progress)
+        report.pushed = push_merged(target, push_to_hub, private, progress)
     return report
 
 

@@ -131,12 +131,14 @@ def prepare(repo: str, output: Path) -> None:
     open_api(repo)
 
 
-def push_merged(output: Path, repo: str, progress: Callable[[str, int, int], None] | None) -> dict[str, Any]:
+def push_merged(output: Path, repo: str, private: bool, progress: Callable[[str, int, int], None] | None) -> dict[str, Any]:
     """Push what a merge has put in place; where the Hub fails, say that the merge has not."""
     try:
-        return push(output, repo, progress=progress).to_dict()
-    except RemoteError as error:
-        raise RemoteError(f"{error}. The model is whole in {output}; to push it: dsconv push {output} {repo}") from None
+        return push(output, repo, private=private, progress=progress).to_dict()
+    except (RemoteError, UnsafeError) as error:
+        raise type(error)(
+            f"{error}. The model is whole in {output}; to push it: dsconv push {output} {repo}{' --private' * private}"
+        ) from None
 
 
 def check_repo(repo: str) -> None:

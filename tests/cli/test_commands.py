@@ -54,7 +54,7 @@ def test_the_surface_of_the_command_line() -> None:
         options = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
         surface[name] = sorted(option for option in options if option[0] == "-")
     merge = ["--adapter", "--config-from", "--debug", "--dry-run", "--dtype", "--exclude-frozen", "--exclude_frozen_parameters",
-             "--force", "--fsync", "--json", "--max-shard-size", "--max_shard_size", "--no-fsync", "--push-to-hub", "--quiet",
+             "--force", "--fsync", "--json", "--max-shard-size", "--max_shard_size", "--no-fsync", "--private", "--push-to-hub", "--quiet",
              "--revision", "--safe_serialization", "--sha256", "--tag", "--verify", "--workers", "-d", "-q", "-t"]  # fmt: skip
     assert surface == {
         "zero-to-fp32": merge,

@@ -364,9 +364,14 @@ def test_a_merge_that_pushes(hub: WritableHub, trained: Callable[[str], Trained]
     before = shell("merge", source, "never", "--push-to-hub", "org/new", HF_TOKEN="")
     assert (before.code, (tmp_path / "never").exists()) == (6, False)  # said before the work, not after it
     assert "no token to write with" in before.err
-    report = shell("merge", source, "again", "--push-to-hub", "org/new", "--dtype", "bf16", "--json", HF_HUB_DISABLE_XET="1")
+    assert shell("merge", source, "never", "--private").code == 2
+    hub.make("org/public")
+    public = shell("merge", source, "kept", "--push-to-hub", "org/public", "--private")
+    assert (public.code, "dsconv push kept org/public --private" in public.err) == (4, True), public.err
+    options = ("--push-to-hub", "org/new", "--private", "--dtype", "bf16", "--json")
+    report = shell("merge", source, "again", *options, HF_HUB_DISABLE_XET="1")
     assert report.code == 0, report.err
-    assert report.json["pushed"]["checked"]
+    assert (report.json["pushed"]["checked"], hub.is_private("org/new")) == (True, True)
     back = download(hub, "org/new", tmp_path / "back")
     back.pop("README.md")
     assert back == contents(tmp_path / "again")

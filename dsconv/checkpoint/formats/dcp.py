@@ -50,7 +50,7 @@ def read(path: Path, tag: str | None) -> Checkpoint:
         step, top = max(_steps(path).items())
         unfinished = [n for n, _ in _step_folders(path) if n > step]
         if unfinished:
-            warnings.append(f"{path} holds step {max(unfinished)} without {METADATA}: its save did not finish; took step {step}")
+            warnings.append(f"{path.name} holds step {max(unfinished)} without {METADATA}: its save did not finish; took step {step}")
     folders = _model_folders(top)
     if len(folders) > 1:
         raise CheckpointNotFoundError(f"{top} holds {len(folders)} models: give one of them, such as {folders[0]}")

@@ -231,7 +231,7 @@ def _same_copy(first: TensorEntry, other: TensorEntry, rules: UniversalInfo | No
     """
     if first.shape == other.shape and shard_copies.same(first, 0, other, 0, first.numel, sources):
         return
-    paths = " and ".join(str(entry.pieces[0].extent.record.path) if entry.pieces else "a file" for entry in (first, other))
+    paths = " and ".join(entry.pieces[0].extent.record.path.name if entry.pieces else "a file" for entry in (first, other))
     if rules is not None and first.shape == other.shape and rules.pipeline_replicated.find(first.name) is not None:
         warnings.append(f"tied tensor {first.name!r} differs between {paths}: the first was taken, as the trainer's metadata says")
         return
