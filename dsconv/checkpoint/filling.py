@@ -8,6 +8,7 @@ straight into the slot's memory, or through a block where it is cast or where ru
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -174,7 +175,7 @@ class Filling:
     def __init__(
         self, workers: int | None = None, progress: Callable[[int], None] | None = None, buffer: Callable[[int], Any] = bytearray
     ) -> None:
-        self.workers = workers or default_workers()
+        self.workers = workers or max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the others load too
         self.progress = progress
         self.buffer = buffer  # makes the memory that blocks pass through
         self.bytes_read = 0
@@ -236,8 +237,11 @@ def _carry_out(job: Reads, sources: Sources, room: memoryview, caster: Caster) -
     if direct and (run_bytes >= SHORT_RUN_BYTES or len(job.sources) == 1):
         assert slot.view is not None
         path, base = job.piece.extent.record.path, job.piece.extent.offset_bytes
-        for source, target in zip(job.sources.tolist(), job.targets.tolist(), strict=True):
-            sources.read_into(path, base + source * itemsize, slot.view[target * itemsize : target * itemsize + run_bytes])
+        offsets, places = (base + job.sources * itemsize).tolist(), (job.targets * itemsize).tolist()
+        if len(offsets) == 1:
+            sources.read_into(path, offsets[0], slot.view[places[0] : places[0] + run_bytes])
+        else:
+            sources.read_runs(path, offsets, run_bytes, slot.view, places)
         return job.nbytes, 0
     data, read = _collect(job, sources, room)
     overflowed = 0
@@ -268,8 +272,8 @@ def _collect(job: Reads, sources: Sources, room: memoryview) -> tuple[memoryview
     if len(job.sources) > 1 and bool((np.diff(job.sources) == job.run).all()):
         sources.read_into(path, extent.offset_bytes + int(job.sources[0]) * itemsize, data)
         return data, job.nbytes
-    for number, source in enumerate(job.sources.tolist()):
-        sources.read_into(path, extent.offset_bytes + source * itemsize, data[number * run_bytes : (number + 1) * run_bytes])
+    offsets = (extent.offset_bytes + job.sources * itemsize).tolist()
+    sources.read_runs(path, offsets, run_bytes, data, range(0, job.nbytes, run_bytes))
     return data, job.nbytes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,10 @@ class Sources:
             view[:] = ahead
         else:
             self.file(path).read_into(offset_bytes, view)
+
+    def read_runs(self, path: Path, offsets: Sequence[int], run_bytes: int, view: memoryview, places: Sequence[int]) -> None:
+        """``OpenFile.read_runs`` of the file."""
+        self.file(path).read_runs(offsets, run_bytes, view, places)
 
     def read_ahead(self, spans: Iterable[tuple[Path, int, int]]) -> None:
         """Have the bytes of (path, offset, number) at hand for ``read_into``: of a store, they come all at once."""

@@ -42,6 +42,14 @@ class OpenFile:
         """``read`` of each (offset, nbytes); a store is asked for all of them at once."""
         return [self.read(offset, nbytes) for offset, nbytes in spans]
 
+    def read_runs(self, offsets: Sequence[int], run_bytes: int, view: memoryview, places: Sequence[int]) -> None:
+        """Fill ``run_bytes`` of ``view`` at each of ``places`` from each of ``offsets``; raises as ``read_into`` does.
+
+        A store is asked for all of them at once, and for what lies between those that are near to each other.
+        """
+        for place, data in zip(places, self.read_many([(offset, run_bytes) for offset in offsets]), strict=True):
+            view[place : place + run_bytes] = data
+
     def close(self) -> None: ...
 
     def __enter__(self) -> OpenFile:
@@ -82,6 +90,17 @@ class LocalFile(OpenFile):
             if count == 0:
                 raise MalformedError(f"{self.path}: truncated: expected {len(view)} bytes at offset {offset_bytes}, found {done}")
             done += count
+
+    def read_runs(self, offsets: Sequence[int], run_bytes: int, view: memoryview, places: Sequence[int]) -> None:
+        read, descriptor = os.preadv, self._descriptor
+        for offset, place in zip(offsets, places, strict=True):  # runs of a kilobyte are read by the hundred thousand
+            part = view[place : place + run_bytes]
+            try:
+                whole = read(descriptor, [part], offset) == run_bytes
+            except OSError:
+                whole = False
+            if not whole:
+                self.read_into(offset, part)
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -290,6 +290,19 @@ def test_reads_in_many_places_are_joined_and_exact(memory: Any) -> None:
             file.read_many([(0, 1), (400_000, 1)])
 
 
+def test_runs_are_read_to_where_they_belong(memory: Any, tmp_path: Path) -> None:
+    data = bytes(i * 7 % 251 for i in range(400_000))
+    memory.pipe_file("/f.bin", data)
+    (tmp_path / "f.bin").write_bytes(data)
+    for path in (as_path("memory://f.bin"), tmp_path / "f.bin"):
+        with open_for_reading(path) as file:
+            view = memoryview(bytearray(40))
+            file.read_runs([399_990, 5, 200_000], 10, view, [30, 0, 15])
+            assert bytes(view) == data[5:15] + bytes(5) + data[200_000:200_010] + bytes(5) + data[399_990:]
+            with pytest.raises(MalformedError, match=r"f\.bin: truncated: expected 10 bytes at offset 399991, found 9"):
+                file.read_runs([5, 399_991], 10, view, [0, 10])
+
+
 def test_local_paths_need_no_fsspec(folders: dict[str, Path], tmp_path: Path) -> None:
     program = (
         "import sys, dsconv\n"
