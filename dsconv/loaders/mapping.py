@@ -72,6 +72,15 @@ def match(model: torch.nn.Module, checkpoint: Checkpoint) -> Matched:
     return result
 
 
+def leave_out_ties(model: torch.nn.Module, matched: Matched) -> None:
+    """Leave a name that is tied to another of the same tensor to ``tie_weights``, so that its bytes are read once."""
+    for name, owner in getattr(model, "all_tied_weights_keys", {}).items():
+        source = matched.sources.get(name)
+        if isinstance(source, tuple) and source == matched.sources.get(owner):
+            del matched.sources[name]
+            matched.missing.add(name)
+
+
 def _match_transformers(
     model: Any, entries: Mapping[str, TensorEntry], wanted: dict[str, tuple[int, ...]], found: dict[str, Any], unexpected: set[str]
 ) -> None:

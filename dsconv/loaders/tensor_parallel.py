@@ -64,10 +64,11 @@ def load_tp(
         device = manager.get_mesh("tp").device_type if settings is not None else "cpu"
         if device != "cpu":
             device = torch.device(device, getattr(torch, device).current_device())
-        from dsconv.loaders.mapping import match
+        from dsconv.loaders.mapping import leave_out_ties, match
         from dsconv.loaders.stream import fill_model, finish_transformers, print_once
 
         matched = match(model, checkpoint)
+        leave_out_ties(model, matched)
         _give_memory(model, matched.sources, plan, device)
         report = fill_model(
             model, checkpoint, matched, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, workers=workers, progress=progress

@@ -66,7 +66,7 @@ def load_zero3(
             config = read_config(checkpoint, folder)
         refuse_quantized(config, checkpoint)
         kind = model_class_of(model_class, config)
-    from dsconv.loaders.mapping import match
+    from dsconv.loaders.mapping import leave_out_ties, match
     from dsconv.loaders.stream import fill_model, finish_transformers, print_once
 
     with _hf_zero3(settings):
@@ -74,6 +74,7 @@ def load_zero3(
             model = _build(kind, config, dtype)
         with agreement("load_zero3"):
             matched = match(model, checkpoint)
+            leave_out_ties(model, matched)
             report = fill_model(
                 model,
                 checkpoint,

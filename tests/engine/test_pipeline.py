@@ -14,7 +14,6 @@ from dsconv.engine.cells import Row
 from dsconv.engine.models import open_source
 from dsconv.engine.pipeline_backend import PipelineBackend
 from dsconv.engine.pipeline_layers import Donor, layer_specs, pipeline_names
-from dsconv.engine.reshaping import write_universal
 from dsconv.engine.validation import Validation
 from dsconv.errors import UnsupportedError, UsageError
 
@@ -115,6 +114,3 @@ def test_what_no_pipeline_can_do_is_refused_by_name(tmp_path: Path) -> None:
         start(Layout(nproc=4, pp=4, zero_stage=1), dtype="fp32")
     with pytest.raises(UsageError, match="needs --zero-stage 1"):
         start(Layout(nproc=2, pp=2), dtype="bf16")
-    with pytest.raises(UnsupportedError, match="take --zero-stage 1"):
-        write_universal(tmp_path, tmp_path / "out", Layout(nproc=2, pp=2), None)
-    assert not (tmp_path / "out").exists()

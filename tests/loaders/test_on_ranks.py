@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.fixtures import gloo
-from tests.fixtures.loading import CASES
+from tests.fixtures.loading import CASES, FOUR_RANKS
 from tests.fixtures.loading_zero3 import async_io_is_built
 from tests.fixtures.session import DONE
+from tests.trained import Trained
 
 NVME = {name for name in CASES if name.startswith("nvme")}
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def done(trained: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     folder = tmp_path_factory.mktemp("loads")
-    gloo.check("loading", [name for name in CASES if name not in NVME or async_io_is_built()], folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOUR_RANKS, str(trained("llama_tied-z3-bf16-w4").checkpoint))
+        gloo.check("loading", [name for name in CASES if name not in NVME or async_io_is_built()], folder)
     return {path.name for path in folder.iterdir() if (path / DONE).exists()}
 
 
