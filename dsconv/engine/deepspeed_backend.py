@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dsconv.engine.backend import StepResult
 from dsconv.engine.checkpoints import read_state
 from dsconv.engine.models import Source, build
 from dsconv.engine.options import RunOptions
+from dsconv.engine.overlay import merged
 from dsconv.engine.states import fill_whole_masters, local_states, take_over
 from dsconv.errors import RunFailedError, UnsupportedError, UsageError
 from dsconv.loaders.stream import stream_into
@@ -65,15 +66,6 @@ def ds_config(options: RunOptions) -> dict[str, Any]:
         if name is not None:
             config[name] = {"enabled": True, "output_path": str(Path(options.output_dir) / "monitor"), "job_name": kind}
     return merged(config, options.ds_config)
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``over`` laid over it, key by key at every depth."""
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = merged(out[key], value) if both else value
-    return out
 
 
 class DeepSpeedBackend:

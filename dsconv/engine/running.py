@@ -11,6 +11,7 @@ from typing import Any
 from dsconv.engine import checkpoints
 from dsconv.engine.launch import launched, run_job
 from dsconv.engine.options import Layout, RunOptions
+from dsconv.engine.overlay import without_flags
 from dsconv.engine.worker import METRICS, Job, Outcome, read_metrics
 from dsconv.errors import OutputError, UsageError
 
@@ -46,6 +47,7 @@ def train(options: RunOptions, *, stop_after: int | None = None, progress: Progr
     DsconvError or RunFailedError of a rank that failed.
     """
     options.check()
+    options = without_flags(options)
     _lint(options)
     run = Path(options.output_dir)
     if _leads():

@@ -13,12 +13,31 @@ import torch
 from dsconv.engine import checkpoints
 from dsconv.engine.checkpoints import State
 from dsconv.engine.data import SYNTHETIC_SAMPLES, Position, open_data
+from dsconv.engine.deepspeed_backend import ds_config
 from dsconv.engine.options import Layout, RunOptions
+from dsconv.engine.overlay import without_flags
 from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
 from dsconv.engine.worker import read_metrics
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
 
 RUN = RunOptions("model", "run", 8, Layout(nproc=4, zero_stage=1), batch_size=8)
+
+
+def test_a_deepspeed_config_does_not_decide_what_flags_do() -> None:
+    """Else a run that goes on in another layout would be of two."""
+    said = {"zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": "auto"}, "bf16": {"enabled": True}}
+    said |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    kept = without_flags(replace(RUN, ds_config=said))
+    assert kept.ds_config == {"zero_optimization": {"overlap_comm": True}, "bf16": {}, "gradient_clipping": 0.5}
+    config = ds_config(replace(kept, layout=Layout(nproc=2, zero_stage=2)))
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert (config["gradient_clipping"], config["bf16"], config["gradient_accumulation_steps"]) == (0.5, {"enabled": True}, 4)
+    for wrong, flag in (({"zero_optimization": {"stage": 3}}, "--zero-stage"), ({"fp16": {"enabled": True}}, "--dtype"),
+                        ({"train_batch_size": 16}, "--batch-size"), ({"tensor_parallel": {"autotp_size": 2}}, "--tp")):  # fmt: skip
+        with pytest.raises(UsageError, match=rf"--ds-config: .* is .* by {flag} it is .*: leave it out there, or change {flag}"):
+            without_flags(replace(RUN, ds_config=wrong))
+    with pytest.raises(UsageError, match="--ds-config is DeepSpeed's"):
+        without_flags(replace(RUN, layout=Layout("native"), ds_config=said))
 
 
 @pytest.mark.parametrize(
