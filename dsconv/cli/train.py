@@ -73,7 +73,13 @@ Example:
 @click.option("--warmup", type=click.IntRange(0), default=0, metavar="N", help="Steps of linear warm-up.")
 @click.option("--grad-clip", type=click.FloatRange(0), default=1.0, show_default=True, help="Largest gradient norm; 0 does not clip.")
 @click.option("--dropout", type=click.FloatRange(0, 1), help="For every dropout of the model (default: its own).")
-@click.option("--offload", type=click.Choice(["none", "cpu", "nvme"]), default="none", show_default=True, help="Where ZeRO keeps states.")
+@click.option(
+    "--offload",
+    type=click.Choice(["none", "cpu", "nvme"]),
+    default="none",
+    show_default=True,
+    help="Where ZeRO keeps states; nvme: parameters.",
+)
 @click.option("--nvme-path", type=click.Path(), metavar="DIR", help="For --offload nvme.")
 @click.option("--activation-checkpointing", is_flag=True, help="Compute activations again in the backward pass.")
 @click.option("--hook", type=click.Choice(["none", "bf16", "powersgd"]), default="none", help="Native DDP: compress gradients.")

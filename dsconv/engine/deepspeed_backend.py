@@ -50,13 +50,12 @@ def ds_config(options: RunOptions) -> dict[str, Any]:
         config["tensor_parallel"] = {"autotp_size": layout.tp}
     if options.offload != "none":
         zero = config["zero_optimization"]
-        where = {"device": options.offload}
-        if options.offload == "nvme":
-            where["nvme_path"] = str(options.nvme_path)
-        zero["offload_optimizer"] = {**where, "pin_memory": torch.cuda.is_available()}
+        pinned = {"pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", **pinned}  # never NVMe: ``running.NVME_OPTIMIZER``
         if layout.zero_stage == 3:
-            zero["offload_param"] = {**where, "pin_memory": torch.cuda.is_available()}
-        if not torch.cuda.is_available() and options.offload == "cpu":  # torch's Adam: DeepSpeed's own would be compiled first
+            path = {"nvme_path": str(options.nvme_path)} if options.offload == "nvme" else {}
+            zero["offload_param"] = {"device": options.offload, **path, **pinned}
+        if not torch.cuda.is_available():  # torch's Adam: DeepSpeed's own would be compiled first
             config["zero_force_ds_cpu_optimizer"] = False
             config["optimizer"]["params"]["torch_adam"] = True
     if "comms" in options.monitor:

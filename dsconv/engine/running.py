@@ -16,6 +16,10 @@ from dsconv.engine.worker import METRICS, Job, Outcome, read_metrics
 from dsconv.errors import OutputError, UsageError
 
 Progress = Callable[[str, int, int], None]
+NVME_OPTIMIZER = (
+    "--ds-config: offload_optimizer to nvme: DeepSpeed 0.19.8 saves what it has swapped under names of the process, and loads neither "
+    "that nor the step counts: the run could not be resumed. Write cpu there; --offload nvme keeps the optimizer in memory too"
+)
 
 
 @dataclass
@@ -98,6 +102,8 @@ def _lint(options: RunOptions) -> None:
     from dsconv.engine.deepspeed_backend import ds_config
     from dsconv.zero_utils.config import DSConfig
 
+    if (ds_config(options)["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
+        raise UsageError(NVME_OPTIMIZER)
     wrong = [finding for finding in DSConfig.read(ds_config(options)).lint(options.layout.nproc) if finding.severity == "error"]
     if wrong:
         raise UsageError("; ".join(f"{finding.key}: {finding.message} {finding.fix}".strip() for finding in wrong))

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from dsconv.engine import checkpoints
+from dsconv.engine import checkpoints, train
 from dsconv.engine.checkpoints import State
 from dsconv.engine.data import SYNTHETIC_SAMPLES, Position, open_data
 from dsconv.engine.deepspeed_backend import ds_config
@@ -36,6 +36,9 @@ def test_a_deepspeed_config_does_not_decide_what_flags_do() -> None:
                         ({"train_batch_size": 16}, "--batch-size"), ({"tensor_parallel": {"autotp_size": 2}}, "--tp")):  # fmt: skip
         with pytest.raises(UsageError, match=rf"--ds-config: .* is .* by {flag} it is .*: leave it out there, or change {flag}"):
             without_flags(replace(RUN, ds_config=wrong))
+    swapped = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}}
+    with pytest.raises(UsageError, match="loads neither that nor the step counts: the run could not be resumed"):
+        train(replace(RUN, layout=Layout(nproc=2, zero_stage=3), ds_config=swapped))
     with pytest.raises(UsageError, match="--ds-config is DeepSpeed's"):
         without_flags(replace(RUN, layout=Layout("native"), ds_config=said))
 

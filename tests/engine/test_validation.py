@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dsconv.engine.cells import COLUMNS, SABOTAGES, rows
+from dsconv.engine.cells import COLUMNS, SABOTAGES, Row, rows
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.validation import Validation, validate
 from dsconv.errors import UsageError
+from tests.fixtures.loading_zero3 import async_io_is_built
 
 
 def test_zero3_resumes_reshapes_and_converts(tiny_llama: Path, tmp_path: Path) -> None:
@@ -40,6 +41,16 @@ def test_each_sabotage_is_caught(tiny_llama: Path, tmp_path: Path) -> None:
     for name in ("reset-rng", "skip-batch"):  # the states are those that were saved; what came after is not
         assert not found[name].evidence["states saved and loaded that differ"]
         assert found[name].evidence["steps whose loss differs"] == [3, 4]
+
+
+def test_parameters_on_nvme_resume_in_place(tiny_llama: Path, tmp_path: Path) -> None:
+    if not async_io_is_built():
+        pytest.skip("DeepSpeed's async_io op is not built here, which takes minutes: install libaio-dev, then `make aio`")
+    layout = Layout(nproc=2, zero_stage=3)
+    row = Row("nvme", layout, "bf16", {"offload": "nvme", "nvme_path": str(tmp_path / "nvme")})
+    validation = Validation(tmp_path, RunOptions(str(tiny_llama), "", 4, layout, seq_len=16, batch_size=4), [row])
+    validation.check(row, "in place")
+    assert [cell.passed for cell in validation.cells] == [True], validation.cells
 
 
 @pytest.mark.parametrize("name", ["tp2-fp32", "sp2-fp32"])
