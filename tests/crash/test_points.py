@@ -1,4 +1,4 @@
-"""Some of the points of ``make crash``, of every job, fault and kind of call: 10 s of the 20 minutes."""
+"""Some of the points of ``make crash``, of every job, fault and kind of call: 10 s of the 90 minutes."""
 
 from __future__ import annotations
 
