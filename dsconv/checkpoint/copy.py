@@ -301,10 +301,10 @@ def write_at(descriptor: int, base_bytes: int, data: memoryview, offset_bytes: i
         data, offset_bytes = data[count:], offset_bytes + count
 
 
-def default_workers() -> int:
-    """One a core that this process may use, at most MAX_DEFAULT_WORKERS."""
+def default_workers(ranks: int = 1) -> int:
+    """One a core that this process may use, at most MAX_DEFAULT_WORKERS; of ``ranks`` that work on these cores, each its share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_DEFAULT_WORKERS, cores)
+    return min(MAX_DEFAULT_WORKERS, max(1, cores // ranks))
 
 
 def output_dtype(stored: DType, wanted: DType | None) -> DType:

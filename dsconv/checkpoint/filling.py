@@ -175,7 +175,8 @@ class Filling:
     def __init__(
         self, workers: int | None = None, progress: Callable[[int], None] | None = None, buffer: Callable[[int], Any] = bytearray
     ) -> None:
-        self.workers = workers or max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the others load too
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+        self.workers = workers or default_workers(int(ranks) if ranks.isdecimal() and int(ranks) else 1)  # the others load too
         self.progress = progress
         self.buffer = buffer  # makes the memory that blocks pass through
         self.bytes_read = 0

@@ -21,7 +21,7 @@ from dsconv.convert.flushing import Flusher
 from dsconv.convert.merge import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
 from dsconv.convert.sidecars import read_json
-from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space
+from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space, settle
 from dsconv.convert.ties import tied_pairs
 from dsconv.errors import OutputError
 
@@ -83,9 +83,11 @@ def to_dcp(
     if dry_run:
         report.plan = [_row(tensor) for tensor in plan.tensors]
         return report
-    old = _existing(target, force)
+    settle(target)
+    _existing(target, force)
     require_space(target, plan.nbytes)
     with open_staging(target, fsync) as staging:
+        old = _existing(target, force)  # again, now that no other run can write there
         _write(plan, staging, report, workers or default_workers(), fsync, progress, checkpoint.stamps)
         staging.write(METADATA, dcp_layout.metadata(plan))
         staging.commit([*plan.files, METADATA], old)

@@ -31,7 +31,7 @@ from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
 from dsconv.convert.flushing import Flusher
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
-from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space
+from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space, settle
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
 from dsconv.errors import DsconvError, MismatchError, OutputError
@@ -112,6 +112,8 @@ def merge(
     """
     wanted = parse_dtype(dtype) if dtype else None
     shard_bytes = parse_size(max_shard_size)
+    if output is not None and not dry_run:
+        settle(as_path(output))  # it may be the source too
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision)
     if output is None:
         output = default_output(checkpoint, "adapter" if adapter else (dtype or ("fp32" if checkpoint.is_zero else "merged")))
@@ -141,6 +143,7 @@ def merge(
         from dsconv.convert.push import prepare, push_merged
 
         prepare(push_to_hub, target)
+    settle(target)
     old = _existing(target, force)
     # Of a store, workers wait more than they work.
     workers = workers or (MAX_DEFAULT_WORKERS if is_remote(checkpoint.path) else default_workers())
@@ -154,6 +157,7 @@ def merge(
     require_space(target, plan.nbytes)
     sync = fsync is not False
     with open_staging(target, sync) as staging:
+        old = _existing(target, force)  # again, now that no other run can write there
         checksums = _write(checkpoint, plan, staging, report, workers, sync, progress)
         files = [shard.filename for shard in plan.shards]
         manifest = _manifest(checkpoint, plan, checksums, report, _hash_files(staging, files, progress) if sha256 else {})

@@ -4,10 +4,10 @@ Everything is written to a hidden folder inside the target, synced, and renamed 
 folder a model (the index, or the only weights file) last. A run that is killed leaves the hidden folder, which the next
 run takes over; the lock on it is the system's, and goes with the process.
 
-What lies in the target between the moment when the file that counts of an earlier output is taken away and the moment
-when that of the new one is in place is debris: parts of no output, which the next run takes away. ``MOVING`` holds the
-names, the one that counts last. They are debris from when ``STARTED`` is there, which is the earlier output's file itself,
-renamed, until the last name has left the hidden folder: both moments are one rename, so no kill can fall inside of them.
+Moving begins with one rename, which makes ``STARTED``: of the file that counts of an earlier output, if there is one. Before it
+the earlier output is whole, and what is new is taken away where the run ends. After it the new output is whole too, in the hidden
+folder, and it is the one that stays: the run, or the next one, finishes the renames. ``MOVING`` says which, and by which marks
+(inode, size, time) the files are known, so that nothing is touched that somebody else has put there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsconv.checkpoint.storage import is_remote
@@ -27,6 +28,41 @@ STAGING = ".dsconv-partial"
 LOCK = "lock"
 MOVING = "moving.json"
 STARTED = "started"
+Marks = dict[str, list[int] | None]
+
+
+def _mark(path: Path) -> list[int] | None:
+    """What tells a file, or a folder, from another of its name; None where there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return [found.st_ino] if path.is_dir() and not path.is_symlink() else [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+@dataclass(frozen=True)
+class Move:
+    """``names`` go into the target, the one that counts last; ``gone`` go before, the one that counts first. ``there``: what had a
+    name of ``names`` in the target and is replaced by it."""
+
+    gone: Marks
+    names: Marks
+    there: Marks
+
+    @staticmethod
+    def read(folder: Path) -> Move | None:
+        """The move that was begun in a hidden folder and not finished; None where there is none, or what says so is not of this program."""
+        try:
+            found = json.loads((folder / MOVING).read_bytes())
+            move = Move(**found)
+            for marks in (move.gone, move.names, move.there):
+                for name, mark in marks.items():
+                    if name != Path(name).name or name in ("", "..") or not all(type(number) is int for number in mark or ()):
+                        return None
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        begun = os.path.lexists(folder / STARTED) and any(os.path.lexists(folder / name) for name in move.names)
+        return move if begun else None
 
 
 class Staging:
@@ -70,28 +106,64 @@ class Staging:
 
         Of ``names`` the last one counts, of ``obsolete`` the first one: without it they are no output.
         """
-        gone = [name for name in obsolete if os.path.lexists(self.target / name)]
+        gone = {name: _mark(self.target / name) for name in obsolete if os.path.lexists(self.target / name)}
+        for name in names:
+            if name not in gone and (self.target / name).is_dir():
+                raise OutputError(f"{self.target / name} is a folder, and the output has a file of that name: move it, or choose another")
+        there = {name: _mark(self.target / name) for name in names if name not in gone}
+        move = Move(gone, {name: _mark(self.path(name)) for name in names}, there)
         try:
-            self.replace(f"{MOVING}.new", json.dumps([*gone, *names]).encode(), self.path(MOVING))
+            self.replace(f"{MOVING}.new", json.dumps(asdict(move)).encode(), self.path(MOVING))
             self._sync(self.folder)
             if gone:
-                (self.target / gone.pop(0)).replace(self.path(STARTED))
+                (self.target / next(iter(gone))).replace(self.path(STARTED))
             else:
                 self.path(STARTED).touch()
-            for name in gone:
-                old = self.target / name
-                if old.is_dir() and not old.is_symlink():
-                    old.replace(self.path(f"old-{name}"))  # gone in one step; what it holds goes with the hidden folder
-                else:
-                    old.unlink(missing_ok=True)
-            self._sync(self.target)
-            for name in names[:-1]:
-                self.path(name).replace(self.target / name)
-            self._sync(self.target)
-            self.path(names[-1]).replace(self.target / names[-1])
-            self._sync(self.target)
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(f"{self.target}: moving the finished files into place failed: {error.strerror}") from None
+        try:
+            self.finish(move)
+        except OSError:  # once more: what failed in passing must not cost the output
+            self.finish_or_say(move)
+
+    def finish_or_say(self, move: Move) -> None:
+        """``finish``; raises OutputError where it fails, or where somebody has put other files there since: both stay as they are."""
+        for name, mark in move.names.items():
+            now = _mark(self.target / name)
+            if os.path.lexists(self.path(name)) and now not in (None, mark, move.gone.get(name), move.there.get(name)):
+                raise OutputError(
+                    f"{self.target}: a run was ended while it put its output in place, from {self.folder}, and since then {name} was "
+                    "put there by another: move one of the two away"
+                )
+        try:
+            self.finish(move)
+        except OSError as error:
+            raise OutputError(
+                f"{self.target}: moving the finished files into place failed: {error.strerror}. They are whole, in "
+                f"{self.folder}, and the next run into this folder puts them in place"
+            ) from None
+
+    def finish(self, move: Move) -> None:
+        """What is left to do of ``move`` once ``STARTED`` is there. Raises OSError, and may then be called again."""
+        waiting = [name for name in move.names if os.path.lexists(self.path(name))]
+        if len(waiting) == len(move.names):
+            for name, mark in move.gone.items():
+                old = self.target / name
+                if _mark(old) != mark:
+                    continue  # gone already
+                if len(mark or ()) == 1:  # a folder: gone in one step; what it holds goes with the hidden folder
+                    old.replace(self.path(f"old-{name}"))
+                else:
+                    old.unlink()
+        self._sync(self.target)
+        for name in waiting[:-1]:
+            self.path(name).replace(self.target / name)
+        self._sync(self.target)
+        for name in waiting[-1:]:
+            self.path(name).replace(self.target / name)
+        self._sync(self.target)
 
     def _sync(self, folder: Path) -> None:
         if self.sync:
@@ -124,36 +196,39 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
             os.close(lock)
             lock = None
             raise OutputError(f"{target}: another dsconv run is writing here; wait for it or choose another folder")
-        _take_debris_away(target)
+        move = Move.read(staging.folder)
+        if move is not None:
+            staging.finish_or_say(move)
         for leftover in staging.folder.iterdir():
             if leftover.name != LOCK:
                 remove(leftover)
         yield staging
     finally:
         if lock is not None:
-            with contextlib.suppress(OSError):
-                _take_debris_away(target)  # of this run, if it failed while it moved files
-            shutil.rmtree(staging.folder, ignore_errors=True)
+            move = Move.read(staging.folder)
+            if move is not None:  # an interrupt came while files were moved
+                with contextlib.suppress(OSError):
+                    staging.finish_or_say(move)
+            if Move.read(staging.folder) is None:  # else the only whole output is in there
+                shutil.rmtree(staging.folder, ignore_errors=True)
             os.close(lock)
         if created:
             with contextlib.suppress(OSError):
                 target.rmdir()  # only when nothing was put there
 
 
+def settle(target: Path) -> None:
+    """Finish what a killed run had begun to put in place in ``target``, or take away what it left. Another run's is let be."""
+    if not is_remote(target) and (target / STAGING).is_dir():
+        with contextlib.suppress(OutputError), open_staging(target, sync=True):
+            pass
+
+
 def refuse_existing(target: Path, names: list[str], what: str, force: bool) -> None:
-    """Raise OutputError, without ``force``, where ``names`` of the target are a whole output and not what a killed run left."""
-    known = debris(target)
-    whole = [name for name in names if name not in known]
+    """Raise OutputError, without ``force``, where ``names`` of the target are an output."""
+    whole = [name for name in names if not is_remote(target) or name not in debris(target)]
     if whole and not force:
-        if not is_remote(target) and (target / STAGING).is_dir():
-            with contextlib.suppress(OutputError), open_staging(target, sync=False):
-                pass  # what a killed run left goes
         raise OutputError(f"{target} already holds {what} ({whole[0]}); give --force to replace it, or another folder")
-
-
-def _take_debris_away(target: Path) -> None:
-    for name in debris(target):
-        remove(target / name)
 
 
 def remove(path: Path) -> None:
@@ -174,16 +249,13 @@ def _locked(descriptor: int, path: Path) -> bool:
 
 
 def debris(target: Path) -> set[str]:
-    """Names in ``target`` that are parts of no output: a run was killed while it put another in place."""
-    staging = target / STAGING
+    """Names in ``target``, a folder of a store, that are parts of no output: a run was killed while it put another in place."""
     try:
-        names = json.loads((staging / MOVING).read_bytes())
+        names = json.loads((target / STAGING / MOVING).read_bytes())
     except (OSError, ValueError):
         return set()
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n == Path(n).name and n not in ("", "..") for n in names):
+    if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name and n not in ("", "..") for n in names):
         return set()  # not of this program: what it names is not to be taken away
-    if not is_remote(target) and not (os.path.lexists(staging / STARTED) and os.path.lexists(staging / names[-1])):
-        return set()
     return set(names)
 
 

@@ -23,7 +23,7 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.tensormap import Checkpoint, Record
 from dsconv.checkpoint.torch_file import TorchFile
 from dsconv.checkpoint.training import Training
-from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space
+from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space, settle
 from dsconv.convert.universal_plan import FOLDER, LATEST, ModelFile, StateFile, UniversalPlan, plan_universal, training_of
 from dsconv.convert.universal_verify import verify_universal
 from dsconv.errors import OutputError
@@ -92,9 +92,11 @@ def to_universal(
     if dry_run:
         report.plan = [*map(_state_row, plan.states), *map(_model_row, plan.models)]
         return report
-    old = _existing(checkpoint, target, force)
+    settle(target)
+    _existing(checkpoint, target, force)
     require_space(target, plan.nbytes)
     with open_staging(target, fsync) as staging:
+        old = _existing(checkpoint, target, force)  # again, now that no other run can write there
         report.bytes_read = _write(plan, staging, workers or default_workers(), fsync, progress)
         _link(plan, staging, fsync)
         if verify_output:

@@ -123,9 +123,10 @@ class Upload:
 
     def commit(self, small: dict[str, bytes], files: list[str], index: tuple[str, bytes] | None, obsolete: Iterable[str]) -> None:
         """Take away ``obsolete``, then put all in place: what is small, the shards, and the index last."""
-        moving = f"{STAGING}/{MOVING}"
-        self.store.write(self.url(moving), json.dumps([*small, *files]).encode())
-        for name in obsolete:
+        moving, old = f"{STAGING}/{MOVING}", list(obsolete)
+        parts = files if index is not None else files[:-1]  # the last one makes it an output
+        self.store.write(self.url(moving), json.dumps([*old[1:], *small, *parts]).encode())
+        for name in old:
             self.store.remove(self.url(name))
         for name, data in small.items():
             self.store.write(self.url(name), data)

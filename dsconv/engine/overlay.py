@@ -36,6 +36,8 @@ def without_flags(options: RunOptions) -> RunOptions:
             here = (*path, key)
             if value == AUTO:
                 continue
+            if any(owned[:-1] == here for owned in said) and not isinstance(value, Mapping):
+                raise UsageError(f"--ds-config: {key} is {value!r}; expected an object")
             if here in said:
                 wanted, flag = said[here]
                 if value != wanted:

@@ -82,6 +82,7 @@ def resume(
     state = checkpoints.read_state(checkpoint)
     options = options.relaid(layout or state.layout)
     options.check()
+    _lint(options)
     if options.layout.backend != state.layout.backend:
         raise UsageError(
             f"{checkpoint} is of --backend {state.layout.backend}, and its optimizer's state is not {options.layout.backend}'s: start "
@@ -102,11 +103,12 @@ def _lint(options: RunOptions) -> None:
     from dsconv.engine.deepspeed_backend import ds_config
     from dsconv.zero_utils.config import DSConfig
 
-    if (ds_config(options)["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
-        raise UsageError(NVME_OPTIMIZER)
-    wrong = [finding for finding in DSConfig.read(ds_config(options)).lint(options.layout.nproc) if finding.severity == "error"]
+    config = ds_config(options)
+    wrong = [finding for finding in DSConfig.read(config).lint(options.layout.nproc) if finding.severity == "error"]
     if wrong:
         raise UsageError("; ".join(f"{finding.key}: {finding.message} {finding.fix}".strip() for finding in wrong))
+    if (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
+        raise UsageError(NVME_OPTIMIZER)
 
 
 def _leads() -> bool:

