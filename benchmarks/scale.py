@@ -205,6 +205,7 @@ def draw(series: dict[str, list[dict[str, Any]]], where: str, path: Path) -> Non
 
     mpl.use("svg" if path.suffix == ".svg" else "agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     mpl.rcParams.update({"svg.hashsalt": "dsconv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, rows = plt.subplots(2, 3, figsize=(9.2, 5.2), layout="constrained", sharey="row")
@@ -222,7 +223,7 @@ def draw(series: dict[str, list[dict[str, Any]]], where: str, path: Path) -> Non
             text
             for name, text in (
                 ("ranks", f"{results[0]['ranks']:,} ranks"),
-                ("tensors", f"{results[0]['tensors']:,} tensors"),
+                ("tensors", f"{results[0]['tensors']:,.0f} tensors"),
                 ("output_bytes", f"{results[0]['output_bytes'] / 1e9:,.0f} GB"),
             )
             if name != key
@@ -233,6 +234,7 @@ def draw(series: dict[str, list[dict[str, Any]]], where: str, path: Path) -> Non
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xticks(x, [f"{value:,.0f}" for value in x])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.minorticks_off()
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
@@ -274,10 +276,10 @@ def main(folder: Path, rounds: int, plot: Path | None, only: tuple[int, int, int
         measured[case] = result = {"ranks": case[0], **cost(source, rounds)}
         if not as_json:
             click.echo(
-                f"{case[0]:5,} ranks {result['tensors']:9,} tensors {result['output_bytes'] / 1e9:8,.0f} GB, "
-                f"{result['pieces']:13,} pieces: "
+                f"{case[0]:5,} ranks {result['tensors']:9,.0f} tensors {result['output_bytes'] / 1e9:8,.0f} GB, "
+                f"{result['pieces']:13,.0f} pieces: "
                 f"open {result['open_seconds']:6.2f} s {result['open_peak_bytes'] / 1e6:5.0f} MB, plan {result['plan_seconds']:5.2f} s "
-                f"{result['peak_bytes'] / 1e6:5.0f} MB, {result['open_files']} files open; "
+                f"{result['peak_bytes'] / 1e6:5.0f} MB, {result['open_files']:.0f} files open; "
                 f"{result['source_bytes'] / 1e9:,.0f} GB, on disk {result['on_disk_bytes'] / 1e6:,.0f} MB"
             )
     results = {name: [measured[case] for case in cases] for name, cases in series.items()}
