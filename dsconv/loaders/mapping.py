@@ -74,9 +74,10 @@ def match(model: torch.nn.Module, checkpoint: Checkpoint) -> Matched:
 
 def leave_out_ties(model: torch.nn.Module, matched: Matched) -> None:
     """Leave a name that is tied to another of the same tensor to ``tie_weights``, so that its bytes are read once."""
-    for name, owner in getattr(model, "all_tied_weights_keys", {}).items():
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, owner in tied.items():
         source = matched.sources.get(name)
-        if isinstance(source, tuple) and source == matched.sources.get(owner):
+        if isinstance(source, tuple) and owner not in tied and source == matched.sources.get(owner):
             del matched.sources[name]
             matched.missing.add(name)
 
