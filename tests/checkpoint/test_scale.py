@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import dsconv
+from benchmarks import scale
 from benchmarks.scale import make
 from dsconv.checkpoint.formats import flat_layouts
+from dsconv.convert.universal_plan import training_of
 
 
 def test_opening_and_planning_make_no_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +48,14 @@ def test_many_ranks_are_merged_with_few_open_files(tmp_path: Path) -> None:
         file.write(b"\1")
     with pytest.raises(dsconv.DsconvError, match=f"{victim.name}: record .* fails its CRC-32"):
         dsconv.merge(source, tmp_path / "again", fsync=False)
+
+
+def test_a_parameter_without_elements_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins where the last sub-group ends, and lies in none."""
+    shapes = {"a": (3, 3), "b": (5,), "z": (0, 4)}
+    monkeypatch.setattr(scale, "shapes_of", lambda tensors, parameters: shapes)
+    checkpoint = dsconv.open_checkpoint(make(tmp_path, ranks=2, tensors=3, parameters=14))
+    states = training_of(checkpoint).states
+    assert {name: states[name]["exp_avg"].shape for name in states} == shapes
+    assert [entry.piece_count for entry in checkpoint.values()] == [2, 2, 0]
+    assert [len(states[name]["exp_avg"].pieces) for name in shapes] == [2, 2, 0]
