@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -424,55 +421,3 @@ def test_the_checkpoint_itself_is_never_the_output(made: dict[str, Path], tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):
         dsconv.to_universal(source, tmp_path / "file")
-
-
-# Killed ---------------------------------------------------------------------------------------------------------------
-
-# Kill this process at the n-th system call that changes the output, as tests/convert/test_crash.py does for a merge.
-KILL_AT = """
-import os, signal, sys
-left = int(sys.argv[1])
-def count(function):
-    def counted(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return counted
-for name in ("truncate", "pwrite", "fsync", "replace", "rename", "unlink", "mkdir", "link"):
-    setattr(os, name, count(getattr(os, name)))
-import dsconv
-dsconv.to_universal(sys.argv[2], sys.argv[3], workers=1, force=sys.argv[4] == "force")
-print(left)
-"""
-
-
-def convert_and_die(at: int, source: Path, out: Path, force: bool) -> subprocess.CompletedProcess[str]:
-    arguments = [str(at), str(source), str(out), "force" if force else "no"]
-    return subprocess.run([sys.executable, "-c", KILL_AT, *arguments], capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("force", [False, True], ids=["new", "replacing"])
-def test_killed_anywhere_it_is_whole_or_absent(force: bool, made: dict[str, Path], tmp_path: Path) -> None:
-    old, source = made["llama_groups-z2-bf16-w2"] / "ckpt", made["odd-z3-fp32-w2"] / "ckpt"
-    far = 100_000
-    ran = convert_and_die(far, source, tmp_path / "whole" / "out", False)
-    assert ran.returncode == 0, ran.stderr
-    expected = {path: (tmp_path / "whole" / "out" / path).read_bytes() for path in files(tmp_path / "whole" / "out")}
-    calls = far - int(ran.stdout) + (5 if force else 0)
-    seen = set()
-    for at in [calls // 3, *range(calls - 24, calls, 2)]:
-        out = tmp_path / str(at) / "out"
-        if force:
-            dsconv.to_universal(old, out, fsync=False)
-        assert convert_and_die(at, source, out, force).returncode == -signal.SIGKILL
-        if (out / "latest_universal").exists():
-            checkpoint = dsconv.open_checkpoint(out)
-            seen.add("old" if "model.norm.weight" in checkpoint else "new")
-            assert dsconv.verify(old if "model.norm.weight" in checkpoint else source, checkpoint).equal
-        else:
-            seen.add("neither")
-            dsconv.to_universal(source, out, fsync=False)
-            assert {path: (out / path).read_bytes() for path in files(out)} == expected
-    assert seen >= ({"old", "new"} if force else {"neither", "new"})
