@@ -54,11 +54,11 @@ def run_all(pairs: Iterable[tuple[TensorEntry, Target]], run: CopyRun) -> None:
         else:
             others.append((entry, target))
     streams = [Stream(group, sorted(members, key=lambda member: member[0].begin)) for group, members in grouped.items()]
-    checks, padding = source_checks(copy for entry, target in others for copy in copies_of(entry, target))
+    copies = [copy for entry, target in others for copy in copies_of(entry, target)]
+    checks, padding = source_checks(copies)
     run.checks.update(checks)
     for stream in streams:
         run.checks.update(stream.checks())
-    copies = [copy for entry, target in others for copy in copies_of(entry, target)]
     casts = any(target.dtype != dtype for stream in streams for _, dtype, target in stream.members)
     run.run([*copies, *padding], (copy for stream in streams for copy in stream.copies()), casts)
     run.check_records()

@@ -40,6 +40,11 @@ def _mark(path: Path) -> list[int] | None:
     return [found.st_ino] if path.is_dir() and not path.is_symlink() else [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
+def _is_name(name: object) -> bool:
+    """Whether it names something that lies in a folder, and not elsewhere."""
+    return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
+
+
 @dataclass(frozen=True)
 class Move:
     """``names`` go into the target, the one that counts last; ``gone`` go before, the one that counts first. ``there``: what had a
@@ -57,7 +62,7 @@ class Move:
             move = Move(**found)
             for marks in (move.gone, move.names, move.there):
                 for name, mark in marks.items():
-                    if name != Path(name).name or name in ("", "..") or not all(type(number) is int for number in mark or ()):
+                    if not _is_name(name) or not all(type(number) is int for number in mark or ()):
                         return None
         except (OSError, ValueError, TypeError, AttributeError):
             return None
@@ -254,7 +259,7 @@ def debris(target: Path) -> set[str]:
         names = json.loads((target / STAGING / MOVING).read_bytes())
     except (OSError, ValueError):
         return set()
-    if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name and n not in ("", "..") for n in names):
+    if not isinstance(names, list) or not all(map(_is_name, names)):
         return set()  # not of this program: what it names is not to be taken away
     return set(names)
 

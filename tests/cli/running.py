@@ -32,3 +32,18 @@ def dsconv(*arguments: str | Path, cwd: Path | None = None, python: tuple[str, .
     )
     assert "Traceback" not in result.stderr, result.stderr
     return Ran(result.returncode, result.stdout, result.stderr)
+
+
+def slow_writes(seconds: float) -> list[str]:
+    """The command of dsconv in a process where each write takes that much longer, so that a test can come in between."""
+    program = f"""
+import os, sys, time
+real = os.pwrite
+def pwrite(*args):
+    time.sleep({seconds})
+    return real(*args)
+os.pwrite = pwrite
+from dsconv.cli import main
+main(sys.argv[1:])
+"""
+    return [sys.executable, "-c", program]

@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import dsconv
 from dsconv.convert import staging
 from dsconv.errors import OutputError
+from tests.cli.running import slow_writes
 from tests.trained import Trained
 
 CASE = "llama_tied-z3-bf16-w3"
@@ -27,17 +27,7 @@ SHARD = "5KB"
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_takes_its_files_away(number: int, code: int, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    slow = """
-    import os, sys, time
-    real = os.pwrite
-    def pwrite(*args):
-        time.sleep(0.2)
-        return real(*args)
-    os.pwrite = pwrite
-    from dsconv.cli import main
-    main(sys.argv[1:])
-    """
-    command = [sys.executable, "-c", textwrap.dedent(slow), "zero-to-fp32", str(trained(CASE).checkpoint), str(out), "--workers", "1"]
+    command = [*slow_writes(0.2), "zero-to-fp32", str(trained(CASE).checkpoint), str(out), "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / staging.STAGING).exists():
         time.sleep(0.01)

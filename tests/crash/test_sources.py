@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import dsconv
 from dsconv.convert import staging
 from dsconv.errors import DsconvError
+from tests.cli.running import slow_writes
 from tests.crash.jobs import contents
 from tests.trained import Trained, load_safetensors
 
@@ -142,24 +142,12 @@ def test_signals_that_interrupt_calls(trained: Callable[[str], Trained], tmp_pat
     trained(CASE).check(load_safetensors(tmp_path / "out"))
 
 
-SLOW = """
-import os, sys, time
-real = os.pwrite
-def pwrite(*args):
-    time.sleep(0.02)
-    return real(*args)
-os.pwrite = pwrite
-from dsconv.cli import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("command", ["merge", "to-universal", "to-dcp"])
 def test_of_two_processes_at_one_output_the_second_refuses(command: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     source, out = trained(CASE).checkpoint, tmp_path / "home" / "out"
     arguments = [command, str(source), str(out), "--no-fsync", "--quiet"]
     alone = tmp_path / "alone" / "out"
-    first = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SLOW), *arguments], stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen([*slow_writes(0.02), *arguments], stderr=subprocess.PIPE, text=True)
     while not (out / staging.STAGING / staging.LOCK).exists():
         time.sleep(0.005)
         assert first.poll() is None
