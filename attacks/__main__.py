@@ -55,7 +55,9 @@ class Attack:
         return "read it" if answer == "read" else answer if answer == "-" else "refused"
 
 
-def attack_all(title: str, folder: Path, files: dict[str, Place], file_of: Callable[[Place, str], bytes], raw: bool) -> Attack:
+def attack_all(
+    title: str, folder: Path, files: dict[str, Place], file_of: Callable[[Place, str], bytes], raw: bool
+) -> Attack:
     attack = Attack(title, folder)
     state_dict, optimizer = files["state dict (.bin)"], files["optimizer states, ZeRO-2"]
 
@@ -104,7 +106,11 @@ def everywhere(found: list[Place], canary: Path) -> tuple[int, list[str]]:
 
 def show(rows: dict[str, list[Attack]]) -> None:
     for tool in TOOLS:
-        kinds = ("RAN", "refused", "read it") if tool != "picklescan" else ("dangerous", "suspicious", "clean", "no verdict")
+        kinds = (
+            ("RAN", "refused", "read it")
+            if tool != "picklescan"
+            else ("dangerous", "suspicious", "clean", "no verdict")
+        )
         if not any(tool in attack.answers for attacks in rows.values() for attack in attacks):
             continue
         click.echo(f"\n{tool:36}{'files':>7}" + "".join(f"{kind:>12}" for kind in kinds))
@@ -120,7 +126,9 @@ def show(rows: dict[str, list[Attack]]) -> None:
 @click.option("--list", "list_all", is_flag=True, help="Print each file and what became of it.")
 @click.option("--only", metavar="TECHNIQUE", help="The programs of one technique.")
 def main(list_all: bool, only: str | None) -> None:
-    """Make the hostile files and give them to Python, DeepSpeed, torch, picklescan and dsconv. Exits 1 when dsconv takes one."""
+    """Make the hostile files and give them to Python, DeepSpeed, torch, picklescan and dsconv. Exits 1 when dsconv
+    takes one.
+    """
     try:  # once, before the forks
         import deepspeed.utils.zero_to_fp32  # noqa: F401
         import picklescan.scanner  # noqa: F401
@@ -141,27 +149,53 @@ def main(list_all: bool, only: str | None) -> None:
                                lambda place, canary, case=case: poisoned(place.sound, case.program(canary)), raw=True)  # type: ignore[misc]
                     for i, case in enumerate(cases)
                 ]  # fmt: skip
-        boxes = {"zip and other containers": [
-            attack_all(box.title, top / "containers" / str(i), files,
-                       lambda place, canary, box=box: box.make(records_of(place.sound), whole(call(glob("os", "system"), touch(canary)))),  # type: ignore[misc]
-                       raw=False)
-            for i, box in enumerate(CONTAINERS)
-        ]} if only is None else {}  # fmt: skip
+        boxes = (
+            {
+                "zip and other containers": [
+                    attack_all(
+                        box.title,
+                        top / "containers" / str(i),
+                        files,
+                        lambda place, canary, box=box: box.make(
+                            records_of(place.sound), whole(call(glob("os", "system"), touch(canary)))
+                        ),  # type: ignore[misc]
+                        raw=False,
+                    )
+                    for i, box in enumerate(CONTAINERS)
+                ]
+            }
+            if only is None
+            else {}
+        )
         sound = {"sound files": sound_files(found, top / "sound")}
         count, taken = everywhere(found, top / "canary") if only is None else (0, [])
         if list_all:
             for technique, attacks in (rows | boxes | sound).items():
                 for attack in attacks:
-                    click.echo(f"{technique}: {attack.title}: " + ", ".join(f"{tool}: {attack.outcome(tool)}" for tool in TOOLS))
+                    click.echo(
+                        f"{technique}: {attack.title}: "
+                        + ", ".join(f"{tool}: {attack.outcome(tool)}" for tool in TOOLS)
+                    )
         show(rows)
         show(boxes)
         show(sound)
-        taken += [f"refused, though sound: {attack.title}" for attack in sound["sound files"] if attack.outcome("dsconv") != "read it"]
-        ran = [a.title for group in (rows | boxes).values() for a in group if "RAN" in (a.outcome("dsconv"), a.outcome("dsconv, .bin"))]
+        taken += [
+            f"refused, though sound: {attack.title}"
+            for attack in sound["sound files"]
+            if attack.outcome("dsconv") != "read it"
+        ]
+        ran = [
+            a.title
+            for group in (rows | boxes).values()
+            for a in group
+            if "RAN" in (a.outcome("dsconv"), a.outcome("dsconv, .bin"))
+        ]
         missed = [a for group in rows.values() for a in group if a.outcome("pickle.load") == "RAN"]
         unseen = Counter(attack.outcome("picklescan") for attack in missed)
         click.echo(f"\nOf {len(missed)} programs that ran under Python, picklescan called {dict(unseen)}")
-        click.echo(f"dsconv: every program in each of {len(found)} kinds of file: {count:,} files, {len(taken)} failures")
+        click.echo(
+            f"dsconv: every program in each of {len(found)} kinds of file: {count:,} files, {len(taken)} failures"
+        )
         canaries = ran + (["everywhere"] if (top / "canary").exists() else [])
         for line in [*taken, *canaries]:
             click.echo(f"FAILURE: {line}", err=True)

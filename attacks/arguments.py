@@ -20,7 +20,10 @@ INDIRECT = [
     Hostile(
         "getattr of a module by name",
         lambda c: whole(
-            call(call(glob("builtins", "getattr"), call(glob("builtins", "__import__"), text("os")), text("system")), touch(c))
+            call(
+                call(glob("builtins", "getattr"), call(glob("builtins", "__import__"), text("os")), text("system")),
+                touch(c),
+            )
         ),
         "builtins.__import__",
     ),
@@ -32,13 +35,20 @@ INDIRECT = [
     ),
     Hostile(
         "getattr of a class as a call",
-        lambda c: whole(call(call(glob("__builtin__", "getattr"), glob(SHARDED, "ShardedTensor"), text("ProcessGroupState")), touch(c))),
+        lambda c: whole(
+            call(
+                call(glob("__builtin__", "getattr"), glob(SHARDED, "ShardedTensor"), text("ProcessGroupState")),
+                touch(c),
+            )
+        ),
         "ShardedTensor.ProcessGroupState",
         real=False,
     ),
     Hostile(
         "a tensor without storage rebuilt by itself",
-        lambda c: whole(call(glob("torch._utils", "_rebuild_wrapper_subclass"), glob("torch.distributed.tensor", "DTensor"))),
+        lambda c: whole(
+            call(glob("torch._utils", "_rebuild_wrapper_subclass"), glob("torch.distributed.tensor", "DTensor"))
+        ),
         "torch._utils._rebuild_wrapper_subclass",
         real=False,
     ),
@@ -50,13 +60,17 @@ INDIRECT = [
     ),
     Hostile(
         "copyreg._reconstructor of a process",
-        lambda c: whole(call(glob("copyreg", "_reconstructor"), glob("subprocess", "Popen"), glob("builtins", "object"), b"N")),
+        lambda c: whole(
+            call(glob("copyreg", "_reconstructor"), glob("subprocess", "Popen"), glob("builtins", "object"), b"N")
+        ),
         "subprocess.Popen",
         real=False,
     ),
     Hostile(
         "copyreg._reconstructor of itself",
-        lambda c: whole(call(glob("copyreg", "_reconstructor"), glob("copyreg", "_reconstructor"), glob("builtins", "object"), b"N")),
+        lambda c: whole(
+            call(glob("copyreg", "_reconstructor"), glob("copyreg", "_reconstructor"), glob("builtins", "object"), b"N")
+        ),
         "copyreg._reconstructor",
         real=False,
     ),
@@ -72,11 +86,21 @@ INDIRECT = [
         "copyreg.__newobj__",
         real=False,
     ),
-    Hostile("a partial is called", lambda c: whole(call(call(glob("functools", "partial"), SYSTEM, touch(c)))), "functools.partial"),
+    Hostile(
+        "a partial is called",
+        lambda c: whole(call(call(glob("functools", "partial"), SYSTEM, touch(c)))),
+        "functools.partial",
+    ),
     Hostile(
         "an attrgetter is called",
         lambda c: whole(
-            call(call(call(glob("operator", "attrgetter"), text("system")), call(glob("builtins", "__import__"), text("os"))), touch(c))
+            call(
+                call(
+                    call(glob("operator", "attrgetter"), text("system")),
+                    call(glob("builtins", "__import__"), text("os")),
+                ),
+                touch(c),
+            )
         ),
         "operator.attrgetter",
     ),
@@ -87,9 +111,16 @@ INDIRECT = [
     ),
     Hostile("text is called", lambda c: whole(call(text("os.system"), touch(c))), "'os.system'", real=False),
     Hostile("a dtype is called", lambda c: whole(call(glob("torch", "float32"), touch(c))), "float32", real=False),
-    Hostile("a storage class is called", lambda c: whole(call(glob("torch", "FloatStorage"), number(1 << 40))), "StorageKind", real=False),
+    Hostile(
+        "a storage class is called",
+        lambda c: whole(call(glob("torch", "FloatStorage"), number(1 << 40))),
+        "StorageKind",
+        real=False,
+    ),
     Hostile("INST of an unknown class", lambda c: f"(i{CANARY_MODULE}\nstrike\n.".encode(), f"{CANARY_MODULE}.strike"),
-    Hostile("OBJ of an unknown class", lambda c: b"(" + glob(CANARY_MODULE, "Evil") + b"N" + b"o.", f"{CANARY_MODULE}.Evil"),
+    Hostile(
+        "OBJ of an unknown class", lambda c: b"(" + glob(CANARY_MODULE, "Evil") + b"N" + b"o.", f"{CANARY_MODULE}.Evil"
+    ),
 ]
 ALLOWED_WITH_HOSTILE_ARGUMENTS = [
     Hostile(
@@ -119,7 +150,9 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
     ),
     Hostile(
         "a tensor subclass that is a function",
-        lambda c: whole(call(FROM_TYPE, glob("torch._utils", "_rebuild_tensor_v2"), glob("collections", "OrderedDict"), b")", b"N")),
+        lambda c: whole(
+            call(FROM_TYPE, glob("torch._utils", "_rebuild_tensor_v2"), glob("collections", "OrderedDict"), b")", b"N")
+        ),
         "without a class",
         MalformedError,
         real=False,
@@ -136,9 +169,19 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
         CANARY_MODULE,
         DsconvError,
     ),
-    Hostile("a storage whose name leaves the folder", lambda c: whole(storage("../../etc/passwd")), "passwd", MalformedError, real=False),
     Hostile(
-        "bytes of a huge number", lambda c: whole(call(glob("builtins", "bytes"), number(1 << 45))), "bytes", MalformedError, real=False
+        "a storage whose name leaves the folder",
+        lambda c: whole(storage("../../etc/passwd")),
+        "passwd",
+        MalformedError,
+        real=False,
+    ),
+    Hostile(
+        "bytes of a huge number",
+        lambda c: whole(call(glob("builtins", "bytes"), number(1 << 45))),
+        "bytes",
+        MalformedError,
+        real=False,
     ),
     Hostile(
         "a bytearray of a huge number",
@@ -162,9 +205,15 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
         real=False,
     ),
     Hostile(
-        "a set of lists", lambda c: whole(call(glob("builtins", "set"), lst(lst()))), "list as a dictionary key", MalformedError, real=False
+        "a set of lists",
+        lambda c: whole(call(glob("builtins", "set"), lst(lst()))),
+        "list as a dictionary key",
+        MalformedError,
+        real=False,
     ),
-    Hostile("a dictionary keyed by a list", lambda c: whole(b"}]Ns"), "list as a dictionary key", MalformedError, real=False),
+    Hostile(
+        "a dictionary keyed by a list", lambda c: whole(b"}]Ns"), "list as a dictionary key", MalformedError, real=False
+    ),
     Hostile(
         "_codecs.encode into a codec that is a module",
         lambda c: whole(call(glob("_codecs", "encode"), text("x"), own_name(c))),
@@ -185,7 +234,11 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
         MalformedError,
     ),
     Hostile(
-        "a torch.Size below zero", lambda c: whole(call(glob("torch", "Size"), lst(number(-1)))), "torch.Size", MalformedError, real=False
+        "a torch.Size below zero",
+        lambda c: whole(call(glob("torch", "Size"), lst(number(-1)))),
+        "torch.Size",
+        MalformedError,
+        real=False,
     ),
     Hostile(
         "a ZeRO stage by an object",
@@ -215,5 +268,11 @@ ALLOWED_WITH_HOSTILE_ARGUMENTS = [
         MalformedError,
         real=False,
     ),
-    Hostile("a call without a tuple", lambda c: whole(glob("collections", "OrderedDict"), b"]R"), "tuple", MalformedError, real=False),
+    Hostile(
+        "a call without a tuple",
+        lambda c: whole(glob("collections", "OrderedDict"), b"]R"),
+        "tuple",
+        MalformedError,
+        real=False,
+    ),
 ]

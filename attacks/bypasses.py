@@ -1,8 +1,9 @@
-"""What was published against scanners of pickles: functions that were on no list of theirs, and names spelled differently.
+"""What was published against scanners of pickles: functions that were on no list of theirs, and names spelled
+differently.
 
-The functions are from picklescan's and fickling's own security advisories (GHSA, CVE-2025-1716, CVE-2025-10157 and those
-of 2025 and 2026 after them): each is a function of a library that lies on most machines and runs text that it is given.
-A list of what is bad is never complete; dsconv has a list of what is needed, so none of them is special here.
+The functions are from picklescan's and fickling's own security advisories (GHSA, CVE-2025-1716, CVE-2025-10157 and
+those of 2025 and 2026 after them): each is a function of a library that lies on most machines and runs text that it is
+given. A list of what is bad is never complete; dsconv has a list of what is needed, so none of them is special here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ SHELL = f"{Path('/bin/sh')}"
 
 
 def _method(module: str, cls: str, name: str, *args: Callable[[str], bytes], real: bool = False) -> Hostile:
-    """A method of an object that is made without its __init__: the dotted name is a function that takes the object first."""
+    """A method of an object that is made without its __init__: the dotted name is a function that takes the object
+    first.
+    """
     made = lambda c: glob(module, cls) + b")\x81"  # noqa: E731
     return function(module, f"{cls}.{name}", made, *args, protocol=4, real=real)
 
@@ -28,7 +31,8 @@ def _opened(c: str) -> bytes:
 
 
 PUBLISHED = [
-    function("pip", "main", lambda c: lst(text("download"), text("--help"), text("--log"), text(c)), real=False),  # CVE-2025-1716
+    # CVE-2025-1716
+    function("pip", "main", lambda c: lst(text("download"), text("--help"), text("--log"), text(c)), real=False),
     function("pip._internal", "main", lambda c: lst(text("--help"), text("--log"), text(c)), real=False),
     function("ensurepip", "_run_pip", fixed(lst(text("--version"))), fixed(b"N"), real=False),
     function("idlelib.run", "Executive.runcode", fixed(b"N"), source, protocol=4, real=False),
@@ -36,23 +40,63 @@ PUBLISHED = [
     function("idlelib.autocomplete", "AutoComplete.get_entity", fixed(b"N"), source, protocol=4, real=False),
     function("idlelib.calltip", "get_entity", source, real=False),
     function("idlelib.debugobj", "ObjectTreeItem.SetText", fixed(b"N"), source, protocol=4, real=False),
-    function("lib2to3.pgen2.grammar", "Grammar.loads", fixed(glob("lib2to3.pgen2.grammar", "Grammar") + b")\x81"), nested,
-              protocol=4, real=False),
-    function("lib2to3.pgen2.pgen", "ParserGenerator.make_label", fixed(b"N"), fixed(b"N"), source, protocol=4, real=False),
-    function("code", "InteractiveInterpreter.runcode", lambda c: call(glob("code", "InteractiveInterpreter")), source, protocol=4),
+    function(
+        "lib2to3.pgen2.grammar",
+        "Grammar.loads",
+        fixed(glob("lib2to3.pgen2.grammar", "Grammar") + b")\x81"),
+        nested,
+        protocol=4,
+        real=False,
+    ),
+    function(
+        "lib2to3.pgen2.pgen", "ParserGenerator.make_label", fixed(b"N"), fixed(b"N"), source, protocol=4, real=False
+    ),
+    function(
+        "code",
+        "InteractiveInterpreter.runcode",
+        lambda c: call(glob("code", "InteractiveInterpreter")),
+        source,
+        protocol=4,
+    ),
     function("doctest", "debug_script", source, real=False),
-    function("trace", "Trace.run", lambda c: call(glob("trace", "Trace"), number(0), number(0)), source, protocol=4, real=False),
-    function("trace", "Trace.runctx", lambda c: call(glob("trace", "Trace"), number(0), number(0)), source, EMPTY, EMPTY, protocol=4),
+    function(
+        "trace",
+        "Trace.run",
+        lambda c: call(glob("trace", "Trace"), number(0), number(0)),
+        source,
+        protocol=4,
+        real=False,
+    ),
+    function(
+        "trace",
+        "Trace.runctx",
+        lambda c: call(glob("trace", "Trace"), number(0), number(0)),
+        source,
+        EMPTY,
+        EMPTY,
+        protocol=4,
+    ),
     function("cProfile", "runctx", source, EMPTY, EMPTY),
-    function("cProfile", "Profile.runctx", lambda c: call(glob("cProfile", "Profile")), source, EMPTY, EMPTY, protocol=4),
+    function(
+        "cProfile", "Profile.runctx", lambda c: call(glob("cProfile", "Profile")), source, EMPTY, EMPTY, protocol=4
+    ),
     function("profile", "Profile.runctx", lambda c: call(glob("profile", "Profile")), source, EMPTY, EMPTY, protocol=4),
     function("profile", "runctx", source, EMPTY, EMPTY),
     function("bdb", "Bdb.runctx", lambda c: call(glob("bdb", "Bdb")), source, EMPTY, EMPTY, protocol=4),
     function("bdb", "Bdb.run", lambda c: call(glob("bdb", "Bdb")), source, EMPTY, EMPTY, protocol=4),
     function("pdb", "Pdb.run", lambda c: call(glob("pdb", "Pdb")), source, EMPTY, EMPTY, protocol=4, real=False),
-    function("timeit", "repeat", source, fixed(text("pass")), fixed(glob("time", "perf_counter")), fixed(number(1)), fixed(number(1))),
+    function(
+        "timeit",
+        "repeat",
+        source,
+        fixed(text("pass")),
+        fixed(glob("time", "perf_counter")),
+        fixed(number(1)),
+        fixed(number(1)),
+    ),
     function("timeit", "main", lambda c: lst(text("-n1"), text("-r1"), text(code(c)))),
-    function("asyncio.unix_events", "_UnixSubprocessTransport._start", fixed(b"N"), argv, protocol=4, real=False),  # CVE-2025-10157
+    # CVE-2025-10157
+    function("asyncio.unix_events", "_UnixSubprocessTransport._start", fixed(b"N"), argv, protocol=4, real=False),
     function("asyncio.base_subprocess", "BaseSubprocessTransport._start", fixed(b"N"), argv, protocol=4, real=False),
     function("uuid", "_get_command_stdout", fixed(text("touch")), _opened),
     function("_aix_support", "_read_cmd_output", touch, real=False),
@@ -81,7 +125,9 @@ PUBLISHED = [
     function("tarfile", "open", _opened, fixed(text("w"))),
     function("zipfile", "ZipFile", _opened, fixed(text("w"))),
     function("wave", "open", _opened, fixed(text("wb"))),
-    function("pathlib", "Path.write_text", lambda c: call(glob("pathlib", "Path"), text(c)), fixed(text("x")), protocol=4),
+    function(
+        "pathlib", "Path.write_text", lambda c: call(glob("pathlib", "Path"), text(c)), fixed(text("x")), protocol=4
+    ),
     function("shutil", "copytree", fixed(text("/etc/opt")), _opened),
     function("os", "makedirs", _opened),
     function("os", "symlink", fixed(text("/etc/hostname")), _opened),
@@ -97,14 +143,27 @@ PUBLISHED = [
     function("concurrent.futures.process", "_process_worker", real=False),
     function("multiprocessing.util", "spawnv_passfds", fixed(blob(b"/usr/bin/touch")), argv, fixed(b")"), real=False),
     function("importlib", "__import__", own_name),
-    function("importlib.machinery", "SourceFileLoader.load_module", lambda c: call(
-             glob("importlib.machinery", "SourceFileLoader"), own_name(c), text(str(Path(c).parent / f"{CANARY_MODULE}.py"))), protocol=4),
+    function(
+        "importlib.machinery",
+        "SourceFileLoader.load_module",
+        lambda c: call(
+            glob("importlib.machinery", "SourceFileLoader"),
+            own_name(c),
+            text(str(Path(c).parent / f"{CANARY_MODULE}.py")),
+        ),
+        protocol=4,
+    ),
     function("zipimport", "zipimporter", _opened, real=False),
     function("site", "addpackage", fixed(text("/")), _opened, fixed(b"\x8f"), protocol=4, real=False),
     function("modulefinder", "ModuleFinder", real=False),
     function("rlcompleter", "Completer", real=False),
-    function("unittest.loader", "TestLoader.loadTestsFromName", fixed(call(glob("unittest.loader", "TestLoader"))),
-             own_name, protocol=4),
+    function(
+        "unittest.loader",
+        "TestLoader.loadTestsFromName",
+        fixed(call(glob("unittest.loader", "TestLoader"))),
+        own_name,
+        protocol=4,
+    ),
     function("unittest.mock", "_importer", own_name, real=False),
     function("xml.sax", "make_parser", lambda c: lst(own_name(c))),
     function("email.message", "Message", real=False),
@@ -126,8 +185,15 @@ PUBLISHED = [
     function("torch.jit.unsupported_tensor_ops", "execWrapper", source, EMPTY, EMPTY),
     function("torch.fx.graph_module", "reduce_graph_module", fixed(b"}"), fixed(text("")), real=False),
     function("torch.fx.graph_module", "_exec_with_source", source, EMPTY),
-    function("torch.fx.experimental.symbolic_shapes", "ShapeEnv.evaluate_guards_expression", fixed(b"N"), source,
-              fixed(lst()), protocol=4, real=False),
+    function(
+        "torch.fx.experimental.symbolic_shapes",
+        "ShapeEnv.evaluate_guards_expression",
+        fixed(b"N"),
+        source,
+        fixed(lst()),
+        protocol=4,
+        real=False,
+    ),
     function("torch._dynamo.guards", "GuardBuilder.get", fixed(b"N"), source, protocol=4, real=False),
     function("torch._inductor.codecache", "PyCodeCache.load", source, protocol=4, real=False),
     function("torch.package.package_importer", "PackageImporter", _opened, real=False),
@@ -146,13 +212,15 @@ PUBLISHED = [
     function("joblib.numpy_pickle", "load", _opened, real=False),
     function("transformers.utils.import_utils", "define_import_structure", _opened, real=False),
     function("deepspeed.launcher.runner", "main", argv, real=False),
-    function("deepspeed.ops.op_builder.builder", "OpBuilder.command_exists", fixed(b"N"), touch, protocol=4, real=False),
+    function(
+        "deepspeed.ops.op_builder.builder", "OpBuilder.command_exists", fixed(b"N"), touch, protocol=4, real=False
+    ),
     function("triton.runtime.build", "_build", real=False),
     function("sympy.parsing.sympy_parser", "eval_expr", source, EMPTY, EMPTY, real=False),
     function("jinja2.utils", "import_string", own_name, real=False),
     function("setuptools._distutils.spawn", "spawn", argv, real=False),
     function("ctypes.util", "_findLib_gcc", touch, real=False),
-]  # fmt: skip
+]
 
 
 def _spelled(title: str, program: Callable[[str], bytes], says: str = "os.system", real: bool = True) -> Hostile:
@@ -165,14 +233,17 @@ SPELLINGS = [
         lambda c: whole(rb"S'\x6f\x73'" + b"\n" + rb"S'\163ystem'" + b"\n\x93", tup(touch(c)), b"R"),
     ),
     _spelled(
-        "as escaped protocol 0 unicode", lambda c: whole(rb"V\u006f\u0073" + b"\n" + rb"V\u0073ystem" + b"\n\x93", tup(touch(c)), b"R")
+        "as escaped protocol 0 unicode",
+        lambda c: whole(rb"V\u006f\u0073" + b"\n" + rb"V\u0073ystem" + b"\n\x93", tup(touch(c)), b"R"),
     ),
     _spelled("as short byte strings", lambda c: whole(b"U\x02osU\x06system\x93", tup(touch(c)), b"R")),
     _spelled("as long byte strings", lambda c: whole(b"T\x02\0\0\0osT\x06\0\0\0system\x93", tup(touch(c)), b"R")),
     _spelled("as short unicode", lambda c: whole(b"\x8c\x02os\x8c\x06system\x93", tup(touch(c)), b"R", protocol=4)),
     _spelled(
         "as unicode of eight length bytes",
-        lambda c: whole(b"\x8d\x02" + bytes(7) + b"os\x8d\x06" + bytes(7) + b"system\x93", tup(touch(c)), b"R", protocol=4),
+        lambda c: whole(
+            b"\x8d\x02" + bytes(7) + b"os\x8d\x06" + bytes(7) + b"system\x93", tup(touch(c)), b"R", protocol=4
+        ),
     ),
     _spelled(
         "the module twice in the memo",
@@ -180,12 +251,15 @@ SPELLINGS = [
         real=True,
     ),
     _spelled(
-        "text of the name duplicated and dropped", lambda c: whole(b"\x8c\x02os\x8c\x06system20\x93", tup(touch(c)), b"R", protocol=4)
+        "text of the name duplicated and dropped",
+        lambda c: whole(b"\x8c\x02os\x8c\x06system20\x93", tup(touch(c)), b"R", protocol=4),
     ),
     _spelled(
         "a frame over each opcode",
         lambda c: whole(
-            b"".join(b"\x95" + len(op).to_bytes(8, "little") + op for op in (b"\x8c\x02os", b"\x8c\x06system", b"\x93")),
+            b"".join(
+                b"\x95" + len(op).to_bytes(8, "little") + op for op in (b"\x8c\x02os", b"\x8c\x06system", b"\x93")
+            ),
             tup(touch(c)),
             b"R",
             protocol=4,
@@ -197,7 +271,9 @@ SPELLINGS = [
     ),
     _spelled("no PROTO at all, protocol 4 opcodes", lambda c: b"\x8c\x02os\x8c\x06system\x93" + tup(touch(c)) + b"R."),
     _spelled(
-        "the alias of the platform: posix", lambda c: whole(call(stack_glob("posix", "system"), touch(c)), protocol=4), "posix.system"
+        "the alias of the platform: posix",
+        lambda c: whole(call(stack_glob("posix", "system"), touch(c)), protocol=4),
+        "posix.system",
     ),
     _spelled(
         "through a package that imported os",
@@ -228,12 +304,26 @@ SPELLINGS = [
         "builtins.object.__subclasses__",
         real=False,
     ),
-    _spelled("a call before the stream breaks off", lambda c: whole(call(SYSTEM, touch(c)))[:-1] + b"\xff\xff"),  # "nullifAI", 2025
+    _spelled(
+        "a call before the stream breaks off", lambda c: whole(call(SYSTEM, touch(c)))[:-1] + b"\xff\xff"
+    ),  # "nullifAI", 2025
     _spelled("a call before a STOP that comes too early", lambda c: whole(b"(" + call(SYSTEM, touch(c)))),
-    _spelled("a second pickle's call in the first one's list", lambda c: whole(lst(call(SYSTEM, touch(c)), b"N"), b"0N")),
+    _spelled(
+        "a second pickle's call in the first one's list", lambda c: whole(lst(call(SYSTEM, touch(c)), b"N"), b"0N")
+    ),
     _spelled("GLOBAL's name with a space", lambda c: whole(b"cos\nsystem \n", tup(touch(c)), b"R"), real=False),
-    _spelled("GLOBAL's module with a carriage return", lambda c: whole(b"cos\r\nsystem\n", tup(touch(c)), b"R"), "system", real=False),
-    _spelled("a letter of another alphabet", lambda c: whole(b"c\xd0\xbes\nsystem\n", tup(touch(c)), b"R"), "system", real=False),
+    _spelled(
+        "GLOBAL's module with a carriage return",
+        lambda c: whole(b"cos\r\nsystem\n", tup(touch(c)), b"R"),
+        "system",
+        real=False,
+    ),
+    _spelled(
+        "a letter of another alphabet",
+        lambda c: whole(b"c\xd0\xbes\nsystem\n", tup(touch(c)), b"R"),
+        "system",
+        real=False,
+    ),
     _spelled(
         "full-width letters, which Python's compiler folds",
         lambda c: whole("c\uff4f\uff53\nsystem\n".encode(), tup(touch(c)), b"R"),
@@ -242,12 +332,19 @@ SPELLINGS = [
     ),
     _spelled(
         "a registered extension",
-        lambda c: whole(call(glob("copyreg", "add_extension"), text("os"), text("system"), number(1)), b"0\x82\x01", tup(touch(c)), b"R"),
+        lambda c: whole(
+            call(glob("copyreg", "add_extension"), text("os"), text("system"), number(1)),
+            b"0\x82\x01",
+            tup(touch(c)),
+            b"R",
+        ),
         "copyreg.add_extension",
     ),
     _spelled(
         "the pickler's own find_class",
-        lambda c: whole(call(stack_glob("pickle", "_Unpickler.find_class"), b"N", text("os"), text("system")), protocol=4),
+        lambda c: whole(
+            call(stack_glob("pickle", "_Unpickler.find_class"), b"N", text("os"), text("system")), protocol=4
+        ),
         "pickle._Unpickler.find_class",
         real=False,
     ),
@@ -281,15 +378,28 @@ def _reversed_nested(c: str) -> bytes:
 
 
 ARCHIVES = [
-    Hostile("a pickle in a pickle in a pickle", lambda c: whole(call(glob("pickle", "loads"), _reversed_nested(c))), "pickle.loads"),
+    Hostile(
+        "a pickle in a pickle in a pickle",
+        lambda c: whole(call(glob("pickle", "loads"), _reversed_nested(c))),
+        "pickle.loads",
+    ),
     Hostile(
         "a pickle in a torch file in a pickle",
         lambda c: whole(call(glob("torch.storage", "_load_from_bytes"), nested(c))),
         "_load_from_bytes",
     ),
-    Hostile("a pickle in marshal", lambda c: whole(call(glob("marshal", "loads"), blob(b"N"))), "marshal.loads", real=False),
-    Hostile("a pickle in base64", lambda c: whole(call(glob("base64", "b64decode"), text("gASVAAAA"))), "base64.b64decode", real=False),
-    Hostile("a pickle in zlib", lambda c: whole(call(glob("zlib", "decompress"), blob(b"x"))), "zlib.decompress", real=False),
+    Hostile(
+        "a pickle in marshal", lambda c: whole(call(glob("marshal", "loads"), blob(b"N"))), "marshal.loads", real=False
+    ),
+    Hostile(
+        "a pickle in base64",
+        lambda c: whole(call(glob("base64", "b64decode"), text("gASVAAAA"))),
+        "base64.b64decode",
+        real=False,
+    ),
+    Hostile(
+        "a pickle in zlib", lambda c: whole(call(glob("zlib", "decompress"), blob(b"x"))), "zlib.decompress", real=False
+    ),
     Hostile(
         "a pickle in a BytesIO that is unpickled",
         lambda c: whole(call(glob("pickle", "load"), call(glob("io", "BytesIO"), nested(c)))),
@@ -298,7 +408,10 @@ ARCHIVES = [
     Hostile(
         "an Unpickler's load",
         lambda c: whole(
-            call(stack_glob("_pickle", "Unpickler.load"), call(glob("_pickle", "Unpickler"), call(glob("io", "BytesIO"), nested(c)))),
+            call(
+                stack_glob("_pickle", "Unpickler.load"),
+                call(glob("_pickle", "Unpickler"), call(glob("io", "BytesIO"), nested(c))),
+            ),
             protocol=4,
         ),
         "_pickle.Unpickler",
@@ -311,12 +424,21 @@ ARCHIVES = [
     ),
     Hostile("a shelf", lambda c: whole(call(glob("shelve", "open"), text(c))), "shelve.open", real=False),
     Hostile(
-        "a zip that is imported", lambda c: whole(call(glob("zipimport", "zipimporter"), text(c))), "zipimport.zipimporter", real=False
+        "a zip that is imported",
+        lambda c: whole(call(glob("zipimport", "zipimporter"), text(c))),
+        "zipimport.zipimporter",
+        real=False,
     ),
     Hostile(
         "a reduced tensor subclass around a nested call",
         lambda c: whole(
-            call(glob("torch._tensor", "_rebuild_from_type_v2"), glob("pickle", "loads"), glob("torch", "Tensor"), tup(nested(c)), b"N")
+            call(
+                glob("torch._tensor", "_rebuild_from_type_v2"),
+                glob("pickle", "loads"),
+                glob("torch", "Tensor"),
+                tup(nested(c)),
+                b"N",
+            )
         ),
         "pickle.loads",
     ),
@@ -342,6 +464,12 @@ ARCHIVES = [
         "os.system",
         real=True,
     ),
-    Hostile("a slot of a set is a call", lambda c: whole(b"\x8f(", call(SYSTEM, touch(c)), b"\x90", protocol=4), "os.system"),
-    Hostile("a key of a frozenset is a call", lambda c: whole(b"(", call(SYSTEM, touch(c)), b"\x91", protocol=4), "os.system"),
+    Hostile(
+        "a slot of a set is a call", lambda c: whole(b"\x8f(", call(SYSTEM, touch(c)), b"\x90", protocol=4), "os.system"
+    ),
+    Hostile(
+        "a key of a frozenset is a call",
+        lambda c: whole(b"(", call(SYSTEM, touch(c)), b"\x91", protocol=4),
+        "os.system",
+    ),
 ]

@@ -63,7 +63,9 @@ def _second_root(records: Records, program: bytes) -> bytes:
 
 def _overlapping(records: Records, program: bytes) -> bytes:
     """A second record whose directory entry points at the first one's bytes."""
-    return zip_bytes([*_poisoned(records, program), Rec(f"{str(records[0].name).partition('/')[0]}/x", b"", header_offset=0)])
+    return zip_bytes(
+        [*_poisoned(records, program), Rec(f"{str(records[0].name).partition('/')[0]}/x", b"", header_offset=0)]
+    )
 
 
 def _compressed(records: Records, program: bytes) -> bytes:
@@ -109,7 +111,9 @@ def _script(records: Records, program: bytes) -> bytes:
 
 CONTAINERS = [
     Container("a sound zip around it", _with(), "os.system"),
-    Container("the record's own header has another name (CVE-2025-1944)", _with(local_name="archive/data.pk_"), "another name"),
+    Container(
+        "the record's own header has another name (CVE-2025-1944)", _with(local_name="archive/data.pk_"), "another name"
+    ),
     Container("the flag for encryption is set (CVE-2025-1945)", _with(flags=0x801), "encrypted"),
     Container("the flag is set in the record's own header only", _with(local_flags=0x801), "flags"),
     Container("the CRC-32 is wrong (CVE-2025-10156)", _with(crc32=1), "CRC-32"),
@@ -124,12 +128,26 @@ CONTAINERS = [
     Container("a name with a backslash", _with(name="archive\\data.pkl"), "record named"),
     Container("a record at the place of another", _overlapping, "another name"),
     Container("the directory's size lies", _with(nbytes=8), "stored in 8 bytes"),
-    Container("the directory counts fewer records", lambda r, p: zip_bytes(_poisoned(r, p), count=1), "directory says 1 records"),
-    Container("the two counts of records differ", lambda r, p: zip_bytes(_poisoned(r, p), count_here=1), "several volumes"),
+    Container(
+        "the directory counts fewer records",
+        lambda r, p: zip_bytes(_poisoned(r, p), count=1),
+        "directory says 1 records",
+    ),
+    Container(
+        "the two counts of records differ", lambda r, p: zip_bytes(_poisoned(r, p), count_here=1), "several volumes"
+    ),
     Container("a zip of several volumes", lambda r, p: zip_bytes(_poisoned(r, p), disk=1), "several volumes"),
-    Container("zip64's end says otherwise", lambda r, p: zip_bytes(_poisoned(r, p), zip64=True, narrow_count=1), "disagree"),
-    Container("bytes before the zip", lambda r, p: zip_bytes(_poisoned(r, p), prefix=b"#!/bin/sh\n"), "before the zip's first record"),
-    Container("the program itself before the zip", lambda r, p: zip_bytes(r, prefix=p), "before the zip's first record"),
+    Container(
+        "zip64's end says otherwise", lambda r, p: zip_bytes(_poisoned(r, p), zip64=True, narrow_count=1), "disagree"
+    ),
+    Container(
+        "bytes before the zip",
+        lambda r, p: zip_bytes(_poisoned(r, p), prefix=b"#!/bin/sh\n"),
+        "before the zip's first record",
+    ),
+    Container(
+        "the program itself before the zip", lambda r, p: zip_bytes(r, prefix=p), "before the zip's first record"
+    ),
     Container("bytes after the zip", lambda r, p: zip_bytes(_poisoned(r, p)) + b"\n", "follow"),
     Container("two zips, one after the other", _hidden_end, "before the zip"),
     Container("the hostile zip within a sound one's comment", _in_comment, "before the zip"),
@@ -138,4 +156,4 @@ CONTAINERS = [
     Container("torch's tar format (CVE-2025-32434)", _tar, "not a torch.save file"),
     Container("a TorchScript program", _script, "TorchScript"),
     Container("a stream that breaks off after the call", _broken_off, "os.system"),
-]  # fmt: skip
+]

@@ -17,10 +17,14 @@ from tests.checkpoint.building import call, glob, stack_glob, text, tup, whole
 OPCODES = [
     Hostile("GLOBAL and REDUCE, protocol 0", lambda c: b"cos\nsystem\n(" + line(c) + b"tR.", "os.system"),
     Hostile("GLOBAL and REDUCE, protocol 2", lambda c: whole(call(SYSTEM, touch(c))), "os.system"),
-    Hostile("STACK_GLOBAL and REDUCE", lambda c: whole(call(stack_glob("os", "system"), touch(c)), protocol=4), "os.system"),
+    Hostile(
+        "STACK_GLOBAL and REDUCE", lambda c: whole(call(stack_glob("os", "system"), touch(c)), protocol=4), "os.system"
+    ),
     Hostile("INST", lambda c: b"(" + line(c) + b"ios\nsystem\n.", "os.system"),
     Hostile("OBJ", lambda c: b"(" + SYSTEM + line(c) + b"o.", "os.system"),
-    Hostile("NEWOBJ", lambda c: whole(glob("subprocess", "Popen"), tup(argv(c)), b"\x81"), "subprocess.Popen", real=False),
+    Hostile(
+        "NEWOBJ", lambda c: whole(glob("subprocess", "Popen"), tup(argv(c)), b"\x81"), "subprocess.Popen", real=False
+    ),
     Hostile(
         "NEWOBJ_EX",
         lambda c: whole(glob("subprocess", "Popen"), tup(argv(c)), b"}\x92", protocol=4),
@@ -34,7 +38,9 @@ OPCODES = [
     ),
     Hostile(
         "BUILD with slot state",
-        lambda c: whole(glob("argparse", "Namespace"), b")\x81N}", text("__setstate__"), SYSTEM, b"s\x86b", touch(c), b"b"),
+        lambda c: whole(
+            glob("argparse", "Namespace"), b")\x81N}", text("__setstate__"), SYSTEM, b"s\x86b", touch(c), b"b"
+        ),
         "os.system",
     ),
     Hostile("EXT1", lambda c: whole(b"\x82\x01", tup(touch(c)), b"R"), "extension registry", real=False),
@@ -59,9 +65,17 @@ MEMO_TRICKS = [
         "os.system",
     ),
     Hostile("the result is thrown away", lambda c: whole(call(SYSTEM, touch(c)), b"0N"), "os.system"),
-    Hostile("the call stands between marks and is dropped", lambda c: whole(b"(", call(SYSTEM, touch(c)), b"1N"), "os.system"),
+    Hostile(
+        "the call stands between marks and is dropped",
+        lambda c: whole(b"(", call(SYSTEM, touch(c)), b"1N"),
+        "os.system",
+    ),
     Hostile("DUP copies the function", lambda c: whole(SYSTEM, b"2", tup(touch(c)), b"R\x86"), "os.system"),
     Hostile("the call makes a dictionary's key", lambda c: whole(b"}", call(SYSTEM, touch(c)), b"Ns"), "os.system"),
     Hostile("the call makes a persistent id", lambda c: whole(call(SYSTEM, touch(c)), b"Q"), "os.system"),
-    Hostile("long memo numbers", lambda c: whole(SYSTEM, b"r\x10\x00\x00\x000j\x10\x00\x00\x00", tup(touch(c)), b"R"), "os.system"),
+    Hostile(
+        "long memo numbers",
+        lambda c: whole(SYSTEM, b"r\x10\x00\x00\x000j\x10\x00\x00\x00", tup(touch(c)), b"R"),
+        "os.system",
+    ),
 ]

@@ -27,7 +27,9 @@ class Evil:
 
 @dataclass(frozen=True)
 class Hostile:
-    """``program`` makes the pickle from the canary's path. ``real``: Python's own pickle.loads runs it and so makes the canary."""
+    """``program`` makes the pickle from the canary's path. ``real``: Python's own pickle.loads runs it and so makes
+    the canary.
+    """
 
     title: str
     program: Callable[[str], bytes]
@@ -73,7 +75,8 @@ def function(module: str, name: str, *args: Callable[[str], bytes], protocol: in
     return Hostile(
         f"calls {name} of {module}",
         lambda c: whole(
-            call(stack_glob(module, name) if protocol >= 4 else glob(module, name), *[arg(c) for arg in args]), protocol=protocol
+            call(stack_glob(module, name) if protocol >= 4 else glob(module, name), *[arg(c) for arg in args]),
+            protocol=protocol,
         ),
         f"{module}.{name}",
         real=real,

@@ -17,7 +17,9 @@ MEMORY_BYTES = 16 << 30  # of address space: torch alone maps some
 
 
 def in_child(action: Callable[[], str], folder: Path) -> str:
-    """What ``action`` returns, or the name of the exception that ended it, or "no answer"; run in ``folder``, streams closed."""
+    """What ``action`` returns, or the name of the exception that ended it, or "no answer"; run in ``folder``,
+    streams closed.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -88,7 +90,9 @@ def zero_to_fp32(checkpoint: Path) -> str:
 
 
 def picklescan(file: Path) -> str:
-    """``dangerous``, ``suspicious`` (names that it does not know), ``error`` (it could not scan the file) or ``clean``."""
+    """``dangerous``, ``suspicious`` (names that it does not know), ``error`` (it could not scan the file) or
+    ``clean``.
+    """
     from picklescan.scanner import scan_file_path
 
     result = scan_file_path(str(file))

@@ -1,7 +1,7 @@
 """Where a program can hide: every file of a checkpoint that holds a pickle, in real checkpoints of every format.
 
-The program is put before the file's own pickle and its result is thrown away: a reader that runs it finds the weights as
-they were and sees nothing wrong.
+The program is put before the file's own pickle and its result is thrown away: a reader that runs it finds the weights
+as they were and sees nothing wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsconv.checkpoint import legacy_file
+from dsconv.checkpoint.torchfile import legacy
 from tests.checkpoint.building import Rec, zip_bytes
 from tests.fixtures import gloo, session
 from tests.fixtures.cases import BY_NAME
@@ -30,7 +30,9 @@ GLOO_CASES = (  # maker, case, the folder of it that a user would name
 
 
 def copies(folder: Path) -> dict[str, Path]:
-    """{name: checkpoint} of small real checkpoints, copied into ``folder``; those that are not there yet are trained first."""
+    """{name: checkpoint} of small real checkpoints, copied into ``folder``; those that are not there yet are trained
+    first.
+    """
     sources = {name: path / "ckpt" for name, path in session.ensure([BY_NAME[name] for name in ZERO_CASES]).items()}
     for maker, name, part in GLOO_CASES:
         sources[maker] = gloo.ensure(maker, [name])[name] / part
@@ -87,8 +89,10 @@ def places(folder: Path) -> list[Place]:
 
 
 def poisoned(sound: bytes, program: bytes) -> bytes:
-    """A file like ``sound``, a torch.save zip, a torch file of the older format or a bare pickle, with ``program`` before its pickle."""
-    if legacy_file.MAGIC_BYTES in sound[: legacy_file.HEAD_BYTES]:
+    """A file like ``sound``, a torch.save zip, a torch file of the older format or a bare pickle, with ``program``
+    before its pickle.
+    """
+    if legacy.MAGIC_BYTES in sound[: legacy.HEAD_BYTES]:
         stream = io.BytesIO(sound)
         for _ in range(3):  # the magic number, the version and the machine's properties; the object is next
             deque(pickletools.genops(stream), maxlen=0)

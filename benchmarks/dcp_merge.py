@@ -2,9 +2,9 @@
 
     python -m benchmarks.dcp_merge
 
-Three checkpoints of the same bf16 Llama, saved by two ranks: cut by rows (FSDP2), by columns (row-parallel TP), and by rows
-in the safetensors of DCP's HuggingFaceStorageWriter. Each round runs every command once, one after the other; what a
-command wrote is removed and everything is synced before the next, outside the timing. The ratios are medians of the
+Three checkpoints of the same bf16 Llama, saved by two ranks: cut by rows (FSDP2), by columns (row-parallel TP), and by
+rows in the safetensors of DCP's HuggingFaceStorageWriter. Each round runs every command once, one after the other; what
+a command wrote is removed and everything is synced before the next, outside the timing. The ratios are medians of the
 rounds' own ratios.
 """
 
@@ -50,7 +50,14 @@ def commands(source: Path, kind: str, merged: Path, target: Path) -> dict[str, l
     tools = Path(sys.executable)
     dsconv = [str(tools.with_name("dsconv")), "merge", str(source), str(target), "--quiet", "--no-fsync"]
     rivals = {
-        TORCH: [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", str(source), str(target)],
+        TORCH: [
+            sys.executable,
+            "-m",
+            "torch.distributed.checkpoint.format_utils",
+            "dcp_to_torch",
+            str(source),
+            str(target),
+        ],
         ACCELERATE: [str(tools.with_name("accelerate")), "merge-weights", str(source), str(target)],
     }
     if kind == "hf":
@@ -91,7 +98,9 @@ def _checked(command: list[str]) -> Run:
 
 
 def summary(source: Path, kind: str, runs: dict[str, list[Run]]) -> dict[str, Any]:
-    inspected = [measure([str(Path(sys.executable).with_name("dsconv")), "inspect", str(source), "--json"]) for _ in range(5)]
+    inspected = [
+        measure([str(Path(sys.executable).with_name("dsconv")), "inspect", str(source), "--json"]) for _ in range(5)
+    ]
     found = json.loads(inspected[0].output)
     return {
         "kind": kind,
@@ -111,8 +120,8 @@ def summary(source: Path, kind: str, runs: dict[str, list[Run]]) -> dict[str, An
 
 def show(result: dict[str, Any]) -> None:
     click.echo(
-        f"\n{result['kind']}: {result['parameters'] / 1e6:,.0f} M parameters, {result['output_bytes'] / 1e9:.2f} GB of bf16 weights; "
-        f"dsconv inspect takes {result['open_seconds']:.2f} s"
+        f"\n{result['kind']}: {result['parameters'] / 1e6:,.0f} M parameters, {result['output_bytes'] / 1e9:.2f} GB of"
+        f" bf16 weights; dsconv inspect takes {result['open_seconds']:.2f} s"
     )
     for name, seconds in result["median_seconds"].items():
         spread = f"{min(result['seconds'][name]):.2f} to {max(result['seconds'][name]):.2f}"
@@ -125,8 +134,20 @@ def show(result: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="Checkpoints are kept here.")
-@click.option("--size", type=click.Choice([str(size) for size in LAYERS]), default="0.8", show_default=True, help="In 10⁹ parameters.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("bench"),
+    show_default=True,
+    help="Checkpoints are kept here.",
+)
+@click.option(
+    "--size",
+    type=click.Choice([str(size) for size in LAYERS]),
+    default="0.8",
+    show_default=True,
+    help="In 10⁹ parameters.",
+)
 @click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of tables.")

@@ -1,10 +1,12 @@
-"""What the engine costs: its steps against a plain DeepSpeed loop's, and resuming on other ranks against DeepSpeed's own tool.
+"""What the engine costs: its steps against a plain DeepSpeed loop's, and resuming on other ranks against DeepSpeed's
+own tool.
 
     python -m benchmarks.engine
 
-Steps: the same model, configuration, data and ranks; the plain loop takes the loss of each step to the host, as a script that
-prints it does. Rounds alternate, and the ratio is of the medians of all steps of a round, first steps left out. Resuming: the
-conversion to a universal checkpoint, by dsconv inside ``resume`` and by ``ds_to_universal``, on the run's own checkpoint.
+Steps: the same model, configuration, data and ranks; the plain loop takes the loss of each step to the host, as a
+script that prints it does. Rounds alternate, and the ratio is of the medians of all steps of a round, first steps left
+out. Resuming: the conversion to a universal checkpoint, by dsconv inside ``resume`` and by ``ds_to_universal``, on the
+run's own checkpoint.
 """
 
 from __future__ import annotations
@@ -83,7 +85,14 @@ def overhead(folder: Path, model: Path, stage: int, rounds: int, steps: int) -> 
             run = folder / name
             shutil.rmtree(run, ignore_errors=True)
             options = RunOptions(
-                str(model), str(run), steps, Layout(nproc=2, zero_stage=stage), seq_len=128, batch_size=4, micro_batch=2, dtype="fp32"
+                str(model),
+                str(run),
+                steps,
+                Layout(nproc=2, zero_stage=stage),
+                seq_len=128,
+                batch_size=4,
+                micro_batch=2,
+                dtype="fp32",
             )
             if name == "engine":
                 train(options)
@@ -95,9 +104,12 @@ def overhead(folder: Path, model: Path, stage: int, rounds: int, steps: int) -> 
         plain_steps.append(times["plain"])
         own_steps.append(times["engine"])
     return {
-        "stage": stage, "plain_seconds": median(plain_steps), "engine_seconds": median(own_steps), "ratio": round(median(ratios), 4),
+        "stage": stage,
+        "plain_seconds": median(plain_steps),
+        "engine_seconds": median(own_steps),
+        "ratio": round(median(ratios), 4),
         "ratios": [round(ratio, 4) for ratio in ratios],
-    }  # fmt: skip
+    }
 
 
 def resuming(folder: Path, model: Path, rounds: int) -> dict[str, Any]:
@@ -106,7 +118,10 @@ def resuming(folder: Path, model: Path, rounds: int) -> dict[str, Any]:
 
     run = folder / "resumed"
     shutil.rmtree(run, ignore_errors=True)
-    train(RunOptions(str(model), str(run), 2 * rounds + 2, Layout(nproc=2, zero_stage=3), seq_len=128, batch_size=4), stop_after=1)
+    train(
+        RunOptions(str(model), str(run), 2 * rounds + 2, Layout(nproc=2, zero_stage=3), seq_len=128, batch_size=4),
+        stop_after=1,
+    )
     ours: list[float] = []
     theirs: list[float] = []
     whole: list[float] = []
@@ -117,7 +132,16 @@ def resuming(folder: Path, model: Path, rounds: int) -> dict[str, Any]:
             shutil.rmtree(made.parent, ignore_errors=True)
             made.parent.mkdir()
             if name == "ours":
-                command = [sys.executable, "-m", "dsconv", "to-universal", str(source), str(made), "--quiet", "--no-fsync"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "dsconv",
+                    "to-universal",
+                    str(source),
+                    str(made),
+                    "--quiet",
+                    "--no-fsync",
+                ]
             else:
                 official = ["--input_folder", str(source), "--output_folder", str(made), "--inject_missing_state"]
                 command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *official]
@@ -153,7 +177,10 @@ def main(rounds: int, steps: int, hidden: int, folder: Path) -> None:
         vocab_size=8000, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=8, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=256,
     ).save_pretrained(model)  # fmt: skip
-    found: dict[str, Any] = {"machine": machine(), "steps": [overhead(folder, model, stage, rounds, steps) for stage in (1, 3)]}
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "steps": [overhead(folder, model, stage, rounds, steps) for stage in (1, 3)],
+    }
     found["resume"] = resuming(folder, model, rounds)
     click.echo(json.dumps(found, indent=1))
     shutil.rmtree(folder)

@@ -34,4 +34,9 @@ def rank(method: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    command("benchmarks.load_tp", "Time loads of the same safetensors into tensor-parallel shards, in fresh ranks, in turn.", 4, rank)()
+    command(
+        "benchmarks.load_tp",
+        "Time loads of the same safetensors into tensor-parallel shards, in fresh ranks, in turn.",
+        4,
+        rank,
+    )()

@@ -42,4 +42,9 @@ def rank(method: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    command("benchmarks.load_zero3", "Time loads of the same safetensors into ZeRO-3 partitions, in fresh ranks, in turn.", 8, rank)()
+    command(
+        "benchmarks.load_zero3",
+        "Time loads of the same safetensors into ZeRO-3 partitions, in fresh ranks, in turn.",
+        8,
+        rank,
+    )()

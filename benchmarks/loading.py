@@ -49,14 +49,22 @@ def run_ranks(script: str, method: str, path: Path, world: int) -> dict[str, flo
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment |= {
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", script, "--rank", method, str(path)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     found = []
     for process in ranks:
         out, err = process.communicate()
@@ -74,7 +82,7 @@ def plain_read(path: Path) -> int:
     """This rank's share of the weights' bytes, read in order into new memory: what no load can beat."""
     import torch
 
-    from dsconv.checkpoint.reading import tensor_bytes
+    from dsconv.checkpoint.transfer.reading import tensor_bytes
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     total = 0
@@ -91,7 +99,9 @@ def plain_read(path: Path) -> int:
 
 
 def touch(model: Any) -> None:
-    """Read a byte of each page of the weights: what was only mapped is not loaded yet, and would be in the first step."""
+    """Read a byte of each page of the weights: what was only mapped is not loaded yet, and would be in the first
+    step.
+    """
     for parameter in model.parameters():
         local = parameter.to_local() if hasattr(parameter, "placements") else parameter
         local.detach().reshape(-1)[:: 2048 // local.element_size()].sum()
@@ -123,12 +133,22 @@ def one_rank(load: Callable[[Path], int], path: Path) -> None:
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    print(json.dumps({"seconds": seconds, "added_peak_bytes": max(peak, anonymous_bytes(os.getpid())) - before, "bytes_read": read}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "added_peak_bytes": max(peak, anonymous_bytes(os.getpid())) - before,
+                "bytes_read": read,
+            }
+        )
+    )
     sys.stdout.flush()
     os._exit(0)
 
 
-def compare(script: str, folder: Path, sizes: tuple[float, ...], worlds: tuple[int, ...], rounds: int, goal: float) -> list[dict[str, Any]]:
+def compare(
+    script: str, folder: Path, sizes: tuple[float, ...], worlds: tuple[int, ...], rounds: int, goal: float
+) -> list[dict[str, Any]]:
     """Every method in turn, ``rounds`` times, at each size and world; prints a table."""
     results = []
     model_folder(folder, 0)
@@ -152,13 +172,25 @@ def compare(script: str, folder: Path, sizes: tuple[float, ...], worlds: tuple[i
             click.echo(f"\n{size:g} B parameters, {nbytes / 1e9:.2f} GB of bf16, {world} ranks")
             for method, values in medians.items():
                 click.echo(
-                    f"  {method:16} {values['seconds']:6.2f} s   worst rank + {values['added_peak_bytes'] / 1e6:6,.0f} MB   "
-                    f"read {values['bytes_read'] / nbytes:.2f} × the weights"
+                    f"  {method:16} {values['seconds']:6.2f} s   worst rank + {values['added_peak_bytes'] / 1e6:6,.0f}"
+                    f" MB   read {values['bytes_read'] / nbytes:.2f} × the weights"
                 )
             click.echo(f"  dsconv: {faster:.1f} times as fast as from_pretrained (goal: at least {goal:g})")
             click.echo(f"  {over:.1f} × the plain read (goal: at most 2)")
-            click.echo(f"  added peak {medians[DSCONV]['added_peak_bytes'] / allowed:.2f} of model/W + 256 MB (goal: at most 1)")
-            results.append({"size": size, "world": world, "bytes": nbytes, "median": medians, "faster": faster, "over_plain_read": over})
+            click.echo(
+                f"  added peak {medians[DSCONV]['added_peak_bytes'] / allowed:.2f} of model/W + 256 MB (goal: at"
+                " most 1)"
+            )
+            results.append(
+                {
+                    "size": size,
+                    "world": world,
+                    "bytes": nbytes,
+                    "median": medians,
+                    "faster": faster,
+                    "over_plain_read": over,
+                }
+            )
     return results
 
 
@@ -166,15 +198,35 @@ def command(script: str, about: str, goal: float, rank: Callable[[str, Path], No
     """The command line of a benchmark that compares loads; with ``--rank`` it is one rank of one of them."""
 
     @click.command(help=about)
-    @click.option("--folder", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="The models are kept here.")
-    @click.option("--size", "sizes", type=float, multiple=True, default=(0.1, 0.8, 2.0), show_default=True, help="In 10⁹ parameters.")
+    @click.option(
+        "--folder",
+        type=click.Path(path_type=Path),
+        default=Path("bench"),
+        show_default=True,
+        help="The models are kept here.",
+    )
+    @click.option(
+        "--size",
+        "sizes",
+        type=float,
+        multiple=True,
+        default=(0.1, 0.8, 2.0),
+        show_default=True,
+        help="In 10⁹ parameters.",
+    )
     @click.option("--world", "worlds", type=int, multiple=True, default=(2, 4), show_default=True)
     @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
     @click.option("--rank", "method", hidden=True)
     @click.argument("path", type=click.Path(path_type=Path), required=False)
     def main(
-        folder: Path, sizes: tuple[float, ...], worlds: tuple[int, ...], rounds: int, as_json: bool, method: str | None, path: Path | None
+        folder: Path,
+        sizes: tuple[float, ...],
+        worlds: tuple[int, ...],
+        rounds: int,
+        as_json: bool,
+        method: str | None,
+        path: Path | None,
     ) -> None:
         if method is not None and path is not None:
             rank(method, path)

@@ -31,7 +31,12 @@ def measure(command: Sequence[str], env: dict[str, str] | None = None) -> Run:
     """Run ``command`` to its end, sampling the anonymous memory of it and its children."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, env={**os.environ, **(env or {})}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **(env or {})},
     )
     peak = 0
     while process.poll() is None:

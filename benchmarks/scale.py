@@ -2,9 +2,10 @@
 
     python -m benchmarks.scale --plot docs/scale.svg
 
-The checkpoints are of ZeRO-3 (or 2), with the files, names, keys, zip records and checksums that DeepSpeed 0.19.8 writes, and their
-tensors are holes in sparse files: 1 TB takes some hundred MB of disk, nearly all of it metadata. Each command runs in a
-process of its own; its memory is what the system says it was at the most (VmHWM), its open files are counted as it runs.
+The checkpoints are of ZeRO-3 (or 2), with the files, names, keys, zip records and checksums that DeepSpeed 0.19.8
+writes, and their tensors are holes in sparse files: 1 TB takes some hundred MB of disk, nearly all of it metadata. Each
+command runs in a process of its own; its memory is what the system says it was at the most (VmHWM), its open files are
+counted as it runs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import click
 from zlib_ng import zlib_ng
 
 from benchmarks.measure import machine, median
-from dsconv.checkpoint.dtypes import BY_NAME
-from dsconv.checkpoint.standins import Instance
-from dsconv.checkpoint.training import SmallTensor
+from dsconv.checkpoint.map.dtypes import BY_NAME
+from dsconv.checkpoint.map.training import SmallTensor
+from dsconv.checkpoint.pickles.allowlist import Instance
 from dsconv.convert.torch_writer import Streamed, TorchArchive
 from dsconv.zero_utils.partition import group_numel, share_numel
 
@@ -36,7 +37,15 @@ SUB_GROUP_NUMEL = 1_000_000_000  # sub_group_size of DeepSpeed
 STEP = 10
 CONFIG = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
 FRAGMENT = "deepspeed.utils.tensor_fragment.fragment_address"
-LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LAYER = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 # Run in a process of its own: open, count the files that are open meanwhile, plan, and tell.
 PROGRAM = """
 import json, os, sys, threading, time
@@ -73,13 +82,17 @@ def crc_of_zeros(nbytes: int) -> int:
 
 
 def shapes_of(tensors: int, parameters: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as of a transformer with that many weights: in every eighth place a vector, else square matrices."""
+    """Names and shapes as of a transformer with that many weights: in every eighth place a vector, else square
+    matrices.
+    """
     side = max(1, round((parameters / max(1, tensors - tensors // 8)) ** 0.5))
     shapes: dict[str, tuple[int, ...]] = {}
     for number in range(tensors):
         layer, place = divmod(number, len(LAYER) + 1)
         vector = place == len(LAYER)
-        shapes[f"model.layers.{layer}.{'input_layernorm' if vector else LAYER[place]}.weight"] = (side,) if vector else (side, side)
+        shapes[f"model.layers.{layer}.{'input_layernorm' if vector else LAYER[place]}.weight"] = (
+            (side,) if vector else (side, side)
+        )
     return shapes
 
 
@@ -137,7 +150,9 @@ def make(folder: Path, ranks: int, tensors: int, parameters: int, stage: int = 3
 
 @cache
 def flat_lengths(shapes: tuple[tuple[int, ...], ...], ranks: int) -> list[int]:
-    """Of each sub-group, a rank's elements: whole parameters until the size is reached (0.19.8 stage3.py _create_fp16_sub_groups)."""
+    """Of each sub-group, a rank's elements: whole parameters until the size is reached (0.19.8 stage3.py
+    _create_fp16_sub_groups).
+    """
     groups = [0]
     for shape in shapes:
         if groups[-1] >= SUB_GROUP_NUMEL:
@@ -148,7 +163,12 @@ def flat_lengths(shapes: tuple[tuple[int, ...], ...], ranks: int) -> list[int]:
 
 def stage_3(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, Any]:
     groups = flat_lengths(tuple(shapes.values()), ranks)
-    return {**settings(3), "partition_count": ranks, "optimizer_state_dict": adam(groups), "fp32_flat_groups": flat(groups)}
+    return {
+        **settings(3),
+        "partition_count": ranks,
+        "optimizer_state_dict": adam(groups),
+        "fp32_flat_groups": flat(groups),
+    }
 
 
 def stage_2(shapes: dict[str, tuple[int, ...]], ranks: int, rank: int) -> dict[str, Any]:
@@ -158,7 +178,9 @@ def stage_2(shapes: dict[str, tuple[int, ...]], ranks: int, rank: int) -> dict[s
     low, high = min(rank * part, starts[-1]), min((rank + 1) * part, starts[-1])
     first, last = bisect_right(starts, low) - 1, bisect_left(starts, high)
     held = {
-        name: Instance(FRAGMENT, (), {"numel": min(starts[i + 1], high) - max(starts[i], low), "start": max(starts[i], low) - low})
+        name: Instance(
+            FRAGMENT, (), {"numel": min(starts[i + 1], high) - max(starts[i], low), "start": max(starts[i], low) - low}
+        )
         for i, name in enumerate(islice(shapes, first, last), first)
     }
     return {
@@ -181,7 +203,10 @@ def flat(lengths: list[int]) -> list[Streamed]:
 
 def adam(lengths: list[int]) -> dict[str, Any]:
     step = SmallTensor(FP32, (), bytes(4))
-    states = {n: {"step": step, "exp_avg": Streamed(FP32, (g,)), "exp_avg_sq": Streamed(FP32, (g,))} for n, g in enumerate(lengths)}
+    states = {
+        n: {"step": step, "exp_avg": Streamed(FP32, (g,)), "exp_avg_sq": Streamed(FP32, (g,))}
+        for n, g in enumerate(lengths)
+    }
     group = {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": list(range(len(lengths)))}
     return {"state": states, "param_groups": [group]}
 
@@ -190,14 +215,23 @@ def cost(source: Path, rounds: int) -> dict[str, Any]:
     """The medians of ``rounds`` runs, after one that warms the page cache."""
     found = []
     for number in range(rounds + 1):
-        ran = subprocess.run([sys.executable, "-c", PROGRAM, str(source), str(source / "out")], capture_output=True, text=True, check=False)
+        ran = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(source), str(source / "out")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if ran.returncode:
             raise click.ClickException(f"{source}: {ran.stderr[-2000:]}")
         if number:
             found.append(json.loads(ran.stdout))
     medians = {key: median([run[key] for run in found]) for key in found[0]}
     files = list(source.rglob("*.pt"))
-    return {**medians, "source_bytes": sum(p.stat().st_size for p in files), "on_disk_bytes": sum(p.stat().st_blocks * 512 for p in files)}
+    return {
+        **medians,
+        "source_bytes": sum(p.stat().st_size for p in files),
+        "on_disk_bytes": sum(p.stat().st_blocks * 512 for p in files),
+    }
 
 
 def draw(series: dict[str, list[dict[str, Any]]], where: str, path: Path) -> None:
@@ -207,7 +241,9 @@ def draw(series: dict[str, list[dict[str, Any]]], where: str, path: Path) -> Non
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    mpl.rcParams.update({"svg.hashsalt": "dsconv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    mpl.rcParams.update(
+        {"svg.hashsalt": "dsconv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
     figure, rows = plt.subplots(2, 3, figsize=(9.2, 5.2), layout="constrained", sharey="row")
     for column, (label, key, unit) in enumerate(
         (("ranks", "ranks", 1), ("tensors", "tensors", 1), ("GB of fp32 weights", "output_bytes", 1e9))
@@ -217,8 +253,13 @@ def draw(series: dict[str, list[dict[str, Any]]], where: str, path: Path) -> Non
         time_axes, memory_axes = rows[0][column], rows[1][column]
         for name, field, color in (("open", "open_seconds", "#1f6f8b"), ("plan (dry run)", "plan_seconds", "#b5482f")):
             time_axes.plot(x, [result[field] for result in results], marker="o", markersize=4, color=color, label=name)
-        for name, field, color in (("after opening", "open_peak_bytes", "#1f6f8b"), ("after the plan", "peak_bytes", "#b5482f")):
-            memory_axes.plot(x, [result[field] / 1e6 for result in results], marker="o", markersize=4, color=color, label=name)
+        for name, field, color in (
+            ("after opening", "open_peak_bytes", "#1f6f8b"),
+            ("after the plan", "peak_bytes", "#b5482f"),
+        ):
+            memory_axes.plot(
+                x, [result[field] / 1e6 for result in results], marker="o", markersize=4, color=color, label=name
+            )
         fixed = ", ".join(
             text
             for name, text in (
@@ -247,19 +288,29 @@ def draw(series: dict[str, list[dict[str, Any]]], where: str, path: Path) -> Non
     click.echo(f"drew {path}")
 
 
-RANKS, TENSORS, PARAMETERS = (16, 64, 256, 1024), (1_000, 10_000, 100_000), (2_500_000_000, 25_000_000_000, 250_000_000_000)
+RANKS, TENSORS, PARAMETERS = (
+    (16, 64, 256, 1024),
+    (1_000, 10_000, 100_000),
+    (2_500_000_000, 25_000_000_000, 250_000_000_000),
+)
 
 
 @click.command()
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("bench/scale"), show_default=True, help="Checkpoints are kept here."
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("bench/scale"),
+    show_default=True,
+    help="Checkpoints are kept here.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--only", nargs=3, type=int, help="RANKS TENSORS PARAMETERS: measure that one only.")
 @click.option("--stage", type=click.Choice(["2", "3"]), default="3", show_default=True, help="Of ZeRO.")
 @click.option("--json", "as_json", is_flag=True)
-def main(folder: Path, rounds: int, plot: Path | None, only: tuple[int, int, int] | None, stage: str, as_json: bool) -> None:
+def main(
+    folder: Path, rounds: int, plot: Path | None, only: tuple[int, int, int] | None, stage: str, as_json: bool
+) -> None:
     """Make sparse checkpoints and measure what opening and planning them costs."""
     series: dict[str, list[tuple[int, int, int]]] = {
         "ranks": [(ranks, TENSORS[-1], PARAMETERS[0]) for ranks in RANKS],
@@ -276,11 +327,11 @@ def main(folder: Path, rounds: int, plot: Path | None, only: tuple[int, int, int
         measured[case] = result = {"ranks": case[0], **cost(source, rounds)}
         if not as_json:
             click.echo(
-                f"{case[0]:5,} ranks {result['tensors']:9,.0f} tensors {result['output_bytes'] / 1e9:8,.0f} GB, "
-                f"{result['pieces']:13,.0f} pieces: "
-                f"open {result['open_seconds']:6.2f} s {result['open_peak_bytes'] / 1e6:5.0f} MB, plan {result['plan_seconds']:5.2f} s "
-                f"{result['peak_bytes'] / 1e6:5.0f} MB, {result['open_files']:.0f} files open; "
-                f"{result['source_bytes'] / 1e9:,.0f} GB, on disk {result['on_disk_bytes'] / 1e6:,.0f} MB"
+                f"{case[0]:5,} ranks {result['tensors']:9,.0f} tensors {result['output_bytes'] / 1e9:8,.0f} GB,"
+                f" {result['pieces']:13,.0f} pieces: open {result['open_seconds']:6.2f} s"
+                f" {result['open_peak_bytes'] / 1e6:5.0f} MB, plan {result['plan_seconds']:5.2f} s"
+                f" {result['peak_bytes'] / 1e6:5.0f} MB, {result['open_files']:.0f} files open;"
+                f" {result['source_bytes'] / 1e9:,.0f} GB, on disk {result['on_disk_bytes'] / 1e6:,.0f} MB"
             )
     results = {name: [measured[case] for case in cases] for name, cases in series.items()}
     if as_json:

@@ -1,7 +1,7 @@
 """One rank that saves its shards of a random bf16 Llama with torch.distributed.checkpoint; started by ``checkpoint``.
 
-Rows are what FSDP2 cuts (dimension 0 of everything), columns what row-parallel TP does (dimension 1 of every matrix). The
-weights are made shard by shard, so that a model needs no more memory than it has bytes.
+Rows are what FSDP2 cuts (dimension 0 of everything), columns what row-parallel TP does (dimension 1 of every matrix).
+The weights are made shard by shard, so that a model needs no more memory than it has bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def checkpoint(folder: Path, size: float, kind: str, world: int = 2) -> Path:
     target.mkdir(parents=True)
     environment = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, __file__, str(target), str(size), kind]
-    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.DEVNULL) for rank in range(world)]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.DEVNULL)
+        for rank in range(world)
+    ]
     codes = [process.wait() for process in ranks]
     if any(codes):
         raise RuntimeError(f"saving the benchmark's checkpoint failed: exit codes {codes}")
@@ -58,7 +61,9 @@ def save(target: Path, size: float, kind: str) -> None:
         placement = Shard(dim) if dim < tensor.ndim else Replicate()
         local = tensor.chunk(world, dim)[rank] if dim < tensor.ndim else tensor
         values = torch.randn(local.shape, dtype=torch.bfloat16)
-        state[name] = DTensor.from_local(values, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride())
+        state[name] = DTensor.from_local(
+            values, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
     if kind == "hf":
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(target), save_distributed=True))
     else:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.to_universal --size 0.1
 
-Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks; what a command wrote is
-removed and everything is synced before the next, outside the timing. The ratios are medians of the rounds' own ratios, so
-that a slow minute of the machine counts for both sides. The official tool runs with its default numbers of workers.
+Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks; what a command
+wrote is removed and everything is synced before the next, outside the timing. The ratios are medians of the rounds' own
+ratios, so that a slow minute of the machine counts for both sides. The official tool runs with its default numbers of
+workers.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def _checked(command: list[str]) -> Run:
 
 def summary(source: Path, size: float, runs: dict[str, list[Run]], written: int) -> dict[str, Any]:
     ratios = {
-        f"{one} / {other}": round(median([a.seconds / b.seconds for a, b in zip(runs[one], runs[other], strict=True)]), 3)
+        f"{one} / {other}": round(
+            median([a.seconds / b.seconds for a, b in zip(runs[one], runs[other], strict=True)]), 3
+        )
         for one, other, _ in COMPARED
     }
     return {
@@ -91,7 +94,10 @@ def summary(source: Path, size: float, runs: dict[str, list[Run]], written: int)
 
 
 def show(result: dict[str, Any]) -> None:
-    click.echo(f"\n{result['checkpoint_bytes'] / 1e9:.2f} GB of checkpoint, {result['output_bytes'] / 1e9:.2f} GB of universal checkpoint")
+    click.echo(
+        f"\n{result['checkpoint_bytes'] / 1e9:.2f} GB of checkpoint, {result['output_bytes'] / 1e9:.2f} GB of universal"
+        " checkpoint"
+    )
     for name, seconds in result["median_seconds"].items():
         spread = f"{min(result['seconds'][name]):.2f} to {max(result['seconds'][name]):.2f}"
         click.echo(f"  {name:20} {seconds:6.2f} s  ({spread})  {result['peak_anonymous_mb'][name]:6,} MB")
@@ -102,7 +108,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="Checkpoints are kept here.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("bench"),
+    show_default=True,
+    help="Checkpoints are kept here.",
+)
 @click.option(
     "--size",
     "sizes",

@@ -27,8 +27,16 @@ def checkpoint(folder: Path, size: float, stage: int = 3, world: int = 2, dtype:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(target), str(size), str(stage), dtype],
@@ -50,9 +58,15 @@ def llama_config(size: float) -> Any:
 
     layers, width = LAYERS[size]
     return LlamaConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=width * 8 // 3 // 32 * 32, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=128, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
 
 
 def train(target: Path, size: float, stage: int, dtype: str) -> None:
@@ -63,7 +77,9 @@ def train(target: Path, size: float, stage: int, dtype: str) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for every collective; the other would be compiled
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # gloo for every collective; the other would be compiled
+    )
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank = torch.distributed.get_rank()
     config = llama_config(size)

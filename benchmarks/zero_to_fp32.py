@@ -2,10 +2,10 @@
 
     python -m benchmarks.zero_to_fp32 --plot docs/zero_to_fp32.svg
 
-Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks; what a command wrote
-is removed, everything is synced and the disk is given a moment before the next, outside the timing. Each round begins with
-another command, since a disk that has just taken some gigabytes takes the next ones more slowly. The ratios are medians of
-the rounds' own ratios, so that a slow minute of the machine counts for both sides.
+Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks; what a command
+wrote is removed, everything is synced and the disk is given a moment before the next, outside the timing. Each round
+begins with another command, since a disk that has just taken some gigabytes takes the next ones more slowly. The ratios
+are medians of the rounds' own ratios, so that a slow minute of the machine counts for both sides.
 """
 
 from __future__ import annotations
@@ -75,10 +75,14 @@ def _checked(command: list[str]) -> Run:
 
 
 def summary(source: Path, size: float, runs: dict[str, list[Run]]) -> dict[str, Any]:
-    inspected = [measure([str(Path(sys.executable).with_name("dsconv")), "inspect", str(source), "--json"]) for _ in range(5)]
+    inspected = [
+        measure([str(Path(sys.executable).with_name("dsconv")), "inspect", str(source), "--json"]) for _ in range(5)
+    ]
     found = json.loads(inspected[0].output)
     ratios = {
-        f"{one} / {other}": round(median([a.seconds / b.seconds for a, b in zip(runs[one], runs[other], strict=True)]), 3)
+        f"{one} / {other}": round(
+            median([a.seconds / b.seconds for a, b in zip(runs[one], runs[other], strict=True)]), 3
+        )
         for one, other, _ in GOALS
     }
     return {
@@ -114,7 +118,9 @@ def draw(results: list[dict[str, Any]], where: str, path: Path) -> None:
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    mpl.rcParams.update({"svg.hashsalt": "dsconv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    mpl.rcParams.update(
+        {"svg.hashsalt": "dsconv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
     colors = {OFFICIAL: "#b5482f", DSCONV: "#1f6f8b", COPY: "#8a8a8a"}
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
     x = [result["parameters"] / 1e6 for result in results]
@@ -124,7 +130,9 @@ def draw(results: list[dict[str, Any]], where: str, path: Path) -> None:
     ):
         for name in names:
             y = [result[key][name] for result in results]
-            axes.plot(x, y, marker="o", markersize=4, color=colors[name], linestyle="--" if name == COPY else "-", label=name)
+            axes.plot(
+                x, y, marker="o", markersize=4, color=colors[name], linestyle="--" if name == COPY else "-", label=name
+            )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(x, [f"{value:,.0f}" for value in x])
@@ -142,7 +150,13 @@ def draw(results: list[dict[str, Any]], where: str, path: Path) -> None:
 
 
 @click.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="Checkpoints are kept here.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("bench"),
+    show_default=True,
+    help="Checkpoints are kept here.",
+)
 @click.option(
     "--size",
     "sizes",

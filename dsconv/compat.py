@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from dsconv.checkpoint.copy import output_dtype
-from dsconv.checkpoint.dtypes import BY_NAME, DType
-from dsconv.checkpoint.loading import load_tensors
-from dsconv.checkpoint.storage import as_path, is_remote
+from dsconv.checkpoint.map.dtypes import BY_NAME, DType
+from dsconv.checkpoint.storage.local import as_path, is_remote
+from dsconv.checkpoint.transfer.copy import output_dtype
+from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.convert.merge import merge
 from dsconv.convert.plan import make_plan, parse_size
 from dsconv.convert.staging import open_staging, require_space
@@ -50,7 +50,10 @@ class LazyTensor:
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
-    checkpoint_dir: str | os.PathLike[str], tag: str | None = None, exclude_frozen_parameters: bool = False, lazy_mode: bool = False
+    checkpoint_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+    lazy_mode: bool = False,
 ) -> dict[str, Any]:
     """{name: CPU tensor} of a ZeRO checkpoint, tied names included, which share one tensor.
 
@@ -79,7 +82,15 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     """
     size = UNLIMITED_BYTES if max_shard_size is None else max_shard_size
     if safe_serialization:
-        merge(checkpoint_dir, output_dir, tag=tag, dtype="fp32", max_shard_size=size, exclude_frozen=exclude_frozen_parameters, force=True)
+        merge(
+            checkpoint_dir,
+            output_dir,
+            tag=tag,
+            dtype="fp32",
+            max_shard_size=size,
+            exclude_frozen=exclude_frozen_parameters,
+            force=True,
+        )
         return
     target = as_path(output_dir)
     if is_remote(target):
@@ -87,8 +98,12 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     _save_bin(open_checkpoint(checkpoint_dir, tag), target, parse_size(size), exclude_frozen_parameters)
 
 
-def load_state_dict_from_zero_checkpoint(model: torch.nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None) -> Any:
-    """Move ``model`` to the CPU, load the checkpoint's weights into it (``strict=False``) and return it. Raises DsconvError."""
+def load_state_dict_from_zero_checkpoint(
+    model: torch.nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
+) -> Any:
+    """Move ``model`` to the CPU, load the checkpoint's weights into it (``strict=False``) and return it. Raises
+    DsconvError.
+    """
     state_dict = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
     model = model.cpu()
     model.load_state_dict(state_dict, strict=False)
@@ -129,5 +144,7 @@ def _save_bin(checkpoint: Checkpoint, target: Path, max_shard_bytes: int, exclud
             index = {"metadata": {"total_size": plan.data_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             names.append("pytorch_model.bin.index.json")
             staging.write(names[-1], (json.dumps(index, indent=2) + "\n").encode())
-        old = sorted((p.name for p in target.glob("pytorch_model*.bin*")), key=lambda name: not name.endswith(".index.json"))
+        old = sorted(
+            (p.name for p in target.glob("pytorch_model*.bin*")), key=lambda name: not name.endswith(".index.json")
+        )
         staging.commit(names, old)

@@ -19,9 +19,21 @@ from dsconv._version import __version__
 from dsconv.errors import DsconvError, UnsafeError
 
 PACKAGES = (
-    "torch", "safetensors", "numpy", "zlib-ng", "deepspeed", "transformers", "accelerate", "peft", "huggingface_hub", "fsspec",
-    "aiohttp", "s3fs", "gcsfs", "zstandard",
-)  # fmt: skip
+    "torch",
+    "safetensors",
+    "numpy",
+    "zlib-ng",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "peft",
+    "huggingface_hub",
+    "fsspec",
+    "aiohttp",
+    "s3fs",
+    "gcsfs",
+    "zstandard",
+)
 # What needs more than the core: the modules it imports, and the extra that brings them.
 FEATURES = {
     "the Hub (org/model, --push-to-hub)": (("huggingface_hub",), "hub"),
@@ -36,7 +48,8 @@ EVIL = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
 
 
 def diagnose(folder: Path) -> dict[str, Any]:
-    """Versions, devices, free bytes of ``folder`` and of the folders that are written to besides, and the checks of what works.
+    """Versions, devices, free bytes of ``folder`` and of the folders that are written to besides, and the checks of
+    what works.
 
     Imports torch and whatever FEATURES names, which takes some seconds. A check that fails is told, not raised.
     """
@@ -48,7 +61,8 @@ def diagnose(folder: Path) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": {"cores": len(os.sched_getaffinity(0)), "memory_bytes": _memory_bytes(), "accelerators": cuda},
         "free_bytes": {
-            str(path): _free_bytes(path) for path in dict.fromkeys((folder.absolute(), Path(tempfile.gettempdir()), _hub_cache()))
+            str(path): _free_bytes(path)
+            for path in dict.fromkeys((folder.absolute(), Path(tempfile.gettempdir()), _hub_cache()))
         },
         "works": [*_core(), *(_feature(what, modules, extra) for what, (modules, extra) in FEATURES.items())],
     }
@@ -104,10 +118,14 @@ def _check(what: str, run: Callable[[], str | None], fix: str = "") -> dict[str,
 
 
 def _core() -> list[dict[str, Any]]:
-    """The real thing in small: a file that torch saves is merged and compared, and one that would run code is refused."""
+    """The real thing in small: a file that torch saves is merged and compared, and one that would run code is
+    refused.
+    """
     return [
         _check("merging and verifying a checkpoint", _merge, "pip install --force-reinstall dsconv"),
-        _check("refusing a pickle that would run code", _refuse, "do not use this installation; report it (SECURITY.md)"),
+        _check(
+            "refusing a pickle that would run code", _refuse, "do not use this installation; report it (SECURITY.md)"
+        ),
     ]
 
 
@@ -125,10 +143,10 @@ def _merge() -> str | None:
 
 
 def _refuse() -> str | None:
-    from dsconv.checkpoint import unpickler
+    from dsconv.checkpoint.pickles import machine
 
     try:
-        unpickler.load(EVIL, Path("doctor.pkl"), lambda pid: None)
+        machine.load(EVIL, Path("doctor.pkl"), lambda pid: None)
     except UnsafeError:
         return None
     except DsconvError as error:

@@ -14,7 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-TEXT = "Training leaves the weights in pieces, one piece a rank. Merged, they are one model again, and it still knows its text."
+TEXT = (
+    "Training leaves the weights in pieces, one piece a rank. Merged, they are one model again, and it still knows its"
+    " text."
+)
 PROMPT = "Training leaves"
 STEPS = 60
 WORLD = 2
@@ -27,7 +30,9 @@ def train(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for every collective; the other would be compiled
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # gloo for every collective; the other would be compiled
+    )
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     pieces = pre_tokenizers.Whitespace()
     vocabulary = sorted({word for word, _ in pieces.pre_tokenize_str(TEXT)})
@@ -37,9 +42,17 @@ def train(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     model = AutoModelForCausalLM.from_config(config)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -74,8 +87,16 @@ def main(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(WORLD), "PYTHONWARNINGS": "ignore"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(WORLD),
+        "PYTHONWARNINGS": "ignore",
+    }
     log = folder / "training.log"
     with log.open("w") as errors:
         ranks = [
@@ -105,7 +126,9 @@ def main(folder: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     rest = len(tokenizer(TEXT)["input_ids"]) - prompt["input_ids"].shape[1]
-    output = model.generate(input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=rest, do_sample=False)
+    output = model.generate(
+        input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=rest, do_sample=False
+    )
     print(f"> {tokenizer.decode(output[0])}")
 
 

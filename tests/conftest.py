@@ -13,12 +13,15 @@ from tests.fixtures import session
 from tests.fixtures.cases import ALL
 from tests.trained import Trained
 
+pytest_plugins = ["tests.servers.fixtures"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
 
 
 @pytest.fixture(scope="session")
 def trained() -> Callable[[str], Trained]:
-    """``trained(name)``: a checkpoint and its truth. The first use trains whatever is not there yet, all cases at once."""
+    """``trained(name)``: a checkpoint and its truth. The first use trains whatever is not there yet, all cases at
+    once.
+    """
     folders = session.ensure(ALL)
     return lambda name: Trained(folders[name] if name in folders else session.NATIVE_DATA / name)
 

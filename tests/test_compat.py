@@ -13,10 +13,23 @@ import torch
 from dsconv import DsconvError, compat
 from tests.trained import Trained, load_safetensors, same
 
-NAMES = ["get_fp32_state_dict_from_zero_checkpoint", "convert_zero_checkpoint_to_fp32_state_dict", "load_state_dict_from_zero_checkpoint"]
+NAMES = [
+    "get_fp32_state_dict_from_zero_checkpoint",
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "load_state_dict_from_zero_checkpoint",
+]
 # What the official functions read: no 0-d or frozen weights at stage 1, no stage 0.
-READABLE = ["llama_tied-z3-bf16-w3", "llama_groups-z2-bf16-w4", "llama_frozen-z3-bf16-w2", "llama_frozen-z2-fp32-w3", "t5-z2-bf16-w2",
-            "gpt2-z3-fp32-w3", "mixtral-z3-bf16-w2", "llama_lora-z2-bf16-w2", "odd-z3-bf16-w2"]  # fmt: skip
+READABLE = [
+    "llama_tied-z3-bf16-w3",
+    "llama_groups-z2-bf16-w4",
+    "llama_frozen-z3-bf16-w2",
+    "llama_frozen-z2-fp32-w3",
+    "t5-z2-bf16-w2",
+    "gpt2-z3-fp32-w3",
+    "mixtral-z3-bf16-w2",
+    "llama_lora-z2-bf16-w2",
+    "odd-z3-bf16-w2",
+]
 
 
 def official() -> Any:
@@ -45,8 +58,12 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> Non
 def test_get_state_dict(case: str, lazy: bool, trained: Callable[[str], Trained]) -> None:
     made = trained(case)
     for exclude in (False, True):
-        theirs = official().get_fp32_state_dict_from_zero_checkpoint(str(made.checkpoint), exclude_frozen_parameters=exclude)
-        ours = compat.get_fp32_state_dict_from_zero_checkpoint(made.checkpoint, exclude_frozen_parameters=exclude, lazy_mode=lazy)
+        theirs = official().get_fp32_state_dict_from_zero_checkpoint(
+            str(made.checkpoint), exclude_frozen_parameters=exclude
+        )
+        ours = compat.get_fp32_state_dict_from_zero_checkpoint(
+            made.checkpoint, exclude_frozen_parameters=exclude, lazy_mode=lazy
+        )
         if lazy:
             assert all(t.shape == theirs[name].shape and t.dtype == theirs[name].dtype for name, t in ours.items())
             ours = {name: tensor.contiguous() for name, tensor in ours.items()}
@@ -72,7 +89,9 @@ def load_bin(folder: Path) -> dict[str, torch.Tensor]:
 def test_convert_to_bin(case: str, size: str | None, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     made = trained(case)
     for module, out in ((official(), "theirs"), (compat, "ours")):
-        module.convert_zero_checkpoint_to_fp32_state_dict(str(made.checkpoint), str(tmp_path / out), max_shard_size=size)
+        module.convert_zero_checkpoint_to_fp32_state_dict(
+            str(made.checkpoint), str(tmp_path / out), max_shard_size=size
+        )
     equal(load_bin(tmp_path / "ours"), load_bin(tmp_path / "theirs"))
     sharded = (tmp_path / "ours" / "pytorch_model.bin.index.json").exists()
     assert sharded == (tmp_path / "theirs" / "pytorch_model.bin.index.json").exists() == (size == "8KB")

@@ -60,7 +60,9 @@ class Trained:
         return {first, *(alias for alias, owner in self.tied.items() if owner == first)}
 
     def check(self, merged: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
-        """Each tensor of the truth is in ``merged`` under one of its names, bit for bit (cast to ``dtype``), and nothing else."""
+        """Each tensor of the truth is in ``merged`` under one of its names, bit for bit (cast to ``dtype``), and
+        nothing else.
+        """
         left = set(self.truth)
         for name, tensor in merged.items():
             assert name in left, f"{name} is not in the model, or is stored under two names"
@@ -68,5 +70,7 @@ class Trained:
             expected = self.truth[name]
             if dtype is not None and expected.is_floating_point():
                 expected = expected.to(dtype)
-            assert same(tensor, expected), f"{name}: {tensor.dtype} {list(tensor.shape)}, expected {expected.dtype} {list(expected.shape)}"
+            assert same(tensor, expected), (
+                f"{name}: {tensor.dtype} {list(tensor.shape)}, expected {expected.dtype} {list(expected.shape)}"
+            )
         assert not left, f"missing: {sorted(left)}"

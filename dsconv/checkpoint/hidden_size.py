@@ -6,17 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint import hub
+from dsconv.checkpoint.storage import hub
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UnsupportedError
 from dsconv.zero_utils.config_auto import hidden_size_of
 
 
 def read_hidden_size(model: str, revision: str | None = None) -> int:
-    """The hidden size of ``model``: a folder, a ``config.json``, or a repository of the Hub, of which only that is downloaded.
+    """The hidden size of ``model``: a folder, a ``config.json``, or a repository of the Hub, of which only that is
+    downloaded.
 
-    Many configurations call it otherwise (``n_embd``, ``d_model``) or leave out what is their class's default, so transformers
-    is asked where it is installed and knows the model; no code of the repository is run. Raises CheckpointNotFoundError,
-    MalformedError, RemoteError as ``open_checkpoint`` does, and UnsupportedError for a configuration that states no size.
+    Many configurations call it otherwise (``n_embd``, ``d_model``) or leave out what is their class's default, so
+    transformers is asked where it is installed and knows the model; no code of the repository is run. Raises
+    CheckpointNotFoundError, MalformedError, RemoteError as ``open_checkpoint`` does, and UnsupportedError for a
+    configuration that states no size.
     """
     path = Path(model)
     if path.is_dir():
@@ -25,7 +27,9 @@ def read_hidden_size(model: str, revision: str | None = None) -> int:
         if path.name != "config.json" and hub.is_repo(model):
             path = hub.fetch_config(model, revision)
         else:
-            raise CheckpointNotFoundError(f"{path}: no such file; --model is a folder with config.json, that file, or org/model")
+            raise CheckpointNotFoundError(
+                f"{path}: no such file; --model is a folder with config.json, that file, or org/model"
+            )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -35,7 +39,9 @@ def read_hidden_size(model: str, revision: str | None = None) -> int:
     if not isinstance(config, dict):
         raise MalformedError(f"{path}: the model's configuration is {type(config).__name__}; expected an object")
     size = (
-        hidden_size_of({"hidden_size": config.get("hidden_size")}) or hidden_size_of(_known_to_transformers(path)) or hidden_size_of(config)
+        hidden_size_of({"hidden_size": config.get("hidden_size")})
+        or hidden_size_of(_known_to_transformers(path))
+        or hidden_size_of(config)
     )
     if size is None:
         raise UnsupportedError(

@@ -7,24 +7,32 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-from dsconv.checkpoint import hub
-from dsconv.checkpoint.standins import MAX_NUMEL, shown
-from dsconv.checkpoint.storage import as_path, stamp
-from dsconv.checkpoint.tensormap import Checkpoint, prove_tiling
+from dsconv.checkpoint.map.tensors import Checkpoint, prove_tiling
+from dsconv.checkpoint.pickles.allowlist import MAX_NUMEL, safe_repr
+from dsconv.checkpoint.storage import hub
+from dsconv.checkpoint.storage.local import as_path, stamp
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
 
-# Modules of ``formats``, in the order in which they are asked. Each has ``detect(path, tag)``, which looks at names only,
-# and ``read(path, tag)``, which yields the map; one is imported when it is asked.
-FORMATS = ("universal", "dcp", "dcp_hf", "deepspeed", "safetensors_folder", "dtensor_files", "bin_folder")
+# Modules of ``formats``, in the order in which they are asked. Each has ``detect(path, tag)``, which looks at names
+# only, and ``read(path, tag)``, which yields the map; one is imported when it is asked.
+FORMATS = (
+    "deepspeed.universal",
+    "dcp.reader",
+    "dcp.safetensors_shards",
+    "deepspeed.reader",
+    "huggingface.safetensors",
+    "rank_files.reader",
+    "huggingface.torch_bin",
+)
 
 
 def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint for reading, its metadata only, and prove that its pieces tile every tensor exactly once.
 
-    ``path`` is a DeepSpeed save dir, tag dir or Trainer ``checkpoint-N``, a torch.distributed.checkpoint directory or one
-    that holds it, a folder of one torch.save a rank (verl, accelerate, FSDP), a safetensors or ``.bin`` file or folder, a
-    URL of any of these (``s3://``, ``https://``, ``hf://`` …), or the id of a model on the Hub, whose weights are
-    downloaded into the Hub's cache; ``revision`` is of the Hub.
+    ``path`` is a DeepSpeed save dir, tag dir or Trainer ``checkpoint-N``, a torch.distributed.checkpoint directory or
+    one that holds it, a folder of one torch.save a rank (verl, accelerate, FSDP), a safetensors or ``.bin`` file or
+    folder, a URL of any of these (``s3://``, ``https://``, ``hf://`` …), or the id of a model on the Hub, whose weights
+    are downloaded into the Hub's cache; ``revision`` is of the Hub.
 
     Raises CheckpointNotFoundError, MissingShardError, MalformedError, InconsistentCheckpointError, UnsupportedError,
     UnsafeError or RemoteError, all of them DsconvError.
@@ -45,8 +53,12 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None, revisi
     except OSError as error:
         raise MalformedError(f"{error.filename or root}: cannot be read: {error.strerror}") from None
     for entry in checkpoint.values():
-        if math.prod(max(1, size) for size in entry.shape) * entry.dtype.itemsize >= MAX_NUMEL:  # of no elements: the others are held
-            raise MalformedError(f"{root}: {shown(entry.name)} has the shape {shown(entry.shape)}, which torch cannot make")
+        if (
+            math.prod(max(1, size) for size in entry.shape) * entry.dtype.itemsize >= MAX_NUMEL
+        ):  # of no elements: the others are held
+            raise MalformedError(
+                f"{root}: {safe_repr(entry.name)} has the shape {safe_repr(entry.shape)}, which torch cannot make"
+            )
         prove_tiling(entry)
     checkpoint.stamps = {source: stamp(source) for source in checkpoint.sources}
     return checkpoint

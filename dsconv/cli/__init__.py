@@ -47,8 +47,21 @@ def cli() -> None:
 
 
 COMMANDS = (
-    zero_to_fp32, merge, to_universal, to_dcp, inspect, verify, push, watch, config, estimate, train, resume, validate, doctor,
-)  # fmt: skip
+    zero_to_fp32,
+    merge,
+    to_universal,
+    to_dcp,
+    inspect,
+    verify,
+    push,
+    watch,
+    config,
+    estimate,
+    train,
+    resume,
+    validate,
+    doctor,
+)
 for _command in COMMANDS:
     cli.add_command(_command)
 
@@ -85,7 +98,13 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _report(error: DsconvError | OSError, as_json: bool) -> int:
     code = getattr(error, "exit_code", EXIT_UNREADABLE)
-    message = str(error) if isinstance(error, DsconvError) else f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    message = (
+        str(error)
+        if isinstance(error, DsconvError)
+        else f"{error.filename}: {error.strerror}"
+        if error.filename
+        else str(error)
+    )
     click.echo(f"Error: {message}", err=True)
     if as_json:
         found: dict[str, Any] = {"error": message, "type": type(error).__name__, "exit_code": code}

@@ -26,12 +26,24 @@ Example:
 Exit code 3 where DeepSpeed would refuse the config (or it cannot be read), 5
 where it says something else than the options.""")  # fmt: skip
 @click.argument("ds_config", required=False, metavar="[DS_JSON]")
-@click.option("--recipe", metavar="NAME", help="Print this recipe as JSON, its comments on stderr, in place of reading DS_JSON.")
+@click.option(
+    "--recipe", metavar="NAME", help="Print this recipe as JSON, its comments on stderr, in place of reading DS_JSON."
+)
 @click.option("--list-recipes", is_flag=True, help="List the recipes.")
-@click.option("--model", metavar="MODEL", help="A folder, a config.json or org/model: its hidden size gives the bucket sizes.")
+@click.option(
+    "--model", metavar="MODEL", help="A folder, a config.json or org/model: its hidden size gives the bucket sizes."
+)
 @click.option("--world", "world_size", type=click.IntRange(1), metavar="N", help="Processes in all.")
-@click.option("--micro-batch", "per_device_train_batch_size", type=click.IntRange(1), metavar="N", help="Samples a rank takes at once.")
-@click.option("--grad-accum", "gradient_accumulation_steps", type=click.IntRange(1), metavar="N", help="Micro-batches a step.")
+@click.option(
+    "--micro-batch",
+    "per_device_train_batch_size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Samples a rank takes at once.",
+)
+@click.option(
+    "--grad-accum", "gradient_accumulation_steps", type=click.IntRange(1), metavar="N", help="Micro-batches a step."
+)
 @click.option("--lr", "learning_rate", type=float, metavar="X", help="Learning rate.")
 @click.option("--betas", type=(float, float), metavar="B1 B2", help="Adam's decay rates.")
 @click.option("--eps", "adam_epsilon", type=float, metavar="X", help="Adam's epsilon.")
@@ -39,7 +51,9 @@ where it says something else than the options.""")  # fmt: skip
 @click.option("--max-grad-norm", type=float, metavar="X", help="Gradient clipping.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Precision of the training.")
 @click.option("--steps", "num_training_steps", type=click.IntRange(1), metavar="N", help="Steps in all.")
-@click.option("--warmup-steps", type=click.FloatRange(0), metavar="N", help="Steps of warm-up, or a share of --steps below 1.")
+@click.option(
+    "--warmup-steps", type=click.FloatRange(0), metavar="N", help="Steps of warm-up, or a share of --steps below 1."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; the exit code tells.")
 @click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
@@ -60,8 +74,8 @@ def config(
 ) -> None:
     """Check a DeepSpeed config, and fill in its "auto" values as transformers does.
 
-    Says what DeepSpeed would refuse, ignore in silence or not do, with what to write instead; the options are what "auto"
-    becomes, and what the config must agree with. DeepSpeed need not be installed.
+    Says what DeepSpeed would refuse, ignore in silence or not do, with what to write instead; the options are what
+    "auto" becomes, and what the config must agree with. DeepSpeed need not be installed.
     """
     from dsconv.checkpoint.hidden_size import read_hidden_size
     from dsconv.zero_utils.config import DSConfig
@@ -107,7 +121,11 @@ def config(
             _show(report)
         errors = sum(finding.severity == "error" for finding in findings)
         if (errors or mismatches) and not as_json:
-            wrong = [console.count(number, noun) for number, noun in ((errors, "error"), (len(mismatches), "mismatch")) if number]
+            wrong = [
+                console.count(number, noun)
+                for number, noun in ((errors, "error"), (len(mismatches), "mismatch"))
+                if number
+            ]
             click.echo(f"Error: {' and '.join(wrong)} in {read.source}", err=True)
         if errors and not mismatches:
             context.exit(EXIT_UNREADABLE)
@@ -145,7 +163,9 @@ def _show(report: dict[str, Any]) -> None:
 
 def _show_recipe(recipe: Recipe, config: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
-        console.show_json({"recipe": recipe.name, "summary": recipe.summary, "config": config, "comments": recipe.comments})
+        console.show_json(
+            {"recipe": recipe.name, "summary": recipe.summary, "config": config, "comments": recipe.comments}
+        )
         return
     click.echo(json.dumps(config, indent=2))
     if not quiet:

@@ -72,7 +72,9 @@ def warn(messages: list[str]) -> None:
 
 
 def quiet_downloads(quiet: bool) -> None:
-    """Keep the Hub's client, which reads the environment when it is imported, from drawing bars where none are wanted."""
+    """Keep the Hub's client, which reads the environment when it is imported, from drawing bars where none are
+    wanted.
+    """
     if quiet or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
@@ -84,7 +86,9 @@ def colour() -> bool:
 
 @contextlib.contextmanager
 def progress(quiet: bool, unit: str = "bytes") -> Iterator[Progress | None]:
-    """A callback that shows on stderr the phase, how much of it is done, rate and time left; ``unit`` is what it counts."""
+    """A callback that shows on stderr the phase, how much of it is done, rate and time left; ``unit`` is what it
+    counts.
+    """
     if quiet:
         yield None
     elif sys.stderr.isatty():
@@ -130,10 +134,20 @@ class _Bar:
 
 def _make_bar(unit: str) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
-    return Progress(TextColumn("{task.description:>7}"), BarColumn(), *amount, TimeRemainingColumn(), console=Console(stderr=True))
+    return Progress(
+        TextColumn("{task.description:>7}"), BarColumn(), *amount, TimeRemainingColumn(), console=Console(stderr=True)
+    )
 
 
 class _Log:
@@ -175,7 +189,13 @@ def show_report(report: Any, seconds: float, as_json: bool, quiet: bool) -> bool
 def show_push(pushed: dict[str, Any]) -> None:
     """What a push did, for people."""
     warn(pushed["warnings"])
-    made = " (made, private)" if pushed["created"] and pushed["private"] else " (made, public)" if pushed["created"] else ""
+    made = (
+        " (made, private)"
+        if pushed["created"] and pushed["private"]
+        else " (made, public)"
+        if pushed["created"]
+        else ""
+    )
     click.echo(f"{pushed['folder']} → {pushed['repo']}{made}, {pushed['revision']}")
     how = "checked against its manifest" if pushed["checked"] else "not checked"
     new = "" if pushed["changed"] else "; the Hub had all of it"

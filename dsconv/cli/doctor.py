@@ -24,7 +24,8 @@ Example:
 def doctor(context: click.Context, folder: str, as_json: bool, debug: bool) -> None:
     """Show versions, devices, free space (of FOLDER) and what works here.
 
-    A small checkpoint is merged and compared on the way. Exit code 3 when that fails; what is not installed is no failure.
+    A small checkpoint is merged and compared on the way. Exit code 3 when that fails; what is not installed is no
+    failure.
     """
     from dsconv.doctor import diagnose
 
@@ -40,10 +41,16 @@ def doctor(context: click.Context, folder: str, as_json: bool, debug: bool) -> N
 
 def _show(found: dict[str, Any]) -> None:
     click.echo(f"dsconv {found['dsconv']}, Python {found['python']}, {found['system']}")
-    click.echo("packages: " + ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in found["packages"].items()))
+    click.echo(
+        "packages: "
+        + ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in found["packages"].items())
+    )
     devices = found["devices"]
     accelerators = ", ".join(devices["accelerators"]) or "no GPU"
-    click.echo(f"devices: {console.count(devices['cores'], 'core')}, {console.size(devices['memory_bytes'])} of memory, {accelerators}")
+    click.echo(
+        f"devices: {console.count(devices['cores'], 'core')}, {console.size(devices['memory_bytes'])} of memory,"
+        f" {accelerators}"
+    )
     for path, free in found["free_bytes"].items():
         click.echo(f"free: {'unknown' if free is None else console.size(free)} in {path}")
     for check in found["works"]:

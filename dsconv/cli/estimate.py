@@ -25,26 +25,63 @@ Example:
   dsconv estimate Qwen/Qwen2.5-7B --nproc 8
   dsconv estimate config.json --fit 80GB --nproc 8 --nodes 2 --plot memory.png""")  # fmt: skip
 @click.argument("model", metavar="MODEL")
-@click.option("--nproc", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Ranks (GPUs) of a node.")
+@click.option(
+    "--nproc", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Ranks (GPUs) of a node."
+)
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Nodes.")
-@click.option("--tp", "tps", type=click.IntRange(1), multiple=True, metavar="N", help="Tensor-parallel degree; several may be given.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True, help="What is trained in.")
+@click.option(
+    "--tp",
+    "tps",
+    type=click.IntRange(1),
+    multiple=True,
+    metavar="N",
+    help="Tensor-parallel degree; several may be given.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="What is trained in.",
+)
 @click.option("--fp32-grads", is_flag=True, help="Gradients accumulate in fp32 (data_types.grad_accum_dtype).")
-@click.option("--seq-len", type=click.IntRange(1), default=4096, show_default=True, metavar="N", help="Tokens of a sequence.")
-@click.option("--micro-batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences a rank and micro-batch.")
-@click.option("--accumulation", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Micro-batches a step.")
-@click.option("--fit", "limit", type=Size(), metavar="SIZE", help="Name the cheapest setting that fits, such as 80GB a GPU.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw it (.png, .svg, .pdf).")
+@click.option(
+    "--seq-len", type=click.IntRange(1), default=4096, show_default=True, metavar="N", help="Tokens of a sequence."
+)
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Sequences a rank and micro-batch.",
+)
+@click.option(
+    "--accumulation", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Micro-batches a step."
+)
+@click.option(
+    "--fit", "limit", type=Size(), metavar="SIZE", help="Name the cheapest setting that fits, such as 80GB a GPU."
+)
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw it (.png, .svg, .pdf)."
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in bytes.")
 @click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
 def estimate(
-    model: str, tps: tuple[int, ...], limit: int | None, plot: Path | None, revision: str | None, as_json: bool, debug: bool, **job: Any
+    model: str,
+    tps: tuple[int, ...],
+    limit: int | None,
+    plot: Path | None,
+    revision: str | None,
+    as_json: bool,
+    debug: bool,
+    **job: Any,
 ) -> None:
     """Tell what training with DeepSpeed will need: memory of each rank, disk.
 
-    MODEL is a config.json, a folder that has one, or a Hub id. Only the configuration is read: no weights. Every ZeRO stage,
-    offload and activation checkpointing is a row, the cheapest first.
+    MODEL is a config.json, a folder that has one, or a Hub id. Only the configuration is read: no weights. Every ZeRO
+    stage, offload and activation checkpointing is a row, the cheapest first.
     """
     from dsconv.loaders.sizes import model_sizes
     from dsconv.zero_utils import estimate as estimating
@@ -72,7 +109,10 @@ def _show(report: Report) -> None:
 
     model, job = report.model, report.job
     world = f"{console.count(job.nodes, 'node')} × {console.count(job.nproc, 'GPU')}"
-    click.echo(f"{model.name}: {model.numel:,} parameters; {world}, {job.dtype}, {job.micro_batch} × {job.seq_len:,} tokens a rank")
+    click.echo(
+        f"{model.name}: {model.numel:,} parameters; {world}, {job.dtype}, {job.micro_batch} × {job.seq_len:,} tokens a"
+        " rank"
+    )
     if model.decoder is None:
         console.warn(["activations are not estimated: the configuration is not of a decoder"])
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -127,4 +167,7 @@ def _verdict(report: Report, limit: int) -> str:
         least = report.smallest
         return f"Nothing fits {console.size(limit)}: {least.setting} needs least, {console.size(least.held.peak)}"
     peak = report.fit.held.peak
-    return f"Cheapest that fits {console.size(limit)}: {report.fit.setting} ({console.size(peak)}, {console.size(limit - peak)} left over)"
+    return (
+        f"Cheapest that fits {console.size(limit)}: {report.fit.setting} ({console.size(peak)},"
+        f" {console.size(limit - peak)} left over)"
+    )

@@ -108,7 +108,9 @@ def _show(found: Checkpoint, rows: int | None) -> None:
     for entry in entries[:rows]:
         name = entry.name + "".join(f"\n  = {alias}" for alias in entry.aliases)
         shape = " × ".join(map(str, entry.shape)) or "scalar"
-        table.add_row(Text(name), str(entry.dtype), shape, entry.role, str(entry.piece_count), console.size(entry.nbytes))
+        table.add_row(
+            Text(name), str(entry.dtype), shape, entry.role, str(entry.piece_count), console.size(entry.nbytes)
+        )
     out.print()
     out.print(table)
     if rows is not None and len(entries) > rows:

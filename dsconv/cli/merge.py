@@ -16,25 +16,55 @@ OUTPUT = click.argument("output", type=click.Path(), required=False, metavar="[O
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take (default: what the file 'latest' names)."),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main)."),
-    click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Cast floats, once, to nearest even (default: as stored)."),
-    click.option("--max-shard-size", "--max_shard_size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
-    click.option("--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["fp32", "bf16", "fp16"]),
+        help="Cast floats, once, to nearest even (default: as stored).",
+    ),
+    click.option(
+        "--max-shard-size",
+        "--max_shard_size",
+        type=Size(),
+        default="5GB",
+        show_default=True,
+        help="Largest output file.",
+    ),
+    click.option(
+        "--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."
+    ),
     click.option("--adapter", is_flag=True, help="Write only the LoRA/PEFT adapter, as a folder that PeftModel loads."),
-    click.option("--config-from", type=click.Path(file_okay=False), metavar="DIR",
-                 help="Copy config and tokenizer from DIR (default: found beside the checkpoint)."),
+    click.option(
+        "--config-from",
+        type=click.Path(file_okay=False),
+        metavar="DIR",
+        help="Copy config and tokenizer from DIR (default: found beside the checkpoint).",
+    ),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--verify", "verify_output", is_flag=True, help="Read the output back and compare every byte."),
     click.option("--force", is_flag=True, help="Replace a model that OUT already holds."),
-    click.option("--fsync/--no-fsync", default=None, help="Have the output on the disk before it counts as written (default: yes)."),
+    click.option(
+        "--fsync/--no-fsync",
+        default=None,
+        help="Have the output on the disk before it counts as written (default: yes).",
+    ),
     click.option("--sha256", is_flag=True, help="Put the sha256 of each file in the manifest."),
-    click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."),
-    click.option("--push-to-hub", type=Repo(), metavar="REPO", help="Push OUT to org/model on the Hugging Face Hub (see dsconv push)."),
+    click.option(
+        "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."
+    ),
+    click.option(
+        "--push-to-hub",
+        type=Repo(),
+        metavar="REPO",
+        help="Push OUT to org/model on the Hugging Face Hub (see dsconv push).",
+    ),
     click.option("--private", is_flag=True, help="With --push-to-hub: as of dsconv push."),
-    click.option("--safe_serialization", is_flag=True, hidden=True, help="Of the old script; the output is always safetensors."),
+    click.option(
+        "--safe_serialization", is_flag=True, hidden=True, help="Of the old script; the output is always safetensors."
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
     click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
     click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback."),
-)  # fmt: skip
+)
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,15 +123,23 @@ def _run(options: dict[str, Any]) -> None:
     if report.dry_run:
         _show_plan(report)
         return
-    size = f"{console.count(report.tensors, 'tensor')}, {console.count(report.parameters, 'parameter')}, {console.size(report.nbytes)}"
-    click.echo(f"{size} in {console.count(len(report.files), 'file')}, {seconds:.2f} s{', verified' if report.verified else ''}")
+    size = (
+        f"{console.count(report.tensors, 'tensor')}, {console.count(report.parameters, 'parameter')},"
+        f" {console.size(report.nbytes)}"
+    )
+    click.echo(
+        f"{size} in {console.count(len(report.files), 'file')}, {seconds:.2f}"
+        f" s{', verified' if report.verified else ''}"
+    )
     for alias, name in report.ties.items():
         click.echo(f"{alias} is tied to {name}, stored once")
     if report.sidecars:
         click.echo(f"with {', '.join(report.sidecars)}")
     elif not options["adapter"]:
         click.echo(
-            "no config.json was found beside the checkpoint: name the model's folder with --config-from to make OUT loadable", err=True
+            "no config.json was found beside the checkpoint: name the model's folder with --config-from to make OUT"
+            " loadable",
+            err=True,
         )
     if report.pushed is not None:
         console.show_push(report.pushed)
@@ -119,8 +157,8 @@ def _show_plan(report: Any) -> None:
             f"  ({row['role']}, {console.count(row['pieces'], 'piece')})"
         )
     click.echo(
-        f"\n{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in {console.count(len(report.files), 'file')}; "
-        "nothing was written (--dry-run)"
+        f"\n{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in"
+        f" {console.count(len(report.files), 'file')}; nothing was written (--dry-run)"
     )
     if report.sidecars:
         click.echo(f"with {', '.join(report.sidecars)}")

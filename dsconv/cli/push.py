@@ -25,8 +25,12 @@ A push that was cut off is resumed by running it again."""
 @click.option("--private", is_flag=True, help="Make the repository a private one; refuse one that is there and public.")
 @click.option("--revision", metavar="BRANCH", help="The branch to push to, made if need be (default: main).")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing to the main branch.")
-@click.option("--commit-message", metavar="TEXT", help="First line of the commit (default: the step, or the folder's name).")
-@click.option("--check/--no-check", default=True, help="Compare the files with the checksums of their manifest (default: yes).")
+@click.option(
+    "--commit-message", metavar="TEXT", help="First line of the commit (default: the step, or the folder's name)."
+)
+@click.option(
+    "--check/--no-check", default=True, help="Compare the files with the checksums of their manifest (default: yes)."
+)
 @click.option("--dry-run", is_flag=True, help="Print the files and their bytes, and ask the Hub nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
@@ -34,9 +38,9 @@ A push that was cut off is resumed by running it again."""
 def push(folder: str, repo: str, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Push a folder of safetensors to the Hugging Face Hub.
 
-    DIR is what a merge or save_pretrained wrote. It goes to the model repository REPO (org/model), which is made if need
-    be, in one commit, with a model card that keeps every line of a README that is there. Files that are not what their
-    manifest says are refused.
+    DIR is what a merge or save_pretrained wrote. It goes to the model repository REPO (org/model), which is made if
+    need be, in one commit, with a model card that keeps every line of a README that is there. Files that are not what
+    their manifest says are refused.
     """
     from dsconv.convert import push as convert
 
@@ -53,7 +57,8 @@ def push(folder: str, repo: str, as_json: bool, quiet: bool, debug: bool, **opti
         for row in report.files:
             click.echo(f"  {row['bytes']:>16,}  {row['file']}")
         click.echo(
-            f"{console.count(len(report.files), 'file')}, {console.size(report.nbytes)}, and a model card; nothing was sent (--dry-run)"
+            f"{console.count(len(report.files), 'file')}, {console.size(report.nbytes)}, and a model card; nothing was"
+            " sent (--dry-run)"
         )
         if report.left_out:
             click.echo(f"left out: {', '.join(report.left_out)}")

@@ -17,14 +17,30 @@ Example:
   dsconv to-dcp merged/ checkpoint-0/pytorch_model_fsdp_0/ --prefix model.""")  # fmt: skip
 @click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 @click.argument("output", type=click.Path(), metavar="OUT")
-@click.option("--prefix", default="", metavar="KEY.", help="Put KEY. before every name: the key that the trainer keeps its model under.")
+@click.option(
+    "--prefix",
+    default="",
+    metavar="KEY.",
+    help="Put KEY. before every name: the key that the trainer keeps its model under.",
+)
 @click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take (default: what the file 'latest' names).")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Cast floats, once, to nearest even (default: as stored).")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Cast floats, once, to nearest even (default: as stored).",
+)
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace a DCP checkpoint that OUT already holds.")
-@click.option("--fsync/--no-fsync", default=True, show_default=True, help="Have the output on the disk before it counts as written.")
-@click.option("--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8).")
+@click.option(
+    "--fsync/--no-fsync",
+    default=True,
+    show_default=True,
+    help="Have the output on the disk before it counts as written.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
@@ -49,10 +65,13 @@ def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool
     for row in report.plan:
         cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
         click.echo(
-            f"  {row['file']} {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']}  {row['name']}"
-            f"  ({console.count(row['chunks'], 'chunk')} of {console.count(row['pieces'], 'piece')})"
+            f"  {row['file']} {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']} "
+            f" {row['name']}  ({console.count(row['chunks'], 'chunk')} of {console.count(row['pieces'], 'piece')})"
         )
-    total = f"{console.count(report.tensors, 'tensor')}, {console.count(report.parameters, 'parameter')}, {console.size(report.nbytes)}"
+    total = (
+        f"{console.count(report.tensors, 'tensor')}, {console.count(report.parameters, 'parameter')},"
+        f" {console.size(report.nbytes)}"
+    )
     end = "nothing was written (--dry-run)" if report.dry_run else f"{seconds:.2f} s"
     click.echo(f"{total} in {console.count(len(report.files), 'file')}, {end}")
     for alias, name in report.ties.items():

@@ -20,14 +20,37 @@ def _layout_options(start: bool) -> Callable[[Function], Function]:
     number = click.IntRange(1)
     options = [
         click.option("--nproc", type=number, metavar="W", help="Ranks in all (default: torchrun's, else 1)."),
-        click.option("--zero-stage", type=click.IntRange(0, 3), default=0 if start else None, help="DeepSpeed's ZeRO stage."),
-        click.option("--tp", type=number, default=1 if start else None, metavar="N", help="Tensor-parallel ranks."),
-        click.option("--pp", type=number, default=1 if start else None, metavar="N", help="Pipeline stages (DeepSpeed)."),
-        click.option("--sp", type=number, default=1 if start else None, metavar="N", help="Ulysses sequence-parallel ranks (DeepSpeed)."),
-        click.option("--cp", type=number, default=1 if start else None, metavar="N", help="Context-parallel ranks (native, on GPUs)."),
-        click.option("--backend", type=click.Choice(["deepspeed", "native"]), default="deepspeed" if start else None, help="The engine."),
         click.option(
-            "--fsdp/--no-fsdp", default=True if start else None, help="Native: shard parameters (FSDP2), or replicate them (DDP)."
+            "--zero-stage", type=click.IntRange(0, 3), default=0 if start else None, help="DeepSpeed's ZeRO stage."
+        ),
+        click.option("--tp", type=number, default=1 if start else None, metavar="N", help="Tensor-parallel ranks."),
+        click.option(
+            "--pp", type=number, default=1 if start else None, metavar="N", help="Pipeline stages (DeepSpeed)."
+        ),
+        click.option(
+            "--sp",
+            type=number,
+            default=1 if start else None,
+            metavar="N",
+            help="Ulysses sequence-parallel ranks (DeepSpeed).",
+        ),
+        click.option(
+            "--cp",
+            type=number,
+            default=1 if start else None,
+            metavar="N",
+            help="Context-parallel ranks (native, on GPUs).",
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(["deepspeed", "native"]),
+            default="deepspeed" if start else None,
+            help="The engine.",
+        ),
+        click.option(
+            "--fsdp/--no-fsdp",
+            default=True if start else None,
+            help="Native: shard parameters (FSDP2), or replicate them (DDP).",
         ),
     ]
 
@@ -44,7 +67,9 @@ def _output_options(function: Function) -> Function:
         click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback."),
         click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-        click.option("--stop-after", type=click.IntRange(1), metavar="S", help="Stop after step S, saved, to be resumed."),
+        click.option(
+            "--stop-after", type=click.IntRange(1), metavar="S", help="Stop after step S, saved, to be resumed."
+        ),
     ):
         function = option(function)
     return function
@@ -58,20 +83,60 @@ Example:
 @click.option("--output-dir", required=True, type=click.Path(), metavar="RUN", help="A new folder for the run.")
 @click.option("--steps", required=True, type=click.IntRange(1), metavar="N", help="Optimizer steps in all.")
 @_layout_options(start=True)
-@click.option("--save-every", type=click.IntRange(0), default=0, metavar="K", help="Save after every K steps (the end is always saved).")
-@click.option("--keep", type=click.IntRange(0), default=0, metavar="N", help="Keep the last N checkpoints (default: all).")
-@click.option("--seq-len", type=click.IntRange(2), default=128, show_default=True, metavar="L", help="Tokens a sample.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Samples a step, over all ranks.")
-@click.option("--micro-batch", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Samples a forward pass and rank.")
 @click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="bf16", show_default=True, help="To compute in; masters are fp32."
+    "--save-every",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="Save after every K steps (the end is always saved).",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, data order and dropout.")
-@click.option("--data", default="synthetic", show_default=True, metavar="FILE", help="Text, an .npy row of token ids, or 'synthetic'.")
+@click.option(
+    "--keep", type=click.IntRange(0), default=0, metavar="N", help="Keep the last N checkpoints (default: all)."
+)
+@click.option("--seq-len", type=click.IntRange(2), default=128, show_default=True, metavar="L", help="Tokens a sample.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Samples a step, over all ranks.",
+)
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Samples a forward pass and rank.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="bf16",
+    show_default=True,
+    help="To compute in; masters are fp32.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, data order and dropout."
+)
+@click.option(
+    "--data",
+    default="synthetic",
+    show_default=True,
+    metavar="FILE",
+    help="Text, an .npy row of token ids, or 'synthetic'.",
+)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate; it decays linearly to 0.")
 @click.option("--weight-decay", type=float, default=0.01, show_default=True, help="Of AdamW.")
 @click.option("--warmup", type=click.IntRange(0), default=0, metavar="N", help="Steps of linear warm-up.")
-@click.option("--grad-clip", type=click.FloatRange(0), default=1.0, show_default=True, help="Largest gradient norm; 0 does not clip.")
+@click.option(
+    "--grad-clip",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Largest gradient norm; 0 does not clip.",
+)
 @click.option("--dropout", type=click.FloatRange(0, 1), help="For every dropout of the model (default: its own).")
 @click.option(
     "--offload",
@@ -82,9 +147,15 @@ Example:
 )
 @click.option("--nvme-path", type=click.Path(), metavar="DIR", help="For --offload nvme.")
 @click.option("--activation-checkpointing", is_flag=True, help="Compute activations again in the backward pass.")
-@click.option("--hook", type=click.Choice(["none", "bf16", "powersgd"]), default="none", help="Native DDP: compress gradients.")
-@click.option("--monitor", multiple=True, type=click.Choice(["csv", "tensorboard", "comms"]), help="DeepSpeed's own monitors.")
-@click.option("--ds-config", type=click.Path(), metavar="JSON", help="A DeepSpeed configuration, laid over the one made here.")
+@click.option(
+    "--hook", type=click.Choice(["none", "bf16", "powersgd"]), default="none", help="Native DDP: compress gradients."
+)
+@click.option(
+    "--monitor", multiple=True, type=click.Choice(["csv", "tensorboard", "comms"]), help="DeepSpeed's own monitors."
+)
+@click.option(
+    "--ds-config", type=click.Path(), metavar="JSON", help="A DeepSpeed configuration, laid over the one made here."
+)
 @_output_options
 def train(
     model: str, ds_config: str | None, stop_after: int | None, as_json: bool, quiet: bool, debug: bool, **options: Any
@@ -147,7 +218,10 @@ def _show(report: Any, as_json: bool, quiet: bool) -> None:
         console.warn(report.warnings)
         loss = "" if report.loss is None else f", loss {report.loss:.4f}"
         end = "finished" if report.finished else "interrupted, saved" if report.interrupted else "stopped"
-        click.echo(f"{report.run} ({report.layout}): step {report.step} of {report.steps}{loss}; {end} in {report.seconds:.1f} s")
+        click.echo(
+            f"{report.run} ({report.layout}): step {report.step} of {report.steps}{loss}; {end} in"
+            f" {report.seconds:.1f} s"
+        )
         if report.checkpoint:
             click.echo(f"checkpoint: {report.checkpoint}")
         if not report.finished:

@@ -11,7 +11,7 @@ from dsconv.cli import console
 from dsconv.errors import EXIT_MISMATCH
 
 if TYPE_CHECKING:
-    from dsconv.engine.validation import Cell, ValidationReport
+    from dsconv.engine.validation_report import Cell, ValidationReport
 
 SABOTAGES = ["drop-exp-avg", "reset-rng", "skip-batch", "swap-shards", "stale-latest"]
 
@@ -21,24 +21,47 @@ Example:
   dsconv validate model/ --nproc 2 --quick --report report/
   dsconv validate model/ --nproc 4 --cells zero3-bf16 --report report/""")  # fmt: skip
 @click.argument("model")
-@click.option("--nproc", type=click.IntRange(2), default=2, show_default=True, metavar="W", help="Ranks of each run; an even number.")
 @click.option(
-    "--report", "folder", required=True, type=click.Path(), metavar="DIR", help="For report.json, report.md, the curves and runs."
+    "--nproc",
+    type=click.IntRange(2),
+    default=2,
+    show_default=True,
+    metavar="W",
+    help="Ranks of each run; an even number.",
+)
+@click.option(
+    "--report",
+    "folder",
+    required=True,
+    type=click.Path(),
+    metavar="DIR",
+    help="For report.json, report.md, the curves and runs.",
 )
 @click.option("--quick", is_flag=True, help="A few rows: ZeRO-1, ZeRO-3, AutoTP and native.")
 @click.option("--cells", metavar="ROW,…", help="These rows only, such as zero3-bf16.")
-@click.option("--sabotage", type=click.Choice(SABOTAGES), help="Break each resumed run on purpose: validation must fail.")
-@click.option("--steps", type=int, default=8, show_default=True, metavar="N", help="Steps of a run, a multiple of 4; it stops halfway.")
+@click.option(
+    "--sabotage", type=click.Choice(SABOTAGES), help="Break each resumed run on purpose: validation must fail."
+)
+@click.option(
+    "--steps",
+    type=int,
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Steps of a run, a multiple of 4; it stops halfway.",
+)
 @click.option("--seq-len", type=click.IntRange(2), default=32, show_default=True, metavar="L", help="Tokens a sample.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, data and dropout.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 @click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
-def validate(model: str, folder: str, cells: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> int:
+def validate(
+    model: str, folder: str, cells: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any
+) -> int:
     """Prove that runs of MODEL resume, reshape and convert without losing anything.
 
-    Trains small runs with real engines, stops and resumes them in new processes, in place and on other ranks, converts them
-    and loads them back, and compares states, losses and weights. Exits 5 when a cell fails.
+    Trains small runs with real engines, stops and resumes them in new processes, in place and on other ranks, converts
+    them and loads them back, and compares states, losses and weights. Exits 5 when a cell fails.
     """
     from dsconv.engine.validation import validate as run
 
@@ -74,7 +97,7 @@ def _show(report: ValidationReport, folder: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dsconv.engine.cells import COLUMNS
+    from dsconv.engine.matrix import COLUMNS
     from dsconv.engine.validation_report import MARKS
 
     console.warn(report.warnings)

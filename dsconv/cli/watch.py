@@ -24,7 +24,9 @@ checkpoint that 'latest' names."""
 @click.argument("run", type=click.Path(), metavar="RUN")
 @click.option("--push-to-hub", "repo", type=Repo(), metavar="REPO", required=True, help="The repository, org/model.")
 @click.option("--private", is_flag=True, help="Make the repository a private one; refuse one that is there and public.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Cast floats, once, to nearest even (default: fp32).")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Cast floats, once, to nearest even (default: fp32)."
+)
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
 @click.option("--exclude-frozen", is_flag=True, help="Leave out weights that were not trained.")
 @click.option("--adapter", is_flag=True, help="Push only the LoRA/PEFT adapter.")
@@ -49,8 +51,9 @@ checkpoint that 'latest' names."""
 def watch(run: str, repo: str, once: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Merge and push each new checkpoint of a training run, once each.
 
-    RUN is where DeepSpeed writes 'latest', or a Trainer's output folder of checkpoint-N. Checkpoints go to the main branch
-    of REPO, a commit each, in order. A watcher may be killed and started again; two on one run and repository are refused.
+    RUN is where DeepSpeed writes 'latest', or a Trainer's output folder of checkpoint-N. Checkpoints go to the main
+    branch of REPO, a commit each, in order. A watcher may be killed and started again; two on one run and repository
+    are refused.
     """
     from dsconv.convert import watch as convert
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dsconv.checkpoint.dtypes import DType
-from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.convert.plan import Plan, find_config, make_plan
 from dsconv.convert.sidecars import read_json
 from dsconv.errors import CheckpointNotFoundError, MalformedError
@@ -34,7 +34,9 @@ def adapter_name(name: str) -> tuple[str, str] | None:
     return None
 
 
-def adapter_plan(checkpoint: Checkpoint, folders: list[Path], dtype: DType | None, max_shard_bytes: int) -> tuple[Plan, dict[str, bytes]]:
+def adapter_plan(
+    checkpoint: Checkpoint, folders: list[Path], dtype: DType | None, max_shard_bytes: int
+) -> tuple[Plan, dict[str, bytes]]:
     """The plan of an adapter folder, and the files beside it.
 
     Raises CheckpointNotFoundError when there is no adapter_config.json, which holds what the weights do not say (alpha,
@@ -44,18 +46,27 @@ def adapter_plan(checkpoint: Checkpoint, folders: list[Path], dtype: DType | Non
     adapters = sorted({found[1] for found in named.values() if found})
     if not adapters:
         raise MalformedError(
-            f"{checkpoint.path}: no tensor belongs to a PEFT adapter (no lora_A, modules_to_save …); merge without --adapter"
+            f"{checkpoint.path}: no tensor belongs to a PEFT adapter (no lora_A, modules_to_save …); merge without"
+            " --adapter"
         )
     if len(adapters) > 1:
-        raise MalformedError(f"{checkpoint.path}: holds {len(adapters)} adapters ({', '.join(adapters)}); --adapter writes one")
+        raise MalformedError(
+            f"{checkpoint.path}: holds {len(adapters)} adapters ({', '.join(adapters)}); --adapter writes one"
+        )
     config = find_config(folders, CONFIG)
     if config is None:
         raise CheckpointNotFoundError(
-            f"{checkpoint.path}: no {CONFIG} beside the checkpoint; it holds what the weights do not (alpha, base model). "
-            "Name the folder that has it with --config-from (PeftModel.save_pretrained writes it)"
+            f"{checkpoint.path}: no {CONFIG} beside the checkpoint; it holds what the weights do not (alpha, base"
+            " model). Name the folder that has it with --config-from (PeftModel.save_pretrained writes it)"
         )
     if not isinstance(read_json(config), dict):
         raise MalformedError(f"{config}: not JSON")
     new_names = {name: found[0] for name, found in named.items() if found}
-    plan = make_plan(checkpoint, dtype=dtype, max_shard_bytes=max(max_shard_bytes, checkpoint.nbytes * 2), rename=new_names.get, stem=STEM)
+    plan = make_plan(
+        checkpoint,
+        dtype=dtype,
+        max_shard_bytes=max(max_shard_bytes, checkpoint.nbytes * 2),
+        rename=new_names.get,
+        stem=STEM,
+    )
     return plan, {CONFIG: config.read_bytes()}

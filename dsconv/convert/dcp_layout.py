@@ -1,8 +1,9 @@
 """Where each tensor goes in a DCP directory, and the bytes around it.
 
-A DCP directory (torch 2.13 ``torch/distributed/checkpoint/filesystem.py``) is ``__R_N.distcp`` files of torch.save zips, one
-a chunk of a tensor, and ``.metadata``, a pickle that says which chunk lies where. A reader loads every chunk that it needs
-a part of in full, so tensors are cut into chunks of at most CHUNK_BYTES: a rank then reads little more than its share.
+A DCP directory (torch 2.13 ``torch/distributed/checkpoint/filesystem.py``) is ``__R_N.distcp`` files of torch.save
+zips, one a chunk of a tensor, and ``.metadata``, a pickle that says which chunk lies where. A reader loads every chunk
+that it needs a part of in full, so tensors are cut into chunks of at most CHUNK_BYTES: a rank then reads little more
+than its share.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
-from dsconv.checkpoint.checksums import crc32
-from dsconv.checkpoint.copy import output_dtype
-from dsconv.checkpoint.dtypes import STORAGE_CLASSES, DType
-from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.dtypes import STORAGE_CLASSES, DType
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.transfer.checksums import crc32
+from dsconv.checkpoint.transfer.copy import output_dtype
 from dsconv.convert.pickling import Call, Made, Name, Pairs, Stored, dump, size
 from dsconv.errors import MalformedError
 
@@ -36,7 +37,9 @@ _END = struct.Struct("<4s4H2LH")
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor that is one run of it: its elements from ``start`` on. ``offset_bytes`` is that of its zip in the file."""
+    """A box of a tensor that is one run of it: its elements from ``start`` on. ``offset_bytes`` is that of its zip
+    in the file.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -86,10 +89,11 @@ class DcpPlan:
 def make_dcp_plan(
     checkpoint: Checkpoint, *, dtype: DType | None, prefix: str, max_file_bytes: int, extra_names: dict[str, list[str]]
 ) -> DcpPlan:
-    """Lay all tensors out in files of at most ``max_file_bytes`` (but at least one chunk each), in the checkpoint's order.
+    """Lay all tensors out in files of at most ``max_file_bytes`` (but at least one chunk each), in the checkpoint's
+    order.
 
-    ``prefix`` such as ``model.`` goes before every name; ``extra_names`` are names to find a tensor under besides its own.
-    Raises MalformedError when there is nothing to write or two tensors would have one name.
+    ``prefix`` such as ``model.`` goes before every name; ``extra_names`` are names to find a tensor under besides its
+    own. Raises MalformedError when there is nothing to write or two tensors would have one name.
     """
     path = tuple(prefix.rstrip(".").split(".")) if prefix else ()
     files: dict[str, int] = {}
@@ -105,12 +109,14 @@ def make_dcp_plan(
             seen.add(name)
         chunks = []
         start = 0
-        for offsets, sizes in cut(entry.shape, kind.itemsize, CHUNK_BYTES):
+        for offsets, sizes in split_chunks(entry.shape, kind.itemsize, CHUNK_BYTES):
             nbytes = math.prod(sizes) * kind.itemsize
             head, tail = zip_around(data_pickle(kind, sizes), nbytes, 0)
             if end + len(head) + nbytes + len(tail) > max_file_bytes:
                 filename, end = f"__0_{len(files)}{SUFFIX}", 0
-            chunks.append(Chunk(offsets, sizes, start, filename, end, len(head), nbytes, len(head) + nbytes + len(tail)))
+            chunks.append(
+                Chunk(offsets, sizes, start, filename, end, len(head), nbytes, len(head) + nbytes + len(tail))
+            )
             end += -(-chunks[-1].nbytes // ALIGNMENT) * ALIGNMENT
             files[filename] = chunks[-1].offset_bytes + chunks[-1].nbytes
             start += math.prod(sizes)
@@ -120,7 +126,9 @@ def make_dcp_plan(
     return DcpPlan(tuple(tensors), files, path)
 
 
-def cut(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def split_chunks(
+    shape: tuple[int, ...], itemsize: int, limit_bytes: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offsets, sizes) of boxes of at most ``limit_bytes`` that follow each other in row-major order.
 
     Rows are taken together as far as they fit; a row that does not fit is cut along the next dimension.
@@ -137,7 +145,9 @@ def cut(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> Iterator[tup
 
 
 def data_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
-    """``data.pkl`` of a contiguous tensor, as torch.save writes it (torch 2.13 ``torch/_tensor.py``, ``_reduce_ex_internal``)."""
+    """``data.pkl`` of a contiguous tensor, as torch.save writes it (torch 2.13 ``torch/_tensor.py``,
+    ``_reduce_ex_internal``).
+    """
     strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
     numel = math.prod(shape)
     hooks = Call(Name("collections", "OrderedDict"), ())
@@ -145,11 +155,18 @@ def data_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
         storage = Stored(("storage", Name("torch", STORAGES[dtype.name]), "0", "cpu", numel))
         return dump(Call(Name("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, strides, False, hooks)))
     untyped = Stored(("storage", Name("torch.storage", "UntypedStorage"), "0", "cpu", numel * dtype.itemsize))
-    return dump(Call(Name("torch._utils", "_rebuild_tensor_v3"), (untyped, 0, shape, strides, False, hooks, Name("torch", dtype.name))))
+    return dump(
+        Call(
+            Name("torch._utils", "_rebuild_tensor_v3"),
+            (untyped, 0, shape, strides, False, hooks, Name("torch", dtype.name)),
+        )
+    )
 
 
 def zip_around(pickle: bytes, nbytes: int, data_crc32: int) -> tuple[bytes, bytes]:
-    """What makes a zip of the ``nbytes`` of a tensor: the bytes before and after them. Their lengths do not depend on the CRC-32."""
+    """What makes a zip of the ``nbytes`` of a tensor: the bytes before and after them. Their lengths do not depend
+    on the CRC-32.
+    """
     head, directory = bytearray(), bytearray()
     records = [("data.pkl", pickle), ("byteorder", b"little"), ("version", b"3\n"), ("data/0", None)]
     for name, content in records:
@@ -159,9 +176,16 @@ def zip_around(pickle: bytes, nbytes: int, data_crc32: int) -> tuple[bytes, byte
         if content is None:  # torch.save pads with a field called FB too
             gap = -(len(head) + _LOCAL.size + len(path) + 4) % ALIGNMENT
             extra = b"FB" + struct.pack("<H", gap) + b"Z" * gap
-        central = _CENTRAL.pack(b"PK\x01\x02", 0, 0, 0, 0, 0, 0, crc, length, length, len(path), 0, 0, 0, 0, 0, len(head))
+        central = _CENTRAL.pack(
+            b"PK\x01\x02", 0, 0, 0, 0, 0, 0, crc, length, length, len(path), 0, 0, 0, 0, 0, len(head)
+        )
         directory += central + path
-        head += _LOCAL.pack(b"PK\x03\x04", 0, 0, 0, 0, 0, crc, length, length, len(path), len(extra)) + path + extra + (content or b"")
+        head += (
+            _LOCAL.pack(b"PK\x03\x04", 0, 0, 0, 0, 0, crc, length, length, len(path), len(extra))
+            + path
+            + extra
+            + (content or b"")
+        )
     end = _END.pack(b"PK\x05\x06", 0, 0, len(records), len(records), len(directory), len(head) + nbytes, 0)
     return bytes(head), bytes(directory + end)
 
@@ -195,8 +219,13 @@ def _tensor_metadata(tensor: PlacedTensor) -> Made:
     strided = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
     contiguous = Call(_named("_MEM_FORMAT_ENCODING"), (0,))
     properties = Made(_named("TensorProperties"), (Name("torch", tensor.dtype.name), strided, False, contiguous, False))
-    chunks = [Made(_named("ChunkStorageMetadata"), {"offsets": size(c.offsets), "sizes": size(c.sizes)}) for c in tensor.chunks]
-    return Made(_named("TensorStorageMetadata"), {"properties": properties, "size": size(tensor.entry.shape), "chunks": chunks})
+    chunks = [
+        Made(_named("ChunkStorageMetadata"), {"offsets": size(c.offsets), "sizes": size(c.sizes)})
+        for c in tensor.chunks
+    ]
+    return Made(
+        _named("TensorStorageMetadata"), {"properties": properties, "size": size(tensor.entry.shape), "chunks": chunks}
+    )
 
 
 def _storage(key: str, chunks: Iterable[Chunk]) -> Iterator[tuple[Made, Made]]:

@@ -1,4 +1,6 @@
-"""``to_dcp``: a checkpoint into a DCP directory that ``torch.distributed.checkpoint.load`` reads, streaming, whole or absent."""
+"""``to_dcp``: a checkpoint into a DCP directory that ``torch.distributed.checkpoint.load`` reads, streaming, whole
+or absent.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.checksums import RunningChecksum, crc32
-from dsconv.checkpoint.copy import CopyRun, Target, default_workers, write_at
-from dsconv.checkpoint.dtypes import parse_dtype
+from dsconv.checkpoint.map.dtypes import parse_dtype
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.streaming import run_all
-from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
+from dsconv.checkpoint.transfer.copy import CopyRun, Target, default_workers, write_at
+from dsconv.checkpoint.transfer.ordered import run_all
 from dsconv.convert import dcp_layout
 from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, PlacedTensor, make_dcp_plan
 from dsconv.convert.flushing import Flusher
-from dsconv.convert.merge import MANIFEST
+from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
 from dsconv.convert.sidecars import read_json
 from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space, settle
@@ -28,7 +30,9 @@ from dsconv.errors import OutputError
 
 @dataclass
 class DcpReport:
-    """What a run did, or with ``dry_run`` would do. Sizes are in bytes; ``ties`` are further names of a tensor, and its own."""
+    """What a run did, or with ``dry_run`` would do. Sizes are in bytes; ``ties`` are further names of a tensor, and
+    its own.
+    """
 
     source: str
     output: str
@@ -69,8 +73,8 @@ def to_dcp(
     ``prefix`` is the key that the trainer keeps its model under, such as ``model.``. Tied weights are stored once and
     found under all of their names, also under those that a safetensors folder left out.
 
-    Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being written
-    by another run or does not fit the disk. ValueError for a dtype, size or prefix that is none.
+    Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being
+    written by another run or does not fit the disk. ValueError for a dtype, size or prefix that is none.
     """
     wanted = parse_dtype(dtype) if dtype else None
     max_file_bytes = parse_size(max_shard_size)
@@ -78,7 +82,9 @@ def to_dcp(
         raise ValueError(f"{prefix!r} is not a prefix: write it like model. or app.model.")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
     target = Path(output)
-    plan = make_dcp_plan(checkpoint, dtype=wanted, prefix=prefix, max_file_bytes=max_file_bytes, extra_names=_tied_names(checkpoint))
+    plan = make_dcp_plan(
+        checkpoint, dtype=wanted, prefix=prefix, max_file_bytes=max_file_bytes, extra_names=_tied_names(checkpoint)
+    )
     report = _report(checkpoint, target, plan, dry_run)
     if dry_run:
         report.plan = [_row(tensor) for tensor in plan.tensors]
@@ -101,7 +107,10 @@ def _tied_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
     """
     manifest = read_json(checkpoint.path / MANIFEST)
     noted = manifest.get("ties") if isinstance(manifest, dict) else None
-    pairs = {**tied_pairs(find_config([checkpoint.path, checkpoint.folder])), **(noted if isinstance(noted, dict) else {})}
+    pairs = {
+        **tied_pairs(find_config([checkpoint.path, checkpoint.folder])),
+        **(noted if isinstance(noted, dict) else {}),
+    }
     names: dict[str, list[str]] = {}
     for alias, owner in pairs.items():
         if isinstance(owner, str) and owner in checkpoint and alias not in checkpoint:
@@ -110,10 +119,16 @@ def _tied_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def _existing(target: Path, force: bool) -> list[str]:
-    """The files of an earlier DCP checkpoint in ``target``, the one that counts first. Raises OutputError without ``force``."""
+    """The files of an earlier DCP checkpoint in ``target``, the one that counts first. Raises OutputError without
+    ``force``.
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
-    names = sorted(p.name for p in target.iterdir() if p.name == METADATA or p.name.endswith(SUFFIX)) if target.is_dir() else []
+    names = (
+        sorted(p.name for p in target.iterdir() if p.name == METADATA or p.name.endswith(SUFFIX))
+        if target.is_dir()
+        else []
+    )
     refuse_existing(target, names, "a DCP checkpoint", force)
     return names
 
@@ -129,10 +144,18 @@ def _report(checkpoint: Checkpoint, target: Path, plan: DcpPlan, dry_run: bool) 
 
 def _row(tensor: PlacedTensor) -> dict[str, Any]:
     first = tensor.chunks[0]
-    return {"file": first.filename, "name": tensor.names[0], "dtype": str(tensor.dtype), "shape": list(tensor.entry.shape),
-            "stored_dtype": str(tensor.entry.dtype), "offset": first.offset_bytes + first.head_bytes,
-            "bytes": tensor.entry.numel * tensor.dtype.itemsize, "chunks": len(tensor.chunks), "pieces": tensor.entry.piece_count,
-            "role": tensor.entry.role}  # fmt: skip
+    return {
+        "file": first.filename,
+        "name": tensor.names[0],
+        "dtype": str(tensor.dtype),
+        "shape": list(tensor.entry.shape),
+        "stored_dtype": str(tensor.entry.dtype),
+        "offset": first.offset_bytes + first.head_bytes,
+        "bytes": tensor.entry.numel * tensor.dtype.itemsize,
+        "chunks": len(tensor.chunks),
+        "pieces": tensor.entry.piece_count,
+        "role": tensor.entry.role,
+    }
 
 
 class _ChunkedWriter:
@@ -158,7 +181,9 @@ class _ChunkedWriter:
         """Write what surrounds each chunk, now that its CRC-32 is known."""
         for chunk, check in zip(self.tensor.chunks, self.checks, strict=True):
             assert check.complete, f"not all of {self.tensor.names[0]} was written"
-            head, tail = dcp_layout.zip_around(dcp_layout.data_pickle(self.tensor.dtype, chunk.sizes), chunk.data_bytes, check.value)
+            head, tail = dcp_layout.zip_around(
+                dcp_layout.data_pickle(self.tensor.dtype, chunk.sizes), chunk.data_bytes, check.value
+            )
             descriptor = self.descriptors[chunk.filename]
             write_at(descriptor, chunk.offset_bytes, memoryview(head), 0)
             write_at(descriptor, chunk.offset_bytes, memoryview(tail), chunk.head_bytes + chunk.data_bytes)
@@ -191,7 +216,12 @@ def _write(
             descriptors[filename] = staging.create(filename, nbytes)
         writers = [_ChunkedWriter(tensor, descriptors) for tensor in plan.tensors]
         targets = [
-            Target(w.tensor.names[0], w.tensor.dtype, w.write, RunningChecksum(w.tensor.entry.numel * w.tensor.dtype.itemsize))
+            Target(
+                w.tensor.names[0],
+                w.tensor.dtype,
+                w.write,
+                RunningChecksum(w.tensor.entry.numel * w.tensor.dtype.itemsize),
+            )
             for w in writers
         ]
         run = CopyRun(workers, {}, advance, stamps)
@@ -205,7 +235,9 @@ def _write(
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept") from None
+        raise OutputError(
+            f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept"
+        ) from None
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -213,6 +245,6 @@ def _write(
     report.overflowed = dict(sorted(run.stats.overflowed.items()))
     if report.overflowed:
         report.warnings.append(
-            f"{sum(report.overflowed.values())} values in {len(report.overflowed)} tensors are too large for the dtype and became "
-            f"infinite, first in {next(iter(report.overflowed))!r}"
+            f"{sum(report.overflowed.values())} values in {len(report.overflowed)} tensors are too large for the dtype"
+            f" and became infinite, first in {next(iter(report.overflowed))!r}"
         )

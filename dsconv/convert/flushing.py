@@ -10,7 +10,8 @@ SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h: start the write-back, do not wait
 
 
 class Flusher:
-    """A context in which a thread starts the write-back of the files whenever FLUSH_BYTES more are there; unless ``on`` is False.
+    """A context in which a thread starts the write-back of the files whenever FLUSH_BYTES more are there; unless ``on``
+    is False.
 
     Nothing waits for it before the last fsync. Against a sync at the end this took 0.55 s instead of 0.72 s for 1.4 GB;
     syncing in steps took 1.1 s, since each step waits for the disk.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsconv.checkpoint.hub import connection
+from dsconv.checkpoint.storage.hub import connection
 from dsconv.errors import RemoteError
 
 AGAIN = "run it again to go on: what has arrived is not sent again"
@@ -12,7 +12,9 @@ MAX_SAID = 300
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that the Hub answered with, also where the client wrapped the error (huggingface_hub 2.4 ``_upload_lfs_files``)."""
+    """The HTTP status that the Hub answered with, also where the client wrapped the error (huggingface_hub 2.4
+    ``_upload_lfs_files``).
+    """
     response = _response(error)
     status = getattr(response, "status_code", None)
     return status if isinstance(status, int) else None
@@ -24,10 +26,14 @@ def explain(repo: str, revision: str | None, error: Exception) -> RemoteError:
     status, said = status_of(error), _said(error)
     if status == 401:
         why = (
-            f"the Hub does not accept the token, or gives it no access: set HF_TOKEN to one with write access ({endpoint}/settings/tokens)"
+            "the Hub does not accept the token, or gives it no access: set HF_TOKEN to one with write access"
+            f" ({endpoint}/settings/tokens)"
         )
     elif status == 403:
-        why = f"the token may not write there: set HF_TOKEN to one with write access to it, or push with --create-pr ({said})"
+        why = (
+            "the token may not write there: set HF_TOKEN to one with write access to it, or push with --create-pr"
+            f" ({said})"
+        )
     elif status == 404:
         at = f" or no revision {revision!r} of it" if revision else ""
         why = f"no such repository{at} on the Hub ({endpoint}), or it is another's and private ({said})"
@@ -56,7 +62,9 @@ def _response(error: BaseException) -> Any:
 
 
 def _said(error: BaseException) -> str:
-    """What the server said, else the innermost error's own words; in one line, without the addresses that a signature may be in."""
+    """What the server said, else the innermost error's own words; in one line, without the addresses that a
+    signature may be in.
+    """
     while error.__cause__ is not None and getattr(error, "response", None) is None:
         error = error.__cause__
     words = str(getattr(error, "server_message", None) or error).split()

@@ -12,31 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from dsconv._version import __version__
-from dsconv.checkpoint.checksums import RunningChecksum
-from dsconv.checkpoint.copy import (
-    MAX_DEFAULT_WORKERS,
-    CopyRun,
-    CopyStats,
-    Target,
-    default_workers,
-    write_at,
-)
-from dsconv.checkpoint.dtypes import DType, parse_dtype
-from dsconv.checkpoint.formats.safetensors_folder import ADAPTER, SINGLE
+from dsconv.checkpoint.formats.huggingface.safetensors import ADAPTER, SINGLE
+from dsconv.checkpoint.map.dtypes import DType, parse_dtype
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.storage import as_path, is_remote
-from dsconv.checkpoint.streaming import run_all
-from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.checkpoint.storage.local import as_path, is_remote
+from dsconv.checkpoint.transfer.checksums import RunningChecksum
+from dsconv.checkpoint.transfer.copy import MAX_DEFAULT_WORKERS, CopyRun, CopyStats, Target, default_workers, write_at
+from dsconv.checkpoint.transfer.ordered import run_all
 from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
 from dsconv.convert.flushing import Flusher
+from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space, settle
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
 from dsconv.errors import DsconvError, MismatchError, OutputError
-
-MANIFEST = "dsconv.manifest.json"
 
 
 @dataclass
@@ -66,7 +58,9 @@ class MergeReport:
 
 
 def default_output(checkpoint: Checkpoint, suffix: str = "fp32") -> Path:
-    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source; of a store or the Hub, in the current folder."""
+    """CKPT/<tag>-fp32 for a DeepSpeed save dir, else PATH-<suffix> beside the source; of a store or the Hub, in the
+    current folder.
+    """
     tag = checkpoint.info.get("tag")
     if repo := checkpoint.info.get("repo"):
         return Path(f"{str(repo).rpartition('/')[2]}-{suffix}")
@@ -103,12 +97,12 @@ def merge(
 
     Weights of a ZeRO checkpoint come from its fp32 masters; frozen weights and buffers keep their stored dtype. With
     ``dtype`` (fp32, bf16 or fp16) every floating tensor of 16 bits or more is cast, once, to nearest even. ``progress``
-    is called with (phase, bytes done, bytes in all), from any thread. ``fsync`` (by default, true) is of the disk. The output
-    is pushed to the repository ``push_to_hub``, if given: see ``push``, also of ``private``.
+    is called with (phase, bytes done, bytes in all), from any thread. ``fsync`` (by default, true) is of the disk. The
+    output is pushed to the repository ``push_to_hub``, if given: see ``push``, also of ``private``.
 
-    Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being written
-    by another run, does not fit the disk or cannot be written as asked; MismatchError when ``verify_output`` finds a
-    difference. ValueError for a dtype or size that is none.
+    Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being
+    written by another run, does not fit the disk or cannot be written as asked; MismatchError when ``verify_output``
+    finds a difference. ValueError for a dtype or size that is none.
     """
     wanted = parse_dtype(dtype) if dtype else None
     shard_bytes = parse_size(max_shard_size)
@@ -116,7 +110,9 @@ def merge(
         settle(as_path(output))  # it may be the source too
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision)
     if output is None:
-        output = default_output(checkpoint, "adapter" if adapter else (dtype or ("fp32" if checkpoint.is_zero else "merged")))
+        output = default_output(
+            checkpoint, "adapter" if adapter else (dtype or ("fp32" if checkpoint.is_deepspeed else "merged"))
+        )
     target = as_path(output)
     config_folder = as_path(config_from) if config_from is not None else None
     near = list(dict.fromkeys([checkpoint.path, checkpoint.folder, checkpoint.folder.resolve().parent]))
@@ -149,7 +145,10 @@ def merge(
     workers = workers or (MAX_DEFAULT_WORKERS if is_remote(checkpoint.path) else default_workers())
     if is_remote(target):
         if fsync is not None:
-            raise OutputError(f"{target}: --fsync and --no-fsync are of local disks; leave them out: a store keeps what it acknowledges")
+            raise OutputError(
+                f"{target}: --fsync and --no-fsync are of local disks; leave them out: a store keeps what it"
+                " acknowledges"
+            )
         _merge_into_store(checkpoint, plan, target, report, extra, old, workers, sha256, progress)
         if verify_output:
             _verify_in_store(checkpoint, target, plan, report, wanted is not None, exclude_frozen or adapter, progress)
@@ -160,7 +159,9 @@ def merge(
         old = _existing(target, force)  # again, now that no other run can write there
         checksums = _write(checkpoint, plan, staging, report, workers, sync, progress)
         files = [shard.filename for shard in plan.shards]
-        manifest = _manifest(checkpoint, plan, checksums, report, _hash_files(staging, files, progress) if sha256 else {})
+        manifest = _manifest(
+            checkpoint, plan, checksums, report, _hash_files(staging, files, progress) if sha256 else {}
+        )
         small = {**extra, MANIFEST: manifest}
         for name, data in small.items():
             staging.write(name, data)
@@ -220,11 +221,16 @@ def _verify(
     subset: bool,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
-    """Raise MismatchError, while the output is not in place yet, unless what was written is what the checkpoint holds."""
+    """Raise MismatchError, while the output is not in place yet, unless what was written is what the checkpoint
+    holds.
+    """
     renamed = {t.name: t.entry.name for t in plan.placed}
     result = verify(checkpoint, folder, allow_cast=allow_cast, subset=subset, renamed=renamed, progress=progress)
     if not result.equal:
-        raise MismatchError(f"{report.output}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was kept")
+        raise MismatchError(
+            f"{report.output}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was"
+            " kept"
+        )
     report.verified = True
 
 
@@ -233,7 +239,9 @@ def _existing(target: Path, force: bool) -> list[str]:
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
     names = [p.name for p in target.iterdir() if _is_weights(p.name)] if target.is_dir() else []
-    names.sort(key=lambda name: (not name.endswith(".index.json"), name not in (SINGLE, ADAPTER), name))  # what counts first
+    names.sort(
+        key=lambda name: (not name.endswith(".index.json"), name not in (SINGLE, ADAPTER), name)
+    )  # what counts first
     refuse_existing(target, names, "a model", force)
     return names
 
@@ -246,7 +254,9 @@ def _sidecar_files(config_from: Path | None, near: list[Path], plan: Plan, targe
     """{name: content} of what goes beside the weights; config.json says the dtype that most of the bytes have."""
     main = main_dtype(plan)
     found = {}
-    for path in sidecars.find_sidecars(config_from, [folder for folder in near if folder.resolve() != target.resolve()]):
+    for path in sidecars.find_sidecars(
+        config_from, [folder for folder in near if folder.resolve() != target.resolve()]
+    ):
         data = path.read_bytes()
         found[path.name] = sidecars.with_dtype(data, main) if path.name == "config.json" else data
     return found
@@ -263,7 +273,9 @@ def main_dtype(plan: Plan) -> DType | None:
 
 def _report(checkpoint: Checkpoint, target: Path, plan: Plan, extra: list[str], dry_run: bool) -> MergeReport:
     placed = list(plan.placed)
-    ties = {name: t.name for t in placed for name in (t.entry.name, *t.entry.aliases) if t.entry.aliases and name != t.name}
+    ties = {
+        name: t.name for t in placed for name in (t.entry.name, *t.entry.aliases) if t.entry.aliases and name != t.name
+    }
     files = [shard.filename for shard in plan.shards] + ([plan.index_name] if len(plan.shards) > 1 else [])
     numel = sum(t.entry.numel for t in placed)
     source = str(checkpoint.info.get("repo") or checkpoint.path)
@@ -318,7 +330,9 @@ def _write(
     except DsconvError:  # some are OSErrors too
         raise
     except OSError as error:
-        raise OutputError(f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept") from None
+        raise OutputError(
+            f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept"
+        ) from None
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -373,10 +387,17 @@ def _hash_files(staging: Staging, names: list[str], progress: Callable[[str, int
     return digests
 
 
-def _manifest(checkpoint: Checkpoint, plan: Plan, checksums: dict[str, int], report: MergeReport, digests: dict[str, str]) -> bytes:
+def _manifest(
+    checkpoint: Checkpoint, plan: Plan, checksums: dict[str, int], report: MergeReport, digests: dict[str, str]
+) -> bytes:
     """``dsconv.manifest.json``: what the output was made from and the CRC-32 of each tensor's bytes."""
     tensors = {
-        t.name: {"file": shard.filename, "dtype": str(t.dtype), "shape": list(t.entry.shape), "crc32": f"{checksums[t.name]:08x}"}
+        t.name: {
+            "file": shard.filename,
+            "dtype": str(t.dtype),
+            "shape": list(t.entry.shape),
+            "crc32": f"{checksums[t.name]:08x}",
+        }
         for shard in plan.shards
         for t in shard.tensors
     }

@@ -1,7 +1,9 @@
-"""The model card of a pushed folder: what is known of the model, as a section of its README.md that a later push replaces.
+"""The model card of a pushed folder: what is known of the model, as a section of its README.md that a later push
+replaces.
 
-A README that is there keeps every line. What is added lies between two comments at its end; of the metadata block, keys that
-it lacks are added after its last line (``repocard.py`` of huggingface_hub would write the block anew, and lose its comments).
+A README that is there keeps every line. What is added lies between two comments at its end; of the metadata block, keys
+that it lacks are added after its last line (``repocard.py`` of huggingface_hub would write the block anew, and lose its
+comments).
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from dsconv._version import __version__
-from dsconv.checkpoint.dtypes import DType
-from dsconv.checkpoint.hub import is_repo
-from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.storage.hub import is_repo
 from dsconv.convert.sidecars import read_json
 
 CARD = "README.md"
 BEGIN, END = "<!-- dsconv: begin, written anew by each push -->", "<!-- dsconv: end -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-# The metadata block, as the Hub finds it (huggingface_hub 2.4 repocard.py REGEX_YAML_BLOCK), and what a line of plain YAML
-# may be: one of these, or the block is left as it is, since keys cannot be added to `{a: b}`.
+# The metadata block, as the Hub finds it (huggingface_hub 2.4 repocard.py REGEX_YAML_BLOCK), and what a line of plain
+# YAML may be: one of these, or the block is left as it is, since keys cannot be added to `{a: b}`.
 BLOCK = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$))")
 YAML_LINE = re.compile(r"""\s*$|\s*\#|\s+\S|-\s|(?P<quote>["']?)(?P<key>[\w-]+)(?P=quote)\s*:(\s|$)""")
 
@@ -35,20 +37,26 @@ def make_card(
     sizes: Mapping[str, int],
     digests: Mapping[str, str],
 ) -> str:
-    """README.md for ``repo``: ``existing`` with what is known of the model put in. ``sizes`` and ``digests`` are of its files."""
+    """README.md for ``repo``: ``existing`` with what is known of the model put in. ``sizes`` and ``digests`` are of
+    its files.
+    """
     source: Mapping[str, Any] = (manifest or {}).get("source", {})
     base = base_model(folder, source, repo)
     section = f"{BEGIN}\n{_section(repo, folder, model, manifest, base, sizes, digests)}\n{END}"
     metadata = {
         "base_model": base,
-        "library_name": "peft" if model.info.get("adapter") else "transformers" if (folder / "config.json").is_file() else None,
+        "library_name": (
+            "peft" if model.info.get("adapter") else "transformers" if (folder / "config.json").is_file() else None
+        ),
         "tags": ["dsconv"] if manifest is not None else None,
     }
     return merged(existing if existing is not None else f"# {repo.partition('/')[2]}\n", section, metadata)
 
 
 def merged(text: str, section: str, metadata: Mapping[str, Any]) -> str:
-    """``text`` with ``section`` in the place of an earlier one, or at its end, and the keys of ``metadata`` that it lacks."""
+    """``text`` with ``section`` in the place of an earlier one, or at its end, and the keys of ``metadata`` that it
+    lacks.
+    """
     newline = "\r\n" if "\r\n" in text else "\n"
     section = section.replace("\n", newline)
     if SECTION.search(text):
@@ -78,7 +86,9 @@ def _with_metadata(text: str, metadata: Mapping[str, Any], newline: str) -> str:
 
 
 def base_model(folder: Path, source: Mapping[str, Any], repo: str) -> str | None:
-    """The repository that the model came from, where the adapter's or model's configuration or the manifest names one."""
+    """The repository that the model came from, where the adapter's or model's configuration or the manifest names
+    one.
+    """
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
         config = read_json(folder / name)
         found = config.get(key) if isinstance(config, dict) else None
@@ -102,14 +112,23 @@ def _section(
     facts = {
         "base model": f"[{base}](https://huggingface.co/{base})" if base else None,
         "merged from": _plain(source["format"]) if source.get("format") else None,
-        "ranks": _plain(", ".join(f"{n} {str(kind).replace('_', ' ')}" for kind, n in world.items())) if isinstance(world, dict) else None,
+        "ranks": (
+            _plain(", ".join(f"{n} {str(kind).replace('_', ' ')}" for kind, n in world.items()))
+            if isinstance(world, dict)
+            else None
+        ),
         "step": _plain(source["step"]) if source.get("step") is not None else None,
         "dtype": ", ".join(str(dtype) for dtype in dtypes(model)),
         "parameters": f"{model.numel:,} in {len(model):,} tensors",
         "size": f"{model.nbytes:,} bytes",
     }
-    made = f"Merged with [dsconv](https://pypi.org/project/dsconv/) {_plain(manifest.get('dsconv_version') or __version__)}; \
-`dsconv.manifest.json` has where each tensor lies and its CRC-32." if manifest is not None else ""  # fmt: skip
+    made = (
+        "Merged with [dsconv](https://pypi.org/project/dsconv/)"
+        f" {_plain(manifest.get('dsconv_version') or __version__)}; `dsconv.manifest.json` has where each tensor lies"
+        " and its CRC-32."
+        if manifest is not None
+        else ""
+    )
     weights = min(name for name in sizes if name.endswith(".safetensors"))
     rows = [f"| `{_plain(name)}` | {sizes[name]:,} | `{digest}` |" for name, digest in sorted(digests.items())]
     return "\n".join([
@@ -141,7 +160,11 @@ def _loading(repo: str, folder: Path, base: str | None, is_adapter: bool, weight
         return ["from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file", "",
                 f'tensors = load_file(hf_hub_download("{repo}", "{weights}"))']  # fmt: skip
     auto_map = config.get("auto_map")
-    classes = [key for key in auto_map if key.startswith("AutoModel")] if isinstance(auto_map, dict) else config.get("architectures")
+    classes = (
+        [key for key in auto_map if key.startswith("AutoModel")]
+        if isinstance(auto_map, dict)
+        else config.get("architectures")
+    )
     name = classes[-1] if isinstance(classes, list) and classes else "AutoModel"
     name = name if isinstance(name, str) and name.isidentifier() else "AutoModel"
     trust = ", trust_remote_code=True" if auto_map else ""

@@ -29,7 +29,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Made:
-    """An object of ``cls``, made without its __init__ and then given ``state``. Equal states do not make equal objects."""
+    """An object of ``cls``, made without its __init__ and then given ``state``. Equal states do not make equal
+    objects.
+    """
 
     cls: Name
     state: Any

@@ -1,4 +1,6 @@
-"""The plan of a merge: which tensors go into which file at which offset, as what. A dry run prints it; a run executes it."""
+"""The plan of a merge: which tensors go into which file at which offset, as what. A dry run prints it; a run
+executes it.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,28 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsconv.checkpoint.copy import output_dtype
-from dsconv.checkpoint.dtypes import DType
-from dsconv.checkpoint.formats.safetensors_folder import INDEX, MAX_HEADER_BYTES, SINGLE
-from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, MAX_HEADER_BYTES, SINGLE
+from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.transfer.copy import output_dtype
 from dsconv.convert.ties import stored_name
 from dsconv.errors import MalformedError, UnsupportedError
 
 DEFAULT_SHARD_SIZE = "5GB"
 HEADER_ALIGNMENT = 8  # safetensors 0.8: the data begins at a multiple of 8
 METADATA = {"format": "pt"}  # transformers before 4.40 fails without it
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,9 @@ class Plan:
         weight_map = {t.name: shard.filename for shard in self.shards for t in shard.tensors}
         numel = sum(t.entry.numel for t in self.placed)
         metadata = {"total_parameters": numel, "total_size": self.data_bytes}
-        return (json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n").encode()
+        return (
+            json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+        ).encode()
 
 
 def parse_size(text: str | int) -> int:
@@ -105,8 +120,8 @@ def make_plan(
     """Lay the tensors of ``checkpoint`` out in shards of at most ``max_shard_bytes`` (a larger tensor gets its own).
 
     ``rename`` may give a tensor another name, or None to leave it out. The order is the checkpoint's; within a shard
-    wider elements come first, so that every tensor is aligned to its element. Raises MalformedError when nothing is left
-    to write, UnsupportedError when a header would exceed safetensors' limit.
+    wider elements come first, so that every tensor is aligned to its element. Raises MalformedError when nothing is
+    left to write, UnsupportedError when a header would exceed safetensors' limit.
     """
     chosen: list[tuple[str, TensorEntry, DType]] = []
     for entry in checkpoint.values():
@@ -118,7 +133,9 @@ def make_plan(
         if name is not None:
             chosen.append((name, entry, output_dtype(entry.dtype, dtype)))
     if not chosen:
-        raise MalformedError(f"{checkpoint.path}: no tensors to write{' after leaving out the frozen ones' if exclude_frozen else ''}")
+        raise MalformedError(
+            f"{checkpoint.path}: no tensors to write{' after leaving out the frozen ones' if exclude_frozen else ''}"
+        )
     groups: list[list[tuple[str, TensorEntry, DType]]] = [[]]
     filled = 0
     for item in chosen:
@@ -142,13 +159,17 @@ def _shard(filename: str, group: list[tuple[str, TensorEntry, DType]]) -> Shard:
     header: dict[str, object] = {"__metadata__": METADATA}
     for tensor in placed:
         offsets = [tensor.offset_bytes, tensor.offset_bytes + tensor.nbytes]
-        header[tensor.name] = {"dtype": tensor.dtype.safetensors, "shape": list(tensor.entry.shape), "data_offsets": offsets}
+        header[tensor.name] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.entry.shape),
+            "data_offsets": offsets,
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise UnsupportedError(
-            f"{filename}: a header of {len(text)} bytes for {len(placed)} tensors; safetensors allows {MAX_HEADER_BYTES}. "
-            "Use a smaller --max-shard-size"
+            f"{filename}: a header of {len(text)} bytes for {len(placed)} tensors; safetensors allows"
+            f" {MAX_HEADER_BYTES}. Use a smaller --max-shard-size"
         )
     return Shard(filename, len(text).to_bytes(8, "little") + text, tuple(placed), offset)
 

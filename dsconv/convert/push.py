@@ -1,10 +1,11 @@
 """``push``: a folder of safetensors to the Hugging Face Hub, checked before it goes and compared after it has arrived.
 
-huggingface_hub's ``upload_folder`` (2.4) does the work: what the Hub has already is not sent again, so a push that was cut
-off is resumed by running it again. All of a model goes in one commit (beyond 250 files, in several), which is refused by the
-Hub where the revision has moved since it was looked at.
+huggingface_hub's ``upload_folder`` (2.4) does the work: what the Hub has already is not sent again, so a push that was
+cut off is resumed by running it again. All of a model goes in one commit (beyond 250 files, in several), which is
+refused by the Hub where the revision has moved since it was looked at.
 
-The client reads its environment when it is imported; ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` are read here.
+The client reads its environment when it is imported; ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` are read
+here.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.copy import default_workers
-from dsconv.checkpoint.hub import REPO, TRUE, connection
-from dsconv.checkpoint.storage import as_path, is_remote
+from dsconv.checkpoint.storage.hub import REPO, TRUE, connection
+from dsconv.checkpoint.storage.local import as_path, is_remote
+from dsconv.checkpoint.transfer.copy import default_workers
 from dsconv.convert.hub_errors import explain, status_of
-from dsconv.convert.merge import MANIFEST
+from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.model_card import CARD, make_card
 from dsconv.convert.push_files import File, check_and_hash, check_names, files_of, open_model, read_manifest
 from dsconv.errors import DsconvError, MismatchError, OutputError, RemoteError, UnsafeError
@@ -36,9 +37,11 @@ CONFLICTS = (409, 412)
 
 @dataclass
 class PushReport:
-    """What a push did, or with ``dry_run`` would do. ``files``: [{file, bytes, sha256}], with the card once it is made; sizes are
-    in bytes. ``commit`` is the one that holds the files; ``changed`` is False where the Hub had all of them. ``checked`` is False
-    where there was no manifest to check against, or it was not to be. ``left_out`` are files of the folder that do not go.
+    """What a push did, or with ``dry_run`` would do. ``files``: [{file, bytes, sha256}], with the card once it is made;
+    sizes are
+    in bytes. ``commit`` is the one that holds the files; ``changed`` is False where the Hub had all of them.
+    ``checked`` is False where there was no manifest to check against, or it was not to be. ``left_out`` are files of
+    the folder that do not go.
     """
 
     folder: str
@@ -78,12 +81,13 @@ def push(
     """Push a folder of safetensors to the model repository ``repo`` (``org/model``), which is made if need be.
 
     The folder must be what its manifest says, unless ``check`` is False: files, sizes, and the CRC-32 of each tensor. A
-    branch ``revision`` is made if need be. ``progress`` is called with (phase, bytes done, bytes in all), from any thread.
+    branch ``revision`` is made if need be. ``progress`` is called with (phase, bytes done, bytes in all), from any
+    thread.
 
-    Raises DsconvError: CheckpointNotFoundError or MalformedError where the folder is no model; MismatchError where it is not what
-    its manifest says, or what arrived is not what was sent; UnsafeError for a link out of the folder, and where ``private`` was
-    asked for and the repository is public; RemoteError where the Hub or the network fails. ValueError for a ``repo`` that is
-    none, and for ``create_pr`` with a ``revision``.
+    Raises DsconvError: CheckpointNotFoundError or MalformedError where the folder is no model; MismatchError where it
+    is not what its manifest says, or what arrived is not what was sent; UnsafeError for a link out of the folder, and
+    where ``private`` was asked for and the repository is public; RemoteError where the Hub or the network fails.
+    ValueError for a ``repo`` that is none, and for ``create_pr`` with a ``revision``.
     """
     check_repo(repo)
     if create_pr and revision is not None:
@@ -95,7 +99,16 @@ def push(
     if manifest is not None and check:
         check_names(root, model, files, manifest)
     rows: list[dict[str, Any]] = [{"file": file.name, "bytes": file.nbytes} for file in files]
-    report = PushReport(str(root), repo, revision or "main", sum(file.nbytes for file in files), rows, left_out, private, dry_run=dry_run)
+    report = PushReport(
+        str(root),
+        repo,
+        revision or "main",
+        sum(file.nbytes for file in files),
+        rows,
+        left_out,
+        private,
+        dry_run=dry_run,
+    )
     if manifest is None:
         report.warnings.append(f"{root} has no {MANIFEST}: there was nothing to check the files against")
     if dry_run:
@@ -104,11 +117,15 @@ def push(
     with _one_sentence(report), _silent_client():
         there = _look(api, repo, revision)
         _require_private(there, private)
-        digests = check_and_hash(root, model, files, manifest if check else None, workers or default_workers(), progress)
+        digests = check_and_hash(
+            root, model, files, manifest if check else None, workers or default_workers(), progress
+        )
         report.checked = manifest is not None and check
         for row in rows:
             row["sha256"] = digests[row["file"]]
-        there = there if there is not None and there.sha is not None else _make(api, repo, revision, private, there, report)
+        there = (
+            there if there is not None and there.sha is not None else _make(api, repo, revision, private, there, report)
+        )
         _require_private(there, private)
         report.private = there.private
         listed = {name: digest for name, digest in digests.items() if name != CARD}
@@ -124,14 +141,18 @@ def push(
 
 
 def prepare(repo: str, output: Path) -> None:
-    """Find out before a merge what would stop its push: see ``push``. OutputError where the output is not on this disk."""
+    """Find out before a merge what would stop its push: see ``push``. OutputError where the output is not on this
+    disk.
+    """
     check_repo(repo)
     if is_remote(output):
         raise OutputError(f"{output}: --push-to-hub pushes what lies on this disk; merge to a folder here")
     open_api(repo)
 
 
-def push_merged(output: Path, repo: str, private: bool, progress: Callable[[str, int, int], None] | None) -> dict[str, Any]:
+def push_merged(
+    output: Path, repo: str, private: bool, progress: Callable[[str, int, int], None] | None
+) -> dict[str, Any]:
     """Push what a merge has put in place; where the Hub fails, say that the merge has not."""
     try:
         return push(output, repo, private=private, progress=progress).to_dict()
@@ -148,7 +169,9 @@ def check_repo(repo: str) -> None:
 
 
 def open_api(repo: str) -> Any:
-    """The Hub's client. Raises RemoteError where it is not installed, not to be used (HF_HUB_OFFLINE), or has no token."""
+    """The Hub's client. Raises RemoteError where it is not installed, not to be used (HF_HUB_OFFLINE), or has no
+    token.
+    """
     try:
         import huggingface_hub
     except ImportError:
@@ -187,7 +210,9 @@ def _look(api: Any, repo: str, revision: str | None) -> _Repository | None:
         if revision is not None and not _is_branch(revision):
             raise
         return None
-    return _Repository(repo, revision, info.sha, bool(info.private), frozenset(file.rfilename for file in info.siblings or []))
+    return _Repository(
+        repo, revision, info.sha, bool(info.private), frozenset(file.rfilename for file in info.siblings or [])
+    )
 
 
 def _is_branch(revision: str | None) -> bool:
@@ -198,11 +223,14 @@ def _is_branch(revision: str | None) -> bool:
 def _require_private(there: _Repository | None, private: bool) -> None:
     if private and there is not None and not there.private:
         raise UnsafeError(
-            f"{there.repo} is there already and is public: make it private in its settings on the Hub, or leave out --private"
+            f"{there.repo} is there already and is public: make it private in its settings on the Hub, or leave out"
+            " --private"
         )
 
 
-def _make(api: Any, repo: str, revision: str | None, private: bool, there: _Repository | None, report: PushReport) -> _Repository:
+def _make(
+    api: Any, repo: str, revision: str | None, private: bool, there: _Repository | None, report: PushReport
+) -> _Repository:
     """Make the repository, or its branch, or both, and look at it."""
     if there is None:
         api.create_repo(repo, private=private or None, repo_type="model", exist_ok=True)
@@ -226,10 +254,15 @@ def _existing_card(api: Any, there: _Repository, folder: Path, report: PushRepor
     if on_hub is not None:
         from dsconv.convert.model_card import SECTION
 
-        lost = {line.strip() for line in SECTION.sub("", on_hub).splitlines()} - {line.strip() for line in text.splitlines()} - {""}
+        lost = (
+            {line.strip() for line in SECTION.sub("", on_hub).splitlines()}
+            - {line.strip() for line in text.splitlines()}
+            - {""}
+        )
         if lost:
             report.warnings.append(
-                f"the folder's {CARD} replaces the Hub's, of which it lacks {len(lost)} lines; they stay in the repository's history"
+                f"the folder's {CARD} replaces the Hub's, of which it lacks {len(lost)} lines; they stay in the"
+                " repository's history"
             )
     return text
 
@@ -240,7 +273,9 @@ def _read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def _shelf(files: Iterable[File], card: bytes) -> Iterator[Path]:
-    """A folder of links to what goes, and the card: ``upload_folder`` takes a folder, and the user's is not written to."""
+    """A folder of links to what goes, and the card: ``upload_folder`` takes a folder, and the user's is not written
+    to.
+    """
     with tempfile.TemporaryDirectory(prefix="dsconv-push-") as name:
         shelf = Path(name)
         for file in files:
@@ -304,7 +339,9 @@ def _landed(api: Any, there: _Repository, error: Exception, shelf: Path, digests
 
 
 def _differences(api: Any, repo: str, commit: str, shelf: Path, digests: dict[str, str]) -> list[str]:
-    """What the Hub has at ``commit`` that is not what is on the shelf: large files by sha256, small ones by git's own hash."""
+    """What the Hub has at ``commit`` that is not what is on the shelf: large files by sha256, small ones by git's
+    own hash.
+    """
     names = list(digests)
     found = {file.path: file for start in range(0, len(names), 500)
              for file in api.get_paths_info(repo, names[start : start + 500], revision=commit)}  # fmt: skip
@@ -329,7 +366,11 @@ def _git_hash(path: Path) -> str:
 def _message(folder: Path, manifest: dict[str, Any] | None) -> str:
     source = (manifest or {}).get("source", {})
     step = source.get("step")
-    return f"Step {step} of a {source.get('format')} checkpoint" if isinstance(step, int) else f"Push {folder.resolve().name}"
+    return (
+        f"Step {step} of a {source.get('format')} checkpoint"
+        if isinstance(step, int)
+        else f"Push {folder.resolve().name}"
+    )
 
 
 @contextlib.contextmanager
@@ -343,7 +384,9 @@ def _one_sentence(report: PushReport) -> Iterator[None]:
             raise
         said = explain(report.repo, None if report.revision == "main" else report.revision, error)
         if report.pull_request is not None:
-            said = RemoteError(f"{said}. The pull request is open: push with --revision {report.revision} to go on with it")
+            said = RemoteError(
+                f"{said}. The pull request is open: push with --revision {report.revision} to go on with it"
+            )
         raise said from None
 
 

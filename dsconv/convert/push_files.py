@@ -1,6 +1,7 @@
 """What of a folder goes to the Hub, and whether it is still what its manifest says.
 
-Each file is read once: that pass gives its sha256 and the CRC-32 of each tensor in it, which the manifest of a merge keeps.
+Each file is read once: that pass gives its sha256 and the CRC-32 of each tensor in it, which the manifest of a merge
+keeps.
 """
 
 from __future__ import annotations
@@ -16,17 +17,32 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.checksums import crc32
-from dsconv.checkpoint.copy import BLOCK_BYTES
-from dsconv.checkpoint.formats import safetensors_folder
-from dsconv.checkpoint.storage import is_remote
-from dsconv.checkpoint.tensormap import Checkpoint
-from dsconv.convert.merge import MANIFEST
+from dsconv.checkpoint.formats.huggingface import safetensors
+from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.transfer.checksums import crc32
+from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
+from dsconv.convert.manifest import MANIFEST
 from dsconv.errors import CheckpointNotFoundError, MalformedError, MismatchError, UnsafeError
 
-# A run's own state, where a model was saved into the folder of a checkpoint: nothing that loading the model needs, and pickles.
-TRAINING = ("optimizer.*", "optimizer_*", "scheduler.*", "scaler.*", "rng_state*", "training_args.bin", "trainer_state.json", "latest",
-            "latest_universal", "zero_to_fp32.py", "zero_to_torch.py", "*_states.pt", "*.distcp", "pytorch_model_fsdp*")  # fmt: skip
+# A run's own state, where a model was saved into the folder of a checkpoint: nothing that loading the model needs, and
+# pickles.
+TRAINING = (
+    "optimizer.*",
+    "optimizer_*",
+    "scheduler.*",
+    "scaler.*",
+    "rng_state*",
+    "training_args.bin",
+    "trainer_state.json",
+    "latest",
+    "latest_universal",
+    "zero_to_fp32.py",
+    "zero_to_torch.py",
+    "*_states.pt",
+    "*.distcp",
+    "pytorch_model_fsdp*",
+)
 SHOWN = 5
 
 
@@ -40,24 +56,28 @@ class File:
 
 
 def open_model(folder: Path) -> Checkpoint:
-    """The model in ``folder``, also where that is the folder of a training checkpoint. Raises what ``open_checkpoint`` raises."""
+    """The model in ``folder``, also where that is the folder of a training checkpoint. Raises what
+    ``open_checkpoint`` raises.
+    """
     if is_remote(folder):
-        raise CheckpointNotFoundError(f"{folder}: what is pushed lies on this disk: download it, or merge it into a folder here")
+        raise CheckpointNotFoundError(
+            f"{folder}: what is pushed lies on this disk: download it, or merge it into a folder here"
+        )
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder}: no such folder")
-    if not safetensors_folder.detect(folder):
+    if not safetensors.detect(folder):
         raise CheckpointNotFoundError(
-            f"{folder}: holds no safetensors (model.safetensors, its index, or adapter_model.safetensors), which is what is pushed; "
-            f"of a checkpoint, dsconv merge {folder} OUT --push-to-hub REPO makes them"
+            f"{folder}: holds no safetensors (model.safetensors, its index, or adapter_model.safetensors), which is"
+            f" what is pushed; of a checkpoint, dsconv merge {folder} OUT --push-to-hub REPO makes them"
         )
-    return safetensors_folder.read(folder)
+    return safetensors.read(folder)
 
 
 def files_of(folder: Path) -> tuple[list[File], list[str]]:
     """The files to push, and the names of what is left out: hidden files, and the state of a training run.
 
-    Raises UnsafeError for a link that leaves the folder, unless it leads to the blobs beside a snapshot of the Hub's cache:
-    what it leads to would be published under a name that does not say so.
+    Raises UnsafeError for a link that leaves the folder, unless it leads to the blobs beside a snapshot of the Hub's
+    cache: what it leads to would be published under a name that does not say so.
     """
     inside = folder.resolve()
     blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else None
@@ -78,7 +98,9 @@ def files_of(folder: Path) -> tuple[list[File], list[str]]:
                 continue
             real = path.resolve()
             if not real.is_relative_to(inside) and not (blobs and real.is_relative_to(blobs)):
-                raise UnsafeError(f"{path} is a link out of its folder, to {real}; a push would publish that: put a copy in its place")
+                raise UnsafeError(
+                    f"{path} is a link out of its folder, to {real}; a push would publish that: put a copy in its place"
+                )
             found.append(File(shown, path, real.stat().st_size))
     return found, left_out
 
@@ -92,23 +114,35 @@ def _left_out(path: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """``dsconv.manifest.json``, or None where there is none. Raises MalformedError where it is not what a merge writes."""
+    """``dsconv.manifest.json``, or None where there is none. Raises MalformedError where it is not what a merge
+    writes.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise MalformedError(f"{path}: not the JSON that a merge writes ({error}); merge again, or take it away") from None
+        raise MalformedError(
+            f"{path}: not the JSON that a merge writes ({error}); merge again, or take it away"
+        ) from None
     tensors, files = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("tensors", "files"))
-    sound = isinstance(tensors, dict) and isinstance(files, dict) and all(isinstance(v, dict) for v in (*tensors.values(), *files.values()))
+    sound = (
+        isinstance(tensors, dict)
+        and isinstance(files, dict)
+        and all(isinstance(v, dict) for v in (*tensors.values(), *files.values()))
+    )
     if not sound or not isinstance(manifest.get("source", {}), dict):
-        raise MalformedError(f"{path}: no table of tensors and files, which a merge writes; merge again, or take it away")
+        raise MalformedError(
+            f"{path}: no table of tensors and files, which a merge writes; merge again, or take it away"
+        )
     return dict(manifest)
 
 
 def check_names(folder: Path, model: Checkpoint, files: list[File], manifest: dict[str, Any]) -> None:
-    """Raise MismatchError unless the folder has the files, sizes and tensors that the manifest names, and no other weights."""
+    """Raise MismatchError unless the folder has the files, sizes and tensors that the manifest names, and no other
+    weights.
+    """
     tensors, listed = manifest["tensors"], manifest["files"]
     sizes = {file.name: file.nbytes for file in files}
     wrong = [f"{name} has {sizes.get(name, 'no')} bytes, not {item.get('bytes')}" for name, item in listed.items()
@@ -122,7 +156,10 @@ def check_names(folder: Path, model: Checkpoint, files: list[File], manifest: di
         entry, said = model[name], tensors[name]
         file = entry.pieces[0].extent.record.path.name if entry.pieces else said.get("file")
         if (str(entry.dtype), list(entry.shape), file) != (said.get("dtype"), said.get("shape"), said.get("file")):
-            wrong.append(f"tensor {name!r} is {entry.dtype} {list(entry.shape)} in {file}, not {said.get('dtype')} {said.get('shape')}")
+            wrong.append(
+                f"tensor {name!r} is {entry.dtype} {list(entry.shape)} in {file}, not {said.get('dtype')}"
+                f" {said.get('shape')}"
+            )
     _refuse(folder, wrong)
 
 
@@ -134,11 +171,15 @@ def check_and_hash(
     workers: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, str]:
-    """The sha256 of each file; raises MismatchError where a checksum of ``manifest`` is another, naming file and tensor."""
+    """The sha256 of each file; raises MismatchError where a checksum of ``manifest`` is another, naming file and
+    tensor.
+    """
     spans: dict[Path, list[tuple[int, int, str]]] = {}
     for entry in model.values() if manifest is not None else ():
         for piece in entry.pieces:
-            spans.setdefault(piece.extent.record.path, []).append((piece.extent.offset_bytes, piece.extent.nbytes, entry.name))
+            spans.setdefault(piece.extent.record.path, []).append(
+                (piece.extent.offset_bytes, piece.extent.nbytes, entry.name)
+            )
     done, total, lock = 0, sum(file.nbytes for file in files), threading.Lock()
 
     def advance(count: int) -> None:
@@ -166,7 +207,9 @@ def check_and_hash(
 
 
 def _hash(path: Path, spans: list[tuple[int, int, str]], advance: Callable[[int], None]) -> tuple[str, dict[str, int]]:
-    """The sha256 of a file and the CRC-32 of each of ``spans`` (offset, bytes, name), which do not overlap, in one pass."""
+    """The sha256 of a file and the CRC-32 of each of ``spans`` (offset, bytes, name), which do not overlap, in one
+    pass.
+    """
     digest = hashlib.sha256()
     crcs = {name: 0 for _, _, name in spans}
     block = memoryview(bytearray(BLOCK_BYTES))
@@ -189,5 +232,6 @@ def _refuse(folder: Path, wrong: list[str]) -> None:
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise MismatchError(
-            f"{folder}: not what its {MANIFEST} says: {'; '.join(wrong[:SHOWN])}{more}. Nothing was pushed: merge again, or --no-check"
+            f"{folder}: not what its {MANIFEST} says: {'; '.join(wrong[:SHOWN])}{more}. Nothing was pushed: merge"
+            " again, or --no-check"
         )

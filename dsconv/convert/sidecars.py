@@ -6,15 +6,33 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.dtypes import BY_NAME, DType
+from dsconv.checkpoint.map.dtypes import BY_NAME, DType
 from dsconv.errors import CheckpointNotFoundError
 
 PATTERNS = (
-    "config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "vocab-*", "merges.txt", "spiece.model", "*.tiktoken", "sentencepiece*.model", "source.spm", "target.spm",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json",
-    "chat_template*", "normalizer.json", "sentence_bert_config.json", "modules.json",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "vocab-*",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "sentencepiece*.model",
+    "source.spm",
+    "target.spm",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "chat_template*",
+    "normalizer.json",
+    "sentence_bert_config.json",
+    "modules.json",
+)
 MARKERS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 MAX_SIDECAR_BYTES = 200 << 20  # the largest tokenizer known is 35 MB
 
@@ -26,7 +44,9 @@ def find_sidecars(config_from: Path | None, folders: list[Path]) -> list[Path]:
     """
     if config_from is not None:
         if not any((config_from / marker).is_file() for marker in MARKERS):
-            raise CheckpointNotFoundError(f"{config_from}: --config-from names a folder without config.json or tokenizer files")
+            raise CheckpointNotFoundError(
+                f"{config_from}: --config-from names a folder without config.json or tokenizer files"
+            )
         return _of(config_from)
     for folder in folders:
         if any((folder / marker).is_file() for marker in MARKERS):
@@ -64,7 +84,8 @@ def read_json(path: Path) -> Any:
 def with_dtype(data: bytes, dtype: DType | None) -> bytes:
     """A config.json that says the dtype of the weights beside it, so that from_pretrained loads them as they are.
 
-    Only a ``dtype`` or ``torch_dtype`` that is there is changed (also in nested configurations); the rest keeps its bytes' meaning.
+    Only a ``dtype`` or ``torch_dtype`` that is there is changed (also in nested configurations); the rest keeps its
+    bytes' meaning.
     """
     if dtype is None:
         return data

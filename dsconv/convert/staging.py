@@ -4,10 +4,11 @@ Everything is written to a hidden folder inside the target, synced, and renamed 
 folder a model (the index, or the only weights file) last. A run that is killed leaves the hidden folder, which the next
 run takes over; the lock on it is the system's, and goes with the process.
 
-Moving begins with one rename, which makes ``STARTED``: of the file that counts of an earlier output, if there is one. Before it
-the earlier output is whole, and what is new is taken away where the run ends. After it the new output is whole too, in the hidden
-folder, and it is the one that stays: the run, or the next one, finishes the renames. ``MOVING`` says which, and by which marks
-(inode, size, time) the files are known, so that nothing is touched that somebody else has put there.
+Moving begins with one rename, which makes ``STARTED``: of the file that counts of an earlier output, if there is one.
+Before it the earlier output is whole, and what is new is taken away where the run ends. After it the new output is
+whole too, in the hidden folder, and it is the one that stays: the run, or the next one, finishes the renames.
+``MOVING`` says which, and by which marks (inode, size, time) the files are known, so that nothing is touched that
+somebody else has put there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dsconv.checkpoint.storage import is_remote
+from dsconv.checkpoint.storage.local import is_remote
 from dsconv.errors import OutputError
 
 STAGING = ".dsconv-partial"
@@ -37,7 +38,9 @@ def _mark(path: Path) -> list[int] | None:
         found = path.lstat()
     except OSError:
         return None
-    return [found.st_ino] if path.is_dir() and not path.is_symlink() else [found.st_ino, found.st_size, found.st_mtime_ns]
+    return (
+        [found.st_ino] if path.is_dir() and not path.is_symlink() else [found.st_ino, found.st_size, found.st_mtime_ns]
+    )
 
 
 def _is_name(name: object) -> bool:
@@ -47,8 +50,10 @@ def _is_name(name: object) -> bool:
 
 @dataclass(frozen=True)
 class Move:
-    """``names`` go into the target, the one that counts last; ``gone`` go before, the one that counts first. ``there``: what had a
-    name of ``names`` in the target and is replaced by it."""
+    """``names`` go into the target, the one that counts last; ``gone`` go before, the one that counts first. ``there``:
+    what had a
+    name of ``names`` in the target and is replaced by it.
+    """
 
     gone: Marks
     names: Marks
@@ -56,7 +61,9 @@ class Move:
 
     @staticmethod
     def read(folder: Path) -> Move | None:
-        """The move that was begun in a hidden folder and not finished; None where there is none, or what says so is not of this program."""
+        """The move that was begun in a hidden folder and not finished; None where there is none, or what says so is
+        not of this program.
+        """
         try:
             found = json.loads((folder / MOVING).read_bytes())
             move = Move(**found)
@@ -114,7 +121,10 @@ class Staging:
         gone = {name: _mark(self.target / name) for name in obsolete if os.path.lexists(self.target / name)}
         for name in names:
             if name not in gone and (self.target / name).is_dir():
-                raise OutputError(f"{self.target / name} is a folder, and the output has a file of that name: move it, or choose another")
+                raise OutputError(
+                    f"{self.target / name} is a folder, and the output has a file of that name: move it, or choose"
+                    " another"
+                )
         there = {name: _mark(self.target / name) for name in names if name not in gone}
         move = Move(gone, {name: _mark(self.path(name)) for name in names}, there)
         try:
@@ -134,13 +144,15 @@ class Staging:
             self.finish_or_say(move)
 
     def finish_or_say(self, move: Move) -> None:
-        """``finish``; raises OutputError where it fails, or where somebody has put other files there since: both stay as they are."""
+        """``finish``; raises OutputError where it fails, or where somebody has put other files there since: both
+        stay as they are.
+        """
         for name, mark in move.names.items():
             now = _mark(self.target / name)
             if os.path.lexists(self.path(name)) and now not in (None, mark, move.gone.get(name), move.there.get(name)):
                 raise OutputError(
-                    f"{self.target}: a run was ended while it put its output in place, from {self.folder}, and since then {name} was "
-                    "put there by another: move one of the two away"
+                    f"{self.target}: a run was ended while it put its output in place, from {self.folder}, and since"
+                    f" then {name} was put there by another: move one of the two away"
                 )
         try:
             self.finish(move)
@@ -223,7 +235,9 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
 
 
 def settle(target: Path) -> None:
-    """Finish what a killed run had begun to put in place in ``target``, or take away what it left. Another run's is let be."""
+    """Finish what a killed run had begun to put in place in ``target``, or take away what it left. Another run's is
+    let be.
+    """
     if not is_remote(target) and (target / STAGING).is_dir():
         with contextlib.suppress(OutputError), open_staging(target, sync=True):
             pass
@@ -254,7 +268,9 @@ def _locked(descriptor: int, path: Path) -> bool:
 
 
 def debris(target: Path) -> set[str]:
-    """Names in ``target``, a folder of a store, that are parts of no output: a run was killed while it put another in place."""
+    """Names in ``target``, a folder of a store, that are parts of no output: a run was killed while it put another
+    in place.
+    """
     try:
         names = json.loads((target / STAGING / MOVING).read_bytes())
     except (OSError, ValueError):
@@ -272,5 +288,6 @@ def require_space(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise OutputError(
-            f"{target}: the output needs {nbytes:,} bytes and the disk has {free:,} free. Choose another folder, or --dtype bf16"
+            f"{target}: the output needs {nbytes:,} bytes and the disk has {free:,} free. Choose another folder, or"
+            " --dtype bf16"
         )

@@ -1,13 +1,13 @@
 """A ``.pt`` as torch.save writes it, around bytes that are still to come.
 
-A ``TorchArchive`` lays the file out: its pickle, its zip records, and where each storage's bytes go. The caller puts those
-there in any order (a ``Streamed`` tensor) and then writes ``fixed``, which is everything else, with the CRC-32s that only
-the finished copy knows. torch is not needed.
+A ``TorchArchive`` lays the file out: its pickle, its zip records, and where each storage's bytes go. The caller puts
+those there in any order (a ``Streamed`` tensor) and then writes ``fixed``, which is everything else, with the CRC-32s
+that only the finished copy knows. torch is not needed.
 
-The format is that of torch 2.13: ``torch/serialization.py`` (``_save``: data.pkl, byteorder, data/<key>, version; persistent
-ids), ``torch/_utils.py`` (``_rebuild_tensor_v2``), ``caffe2/serialize/inline_container.cc`` (records under one root that
-is the file's stem, stored, aligned to 64 bytes by an extra field; the reader wants ``version``). Sizes stand in the
-records' own headers here, where torch writes them behind the data.
+The format is that of torch 2.13: ``torch/serialization.py`` (``_save``: data.pkl, byteorder, data/<key>, version;
+persistent ids), ``torch/_utils.py`` (``_rebuild_tensor_v2``), ``caffe2/serialize/inline_container.cc`` (records under
+one root that is the file's stem, stored, aligned to 64 bytes by an extra field; the reader wants ``version``). Sizes
+stand in the records' own headers here, where torch writes them behind the data.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsconv.checkpoint.checksums import crc32
-from dsconv.checkpoint.dtypes import STORAGE_CLASSES, DType
-from dsconv.checkpoint.standins import Instance
-from dsconv.checkpoint.training import SmallTensor
+from dsconv.checkpoint.map.dtypes import STORAGE_CLASSES, DType
+from dsconv.checkpoint.map.training import SmallTensor
+from dsconv.checkpoint.pickles.allowlist import Instance
+from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.errors import UnsupportedError
 
 ALIGNMENT_BYTES = 64
@@ -74,7 +74,11 @@ class _Record:
         extra = struct.pack("<2H2Q", 1, 16, self.nbytes, self.nbytes) if self.wide else b""
         padding = self.data_offset - self.header_offset - _LOCAL.size - len(self.name) - len(extra) - 4
         extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        return _LOCAL.pack(b"PK\3\4", 0, _UTF8, 0, 0, _DATE, checksum, size, size, len(self.name), len(extra)) + self.name + extra
+        return (
+            _LOCAL.pack(b"PK\3\4", 0, _UTF8, 0, 0, _DATE, checksum, size, size, len(self.name), len(extra))
+            + self.name
+            + extra
+        )
 
     def central(self, checksum: int) -> bytes:
         wide = [self.nbytes, self.nbytes] if self.wide else []
@@ -90,9 +94,10 @@ class _Record:
 class TorchArchive:
     """The layout of a ``.pt`` that holds ``value``; ``stem`` is the file's name without ``.pt``.
 
-    ``value`` is of None, bools, numbers, text, lists, tuples, dicts, dtypes, SmallTensors, Streamed tensors, and Instances
-    of classes, which torch.load imports when it reads them. ``streamed`` are the offsets of the Streamed ones, in the order
-    of the pickle. Raises UnsupportedError for anything else, and for a value that is too large or too deep.
+    ``value`` is of None, bools, numbers, text, lists, tuples, dicts, dtypes, SmallTensors, Streamed tensors, and
+    Instances of classes, which torch.load imports when it reads them. ``streamed`` are the offsets of the Streamed
+    ones, in the order of the pickle. Raises UnsupportedError for anything else, and for a value that is too large or
+    too deep.
     """
 
     def __init__(self, stem: str, value: Any) -> None:
@@ -156,7 +161,9 @@ class _Pickler:
     def write(self, value: Any, depth: int = 0) -> None:
         out = self._out
         if depth > MAX_DEPTH or len(out) > MAX_PICKLE_BYTES:
-            raise UnsupportedError(f"a value that is nested over {MAX_DEPTH} deep or takes over {MAX_PICKLE_BYTES} bytes cannot be written")
+            raise UnsupportedError(
+                f"a value that is nested over {MAX_DEPTH} deep or takes over {MAX_PICKLE_BYTES} bytes cannot be written"
+            )
         if value is None or isinstance(value, bool):
             out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
         elif isinstance(value, int):

@@ -1,9 +1,9 @@
 """In which shape, and with which keys beside it, a parameter is written into a universal checkpoint.
 
-The keys tell a loader of another tensor-parallel size how to cut it; also from one model-parallel rank, where nothing was
-joined, it wants them. Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``),
-``checkpoint/constants.py`` and ``checkpoint/universal_checkpoint.py`` (``load_hp_checkpoint_state``). A parameter that an
-affine map describes (AutoTP's all are) gets no key: AutoTP's loader cuts it by the map of its own layer.
+The keys tell a loader of another tensor-parallel size how to cut it; also from one model-parallel rank, where nothing
+was joined, it wants them. Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``),
+``checkpoint/constants.py`` and ``checkpoint/universal_checkpoint.py`` (``load_hp_checkpoint_state``). A parameter that
+an affine map describes (AutoTP's all are) gets no key: AutoTP's loader cuts it by the map of its own layer.
 """
 
 from __future__ import annotations
@@ -12,26 +12,31 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.standins import Instance, shown
-from dsconv.checkpoint.tensormap import Extent, Piece, TensorEntry
-from dsconv.checkpoint.training import Cut, SubParams
+from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
+from dsconv.checkpoint.map.training import ShardRule, SubParams
+from dsconv.checkpoint.pickles.allowlist import Instance, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
 
 SUBPARAM = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
 
 
-def written_form(cut: Cut, name: str, entry: TensorEntry, path: Path) -> tuple[tuple[int, ...], dict[str, Any], TensorEntry]:
+def written_form(
+    cut: ShardRule, name: str, entry: TensorEntry, path: Path
+) -> tuple[tuple[int, ...], dict[str, Any], TensorEntry]:
     """(shape, keys beside ``param``, entry) of what is written for a parameter or a state of it.
 
-    A 0-d parameter is written with shape [1], since the loader cuts the first dimension; rows that only pad a vocabulary
-    are left out. Raises UnsupportedError or MalformedError, naming the parameter.
+    A 0-d parameter is written with shape [1], since the loader cuts the first dimension; rows that only pad a
+    vocabulary are left out. Raises UnsupportedError or MalformedError, naming the parameter.
     """
     keys: dict[str, Any] = {}
     shape = entry.shape or (1,)
     if cut.view is not None:
         shape = cut.view or (1,)
         if math.prod(shape) != entry.numel:
-            raise MalformedError(f"{path}: the affine map of {name!r}, of shape {list(entry.shape)}, is of a tensor of shape {list(shape)}")
+            raise MalformedError(
+                f"{path}: the affine map of {name!r}, of shape {list(entry.shape)}, is of a tensor of shape"
+                f" {list(shape)}"
+            )
     elif cut.parts is not None:
         shape, keys["sub_param_shape"] = _sub_form(cut.parts, entry, path)
     elif cut.dim is not None:
@@ -41,7 +46,10 @@ def written_form(cut: Cut, name: str, entry: TensorEntry, path: Path) -> tuple[t
         rows = cut.rows
         if rows is not None:
             if type(rows) is not int or rows < 1 or len(shape) != 2:
-                raise MalformedError(f"{path}: universal_checkpoint_info says that {name!r} of shape {list(shape)} pads {shown(rows)} rows")
+                raise MalformedError(
+                    f"{path}: universal_checkpoint_info says that {name!r} of shape {list(shape)} pads"
+                    f" {safe_repr(rows)} rows"
+                )
             rows = min(rows, shape[0])
             shape, entry = (rows, shape[1]), first_elements(entry, rows * shape[1], (rows, shape[1]))
     return shape, keys, entry
@@ -62,14 +70,18 @@ def first_elements(entry: TensorEntry, numel: int, shape: tuple[int, ...]) -> Te
         return tuple(kept)
 
     if any(piece.region is not None or piece.strides is not None for piece in entry.pieces):
-        raise UnsupportedError(f"{entry.name}: rows that pad a vocabulary can be left out of a tensor that no model parallelism cut, only")
+        raise UnsupportedError(
+            f"{entry.name}: rows that pad a vocabulary can be left out of a tensor that no model parallelism cut, only"
+        )
     return TensorEntry(entry.name, entry.dtype, shape, layout, entry.aliases, entry.role)
 
 
 def _sub_form(sub: SubParams, entry: TensorEntry, path: Path) -> tuple[tuple[int, ...], Instance]:
     """The shape in which a parameter made of others is written, and the object that tells a loader how to cut it."""
     dim, spec = sub.dim, list(sub.shape)
-    wrong = MalformedError(f"{path}: {entry.name!r} of shape {list(entry.shape)} is not of the sub-parameters {shown(sub.shape)}")
+    wrong = MalformedError(
+        f"{path}: {entry.name!r} of shape {list(entry.shape)} is not of the sub-parameters {safe_repr(sub.shape)}"
+    )
     if not 0 <= dim < len(spec):
         raise wrong
     if type(spec[dim]) is int and spec[dim] > 0:  # before version 0.4: how many of equal width, not how wide
@@ -85,5 +97,9 @@ def _sub_form(sub: SubParams, entry: TensorEntry, path: Path) -> tuple[tuple[int
     if entry.numel % known:
         raise wrong
     shape = tuple(size if size > 0 else entry.numel // known for size in sizes)
-    state = {"patterns": list(sub.patterns), "shape": tuple(tuple(s) if isinstance(s, list) else s for s in spec), "partition_dim": dim}
+    state = {
+        "patterns": list(sub.patterns),
+        "shape": tuple(tuple(s) if isinstance(s, list) else s for s in spec),
+        "partition_dim": dim,
+    }
     return shape, Instance(SUBPARAM, (), state)

@@ -1,11 +1,12 @@
 """The files of a universal checkpoint: which states go where, in which form, and what the loader wants besides.
 
-Read from DeepSpeed 0.19.8: ``checkpoint/ds_to_universal.py`` (names of files, keys of a state's file), and what the loaders
-ask for, ``checkpoint/universal_checkpoint.py`` and ``runtime/base_optimizer.py`` (stages 1 and 2: a dict with ``param``, a
-``step.pt`` a parameter, ``param_groups`` and ``ds_version`` in ``zero/optimizer_state.pt``), ``runtime/zero/stage3.py``
-(``load_hp_checkpoint_state_from_checkpoint_dir_stage3``: a dict or a bare tensor, ``optimizer_state_dict`` with a step and
-``param_groups``), ``runtime/engine.py`` (``_get_all_ckpt_names``: the model states by the name of the loading stage).
-All of that is written, so that any stage loads the result; the official tool's output is read by the stage it came from.
+Read from DeepSpeed 0.19.8: ``checkpoint/ds_to_universal.py`` (names of files, keys of a state's file), and what the
+loaders ask for, ``checkpoint/universal_checkpoint.py`` and ``runtime/base_optimizer.py`` (stages 1 and 2: a dict with
+``param``, a ``step.pt`` a parameter, ``param_groups`` and ``ds_version`` in ``zero/optimizer_state.pt``),
+``runtime/zero/stage3.py`` (``load_hp_checkpoint_state_from_checkpoint_dir_stage3``: a dict or a bare tensor,
+``optimizer_state_dict`` with a step and ``param_groups``), ``runtime/engine.py`` (``_get_all_ckpt_names``: the model
+states by the name of the loading stage). All of that is written, so that any stage loads the result; the official
+tool's output is read by the stage it came from.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.dtypes import BY_NAME, DType
-from dsconv.checkpoint.standins import shown
-from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
-from dsconv.checkpoint.training import Training
+from dsconv.checkpoint.map.dtypes import BY_NAME, DType
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.training import Training
+from dsconv.checkpoint.pickles.allowlist import safe_repr
 from dsconv.convert.torch_writer import Streamed, TorchArchive
 from dsconv.convert.universal_patterns import written_form
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
@@ -27,13 +28,19 @@ from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
 FOLDER = "zero"
 LATEST = "latest_universal"
 SETTINGS = f"{FOLDER}/optimizer_state.pt"
-READS_DICTS = (0, 19, 4)  # stage 3 of 0.19.0 reads bare tensors only (``stage3.py`` ``load_hp_checkpoint_state``), 0.19.4 both
+READS_DICTS = (
+    0,
+    19,
+    4,
+)  # stage 3 of 0.19.0 reads bare tensors only (``stage3.py`` ``load_hp_checkpoint_state``), 0.19.4 both
 MAX_NAME_BYTES = 255 - len("/exp_avg_sq.pt")
 
 
 @dataclass(frozen=True)
 class StateFile:
-    """``zero/<parameter>/<state>.pt``. ``entry`` is what is streamed into it, as ``dtype``; None for a file that is whole."""
+    """``zero/<parameter>/<state>.pt``. ``entry`` is what is streamed into it, as ``dtype``; None for a file that is
+    whole.
+    """
 
     path: str
     archive: TorchArchive
@@ -57,7 +64,9 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class UniversalPlan:
-    """All that a universal checkpoint consists of. ``links`` are second names of model-states files: {new: existing}."""
+    """All that a universal checkpoint consists of. ``links`` are second names of model-states files: {new:
+    existing}.
+    """
 
     states: tuple[StateFile, ...]
     models: tuple[ModelFile, ...]
@@ -70,7 +79,9 @@ class UniversalPlan:
     @property
     def data_bytes(self) -> int:
         """Bytes that are copied, headers not counted."""
-        streamed = sum(f.entry.numel * f.dtype.itemsize for f in self.states if f.entry is not None and f.dtype is not None)
+        streamed = sum(
+            f.entry.numel * f.dtype.itemsize for f in self.states if f.entry is not None and f.dtype is not None
+        )
         return streamed + sum(file.nbytes for file in self.models)
 
 
@@ -78,8 +89,9 @@ def training_of(checkpoint: Checkpoint) -> Training:
     """Raises UnsupportedError where the checkpoint holds no optimizer states that a universal checkpoint could take."""
     if checkpoint.training is None:
         raise UnsupportedError(
-            f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of DeepSpeed's "
-            f"that holds the optimizer's states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
+            f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of"
+            " DeepSpeed's that holds the optimizer's"
+            f" states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
         )
     return checkpoint.training()
 
@@ -87,9 +99,12 @@ def training_of(checkpoint: Checkpoint) -> Training:
 def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: bool = False) -> UniversalPlan:
     """Lay out the universal checkpoint of ``checkpoint``.
 
-    Raises UnsafeError for a parameter's name that is no file name, UnsupportedError for what the format has no place for.
+    Raises UnsafeError for a parameter's name that is no file name, UnsupportedError for what the format has no place
+    for.
     """
-    uncut = checkpoint.world.get("model_parallel", 1) == 1  # a dict says how to cut; releases that read no dicts never cut
+    uncut = (
+        checkpoint.world.get("model_parallel", 1) == 1
+    )  # a dict says how to cut; releases that read no dicts never cut
     flat = training.stage == 3 and uncut and _version(training.deepspeed_version) < READS_DICTS
     files: list[StateFile] = []
     for name, states in training.states.items():
@@ -98,7 +113,9 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
         for state, entry in {"fp32": master, **states}.items():
             _check_name(state, f"{checkpoint.path}: the optimizer's state")
             shape, keys, kept = written_form(cut, name, entry, checkpoint.path)
-            value: Any = Streamed(entry.dtype, (kept.numel,)) if flat else {**keys, "param": Streamed(entry.dtype, shape)}
+            value: Any = (
+                Streamed(entry.dtype, (kept.numel,)) if flat else {**keys, "param": Streamed(entry.dtype, shape)}
+            )
             files.append(StateFile(f"{folder}/{state}.pt", TorchArchive(state, value), kept, entry.dtype))
         if name in training.steps:
             files.append(StateFile(f"{folder}/step.pt", TorchArchive("step", training.steps[name])))
@@ -107,7 +124,9 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
         if exclude_frozen:
             break
         value = {"param": Streamed(float32, entry.shape)}
-        files.append(StateFile(f"{_folder(name, checkpoint)}/fp32.pt", TorchArchive("fp32", value), entry, float32, entry.role))
+        files.append(
+            StateFile(f"{_folder(name, checkpoint)}/fp32.pt", TorchArchive("fp32", value), entry, float32, entry.role)
+        )
     files.append(StateFile(SETTINGS, TorchArchive("optimizer_state", _settings(training))))
     models = tuple(ModelFile(path.name, path, path.stat().st_size) for path in training.model_files)
     return UniversalPlan(tuple(files), models, dict(_links(models)))
@@ -129,7 +148,9 @@ def _settings(training: Training) -> dict[str, Any]:
     settings = {**training.settings, "param_groups": training.param_groups}
     if isinstance(settings.get("group_paddings"), list):
         settings["group_paddings"] = [0] * len(settings["group_paddings"])  # the states are written without
-    if training.stage == 0:  # the reader's own sign that the model states list no parameters; DeepSpeed looks at the rest only
+    if (
+        training.stage == 0
+    ):  # the reader's own sign that the model states list no parameters; DeepSpeed looks at the rest only
         settings["zero_stage"] = 0
     if training.deepspeed_version is not None:
         settings.setdefault("ds_version", training.deepspeed_version)
@@ -140,13 +161,21 @@ def _settings(training: Training) -> dict[str, Any]:
 def _folder(name: str, checkpoint: Checkpoint) -> str:
     _check_name(name, f"{checkpoint.path}: a parameter")
     if f"{FOLDER}/{name}" == SETTINGS:
-        raise MalformedError(f"{checkpoint.path}: a parameter is named {name!r}, as a file of a universal checkpoint is")
+        raise MalformedError(
+            f"{checkpoint.path}: a parameter is named {name!r}, as a file of a universal checkpoint is"
+        )
     return f"{FOLDER}/{name}"
 
 
 def _check_name(name: str, what: str) -> None:
-    if not name or name in (".", "..") or "/" in name or "\0" in name or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
-        raise UnsafeError(f"{what} is named {shown(name)}, which cannot be the name of a folder; refused")
+    if (
+        not name
+        or name in (".", "..")
+        or "/" in name
+        or "\0" in name
+        or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES
+    ):
+        raise UnsafeError(f"{what} is named {safe_repr(name)}, which cannot be the name of a folder; refused")
 
 
 def _version(text: str | None) -> tuple[int, ...]:

@@ -6,19 +6,23 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from dsconv.checkpoint.checksums import crc32
-from dsconv.checkpoint.copy import CASTABLE
-from dsconv.checkpoint.dtypes import BY_NAME
-from dsconv.checkpoint.standins import TensorRef
-from dsconv.checkpoint.tensormap import Checkpoint, Extent, Piece, Record, TensorEntry
-from dsconv.checkpoint.torch_file import TorchFile, read_extent
+from dsconv.checkpoint.map.dtypes import BY_NAME
+from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
+from dsconv.checkpoint.pickles.allowlist import TensorRef
+from dsconv.checkpoint.torchfile.file import TorchFile, read_extent
+from dsconv.checkpoint.transfer.checksums import crc32
+from dsconv.checkpoint.transfer.copy import CASTABLE
 from dsconv.convert.universal_plan import UniversalPlan
 from dsconv.convert.verify import verify
 from dsconv.errors import MismatchError
 
 
 def verify_universal(
-    checkpoint: Checkpoint, plan: UniversalPlan, folder: Path, target: Path, progress: Callable[[str, int, int], None] | None
+    checkpoint: Checkpoint,
+    plan: UniversalPlan,
+    folder: Path,
+    target: Path,
+    progress: Callable[[str, int, int], None] | None,
 ) -> None:
     """Raise MismatchError unless the files of ``plan``, in ``folder``, hold what their sources hold.
 
@@ -37,16 +41,22 @@ def verify_universal(
         if file.entry.dtype != file.dtype and file.entry.dtype.name not in CASTABLE:
             record = opened.archive.records[f"data/{value.storage.key}"]
             if crc32(read_extent(Extent(record, record.offset_bytes, record.nbytes))) != record.crc32:
-                raise MismatchError(f"{target / file.path}: what was written is not what lies on the disk. Nothing of it was kept")
+                raise MismatchError(
+                    f"{target / file.path}: what was written is not what lies on the disk. Nothing of it was kept"
+                )
             continue
         source[file.path] = file.entry
         written[file.path] = TensorEntry(file.path, value.dtype, file.entry.shape, partial(opened.pieces, value))
     for model in plan.models:
         source[model.path] = _bytes_of(model.path, model.source, model.nbytes)
         written[model.path] = _bytes_of(model.path, folder / model.path, model.nbytes)
-    result = verify(Checkpoint(checkpoint.path, "", source), Checkpoint(target, "", written), allow_cast=True, progress=progress)
+    result = verify(
+        Checkpoint(checkpoint.path, "", source), Checkpoint(target, "", written), allow_cast=True, progress=progress
+    )
     if not result.equal:
-        raise MismatchError(f"{target}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was kept")
+        raise MismatchError(
+            f"{target}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was kept"
+        )
 
 
 def _bytes_of(name: str, path: Path, nbytes: int) -> TensorEntry:

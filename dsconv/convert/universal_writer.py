@@ -1,7 +1,8 @@
-"""``to_universal``: a ZeRO checkpoint, also of AutoTP or pipeline ranks, into a DeepSpeed universal checkpoint, streaming, whole or absent.
+"""``to_universal``: a ZeRO checkpoint, also of AutoTP or pipeline ranks, into a DeepSpeed universal checkpoint,
+streaming, whole or absent.
 
-Nothing is extracted first: each byte of the optimizer files is read once and put where it belongs in ``zero/``. A file is
-finished, with its checksum, by the time its last byte arrives.
+Nothing is extracted first: each byte of the optimizer files is read once and put where it belongs in ``zero/``. A file
+is finished, with its checksum, by the time its last byte arrives.
 """
 
 from __future__ import annotations
@@ -16,15 +17,32 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.checksums import RunningChecksum
-from dsconv.checkpoint.copy import Copy, CopyRun, Gather, Target, copies_of, default_workers, source_checks, write_at
-from dsconv.checkpoint.dtypes import BY_NAME
+from dsconv.checkpoint.map.dtypes import BY_NAME
+from dsconv.checkpoint.map.tensors import Checkpoint, Record
+from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.tensormap import Checkpoint, Record
-from dsconv.checkpoint.torch_file import TorchFile
-from dsconv.checkpoint.training import Training
+from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.checkpoint.transfer.checksums import RunningChecksum
+from dsconv.checkpoint.transfer.copy import (
+    Copy,
+    CopyRun,
+    Gather,
+    Target,
+    copies_of,
+    default_workers,
+    source_checks,
+    write_at,
+)
 from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space, settle
-from dsconv.convert.universal_plan import FOLDER, LATEST, ModelFile, StateFile, UniversalPlan, plan_universal, training_of
+from dsconv.convert.universal_plan import (
+    FOLDER,
+    LATEST,
+    ModelFile,
+    StateFile,
+    UniversalPlan,
+    plan_universal,
+    training_of,
+)
 from dsconv.convert.universal_verify import verify_universal
 from dsconv.errors import OutputError
 
@@ -71,18 +89,19 @@ def to_universal(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> UniversalReport:
-    """Convert a checkpoint of DeepSpeed, of any ZeRO stage or none, into a universal one, which any number of ranks and any stage can load.
+    """Convert a checkpoint of DeepSpeed, of any ZeRO stage or none, into a universal one, which any number of ranks and
+    any stage can load.
 
     One of tensor-parallel (AutoTP) or pipeline ranks too: other degrees of those can load it.
 
-    ``output`` (default: SAVE_DIR/<tag>_universal) becomes a tag folder, as the official tool's ``--output_folder`` does: its
-    parent gets a ``latest_universal`` that names it, so ``load_checkpoint(parent)`` finds it; ``load_checkpoint(output)`` works
-    too. With ``exclude_frozen`` the frozen weights and buffers get no files in ``zero/``, where no loader of DeepSpeed's looks
-    for them; they stay in the model states.
+    ``output`` (default: SAVE_DIR/<tag>_universal) becomes a tag folder, as the official tool's ``--output_folder``
+    does: its parent gets a ``latest_universal`` that names it, so ``load_checkpoint(parent)`` finds it;
+    ``load_checkpoint(output)`` works too. With ``exclude_frozen`` the frozen weights and buffers get no files in
+    ``zero/``, where no loader of DeepSpeed's looks for them; they stay in the model states.
 
-    Raises DsconvError: see ``open_checkpoint``; UnsupportedError for a source without optimizer states of one value a weight;
-    OutputError when the output exists (without ``force``), is being written by another run or does not fit the disk;
-    MismatchError when ``verify_output`` finds a difference.
+    Raises DsconvError: see ``open_checkpoint``; UnsupportedError for a source without optimizer states of one value a
+    weight; OutputError when the output exists (without ``force``), is being written by another run or does not fit the
+    disk; MismatchError when ``verify_output`` finds a difference.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
     training = training_of(checkpoint)
@@ -109,19 +128,36 @@ def to_universal(
     return report
 
 
-def _report(checkpoint: Checkpoint, training: Training, target: Path, plan: UniversalPlan, dry_run: bool) -> UniversalReport:
+def _report(
+    checkpoint: Checkpoint, training: Training, target: Path, plan: UniversalPlan, dry_run: bool
+) -> UniversalReport:
     states = sorted({state for of in training.states.values() for state in of})
     return UniversalReport(
-        str(checkpoint.path), str(target), checkpoint.format, checkpoint.step, training.stage, len(training.states),
-        sum(checkpoint[name].numel for name in training.states), ["fp32", *states], plan.nbytes, len(plan.states) + len(plan.models),
-        str(target.resolve().parent / LATEST), dry_run=dry_run, warnings=[*checkpoint.warnings, *training.warnings],
-    )  # fmt: skip
+        str(checkpoint.path),
+        str(target),
+        checkpoint.format,
+        checkpoint.step,
+        training.stage,
+        len(training.states),
+        sum(checkpoint[name].numel for name in training.states),
+        ["fp32", *states],
+        plan.nbytes,
+        len(plan.states) + len(plan.models),
+        str(target.resolve().parent / LATEST),
+        dry_run=dry_run,
+        warnings=[*checkpoint.warnings, *training.warnings],
+    )
 
 
 def _state_row(file: StateFile) -> dict[str, Any]:
     row: dict[str, Any] = {"file": file.path, "bytes": file.nbytes}
     if file.entry is not None:
-        row |= {"dtype": str(file.dtype), "stored_dtype": str(file.entry.dtype), "shape": list(file.entry.shape), "role": file.role}
+        row |= {
+            "dtype": str(file.dtype),
+            "stored_dtype": str(file.entry.dtype),
+            "shape": list(file.entry.shape),
+            "role": file.role,
+        }
     return row
 
 
@@ -130,12 +166,16 @@ def _model_row(file: ModelFile) -> dict[str, Any]:
 
 
 def _existing(checkpoint: Checkpoint, target: Path, force: bool) -> list[str]:
-    """What of an earlier universal checkpoint lies in ``target``, which ``force`` replaces. Raises OutputError without it."""
+    """What of an earlier universal checkpoint lies in ``target``, which ``force`` replaces. Raises OutputError
+    without it.
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
     here = target.resolve()
     if here in (checkpoint.path.resolve(), checkpoint.folder.resolve()):
-        raise OutputError(f"{target} is the checkpoint itself; give the output a folder of its own, such as {here}_universal")
+        raise OutputError(
+            f"{target} is the checkpoint itself; give the output a folder of its own, such as {here}_universal"
+        )
     if not target.is_dir():
         return []
     found = sorted(p.name for p in target.iterdir() if p.name in (FOLDER, LATEST) or p.name.endswith(MODEL_STATES))
@@ -147,7 +187,9 @@ def _existing(checkpoint: Checkpoint, target: Path, force: bool) -> list[str]:
 
 
 class _Output:
-    """One file that is being filled. Its descriptor is opened for each write: a checkpoint may have more files than a process."""
+    """One file that is being filled. Its descriptor is opened for each write: a checkpoint may have more files than
+    a process.
+    """
 
     def __init__(self, path: Path, nbytes: int, base_bytes: int) -> None:
         self.path = path
@@ -175,7 +217,9 @@ class _Descriptor:
         try:
             self._descriptor = os.open(path, flags, 0o666)
         except OSError as error:
-            raise OutputError(f"{path}: cannot be opened for writing: {error.strerror}; nothing of the output was kept") from None
+            raise OutputError(
+                f"{path}: cannot be opened for writing: {error.strerror}; nothing of the output was kept"
+            ) from None
 
     def __enter__(self) -> int:
         return self._descriptor
@@ -237,7 +281,9 @@ def _write(plan: UniversalPlan, staging: Staging, workers: int, fsync: bool, pro
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept") from None
+        raise OutputError(
+            f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept"
+        ) from None
     return run.stats.bytes_read
 
 
@@ -245,7 +291,9 @@ def _submit(finishers: ThreadPoolExecutor, finishing: list[Future[None]], task: 
     finishing.append(finishers.submit(task))
 
 
-def _state_copies(file: StateFile, staging: Staging, submit: Callable[[Callable[[], None]], None], fsync: bool) -> Iterator[Copy | Gather]:
+def _state_copies(
+    file: StateFile, staging: Staging, submit: Callable[[Callable[[], None]], None], fsync: bool
+) -> Iterator[Copy | Gather]:
     """Make the file and yield the copies that fill it; what has nothing to wait for is finished at once."""
     archive = file.archive
     base = archive.streamed[0] if archive.streamed else 0
@@ -254,7 +302,8 @@ def _state_copies(file: StateFile, staging: Staging, submit: Callable[[Callable[
         submit(partial(output.finish, partial(archive.fixed, [0] * len(archive.streamed)), fsync))
         return
     checksum = _Completing(
-        file.entry.numel * file.dtype.itemsize, lambda crc: submit(partial(output.finish, partial(archive.fixed, [crc]), fsync))
+        file.entry.numel * file.dtype.itemsize,
+        lambda crc: submit(partial(output.finish, partial(archive.fixed, [crc]), fsync)),
     )
     yield from copies_of(file.entry, Target(file.path, file.dtype, output.write, checksum))
 
@@ -262,7 +311,9 @@ def _state_copies(file: StateFile, staging: Staging, submit: Callable[[Callable[
 def _model_copies(
     model: ModelFile, staging: Staging, submit: Callable[[Callable[[], None]], None], fsync: bool, checked: Set[Record]
 ) -> Iterator[Copy]:
-    """The whole file: its records, so that their CRC-32s are checked on the way unless they are elsewhere, and what lies between."""
+    """The whole file: its records, so that their CRC-32s are checked on the way unless they are elsewhere, and what
+    lies between.
+    """
     raw = BY_NAME["uint8"]
     output = _Output(staging.path(model.path), model.nbytes, 0)
     checksum = _Completing(model.nbytes, lambda crc: submit(partial(output.finish, lambda: iter(()), fsync)))
@@ -311,4 +362,6 @@ def _point_to(staging: Staging, target: Path, report: UniversalReport) -> None:
         staging.replace("pointer", os.fsencode(target.resolve().name), latest)
     except OSError as error:
         reason = error.strerror or error
-        report.warnings.append(f"{latest} could not be written ({reason}): load the output's own folder, or name the tag")
+        report.warnings.append(
+            f"{latest} could not be written ({reason}): load the output's own folder, or name the tag"
+        )

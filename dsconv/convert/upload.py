@@ -1,10 +1,10 @@
 """Output into a store (``s3://bucket/model``): whole or absent there too, in memory of a few blocks.
 
-Shards go up from their first byte to their last, a few at once, and are not to be seen until all of them are complete and
-every source record has passed its checksum. Then they are put in place, the file that makes the folder a model last, as
-on the disk (``staging.py``). A run that is killed leaves nothing that looks like a model: on S3, parts of an upload that
-was never completed, which a lifecycle rule clears away; elsewhere, files in ``.dsconv-partial/``, which the next run removes.
-Two runs into one folder are not kept apart: stores have no locks.
+Shards go up from their first byte to their last, a few at once, and are not to be seen until all of them are complete
+and every source record has passed its checksum. Then they are put in place, the file that makes the folder a model
+last, as on the disk (``staging.py``). A run that is killed leaves nothing that looks like a model: on S3, parts of an
+upload that was never completed, which a lifecycle rule clears away; elsewhere, files in ``.dsconv-partial/``, which the
+next run removes. Two runs into one folder are not kept apart: stores have no locks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.checksums import RunningChecksum, crc32
-from dsconv.checkpoint.copy import BLOCK_BYTES, Caster, CopyRun, CopyStats, Target, copies_of, one_torch_thread, source_checks
-from dsconv.checkpoint.reading import Sources, blocks, parts_of, read_flat_into
-from dsconv.checkpoint.storage import is_remote
-from dsconv.checkpoint.tensormap import Record
+from dsconv.checkpoint.map.tensors import Record
+from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
+from dsconv.checkpoint.transfer.copy import (
+    BLOCK_BYTES,
+    Caster,
+    CopyRun,
+    CopyStats,
+    Target,
+    copies_of,
+    one_torch_thread,
+    source_checks,
+)
+from dsconv.checkpoint.transfer.reading import Sources, blocks, parts_of, read_flat_into
 from dsconv.convert.plan import Placed, Plan, Shard
 from dsconv.convert.staging import MOVING, STAGING
 from dsconv.errors import OutputError
@@ -61,7 +70,10 @@ class Upload:
         def send_one(shard: Shard) -> None:
             digests[shard.filename] = self._send_shard(shard, targets, run, hashed, advance)
 
-        with one_torch_thread() if casts else contextlib.nullcontext(), ThreadPoolExecutor(min(workers, MAX_STREAMS)) as pool:
+        with (
+            one_torch_thread() if casts else contextlib.nullcontext(),
+            ThreadPoolExecutor(min(workers, MAX_STREAMS)) as pool,
+        ):
             try:
                 for future in [pool.submit(send_one, shard) for shard in plan.shards]:
                     future.result()
@@ -73,14 +85,18 @@ class Upload:
         run.check_records()
         return {name: target.checksum.value for name, target in targets.items()}, digests if hashed else {}, run.stats
 
-    def _send_shard(self, shard: Shard, targets: dict[str, Target], run: CopyRun, hashed: bool, advance: Callable[[int], None]) -> str:
+    def _send_shard(
+        self, shard: Shard, targets: dict[str, Target], run: CopyRun, hashed: bool, advance: Callable[[int], None]
+    ) -> str:
         writer = self.store.create(self.url(shard.filename), shard.nbytes)
         with self._lock:
             self.writers[shard.filename] = writer
         digest = hashlib.sha256()
         caster = Caster()
         with Sources() as sources:
-            for data in chain([memoryview(shard.header)], self._data_of(shard.tensors, targets, run, sources, caster, advance)):
+            for data in chain(
+                [memoryview(shard.header)], self._data_of(shard.tensors, targets, run, sources, caster, advance)
+            ):
                 if self._stop.is_set():
                     return ""
                 writer.write(data)
@@ -90,7 +106,13 @@ class Upload:
         return digest.hexdigest()
 
     def _data_of(
-        self, tensors: Iterable[Placed], targets: dict[str, Target], run: CopyRun, sources: Sources, caster: Caster, advance: Any
+        self,
+        tensors: Iterable[Placed],
+        targets: dict[str, Target],
+        run: CopyRun,
+        sources: Sources,
+        caster: Caster,
+        advance: Any,
     ) -> Iterator[memoryview]:
         """The tensors' bytes as they are written, in blocks that are valid until the next one."""
         buffer = bytearray(BLOCK_BYTES)
@@ -103,7 +125,11 @@ class Upload:
                 check.add(offset_bytes - record.offset_bytes, len(raw), crc32(raw))
 
         for batch in _batches(tensors):
-            parts = [part for t, start, numel in batch for part in parts_of(t.entry.pieces, t.entry.shape, start, start + numel)]
+            parts = [
+                part
+                for t, start, numel in batch
+                for part in parts_of(t.entry.pieces, t.entry.shape, start, start + numel)
+            ]
             spans = [(part.piece.extent.record.path, *part.span(batch[0][0].entry.dtype.itemsize)) for part in parts]
             if len(spans) > 1 and is_remote(spans[0][0]):
                 sources.read_ahead(spans)
@@ -121,7 +147,9 @@ class Upload:
                 yield data
                 advance(len(data))
 
-    def commit(self, small: dict[str, bytes], files: list[str], index: tuple[str, bytes] | None, obsolete: Iterable[str]) -> None:
+    def commit(
+        self, small: dict[str, bytes], files: list[str], index: tuple[str, bytes] | None, obsolete: Iterable[str]
+    ) -> None:
         """Take away ``obsolete``, then put all in place: what is small, the shards, and the index last."""
         moving, old = f"{STAGING}/{MOVING}", list(obsolete)
         parts = files if index is not None else files[:-1]  # the last one makes it an output
@@ -174,7 +202,9 @@ def open_upload(target: Path) -> Iterator[Upload]:
     """
     protocol = str(target).partition("://")[0]
     if protocol in READ_ONLY:
-        raise OutputError(f"{target}: {protocol}:// is read only here; write to a folder or an object store, and upload that")
+        raise OutputError(
+            f"{target}: {protocol}:// is read only here; write to a folder or an object store, and upload that"
+        )
     upload = Upload(target)
     for leftover in (target / STAGING).iterdir():
         if leftover.name != MOVING:  # which says what to make of the files beside it, until this run replaces them

@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dsconv.checkpoint.copy import BLOCK_BYTES, CASTABLE, Caster
-from dsconv.checkpoint.hub import lies_on_hub
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.reading import Sources, blocks, read_flat_into
-from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.checkpoint.storage.hub import lies_on_hub
+from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, CASTABLE, Caster
+from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 
 
 @dataclass
 class Difference:
-    """One tensor that differs. ``element`` is the first differing element's index in the full shape, where there is one."""
+    """One tensor that differs. ``element`` is the first differing element's index in the full shape, where there is
+    one.
+    """
 
     name: str
     what: str
@@ -69,7 +71,9 @@ def verify(
     """
     on_hub = [given for given in (a, b) if isinstance(given, str) and lies_on_hub(given)]
     first, second = (
-        given if isinstance(given, Checkpoint) else open_checkpoint(given, revision=revision if given in on_hub or not on_hub else None)
+        given
+        if isinstance(given, Checkpoint)
+        else open_checkpoint(given, revision=revision if given in on_hub or not on_hub else None)
         for given in (a, b)
     )
     report = VerifyReport(str(first.path), str(second.path))

@@ -1,13 +1,13 @@
 """``watch``: merge and push each new checkpoint of a DeepSpeed run, once each, while it trains.
 
-What there is to do follows from the run's folder and a state file, so a watcher may be killed at any moment and started again:
-a merge is whole or absent, a push of what the Hub has changes nothing, and a checkpoint counts as done when the state file,
-replaced in one step, says so.
+What there is to do follows from the run's folder and a state file, so a watcher may be killed at any moment and started
+again: a merge is whole or absent, a push of what the Hub has changes nothing, and a checkpoint counts as done when the
+state file, replaced in one step, says so.
 
-- ``latest`` names the newest checkpoint that the trainer calls saved; of a Trainer's ``checkpoint-N``, those count that have
-  ``latest`` and ``trainer_state.json``, which is written last (transformers 5.24 ``Trainer._save_checkpoint``).
-- A checkpoint is taken when none of its files has changed between two looks. One that cannot be merged is reported, and tried
-  again when its files have changed: an asynchronous writer, or another host, may still have been at it.
+- ``latest`` names the newest checkpoint that the trainer calls saved; of a Trainer's ``checkpoint-N``, those count that
+  have ``latest`` and ``trainer_state.json``, which is written last (transformers 5.24 ``Trainer._save_checkpoint``).
+- A checkpoint is taken when none of its files has changed between two looks. One that cannot be merged is reported, and
+  tried again when its files have changed: an asynchronous writer, or another host, may still have been at it.
 - What fails for want of the Hub or of disk space is reported once and tried again at each look, in order.
 """
 
@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsconv.convert.merge import MANIFEST, merge
+from dsconv.convert.manifest import MANIFEST
+from dsconv.convert.merge import merge
 from dsconv.convert.push import check_repo, open_api, push
 from dsconv.convert.staging import STAGING, remove
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MismatchError, OutputError
@@ -39,7 +40,9 @@ TRAINER = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a checkpoint: ``outcome`` is ``pushed``, ``failed`` (until its files change) or ``waiting`` (tried again)."""
+    """What became of a checkpoint: ``outcome`` is ``pushed``, ``failed`` (until its files change) or ``waiting``
+    (tried again).
+    """
 
     name: str
     outcome: str
@@ -62,7 +65,8 @@ class Watcher:
         self._state = self._read_state()
 
     def look(self, settled: bool = False, progress: Callable[[str, int, int], None] | None = None) -> Iterator[Event]:
-        """Merge and push what is new, in order; yields what became of each. With ``settled``, without a second look at the files.
+        """Merge and push what is new, in order; yields what became of each. With ``settled``, without a second look at
+        the files.
 
         Raises OutputError where the state cannot be kept.
         """
@@ -154,8 +158,12 @@ class Watcher:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise MalformedError(f"{path}: cannot be read ({error}); take it away to begin with the newest checkpoint") from None
-        if not isinstance(state, dict) or not all(isinstance(item, dict) and {"outcome", "files"} <= set(item) for item in state.values()):
+            raise MalformedError(
+                f"{path}: cannot be read ({error}); take it away to begin with the newest checkpoint"
+            ) from None
+        if not isinstance(state, dict) or not all(
+            isinstance(item, dict) and {"outcome", "files"} <= set(item) for item in state.values()
+        ):
             raise MalformedError(f"{path}: not a watcher's state; take it away to begin with the newest checkpoint")
         return state
 
@@ -184,14 +192,17 @@ def watch(
 ) -> list[Event]:
     """Watch the save dir ``run`` and push each new checkpoint to ``repo``; with ``once``, what is there, and return.
 
-    ``options`` are of ``merge``: dtype, max_shard_size, exclude_frozen, adapter, config_from, workers. Returns, with ``once``
-    only, what became of each checkpoint. Raises DsconvError: OutputError where another watcher is at it or its state cannot be
-    kept, RemoteError where the Hub cannot be used at all (no package, no token, offline). ValueError for a ``repo`` that is none.
+    ``options`` are of ``merge``: dtype, max_shard_size, exclude_frozen, adapter, config_from, workers. Returns, with
+    ``once`` only, what became of each checkpoint. Raises DsconvError: OutputError where another watcher is at it or its
+    state cannot be kept, RemoteError where the Hub cannot be used at all (no package, no token, offline). ValueError
+    for a ``repo`` that is none.
     """
     check_repo(repo)
     folder = Path(run)
     if not folder.is_dir():
-        raise CheckpointNotFoundError(f"{folder}: no such folder; what is watched is a run's save dir, where 'latest' is written")
+        raise CheckpointNotFoundError(
+            f"{folder}: no such folder; what is watched is a run's save dir, where 'latest' is written"
+        )
     open_api(repo)
     events = []
     with _locked(folder, repo):
@@ -228,12 +239,16 @@ def _locked(run: Path, repo: str) -> Iterator[None]:
         home.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(home / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise OutputError(f"{home}: cannot be written to, and what was pushed is noted there: {error.strerror}") from None
+        raise OutputError(
+            f"{home}: cannot be written to, and what was pushed is noted there: {error.strerror}"
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise OutputError(f"{run}: another watcher pushes this run to {repo}; end it first, or leave it at work") from None
+            raise OutputError(
+                f"{run}: another watcher pushes this run to {repo}; end it first, or leave it at work"
+            ) from None
         yield
     finally:
         os.close(descriptor)

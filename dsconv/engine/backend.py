@@ -41,7 +41,8 @@ class Backend(Protocol):
     def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(parameter's name in the transformers model, state, this rank's part of it without padding).
 
-        States are ``weight`` (what the model computes with), ``fp32`` (the master) and the optimizer's, such as ``exp_avg``.
+        States are ``weight`` (what the model computes with), ``fp32`` (the master) and the optimizer's, such as
+        ``exp_avg``.
         """
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor | None:

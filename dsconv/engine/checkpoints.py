@@ -1,8 +1,8 @@
 """RUN/checkpoints: each checkpoint whole or absent, and ``latest`` naming the last whole one.
 
-A checkpoint is written into a hidden folder, synced, renamed, and only then named by ``latest``, so that a run killed in
-the middle of a save goes on from the one before. The folder is a DeepSpeed save dir (``latest`` holds a tag), so every
-tool that reads one reads it.
+A checkpoint is written into a hidden folder, synced, renamed, and only then named by ``latest``, so that a run killed
+in the middle of a save goes on from the one before. The folder is a DeepSpeed save dir (``latest`` holds a tag), so
+every tool that reads one reads it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.engine.data import Position
+from dsconv.engine.files import _sync, write_file
 from dsconv.engine.options import Layout
 from dsconv.errors import CheckpointNotFoundError, MalformedError, OutputError
 
@@ -40,32 +41,10 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace ``path`` in one step, on the disk when this returns. Raises OutputError."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(fresh, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def begin(run: Path) -> Path:
-    """The folder that the next checkpoint is written into; what a killed save left there goes first. One rank calls it."""
+    """The folder that the next checkpoint is written into; what a killed save left there goes first. One rank calls
+    it.
+    """
     partial = run / FOLDER / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -85,7 +64,8 @@ def write_state(folder: Path, state: State) -> None:
 
 
 def commit(run: Path, step: int, keep: int) -> Path:
-    """Sync what was written for ``step``, put it in its place and name it in ``latest``; of the older ones leave ``keep`` - 1.
+    """Sync what was written for ``step``, put it in its place and name it in ``latest``; of the older ones leave
+    ``keep`` - 1.
 
     One rank calls it, once all have written. ``keep`` 0 leaves all. Raises OutputError.
     """
@@ -101,7 +81,9 @@ def commit(run: Path, step: int, keep: int) -> Path:
         written.rename(target)
         _sync(folder)
     except OSError as error:
-        raise OutputError(f"{target}: the checkpoint cannot be written: {error.strerror}; `latest` names the one before") from None
+        raise OutputError(
+            f"{target}: the checkpoint cannot be written: {error.strerror}; `latest` names the one before"
+        ) from None
     write_file(folder / LATEST, target.name.encode())
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     if keep:
@@ -123,10 +105,14 @@ def latest(run: Path) -> Path:
     try:
         tag = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        raise CheckpointNotFoundError(f"{path} is not there: this run has saved no checkpoint; start it with `dsconv train`") from None
+        raise CheckpointNotFoundError(
+            f"{path} is not there: this run has saved no checkpoint; start it with `dsconv train`"
+        ) from None
     found = path.parent / tag
     if not _TAG.match(tag) or not found.is_dir():
-        raise MalformedError(f"{path} names {tag!r}, which is not there; those that are: {', '.join(map(tag_of, steps(run))) or 'none'}")
+        raise MalformedError(
+            f"{path} names {tag!r}, which is not there; those that are: {', '.join(map(tag_of, steps(run))) or 'none'}"
+        )
     return found
 
 
@@ -137,7 +123,9 @@ def read_state(folder: Path) -> State:
         found = json.loads(path.read_text(encoding="utf-8"))
         return State(found["step"], Position(**found["position"]), Layout(**found["layout"]), found["model"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MalformedError(f"{path} is not what the engine writes ({error}): the checkpoint cannot be resumed") from None
+        raise MalformedError(
+            f"{path} is not what the engine writes ({error}): the checkpoint cannot be resumed"
+        ) from None
 
 
 def randomness_path(folder: Path, rank: int) -> Path:

@@ -7,19 +7,21 @@ from typing import Any
 
 import torch
 
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.reading import tensor_bytes
-from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.convert.universal_plan import training_of
 from dsconv.engine.checkpoints import FOLDER, tag_of
-from dsconv.engine.probe import read_logits, read_states
+from dsconv.engine.state_digests import read_logits, read_states
 from dsconv.errors import UnsupportedError
 
 SHOWN = 5
 
 
 def compare_states(first: Path, second: Path, kinds: tuple[str, ...] | None = None) -> list[str]:
-    """Where the digests of two probes differ, as ``rank 1: exp_avg of model.norm.weight``; at most a few, and how many more."""
+    """Where the digests of two probes differ, as ``rank 1: exp_avg of model.norm.weight``; at most a few, and how
+    many more.
+    """
     a, b = read_states(first), read_states(second)
     if len(a) != len(b):
         return [f"{len(a)} and {len(b)} ranks"]
@@ -27,7 +29,11 @@ def compare_states(first: Path, second: Path, kinds: tuple[str, ...] | None = No
     for rank, (left, right) in enumerate(zip(a, b, strict=True)):
         for kind in kinds or sorted(left.keys() | right.keys()):
             one, two = left.get(kind, {}), right.get(kind, {})
-            found += [f"rank {rank}: {kind} of {name}" for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
+            found += [
+                f"rank {rank}: {kind} of {name}"
+                for name in sorted(one.keys() | two.keys())
+                if one.get(name) != two.get(name)
+            ]
     return _few(found)
 
 
@@ -36,7 +42,9 @@ def _few(found: list[str]) -> list[str]:
 
 
 def compare_checkpoints(run: Path, step: int, resaved: Path) -> tuple[int, list[str]]:
-    """(tensors compared, those that differ): masters, and optimizer states where both formats' maps have them, bit for bit."""
+    """(tensors compared, those that differ): masters, and optimizer states where both formats' maps have them, bit
+    for bit.
+    """
     first, second = open_checkpoint(run / FOLDER / tag_of(step)), open_checkpoint(resaved)
     count, differing = _compare(dict(first), dict(second))
     one, two = _optimizer(first), _optimizer(second)
@@ -58,7 +66,11 @@ def _optimizer(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
 def _compare(first: dict[str, TensorEntry], second: dict[str, TensorEntry]) -> tuple[int, list[str]]:
     second = second | {alias: entry for entry in second.values() for alias in entry.aliases}
     names = {name for name in first if name in second} | {a for e in first.values() for a in e.aliases if a in second}
-    differing = [f"{name} is missing" for name, entry in first.items() if name not in second and not any(a in names for a in entry.aliases)]
+    differing = [
+        f"{name} is missing"
+        for name, entry in first.items()
+        if name not in second and not any(a in names for a in entry.aliases)
+    ]
     compared = 0
     for name, entry in first.items():
         match = next((n for n in (name, *entry.aliases) if n in second), None)
@@ -72,7 +84,9 @@ def _compare(first: dict[str, TensorEntry], second: dict[str, TensorEntry]) -> t
 
 
 def compare_logits(probe: Path, merged: Path, dtype: str) -> dict[str, Any]:
-    """How far the logits of the merged model are from the trained one's, as a part of the largest; 0 is equal bit for bit."""
+    """How far the logits of the merged model are from the trained one's, as a part of the largest; 0 is equal bit
+    for bit.
+    """
     found = read_logits(probe)
     if found is None:
         return {"logits": "not computed: each rank has a part of every sequence"}
@@ -83,7 +97,12 @@ def compare_logits(probe: Path, merged: Path, dtype: str) -> dict[str, Any]:
 
     rows, trained = found
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(merged), dtype=TORCH_DTYPES[dtype], attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(merged), dtype=TORCH_DTYPES[dtype], attn_implementation="sdpa"
+    ).eval()
     with torch.no_grad():
         logits = model(input_ids=rows).logits.float()
-    return {"largest difference of logits": float((logits - trained).abs().max() / trained.abs().max()), "rows": len(rows)}
+    return {
+        "largest difference of logits": float((logits - trained).abs().max() / trained.abs().max()),
+        "rows": len(rows),
+    }

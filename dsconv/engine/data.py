@@ -1,7 +1,7 @@
 """Samples in an order that depends on nothing but the seed, and the place in it, which is a run's to keep.
 
-A step takes the next ``batch_size`` samples of the epoch's shuffled order, over all ranks, whatever their number; so a run
-that goes on with another layout sees the data that it would have seen.
+A step takes the next ``batch_size`` samples of the epoch's shuffled order, over all ranks, whatever their number; so a
+run that goes on with another layout sees the data that it would have seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ SYNTHETIC_SAMPLES = 512  # an epoch of synthetic data
 
 @dataclass
 class Position:
-    """Where in the data a run is: ``taken`` samples of epoch ``epoch``. Steps end on gradient accumulation boundaries."""
+    """Where in the data a run is: ``taken`` samples of epoch ``epoch``. Steps end on gradient accumulation
+    boundaries.
+    """
 
     epoch: int = 0
     taken: int = 0
@@ -41,7 +43,9 @@ class Data:
         return self._orders[epoch]
 
     def take(self, position: Position, count: int) -> torch.Tensor:
-        """The next ``count`` samples, [count, seq_len], after which ``position`` is behind them; epochs follow each other."""
+        """The next ``count`` samples, [count, seq_len], after which ``position`` is behind them; epochs follow each
+        other.
+        """
         rows = []
         while count:
             order = self.order(position.epoch)
@@ -58,24 +62,31 @@ def open_data(spec: str, seq_len: int, vocab_size: int, seed: int, model_folder:
     """``synthetic``, a text file, or token ids as an ``.npy`` array.
 
     Text is split by the tokenizer in the model's folder; without one its bytes are the tokens. Raises
-    CheckpointNotFoundError, UsageError where there is less than one sample, MalformedError for ids outside the vocabulary.
+    CheckpointNotFoundError, UsageError where there is less than one sample, MalformedError for ids outside the
+    vocabulary.
     """
     if spec == "synthetic":
         return Data(_synthetic(seq_len, vocab_size, seed), seed)
     path = Path(spec)
     if not path.is_file():
-        raise CheckpointNotFoundError(f"--data {spec}: there is no such file; give a text file, an .npy array of token ids, or 'synthetic'")
+        raise CheckpointNotFoundError(
+            f"--data {spec}: there is no such file; give a text file, an .npy array of token ids, or 'synthetic'"
+        )
     ids = _array(path) if path.suffix == ".npy" else _text(path, vocab_size, model_folder)
     rows = len(ids) // seq_len
     if not rows:
         raise UsageError(f"--data {spec} has {len(ids)} tokens, fewer than one sample of --seq-len {seq_len}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise MalformedError(f"{spec} has token ids from {int(ids.min())} to {int(ids.max())}: the model's vocabulary has {vocab_size}")
+        raise MalformedError(
+            f"{spec} has token ids from {int(ids.min())} to {int(ids.max())}: the model's vocabulary has {vocab_size}"
+        )
     return Data(ids[: rows * seq_len].reshape(rows, seq_len), seed)
 
 
 def _synthetic(seq_len: int, vocab_size: int, seed: int) -> torch.Tensor:
-    """Sequences that can be learned: from a random start each token is the last one plus a step of the sequence's own."""
+    """Sequences that can be learned: from a random start each token is the last one plus a step of the sequence's
+    own.
+    """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(0, vocab_size, (SYNTHETIC_SAMPLES, 1), generator=generator)
     stride = torch.randint(1, 8, (SYNTHETIC_SAMPLES, 1), generator=generator)
@@ -90,7 +101,9 @@ def _array(path: Path) -> torch.Tensor:
     except (ValueError, OSError) as error:
         raise MalformedError(f"{path} is not an .npy array: {error}") from None
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise MalformedError(f"{path} is an array of {found.ndim} dimensions of {found.dtype}: token ids are one row of integers")
+        raise MalformedError(
+            f"{path} is an array of {found.ndim} dimensions of {found.dtype}: token ids are one row of integers"
+        )
     return torch.from_numpy(found.astype(numpy.int64))
 
 
@@ -105,5 +118,7 @@ def _text(path: Path, vocab_size: int, model_folder: Path | None) -> torch.Tenso
         tokenizer = AutoTokenizer.from_pretrained(str(model_folder))
         return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     if vocab_size < 256:
-        raise UsageError(f"--data {path}: the model has no tokenizer, and its vocabulary of {vocab_size} is too small for bytes")
+        raise UsageError(
+            f"--data {path}: the model has no tokenizer, and its vocabulary of {vocab_size} is too small for bytes"
+        )
     return torch.frombuffer(bytearray(path.read_bytes() or b"\0"), dtype=torch.uint8).to(torch.int64)

@@ -115,7 +115,9 @@ class DeepSpeedBackend:
     def step(self, rows: torch.Tensor) -> StepResult:
         losses = []
         for part in rows.to(self.engine.device).split(self.options.micro_batch):
-            loss = self._sequence_loss(part) if self._group is not None else self.engine(input_ids=part, labels=part).loss
+            loss = (
+                self._sequence_loss(part) if self._group is not None else self.engine(input_ids=part, labels=part).loss
+            )
             losses.append(loss.detach() * self._share_of_mean)
             self.engine.backward(loss)
             if self.engine.is_gradient_accumulation_boundary():
@@ -126,7 +128,9 @@ class DeepSpeedBackend:
         return StepResult(torch.stack(losses).double().mean().item(), norm, lr, self._communication())
 
     def _communication(self) -> float | None:
-        """Seconds in collectives since the last step, by DeepSpeed's own logger (0.19.8 ``utils/comms_logging.py``; in ms)."""
+        """Seconds in collectives since the last step, by DeepSpeed's own logger (0.19.8 ``utils/comms_logging.py``;
+        in ms).
+        """
         if "comms" not in self.options.monitor:
             return None
         from deepspeed.comm.comm import comms_logger
@@ -136,22 +140,28 @@ class DeepSpeedBackend:
         return float(spent) / 1000
 
     def _keep_plain_norm(self) -> None:
-        """Without ZeRO and in fp32 the engine clips and forgets the norm (0.19.8 ``engine.py`` ``clip_fp32_gradients``)."""
+        """Without ZeRO and in fp32 the engine clips and forgets the norm (0.19.8 ``engine.py``
+        ``clip_fp32_gradients``).
+        """
         from deepspeed.runtime.utils import clip_grad_norm_
 
         engine = self.engine
 
         def clip() -> None:
-            self._plain_norm = float(clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu))
+            self._plain_norm = float(
+                clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
+            )
 
         engine.clip_fp32_gradients = clip
 
     def _sequence_loss(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of the part of each sequence that this rank has (Ulysses, arXiv 2309.14509): its share of the mean over all tokens.
+        """Of the part of each sequence that this rank has (Ulysses, arXiv 2309.14509): its share of the mean over all
+        tokens.
 
-        DeepSpeed adds gradients up over the sequence-parallel ranks and averages them over the data-parallel ones (0.19.8
-        ``stage_1_and_2.py``, "dp_world_size / float(self.sequence_parallel_size)"), so shares are what it wants. Stage 3 with
-        ``reduce_scatter`` averages over all of them (``stage3.py`` ``__avg_scatter_grads``), which a factor undoes.
+        DeepSpeed adds gradients up over the sequence-parallel ranks and averages them over the data-parallel ones
+        (0.19.8 ``stage_1_and_2.py``, "dp_world_size / float(self.sequence_parallel_size)"), so shares are what it
+        wants. Stage 3 with ``reduce_scatter`` averages over all of them (``stage3.py`` ``__avg_scatter_grads``), which
+        a factor undoes.
         """
         size, mine = dist.get_world_size(self._group), dist.get_rank(self._group)
         length = rows.shape[1] // size
@@ -159,7 +169,9 @@ class DeepSpeedBackend:
         labels = torch.nn.functional.pad(rows[:, 1:], (0, 1), value=-100)[:, here].contiguous()
         places = torch.arange(rows.shape[1], device=rows.device).expand(len(rows), -1)[:, here].contiguous()
         logits = self.engine(input_ids=rows[:, here].contiguous(), position_ids=places).logits
-        total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        total = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
         return total / (len(rows) * (rows.shape[1] - 1)) * self._share_scale
 
     def save(self, folder: Path, tag: str) -> None:
@@ -170,8 +182,8 @@ class DeepSpeedBackend:
         if new.zero_stage == 0 and (old.zero_stage, old.tp, old.pp) != (0, new.tp, new.pp):
             if new.tp * new.pp > 1:
                 raise UnsupportedError(
-                    f"{checkpoint}: {new.label()} cannot take over the state of other ranks, since DeepSpeed without ZeRO loads no "
-                    "universal checkpoint; take --zero-stage 1, which computes the same"
+                    f"{checkpoint}: {new.label()} cannot take over the state of other ranks, since DeepSpeed without"
+                    " ZeRO loads no universal checkpoint; take --zero-stage 1, which computes the same"
                 )
             take_over(self.engine, open_checkpoint(checkpoint))
             return
@@ -212,12 +224,16 @@ def _causal(source: Source) -> Any:
 
 
 def _ulysses(model: Any, options: RunOptions) -> Any:
-    """DeepSpeed's attention over the sequence-parallel group in place of transformers' "sdpa" (0.19.8 ``ulysses_sp.py``)."""
+    """DeepSpeed's attention over the sequence-parallel group in place of transformers' "sdpa" (0.19.8
+    ``ulysses_sp.py``).
+    """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     text = model.config.get_text_config()
     if text.num_attention_heads % options.layout.sp:
-        raise UsageError(f"--sp {options.layout.sp} does not divide the model's {text.num_attention_heads} attention heads")
+        raise UsageError(
+            f"--sp {options.layout.sp} does not divide the model's {text.num_attention_heads} attention heads"
+        )
     text.num_key_value_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return UlyssesSPAttentionHF.register_with_transformers(
         model, "sdpa", options.layout.sp, options.micro_batch, seq_length=options.seq_len, seq_length_is_variable=False

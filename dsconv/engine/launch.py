@@ -1,4 +1,6 @@
-"""Starts the ranks of a job in this machine, by torchrun's elastic agent; or is one of them, under torchrun and its like."""
+"""Starts the ranks of a job in this machine, by torchrun's elastic agent; or is one of them, under torchrun and its
+like.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ def launched() -> bool:
 def run_job(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
     """Run it on ``job.options.layout.nproc`` ranks, or as this one. ``waiting`` is called now and then meanwhile.
 
-    SIGTERM and SIGINT make the ranks save after the step that they are in. Raises the DsconvError of the rank that failed,
-    RunFailedError for any other end.
+    SIGTERM and SIGINT make the ranks save after the step that they are in. Raises the DsconvError of the rank that
+    failed, RunFailedError for any other end.
     """
     if not launched():
         return launch(job, waiting)
@@ -129,7 +131,9 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def _signals_forwarded(run: Path) -> Iterator[None]:
-    """SIGTERM and SIGINT make the ranks save and end, by RUN/.stop, which they look for; a second one ends them at once."""
+    """SIGTERM and SIGINT make the ranks save and end, by RUN/.stop, which they look for; a second one ends them at
+    once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

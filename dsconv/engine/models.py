@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert.sidecars import find_sidecars
-from dsconv.engine.checkpoints import FOLDER, write_file
+from dsconv.engine.checkpoints import FOLDER
+from dsconv.engine.files import write_file
 from dsconv.engine.options import RunOptions
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError, UsageError
 from dsconv.loaders.models import config_folder
@@ -36,7 +37,8 @@ class Source:
 
 
 def open_source(options: RunOptions, resumed: bool) -> Source:
-    """``options.model``; of a run that is ``resumed``, the configuration that it keeps: its weights are the checkpoint's.
+    """``options.model``; of a run that is ``resumed``, the configuration that it keeps: its weights are the
+    checkpoint's.
 
     Raises CheckpointNotFoundError, UnsupportedError, and what ``open_checkpoint`` raises.
     """
@@ -53,7 +55,9 @@ def open_source(options: RunOptions, resumed: bool) -> Source:
         checkpoint = open_checkpoint(options.model)
         folder = config_folder(checkpoint)
         if folder is None:
-            raise CheckpointNotFoundError(f"{options.model} has no config.json, in it or in its parent: the model cannot be built")
+            raise CheckpointNotFoundError(
+                f"{options.model} has no config.json, in it or in its parent: the model cannot be built"
+            )
         config = _read(AutoConfig, str(folder))
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedError(f"{options.model} is a {config.model_type}: the engine trains causal language models")
@@ -70,7 +74,9 @@ def open_source(options: RunOptions, resumed: bool) -> Source:
 
 
 def keep_source(source: Source, run: Path) -> None:
-    """The configuration and what goes with it (tokenizer, …) beside the run's checkpoints, which makes them loadable."""
+    """The configuration and what goes with it (tokenizer, …) beside the run's checkpoints, which makes them
+    loadable.
+    """
     target = run / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     if source.folder is not None:
@@ -82,14 +88,19 @@ def keep_source(source: Source, run: Path) -> None:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(path.suffix in (".safetensors", ".bin", ".pt", ".distcp") for path in folder.iterdir()) or (folder / "latest").is_file()
+    return (
+        any(path.suffix in (".safetensors", ".bin", ".pt", ".distcp") for path in folder.iterdir())
+        or (folder / "latest").is_file()
+    )
 
 
 def _read(auto: Any, path: str) -> Any:
     try:
         return auto.from_pretrained(path)
     except (ValueError, OSError) as error:
-        raise UnsupportedError(f"{path}: transformers cannot read the configuration: {str(error).splitlines()[0]}") from None
+        raise UnsupportedError(
+            f"{path}: transformers cannot read the configuration: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def build(source: Source, seed: int, dtype: torch.dtype, weights: bool) -> Any:

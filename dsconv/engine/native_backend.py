@@ -21,9 +21,10 @@ from dsconv.errors import UsageError
 class NativeBackend:
     """Ranks are numbered dp × cp × tp, the last fastest; ``fresh``: ``load`` will not be called.
 
-    Weights and optimizer states are fp32. bf16 is FSDP2's mixed precision; under plain DDP it is autocast. Plain DDP is for
-    ``layout.fsdp`` False without tensor parallelism, and the one that has communication hooks; with tensor parallelism
-    replicas are FSDP2's, sharded over one rank. Context parallelism needs a GPU and **has not been run on one**.
+    Weights and optimizer states are fp32. bf16 is FSDP2's mixed precision; under plain DDP it is autocast. Plain DDP is
+    for ``layout.fsdp`` False without tensor parallelism, and the one that has communication hooks; with tensor
+    parallelism replicas are FSDP2's, sharded over one rank. Context parallelism needs a GPU and **has not been run on
+    one**.
     """
 
     def __init__(self, options: RunOptions, source: Source, *, fresh: bool) -> None:
@@ -32,11 +33,15 @@ class NativeBackend:
         layout, rank = options.layout, dist.get_rank()
         self.options = options
         self.config = copy.deepcopy(source.config)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
         if layout.cp > 1 and self.device.type == "cpu":
             raise UsageError(f"--cp {layout.cp} needs a GPU: torch's context_parallel has no attention for the CPU")
         if options.hook == "bf16" and self.device.type == "cpu":
-            raise UsageError("--hook bf16 needs a GPU: torch's DDP sums up bf16 over NCCL only; --hook powersgd works on a CPU")
+            raise UsageError(
+                "--hook bf16 needs a GPU: torch's DDP sums up bf16 over NCCL only; --hook powersgd works on a CPU"
+            )
         self.hook = None
         self._replicated = layout.tp == 1 and not layout.fsdp
         if self._replicated:
@@ -49,10 +54,14 @@ class NativeBackend:
         self.module = self.model.module if self._replicated else self.model
         self._cp_mesh = None
         if layout.cp > 1:
-            mesh = init_device_mesh(self.device.type, (layout.dp, layout.cp, layout.tp), mesh_dim_names=("dp", "cp", "tp"))
+            mesh = init_device_mesh(
+                self.device.type, (layout.dp, layout.cp, layout.tp), mesh_dim_names=("dp", "cp", "tp")
+            )
             self._cp_mesh = mesh["cp"]
         self._groups = _by_mesh([p for p in self.model.parameters() if p.requires_grad])
-        self.optimizer = torch.optim.AdamW([{"params": group} for group in self._groups], lr=options.lr, weight_decay=options.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group} for group in self._groups], lr=options.lr, weight_decay=options.weight_decay
+        )
         self.schedule(0)
         self.dp_rank = rank // (layout.tp * layout.cp)
         # Tensor-parallel ranks hold the same activations, so they must drop the same ones.
@@ -61,7 +70,9 @@ class NativeBackend:
             self._settle_buckets()
 
     def schedule(self, taken: int) -> None:
-        """The learning rates after ``taken`` steps: those of DeepSpeed's WarmupDecayLR (0.19.8 ``lr_schedules.py``), bit for bit."""
+        """The learning rates after ``taken`` steps: those of DeepSpeed's WarmupDecayLR (0.19.8 ``lr_schedules.py``),
+        bit for bit.
+        """
         steps, warmup = self.options.steps, max(2, self.options.warmup)
 
         def factor(count: int) -> float:
@@ -85,7 +96,9 @@ class NativeBackend:
         return StepResult(torch.stack(losses).double().mean().item(), norm, lr)
 
     def _accumulate(self, part: torch.Tensor, count: int, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch of ``count``; gradients are averaged over the ranks after the last."""
+        """Forward and backward of one micro-batch of ``count``; gradients are averaged over the ranks after the
+        last.
+        """
         with self._syncing(last), self._autocast(), self._context(part) as sequence:
             loss = self._loss(*sequence) if self._cp_mesh is not None else self.model(input_ids=part, labels=part).loss
             with torch.autocast(self.device.type, enabled=False):
@@ -102,11 +115,15 @@ class NativeBackend:
                 yield
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._replicated and self.options.dtype == "bf16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self._replicated and self.options.dtype == "bf16"
+        )
 
     @contextlib.contextmanager
     def _context(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """(ids, labels, positions) cut to this rank's part of the sequence, with ring attention, until after the backward pass."""
+        """(ids, labels, positions) cut to this rank's part of the sequence, with ring attention, until after the
+        backward pass.
+        """
         if self._cp_mesh is None:
             yield ()
             return
@@ -121,14 +138,20 @@ class NativeBackend:
         buffers = [rows.clone(), labels, places]
         with (
             sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]),
-            context_parallel(self._cp_mesh, buffers=buffers, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(buffers)),
+            context_parallel(
+                self._cp_mesh, buffers=buffers, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(buffers)
+            ),
         ):
             yield tuple(buffers)
 
     def _loss(self, ids: torch.Tensor, labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Such that its mean over the context-parallel ranks is the mean over all tokens of the sequence but the first."""
+        """Such that its mean over the context-parallel ranks is the mean over all tokens of the sequence but the
+        first.
+        """
         logits = self.model(input_ids=ids, position_ids=places).logits
-        total = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        total = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
         return total * self.options.layout.cp / (len(ids) * (self.options.seq_len - 1))
 
     def _clip(self) -> float:
@@ -147,7 +170,9 @@ class NativeBackend:
         return float(total)
 
     def _settle_buckets(self) -> None:
-        """One pass that is thrown away: DDP lays its buckets out anew after the first, and sums up in another order then."""
+        """One pass that is thrown away: DDP lays its buckets out anew after the first, and sums up in another order
+        then.
+        """
         rows = torch.zeros(self.options.micro_batch, self.options.seq_len, dtype=torch.int64, device=self.device)
         self._accumulate(rows, 1, last=True)
         self.optimizer.zero_grad()

@@ -30,17 +30,24 @@ class Hook:
             model.register_comm_hook(self.powersgd, powerSGD_hook.powerSGD_hook)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that PowerSGD takes into the next step, this rank's own: errors not yet sent, the last P and Q, its generator.
+        """All that PowerSGD takes into the next step, this rank's own: errors not yet sent, the last P and Q, its
+        generator.
 
         torch 2.13 ``powerSGD_hook.py``. Nothing for other hooks.
         """
         if self.powersgd is None:
             return {}
-        found = {f"{name}.{index}": tensor for name in _MEMORIES for index, tensor in getattr(self.powersgd, name).items()}
+        found = {
+            f"{name}.{index}": tensor for name in _MEMORIES for index, tensor in getattr(self.powersgd, name).items()
+        }
         import numpy
 
         _, keys, place, _, _ = self.powersgd.rng.get_state(legacy=True)
-        return {**found, "rng": torch.from_numpy(keys.astype(numpy.int64)), "counts": torch.tensor([self.powersgd.iter, int(place)])}
+        return {
+            **found,
+            "rng": torch.from_numpy(keys.astype(numpy.int64)),
+            "counts": torch.tensor([self.powersgd.iter, int(place)]),
+        }
 
     def restore(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
         """What ``state`` gave on this rank."""

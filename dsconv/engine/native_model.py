@@ -1,4 +1,6 @@
-"""A transformers model under torch's own parallelism: tensor-parallel by its plan, FSDP2 or DDP over the data-parallel ranks."""
+"""A transformers model under torch's own parallelism: tensor-parallel by its plan, FSDP2 or DDP over the
+data-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,10 @@ def build_replicated(options: RunOptions, source: Source, fresh: bool, device: t
 def build_sharded(options: RunOptions, source: Source, fresh: bool, device: torch.device) -> Any:
     """FSDP2, by layers, of what tensor parallelism leaves of the model on this rank; ``fresh``: with its first weights.
 
-    Weights that are drawn are drawn whole on every rank, so that they do not depend on the layout. Else the model is made
-    on the meta device, and each rank has memory for its own shards only, which dsconv's loader or DCP fills. Without
-    ``layout.fsdp`` FSDP2's shards are whole: replicas, with their gradients averaged. Raises UnsupportedError for a model
-    that its plan does not cut, InconsistentCheckpointError for a checkpoint without all of the weights.
+    Weights that are drawn are drawn whole on every rank, so that they do not depend on the layout. Else the model is
+    made on the meta device, and each rank has memory for its own shards only, which dsconv's loader or DCP fills.
+    Without ``layout.fsdp`` FSDP2's shards are whole: replicas, with their gradients averaged. Raises UnsupportedError
+    for a model that its plan does not cut, InconsistentCheckpointError for a checkpoint without all of the weights.
     """
     layout = options.layout
     whole = fresh and source.checkpoint is None
@@ -44,8 +46,9 @@ def build_sharded(options: RunOptions, source: Source, fresh: bool, device: torc
             lacking = [*report.missing, *report.mismatched]
             if lacking:
                 raise InconsistentCheckpointError(
-                    f"{options.model} lacks {len(lacking)} tensors that the model has, the first {lacking[0]}: --backend native starts "
-                    f"from all of a model's weights, or from none. {layout.label()} cannot draw a part of them"
+                    f"{options.model} lacks {len(lacking)} tensors that the model has, the first {lacking[0]}:"
+                    f" --backend native starts from all of a model's weights, or from none. {layout.label()} cannot"
+                    " draw a part of them"
                 )
     return model.train()
 
@@ -54,11 +57,15 @@ def _on_meta(source: Source) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(source.config), dtype=torch.float32, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(source.config), dtype=torch.float32, attn_implementation="sdpa"
+        )
 
 
 def _meshes(model: Any, options: RunOptions, device: torch.device) -> Any:
-    """Cut the model by its tensor-parallel plan; the mesh that is left for FSDP2, with context parallelism folded in."""
+    """Cut the model by its tensor-parallel plan; the mesh that is left for FSDP2, with context parallelism folded
+    in.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed import DistributedConfig, initialize_distributed_mesh
 
@@ -80,7 +87,9 @@ def _meshes(model: Any, options: RunOptions, device: torch.device) -> Any:
 
 
 def _untie(model: Any) -> None:
-    """Give each module a parameter of its own, as transformers (5.24 ``apply_tensor_parallelism``) wants it to cut them."""
+    """Give each module a parameter of its own, as transformers (5.24 ``apply_tensor_parallelism``) wants it to cut
+    them.
+    """
     first = {name for name, _ in model.named_parameters()}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name not in first:
@@ -89,7 +98,9 @@ def _untie(model: Any) -> None:
 
 
 def _check_plan(model: Any, options: RunOptions) -> None:
-    """Raise UnsupportedError for what transformers 5.24 (``distributed/tensor_parallel.py``) cuts or sums up wrongly."""
+    """Raise UnsupportedError for what transformers 5.24 (``distributed/tensor_parallel.py``) cuts or sums up
+    wrongly.
+    """
     layout, text = options.layout, model.config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text, name, None) or layout.tp
@@ -98,11 +109,14 @@ def _check_plan(model: Any, options: RunOptions) -> None:
     styles = set((model.tp_plan or {}).values())
     packed = sorted(style for style in styles if style.startswith("packed"))
     if packed:  # their shards are no boxes (_StridedShard), which torch 2.13's DCP cannot save
-        raise UnsupportedError(f"--tp {layout.tp}: the plan of a {model.config.model_type} is {packed[0]}, whose shards DCP cannot save")
+        raise UnsupportedError(
+            f"--tp {layout.tp}: the plan of a {model.config.model_type} is {packed[0]}, whose shards DCP cannot save"
+        )
     if "replicated_with_grad_allreduce" in styles and options.accumulation > 1:
         raise UnsupportedError(  # its hook sums up the gradient so far again after each micro-batch
-            f"--tp {layout.tp}: a {model.config.model_type} has norms whose gradients transformers sums over the tensor-parallel ranks "
-            f"after each micro-batch, those before included: take --micro-batch {options.micro_batch * options.accumulation}"
+            f"--tp {layout.tp}: a {model.config.model_type} has norms whose gradients transformers sums over the"
+            " tensor-parallel ranks after each micro-batch, those before included: take --micro-batch"
+            f" {options.micro_batch * options.accumulation}"
         )
 
 

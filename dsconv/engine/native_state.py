@@ -40,7 +40,8 @@ def save(backend: NativeBackend, folder: Path) -> None:
 
 def load(backend: NativeBackend, checkpoint: Path) -> None:
     """Of any layout: DCP reads, of each tensor, what this rank holds. Raises what ``open_checkpoint`` raises, and
-    InconsistentCheckpointError where DCP finds that the checkpoint is of another model."""
+    InconsistentCheckpointError where DCP finds that the checkpoint is of another model.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
@@ -73,7 +74,9 @@ def _states(backend: NativeBackend) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the model, tied weights once; of the optimizer, by the parameters' names, whatever its groups."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    model, optimizer = get_state_dict(backend.model, backend.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    model, optimizer = get_state_dict(
+        backend.model, backend.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
+    )
     tied = {name for name, _ in backend.module.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in backend.module.named_parameters()}
     return {name: tensor for name, tensor in model.items() if name not in tied}, dict(optimizer)
@@ -89,7 +92,11 @@ def _hook_space(backend: NativeBackend, metadata: Any) -> dict[str, torch.Tensor
     if backend.hook is None or backend.hook.powersgd is None:
         return {}
     start = "hook.rank-"
-    ranks = {int(name.removeprefix(start).partition(".")[0]) for name in metadata.state_dict_metadata if name.startswith(start)}
+    ranks = {
+        int(name.removeprefix(start).partition(".")[0])
+        for name in metadata.state_dict_metadata
+        if name.startswith(start)
+    }
     if len(ranks) != dist.get_world_size():
         return {}
     mine = f"{start}{dist.get_rank()}."

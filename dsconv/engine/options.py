@@ -20,9 +20,9 @@ HOOKS = ("none", "bf16", "powersgd")
 class Layout:
     """How many ranks, and what each axis of them does.
 
-    ``nproc`` ranks in all; ``tp``, ``pp``, ``sp`` and ``cp`` are the degrees of tensor, pipeline, Ulysses sequence and torch's
-    context parallelism. What is left is data parallelism. ``zero_stage`` is DeepSpeed's; ``fsdp`` says whether the native
-    backend shards parameters over the data-parallel ranks (FSDP2) or replicates them (DDP).
+    ``nproc`` ranks in all; ``tp``, ``pp``, ``sp`` and ``cp`` are the degrees of tensor, pipeline, Ulysses sequence and
+    torch's context parallelism. What is left is data parallelism. ``zero_stage`` is DeepSpeed's; ``fsdp`` says whether
+    the native backend shards parameters over the data-parallel ranks (FSDP2) or replicates them (DDP).
     """
 
     backend: str = "deepspeed"
@@ -50,16 +50,22 @@ class Layout:
             raise UsageError(f"--zero-stage is {self.zero_stage}: it is 0, 1, 2 or 3")
         degree = self.tp * self.pp * self.sp * self.cp
         if self.nproc % degree:
-            asked = " × ".join(f"{axis} {getattr(self, axis)}" for axis in ("tp", "pp", "sp", "cp") if getattr(self, axis) > 1)
+            asked = " × ".join(
+                f"{axis} {getattr(self, axis)}" for axis in ("tp", "pp", "sp", "cp") if getattr(self, axis) > 1
+            )
             raise UsageError(f"{self.nproc} ranks do not divide into {asked}: --nproc is a multiple of {degree}")
         if self.backend == "native":
             self._check_native()
         elif self.cp > 1:
             raise UsageError("--cp is torch's context parallelism, of --backend native; DeepSpeed's is Ulysses: --sp")
         elif self.pp > 1 and self.zero_stage > 1:
-            raise UsageError(f"--pp {self.pp} with --zero-stage {self.zero_stage}: DeepSpeed's pipeline works with stages 0 and 1")
+            raise UsageError(
+                f"--pp {self.pp} with --zero-stage {self.zero_stage}: DeepSpeed's pipeline works with stages 0 and 1"
+            )
         elif self.pp > 1 and (self.tp > 1 or self.sp > 1):
-            raise UsageError("--pp goes with data parallelism only here: AutoTP and Ulysses do not cut a PipelineModule")
+            raise UsageError(
+                "--pp goes with data parallelism only here: AutoTP and Ulysses do not cut a PipelineModule"
+            )
         elif self.tp > 1 and self.sp > 1:
             raise UsageError("--tp with --sp: DeepSpeed's AutoTP and Ulysses are not made for each other; take one")
 
@@ -83,8 +89,9 @@ class RunOptions:
 
     ``micro_batch`` is samples a forward pass and rank; gradient accumulation is what is left over. ``data`` is
     ``synthetic`` or a file. ``ds_config`` is laid over the configuration that dsconv makes. ``dropout`` overrides every
-    dropout probability of the model's configuration. ``hook`` is the DDP communication hook of the native backend. ``monitor``:
-    ``csv`` and ``tensorboard`` write into RUN/monitor, ``comms`` adds the time in collectives to the metrics.
+    dropout probability of the model's configuration. ``hook`` is the DDP communication hook of the native backend.
+    ``monitor``: ``csv`` and ``tensorboard`` write into RUN/monitor, ``comms`` adds the time in collectives to the
+    metrics.
     """
 
     model: str
@@ -127,8 +134,8 @@ class RunOptions:
         share = self.micro_batch * self.layout.dp
         if self.batch_size % share:
             raise UsageError(
-                f"--batch-size {self.batch_size} does not divide by --micro-batch {self.micro_batch} × {self.layout.dp} data-parallel "
-                f"ranks: take {-(-self.batch_size // share) * share}"
+                f"--batch-size {self.batch_size} does not divide by --micro-batch {self.micro_batch} × {self.layout.dp}"
+                f" data-parallel ranks: take {-(-self.batch_size // share) * share}"
             )
         cut = self.layout.sp * self.layout.cp
         if self.seq_len % cut:
@@ -155,7 +162,7 @@ class RunOptions:
 
     def write(self) -> None:
         """Into RUN/run.json, replaced in one step."""
-        from dsconv.engine.checkpoints import write_file
+        from dsconv.engine.files import write_file
 
         write_file(Path(self.output_dir) / RUN_FILE, json.dumps(asdict(self), indent=1).encode() + b"\n")
 
@@ -166,15 +173,21 @@ class RunOptions:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointNotFoundError(f"{path} is not there: give the folder that `dsconv train --output-dir` wrote") from None
+            raise CheckpointNotFoundError(
+                f"{path} is not there: give the folder that `dsconv train --output-dir` wrote"
+            ) from None
         except ValueError as error:
             raise MalformedError(f"{path} is not JSON: {error}") from None
         known = {f.name for f in fields(cls)}
         try:
             unknown = sorted(set(found) - known)
             if unknown:
-                raise MalformedError(f"{path} has the unknown settings {', '.join(unknown)}: it is of another version of dsconv")
+                raise MalformedError(
+                    f"{path} has the unknown settings {', '.join(unknown)}: it is of another version of dsconv"
+                )
             layout = Layout(**found.pop("layout"))
-            return cls(**{**found, "layout": layout, "monitor": tuple(found.get("monitor", ())), "output_dir": str(run)})
+            return cls(
+                **{**found, "layout": layout, "monitor": tuple(found.get("monitor", ())), "output_dir": str(run)}
+            )
         except (TypeError, KeyError, AttributeError) as error:
             raise MalformedError(f"{path} is not what `dsconv train` writes: {error}") from None

@@ -15,7 +15,8 @@ AUTO = "auto"
 def without_flags(options: RunOptions) -> RunOptions:
     """``options`` whose ``ds_config`` no longer says what flags say, so that the run can go on in another layout.
 
-    Raises UsageError where it says something else than its flag. "auto", which transformers fills in, is left out everywhere.
+    Raises UsageError where it says something else than its flag. "auto", which transformers fills in, is left out
+    everywhere.
     """
     layout = options.layout
     if options.ds_config and layout.backend != "deepspeed":
@@ -42,7 +43,8 @@ def without_flags(options: RunOptions) -> RunOptions:
                 wanted, flag = said[here]
                 if value != wanted:
                     raise UsageError(
-                        f"--ds-config: {'.'.join(here)} is {value!r}, and by {flag} it is {wanted!r}: leave it out there, or change {flag}"
+                        f"--ds-config: {'.'.join(here)} is {value!r}, and by {flag} it is {wanted!r}: leave it out"
+                        f" there, or change {flag}"
                     )
                 continue
             out[key] = kept(value, here) if isinstance(value, Mapping) else value

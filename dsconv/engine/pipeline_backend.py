@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsconv.checkpoint.renaming import renamed
+from dsconv.checkpoint.map.renaming import renamed
 from dsconv.engine.backend import StepResult
 from dsconv.engine.deepspeed_backend import DeepSpeedBackend, ds_config
 from dsconv.engine.models import Source, build
@@ -23,7 +23,8 @@ from dsconv.zero_utils.files import LAYERS_OF_TRANSFORMERS
 class PipelineBackend(DeepSpeedBackend):
     """Every rank builds the whole model, as runs of any layout do, and keeps the layers of its stage.
 
-    Gradient accumulation is the pipeline's micro-batches. Each stage has the same number of decoder layers, or one more.
+    Gradient accumulation is the pipeline's micro-batches. Each stage has the same number of decoder layers, or one
+    more.
     """
 
     def __init__(self, options: RunOptions, source: Source, *, fresh: bool, universal: bool) -> None:
@@ -33,9 +34,17 @@ class PipelineBackend(DeepSpeedBackend):
         layout = options.layout
         paths_of(source.config)
         if layout.pp > source.config.num_hidden_layers:
-            raise UsageError(f"--pp {layout.pp}: the model has {source.config.num_hidden_layers} layers, and each stage takes one or more")
-        if options.dtype == "bf16" and layout.zero_stage == 0:  # 0.19.8 `engine.py` `_load_checkpoint` takes no such optimizer's file
-            raise UsageError("--pp with --dtype bf16 needs --zero-stage 1: without ZeRO DeepSpeed's pipeline cannot load what it saves")
+            raise UsageError(
+                f"--pp {layout.pp}: the model has {source.config.num_hidden_layers} layers, and each stage takes one or"
+                " more"
+            )
+        if (
+            options.dtype == "bf16" and layout.zero_stage == 0
+        ):  # 0.19.8 `engine.py` `_load_checkpoint` takes no such optimizer's file
+            raise UsageError(
+                "--pp with --dtype bf16 needs --zero-stage 1: without ZeRO DeepSpeed's pipeline cannot load what it"
+                " saves"
+            )
         config = ds_config(options)
         config["pipeline"] = {"use_reentrant": False, **config.get("pipeline", {})}
         if universal:
@@ -73,8 +82,8 @@ class PipelineBackend(DeepSpeedBackend):
     def _keep_plain_norm(self) -> None:
         """Without ZeRO and in fp32 the engine forgets the norm, and takes that of the first stage's gradients for it.
 
-        (0.19.8 ``runtime/utils.py`` ``clip_grad_norm_`` counts gradients of model-parallel rank 0 only, and a pipeline's stages
-        are such ranks.) A tied weight counts once.
+        (0.19.8 ``runtime/utils.py`` ``clip_grad_norm_`` counts gradients of model-parallel rank 0 only, and a
+        pipeline's stages are such ranks.) A tied weight counts once.
         """
         engine = self.engine
 
@@ -90,7 +99,9 @@ class PipelineBackend(DeepSpeedBackend):
         engine.clip_fp32_gradients = clip
 
     def save(self, folder: Path, tag: str) -> None:
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, client_state={LAYERS_OF_TRANSFORMERS: True})
+        self.engine.save_checkpoint(
+            str(folder), tag=tag, save_latest=False, client_state={LAYERS_OF_TRANSFORMERS: True}
+        )
 
     def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for name, state, tensor in super().local_states():

@@ -1,10 +1,10 @@
 """A causal language model of transformers as the layers of DeepSpeed's PipelineModule.
 
-A layer holds the model's own submodules under their own paths, so a parameter of the pipeline is ``{number of the layer}.{its
-name in transformers}``, and of a tied embedding ``tied_modules.embed.{its name}``. Only hidden states travel from stage to
-stage; positions, rotary embeddings and masks follow from their shape, and each layer makes them anew, by the calls of the
-model's own ``forward`` (transformers 5.24 ``modeling_llama.py``, ``modeling_mistral.py``, ``modeling_qwen2.py``,
-``modeling_qwen3.py``, ``modeling_gpt2.py``).
+A layer holds the model's own submodules under their own paths, so a parameter of the pipeline is ``{number of the
+layer}.{its name in transformers}``, and of a tied embedding ``tied_modules.embed.{its name}``. Only hidden states
+travel from stage to stage; positions, rotary embeddings and masks follow from their shape, and each layer makes them
+anew, by the calls of the model's own ``forward`` (transformers 5.24 ``modeling_llama.py``, ``modeling_mistral.py``,
+``modeling_qwen2.py``, ``modeling_qwen3.py``, ``modeling_gpt2.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ TIED = "embed"
 
 @dataclass(frozen=True)
 class Paths:
-    """Where a family of models has its parts: submodules by their paths; ``places`` is a learned embedding of positions."""
+    """Where a family of models has its parts: submodules by their paths; ``places`` is a learned embedding of
+    positions.
+    """
 
     embedding: str
     blocks: str
@@ -34,13 +36,17 @@ class Paths:
 
 
 _LLAMA = Paths("model.embed_tokens", "model.layers", "model.norm", rotary="model.rotary_emb")
-_GPT2 = Paths("transformer.wte", "transformer.h", "transformer.ln_f", places="transformer.wpe", dropout="transformer.drop")
+_GPT2 = Paths(
+    "transformer.wte", "transformer.h", "transformer.ln_f", places="transformer.wpe", dropout="transformer.drop"
+)
 FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
 
 
 @dataclass
 class Donor:
-    """The model that layers take their parts from. A stage takes its own; the rest goes when ``model`` is set to None."""
+    """The model that layers take their parts from. A stage takes its own; the rest goes when ``model`` is set to
+    None.
+    """
 
     model: Any
 
@@ -89,7 +95,9 @@ class Block(Layer):
     def forward(self, hidden: Tensor) -> Any:
         positions = _positions(hidden)
         extra = {"position_embeddings": self.part(1)(hidden, position_ids=positions)} if len(self.paths) > 1 else {}
-        return self.part(0)(hidden, attention_mask=self._mask(hidden, positions), position_ids=positions, use_cache=False, **extra)
+        return self.part(0)(
+            hidden, attention_mask=self._mask(hidden, positions), position_ids=positions, use_cache=False, **extra
+        )
 
     def _mask(self, hidden: Tensor, positions: Tensor) -> Any:
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -115,8 +123,8 @@ def paths_of(config: Any) -> Paths:
     paths = FAMILIES.get(config.model_type)
     if paths is None:
         raise UnsupportedError(
-            f"--pp: the engine cuts the models {', '.join(FAMILIES)} into pipeline stages, and not {config.model_type}: "
-            "shard it with --zero-stage 3, or with --tp"
+            f"--pp: the engine cuts the models {', '.join(FAMILIES)} into pipeline stages, and not {config.model_type}:"
+            " shard it with --zero-stage 3, or with --tp"
         )
     return paths
 
@@ -129,7 +137,11 @@ def layer_specs(donor: Donor) -> list[Any]:
     embedding, head = donor.model.get_submodule(paths.embedding), donor.model.get_submodule(paths.head)
     tied = embedding.weight is head.weight
     shared = (TIED, Single, donor, (paths.embedding,))
-    first = TiedLayerSpec(*shared, tied_weight_attr=f"{paths.embedding}.weight") if tied else LayerSpec(Single, donor, (paths.embedding,))
+    first = (
+        TiedLayerSpec(*shared, tied_weight_attr=f"{paths.embedding}.weight")
+        if tied
+        else LayerSpec(Single, donor, (paths.embedding,))
+    )
     specs = [first]
     if paths.places and paths.dropout:
         specs.append(LayerSpec(Places, donor, (paths.places, paths.dropout)))

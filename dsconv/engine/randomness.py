@@ -1,4 +1,6 @@
-"""The random generators of a rank: Python's, NumPy's, torch's on the CPU and on each device, and DeepSpeed's named ones."""
+"""The random generators of a rank: Python's, NumPy's, torch's on the CPU and on each device, and DeepSpeed's named
+ones.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def seed_everything(seed: int, stream: int) -> None:
 
 
 def _tracker() -> dict[str, torch.Tensor]:
-    """The states of DeepSpeed's named CUDA generators, which its activation checkpointing makes; without it there are none."""
+    """The states of DeepSpeed's named CUDA generators, which its activation checkpointing makes; without it there
+    are none.
+    """
     checkpointing = sys.modules.get("deepspeed.runtime.activation_checkpointing.checkpointing")
     return dict(checkpointing.get_cuda_rng_tracker().get_states()) if checkpointing is not None else {}
 
@@ -45,7 +49,9 @@ def save_randomness(path: Path) -> None:
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     tensors |= {f"deepspeed.{name}": state for name, state in _tracker().items()}
     rest = {"numpy": [name, int(place), int(has_gauss), float(gauss)], "python": [version, gauss_next]}
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"generators": json.dumps(rest)})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"generators": json.dumps(rest)}
+    )
 
 
 def restore_randomness(path: Path) -> None:
@@ -65,7 +71,9 @@ def restore_randomness(path: Path) -> None:
     except (OSError, KeyError, ValueError, SafetensorError, RuntimeError) as error:
         raise MalformedError(f"{path} does not hold the states of random generators: {error}") from None
     if torch.cuda.is_available():
-        states = [tensors[key] for key in sorted((k for k in tensors if k.startswith("cuda.")), key=lambda k: int(k[5:]))]
+        states = [
+            tensors[key] for key in sorted((k for k in tensors if k.startswith("cuda.")), key=lambda k: int(k[5:]))
+        ]
         torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])
     named = {key.removeprefix("deepspeed."): state for key, state in tensors.items() if key.startswith("deepspeed.")}
     if named:

@@ -1,4 +1,6 @@
-"""A checkpoint of the engine's for ranks laid out otherwise: a universal one, by the names that the new layout's parameters have."""
+"""A checkpoint of the engine's for ranks laid out otherwise: a universal one, by the names that the new layout's
+parameters have.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.map.renaming import renamed
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.renaming import renamed
-from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.convert.universal_writer import to_universal
 from dsconv.engine.options import Layout
 from dsconv.errors import InconsistentCheckpointError
 
 
 def write_universal(checkpoint: Path, output: Path, layout: Layout, config: Any) -> None:
-    """Convert ``checkpoint`` for ``layout``, which has ZeRO; ``config`` is the model's. Raises what ``to_universal`` raises."""
+    """Convert ``checkpoint`` for ``layout``, which has ZeRO; ``config`` is the model's. Raises what ``to_universal``
+    raises.
+    """
     source = open_checkpoint(checkpoint)  # by names in transformers, whatever the layout
     if layout.pp > 1:
         source = _for_pipeline(source, config)
@@ -30,5 +34,7 @@ def _for_pipeline(source: Checkpoint, config: Any) -> Checkpoint:
     names = pipeline_names(config)
     missing = [name for name in names if name not in source]
     if missing:
-        raise InconsistentCheckpointError(f"{source.path} has no {missing[0]!r}, which a pipeline stage of the {config.model_type} holds")
+        raise InconsistentCheckpointError(
+            f"{source.path} has no {missing[0]!r}, which a pipeline stage of the {config.model_type} holds"
+        )
     return renamed(source, names)

@@ -17,8 +17,9 @@ from dsconv.errors import OutputError, UsageError
 
 Progress = Callable[[str, int, int], None]
 NVME_OPTIMIZER = (
-    "--ds-config: offload_optimizer to nvme: DeepSpeed 0.19.8 saves what it has swapped under names of the process, and loads neither "
-    "that nor the step counts: the run could not be resumed. Write cpu there; --offload nvme keeps the optimizer in memory too"
+    "--ds-config: offload_optimizer to nvme: DeepSpeed 0.19.8 saves what it has swapped under names of the process, and"
+    " loads neither that nor the step counts: the run could not be resumed. Write cpu there; --offload nvme keeps the"
+    " optimizer in memory too"
 )
 
 
@@ -46,9 +47,9 @@ class RunReport:
 def train(options: RunOptions, *, stop_after: int | None = None, progress: Progress | None = None) -> RunReport:
     """Start a run in ``options.output_dir``, on ranks of its own, or as one rank of torchrun's.
 
-    It ends after ``options.steps`` steps, or ``stop_after`` to be resumed, with a checkpoint. ``progress`` is called with
-    ("train", steps taken, steps in all). Raises UsageError, OutputError where the folder already holds a run, and the
-    DsconvError or RunFailedError of a rank that failed.
+    It ends after ``options.steps`` steps, or ``stop_after`` to be resumed, with a checkpoint. ``progress`` is called
+    with ("train", steps taken, steps in all). Raises UsageError, OutputError where the folder already holds a run, and
+    the DsconvError or RunFailedError of a rank that failed.
     """
     options.check()
     options = without_flags(options)
@@ -56,7 +57,9 @@ def train(options: RunOptions, *, stop_after: int | None = None, progress: Progr
     run = Path(options.output_dir)
     if _leads():
         if (run / METRICS).exists() or checkpoints.steps(run):  # what failed before its first step may be tried again
-            raise OutputError(f"{run} already holds a run: go on with `dsconv resume {run}`, or take another --output-dir")
+            raise OutputError(
+                f"{run} already holds a run: go on with `dsconv resume {run}`, or take another --output-dir"
+            )
         options.write()
     return _run(Job(options, _last(options, stop_after)), progress)
 
@@ -71,8 +74,9 @@ def resume(
 ) -> RunReport:
     """Go on with a run from its last whole checkpoint, with the same ranks or with ``layout``.
 
-    Other ranks, stages and parallel degrees get the checkpoint as a universal one, or by DCP's own resharding. ``changes`` are
-    other settings of ``RunOptions`` that may change on the way (``steps``, ``save_every``, ``keep``, …). Raises as ``train`` does.
+    Other ranks, stages and parallel degrees get the checkpoint as a universal one, or by DCP's own resharding.
+    ``changes`` are other settings of ``RunOptions`` that may change on the way (``steps``, ``save_every``, ``keep``,
+    …). Raises as ``train`` does.
     """
     folder = Path(run)
     options = RunOptions.read(folder)
@@ -85,8 +89,9 @@ def resume(
     _lint(options)
     if options.layout.backend != state.layout.backend:
         raise UsageError(
-            f"{checkpoint} is of --backend {state.layout.backend}, and its optimizer's state is not {options.layout.backend}'s: start "
-            f"from its weights with `dsconv merge {checkpoint} OUT` and `dsconv train OUT`"
+            f"{checkpoint} is of --backend {state.layout.backend}, and its optimizer's state is not"
+            f" {options.layout.backend}'s: start from its weights with `dsconv merge {checkpoint} OUT` and `dsconv"
+            " train OUT`"
         )
     last = _last(options, stop_after)
     if state.step >= last:  # nothing to do, so nothing is started
@@ -123,16 +128,26 @@ def _last(options: RunOptions, stop_after: int | None) -> int:
 
 def _run(job: Job, progress: Progress | None) -> RunReport:
     run = Path(job.options.output_dir)
-    return _report(job.options, run_job(job, _follow(run, job.options.steps, progress) if progress is not None else None))
+    return _report(
+        job.options, run_job(job, _follow(run, job.options.steps, progress) if progress is not None else None)
+    )
 
 
 def _report(options: RunOptions, outcome: Outcome) -> RunReport:
     run = Path(options.output_dir)
     lines = read_metrics(run)
     report = RunReport(
-        str(run), outcome.step, options.steps, outcome.step >= options.steps, outcome.interrupted,
-        lines[-1]["loss"] if lines else None, outcome.checkpoint, str(run / METRICS), options.layout.label(), outcome.seconds,
-    )  # fmt: skip
+        str(run),
+        outcome.step,
+        options.steps,
+        outcome.step >= options.steps,
+        outcome.interrupted,
+        lines[-1]["loss"] if lines else None,
+        outcome.checkpoint,
+        str(run / METRICS),
+        options.layout.label(),
+        outcome.seconds,
+    )
     if _leads() and lines:
         from dsconv.engine.plots import plot_run
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.standins import Instance
-from dsconv.checkpoint.tensormap import Checkpoint
-from dsconv.checkpoint.training import SmallTensor, Training
+from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.training import SmallTensor, Training
+from dsconv.checkpoint.pickles.allowlist import Instance
 from dsconv.convert.universal_plan import training_of
 from dsconv.errors import InconsistentCheckpointError, UnsupportedError
 
@@ -76,7 +76,10 @@ def _flat_masters(engine: Any) -> dict[int, torch.Tensor]:
     """The flat partition that holds this rank's part of a parameter's master, by the parameter's id."""
     optimizer = engine.optimizer
     found: dict[int, torch.Tensor] = {}
-    for low, high in (("bit16_groups", "single_partition_of_fp32_groups"), ("bf16_groups", "fp32_groups_flat_partition")):
+    for low, high in (
+        ("bit16_groups", "single_partition_of_fp32_groups"),
+        ("bf16_groups", "fp32_groups_flat_partition"),
+    ):
         for parameters, flat in zip(getattr(optimizer, low, ()), getattr(optimizer, high, ()), strict=True):
             found |= {id(parameter): flat for parameter in parameters}
     return found
@@ -84,7 +87,8 @@ def _flat_masters(engine: Any) -> dict[int, torch.Tensor]:
 
 def _whole_masters(engine: Any) -> dict[int, torch.Tensor]:
     """Masters of a 16-bit optimizer without ZeRO, by the id of the module's parameter: one tensor each (0.19.8
-    ``fp16/unfused_optimizer.py``), or views of a group's flat one (``fp16/fused_optimizer.py``)."""
+    ``fp16/unfused_optimizer.py``), or views of a group's flat one (``fp16/fused_optimizer.py``).
+    """
     optimizer = engine.optimizer
     found: dict[int, torch.Tensor] = {}
     for index, lows in enumerate(getattr(optimizer, "fp16_groups", ())):
@@ -108,22 +112,24 @@ def fill_whole_masters(engine: Any, checkpoint: Checkpoint) -> None:
 def take_over(engine: Any, checkpoint: Checkpoint) -> None:
     """Go on from ``checkpoint``, of any layout, with an engine without ZeRO, whose every rank holds the whole model.
 
-    Weights, masters, buffers, the optimizer's states and hyperparameters, the schedule, the loss scaler and the counters: what
-    ``engine.load_checkpoint`` sets (DeepSpeed 0.19.8 ``engine.py`` ``_load_checkpoint``). Raises UnsupportedError where the
-    checkpoint has no optimizer states that could be told, TensorNotFoundError and InconsistentCheckpointError for another model.
+    Weights, masters, buffers, the optimizer's states and hyperparameters, the schedule, the loss scaler and the
+    counters: what ``engine.load_checkpoint`` sets (DeepSpeed 0.19.8 ``engine.py`` ``_load_checkpoint``). Raises
+    UnsupportedError where the checkpoint has no optimizer states that could be told, TensorNotFoundError and
+    InconsistentCheckpointError for another model.
     """
     training = training_of(checkpoint)
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         raise UnsupportedError(
-            f"{checkpoint.path}: DeepSpeed's fused optimizer without ZeRO keeps no states of single parameters; take --zero-stage 1, or "
-            "torch's AdamW"
+            f"{checkpoint.path}: DeepSpeed's fused optimizer without ZeRO keeps no states of single parameters; take"
+            " --zero-stage 1, or torch's AdamW"
         )
     whole, inner = _whole_masters(engine), _inner(engine)
     for name, parameter in engine.module.named_parameters():
         entry = checkpoint[name]
         if (entry.shape or (1,)) != (tuple(parameter.shape) or (1,)):  # stage 3 has no 0-d parameters
             raise InconsistentCheckpointError(
-                f"{checkpoint.path}: {name!r} has shape {list(entry.shape)} and the model's {list(parameter.shape)}: it is of another model"
+                f"{checkpoint.path}: {name!r} has shape {list(entry.shape)} and the model's {list(parameter.shape)}: it"
+                " is of another model"
             )
         master = whole.get(id(parameter), parameter)
         value = entry.read().reshape(parameter.shape)
@@ -132,7 +138,8 @@ def take_over(engine: Any, checkpoint: Checkpoint) -> None:
         if entry.name not in training.states:  # frozen
             continue
         inner.state[master] = {
-            key: state.read().reshape(master.shape).to(master.device) for key, state in training.states[entry.name].items()
+            key: state.read().reshape(master.shape).to(master.device)
+            for key, state in training.states[entry.name].items()
         }
         if entry.name in training.steps:
             inner.state[master]["step"] = torch.tensor(_number(training.steps[entry.name]), dtype=torch.float32)

@@ -1,10 +1,10 @@
 """``validate``: trains, stops, resumes, reshapes and converts, and compares what must be equal at each step.
 
-Three levels. *States*: what a fresh process has loaded is what the other had when it saved, by sha256 of every weight, master
-and optimizer state on every rank; after a change of layout, of the checkpoints by the tensor map. *Bitwise*: a run that was
-stopped and resumed has the losses, gradient norms and final states of one that was not, with dropout on. *Calibrated*: in
-another layout sums are taken in another order, so curves may part by twice as much as those of uninterrupted runs in
-different layouts do.
+Three levels. *States*: what a fresh process has loaded is what the other had when it saved, by sha256 of every weight,
+master and optimizer state on every rank; after a change of layout, of the checkpoints by the tensor map. *Bitwise*: a
+run that was stopped and resumed has the losses, gradient norms and final states of one that was not, with dropout on.
+*Calibrated*: in another layout sums are taken in another order, so curves may part by twice as much as those of
+uninterrupted runs in different layouts do.
 """
 
 from __future__ import annotations
@@ -12,61 +12,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsconv.convert.merge import merge
-from dsconv.engine.cells import COLUMNS, SABOTAGES, Row, rows
 from dsconv.engine.checkpoints import latest
 from dsconv.engine.comparing import compare_checkpoints, compare_logits, compare_states
-from dsconv.engine.legs import DROPOUT, Leg, Legs
+from dsconv.engine.matrix import COLUMNS, SABOTAGES, Row, rows
 from dsconv.engine.models import open_source
 from dsconv.engine.options import Layout, RunOptions
-from dsconv.engine.validation_report import write_report
+from dsconv.engine.reference_runs import DROPOUT, Leg, Legs
+from dsconv.engine.validation_report import Cell, ValidationReport, write_report
 from dsconv.errors import DsconvError, UsageError
 
-# Two sums of the same numbers part by this much of the loss at least: fp32 sums in another order, bf16 weights rounded otherwise.
+# Two sums of the same numbers part by this much of the loss at least: fp32 sums in another order, bf16 weights rounded
+# otherwise.
 FLOORS = {"fp32": 2.0**-20, "bf16": 2.0**-14}
 LOGITS = {"fp32": 2.0**-16, "bf16": 2.0**-5}  # of the largest logit, where ranks compute parts of the model
 
 
 Verdict = tuple[str, bool | None, dict[str, Any]]  # level, passed, evidence
-
-
-@dataclass
-class Cell:
-    """One row and column. ``passed`` is None where the column does not apply, and ``evidence`` says why."""
-
-    name: str
-    row: str
-    column: str
-    layout: str
-    dtype: str
-    passed: bool | None
-    level: str
-    evidence: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-@dataclass
-class ValidationReport:
-    """What was run and how it went. ``curves``: {row: {run: losses}}, for the picture."""
-
-    model: str
-    nproc: int
-    steps: int
-    stopped_at: int
-    sabotage: str | None
-    passed: bool
-    cells: list[Cell]
-    curves: dict[str, dict[str, list[float]]]
-    versions: dict[str, str]
-    seconds: float
-    warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Validation:
@@ -124,7 +89,9 @@ class Validation:
         evidence["states at the end that differ"] = compare_states(whole.probe / "end", second.probe / "end")
         for key in ("loss", "grad_norm", "lr"):
             pairs = zip(whole.metrics, first.metrics[: self.half] + second.metrics[self.half :], strict=False)
-            evidence[f"steps whose {key} differs"] = [a["step"] for a, b in pairs if a[key] != b[key] or a["step"] != b["step"]]
+            evidence[f"steps whose {key} differs"] = [
+                a["step"] for a, b in pairs if a[key] != b[key] or a["step"] != b["step"]
+            ]
         evidence["steps taken"] = [len(whole.metrics), len(second.metrics)]
         compared = sum(len(names) for rank in _states(whole) for names in rank.values())
         passed = bool(compared) and evidence["steps taken"][0] == evidence["steps taken"][1] == self.legs.options.steps
@@ -156,7 +123,9 @@ class Validation:
         return "states, calibrated", compared > 0 and not differing and distance <= tolerance, evidence
 
     def _apart(self, row: Row, target: Layout) -> float:
-        """The largest distance between uninterrupted runs of the row's dtype, settings and without dropout, over all layouts."""
+        """The largest distance between uninterrupted runs of the row's dtype, settings and without dropout, over all
+        layouts.
+        """
         layouts = {row.layout, target}
         for other in self.rows:
             if (other.dtype, other.settings) == (row.dtype, row.settings):
@@ -187,7 +156,11 @@ class Validation:
         kinds = ("weight", "fp32")
         differing = compare_states(whole.probe / "end", loaded.probe / "end", kinds)
         compared = sum(len(rank.get(kind, {})) for rank in _states(loaded) for kind in kinds)
-        return "bit for bit", compared > 0 and not differing, {"states compared": compared, "states that differ": differing}
+        return (
+            "bit for bit",
+            compared > 0 and not differing,
+            {"states compared": compared, "states that differ": differing},
+        )
 
     def _keep(self, row: Row, name: str, leg: Leg) -> None:
         self.curves.setdefault(row.name, {})[name] = leg.curve("loss")
@@ -209,23 +182,34 @@ def validate(
 ) -> ValidationReport:
     """Run the cells and write REPORT/report.json, report.md and curves.png; the runs themselves lie in REPORT/runs.
 
-    ``cells`` names rows (see ``cells.rows``). ``sabotage`` breaks each resumed run on purpose: then a report that passes is
-    itself a failure of validation. Raises UsageError, and what opening the model raises.
+    ``cells`` names rows (see ``cells.rows``). ``sabotage`` breaks each resumed run on purpose: then a report that
+    passes is itself a failure of validation. Raises UsageError, and what opening the model raises.
     """
     began_at = time.monotonic()
     chosen = rows(nproc, quick, cells)
     if sabotage is not None and sabotage not in SABOTAGES:
         raise UsageError(f"--sabotage {sabotage}: it is one of {', '.join(SABOTAGES)}")
     if steps < 4 or steps % 4:
-        raise UsageError(f"--steps {steps}: a multiple of 4; runs stop halfway, with a checkpoint a quarter of the way before")
+        raise UsageError(
+            f"--steps {steps}: a multiple of 4; runs stop halfway, with a checkpoint a quarter of the way before"
+        )
     options = RunOptions(model, "", steps, Layout(nproc=nproc), seq_len=seq_len, batch_size=2 * nproc, seed=seed)
     open_source(options, False)  # a model that cannot be read is told before anything runs
     validation = Validation(report_folder / "runs", options, chosen, sabotage, began, done)
     found = validation.run()
     passed = all(cell.passed is not False for cell in found)
     report = ValidationReport(
-        model, nproc, steps, steps // 2, sabotage, passed, found, validation.curves, _versions(), time.monotonic() - began_at
-    )  # fmt: skip
+        model,
+        nproc,
+        steps,
+        steps // 2,
+        sabotage,
+        passed,
+        found,
+        validation.curves,
+        _versions(),
+        time.monotonic() - began_at,
+    )
     write_report(report_folder, report)
     return report
 
@@ -243,11 +227,15 @@ def _versions() -> dict[str, str]:
 
 
 def _states(leg: Leg) -> list[dict[str, dict[str, str]]]:
-    from dsconv.engine.probe import read_states
+    from dsconv.engine.state_digests import read_states
 
     return read_states(leg.probe / "end")
 
 
 def _distance(a: Leg, b: Leg) -> float:
     left, right = a.curve("loss"), b.curve("loss")
-    return max((abs(x - y) for x, y in zip(left, right, strict=True)), default=math.inf) if len(left) == len(right) else math.inf
+    return (
+        max((abs(x - y) for x, y in zip(left, right, strict=True)), default=math.inf)
+        if len(left) == len(right)
+        else math.inf
+    )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsconv.engine.cells import COLUMNS
-from dsconv.engine.checkpoints import write_file
-
-if TYPE_CHECKING:
-    from dsconv.engine.validation import Cell, ValidationReport
+from dsconv.engine.files import write_file
+from dsconv.engine.matrix import COLUMNS
 
 CURVES = "curves.png"
 MARKS = {True: "✓", False: "✗", None: "–"}
@@ -26,7 +24,10 @@ def write_report(folder: Path, report: ValidationReport) -> None:
 def _page(report: ValidationReport, plotted: bool) -> str:
     what = f"Sabotage: {report.sabotage}" if report.sabotage else "Validation"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    ran = f"{report.nproc} ranks, {report.steps} steps, stopped and resumed at step {report.stopped_at}, {report.seconds:.0f} s"
+    ran = (
+        f"{report.nproc} ranks, {report.steps} steps, stopped and resumed at step {report.stopped_at},"
+        f" {report.seconds:.0f} s"
+    )
     lines = [f"# {what}: {'passed' if report.passed else 'FAILED'}", "", f"`{report.model}` on {ran}. {versions}.", ""]
     lines += ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     by_row: dict[str, dict[str, Cell]] = {}
@@ -53,7 +54,9 @@ def _shown(value: Any) -> str:
 
 
 def _plot(path: Path, report: ValidationReport) -> bool:
-    """A panel a row: how far each resumed curve lies from the uninterrupted one would be invisible, so the curves themselves."""
+    """A panel a row: how far each resumed curve lies from the uninterrupted one would be invisible, so the curves
+    themselves.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -66,11 +69,18 @@ def _plot(path: Path, report: ValidationReport) -> bool:
     down = -(-count // across)
     figure = Figure(figsize=(4.4 * across, 3.2 * down + 0.6), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flatten()
-    styles = [("black", "-", 2.4, None), ("tab:orange", "--", 1.6, "o"), ("tab:blue", ":", 1.6, "s"), ("tab:green", "-.", 1.4, "^")]
+    styles = [
+        ("black", "-", 2.4, None),
+        ("tab:orange", "--", 1.6, "o"),
+        ("tab:blue", ":", 1.6, "s"),
+        ("tab:green", "-.", 1.4, "^"),
+    ]
     for panel, (row, curves) in zip(panels, report.curves.items(), strict=False):
         for (name, losses), (colour, line, width, marker) in zip(curves.items(), styles, strict=False):
             steps = range(1, len(losses) + 1)
-            panel.plot(steps, losses, color=colour, linestyle=line, linewidth=width, marker=marker, markersize=4, label=name)
+            panel.plot(
+                steps, losses, color=colour, linestyle=line, linewidth=width, marker=marker, markersize=4, label=name
+            )
         panel.axvline(report.stopped_at + 0.5, color="grey", linewidth=0.8)
         panel.set_title(row, fontsize=10)
         panel.set_xlabel("step")
@@ -80,8 +90,45 @@ def _plot(path: Path, report: ValidationReport) -> bool:
     for panel in panels[count:]:
         panel.set_visible(False)
     figure.suptitle(
-        "Losses; the vertical line is where runs were stopped. With dropout: uninterrupted, in place; without: the others", fontsize=9
+        "Losses; the vertical line is where runs were stopped. With dropout: uninterrupted, in place; without: the"
+        " others",
+        fontsize=9,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return True
+
+
+@dataclass
+class Cell:
+    """One row and column. ``passed`` is None where the column does not apply, and ``evidence`` says why."""
+
+    name: str
+    row: str
+    column: str
+    layout: str
+    dtype: str
+    passed: bool | None
+    level: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class ValidationReport:
+    """What was run and how it went. ``curves``: {row: {run: losses}}, for the picture."""
+
+    model: str
+    nproc: int
+    steps: int
+    stopped_at: int
+    sabotage: str | None
+    passed: bool
+    cells: list[Cell]
+    curves: dict[str, dict[str, list[float]]]
+    versions: dict[str, str]
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

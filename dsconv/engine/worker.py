@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsconv.engine import checkpoints
+from dsconv.engine import checkpoints, files
 from dsconv.engine.backend import Backend
 from dsconv.engine.checkpoints import State
 from dsconv.engine.data import Position, open_data
 from dsconv.engine.models import Source, keep_source, open_source
 from dsconv.engine.options import RunOptions
-from dsconv.engine.probe import write_logits, write_states
 from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
+from dsconv.engine.state_digests import write_logits, write_states
 from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, UsageError
 from dsconv.loaders.agreement import agreement
 
@@ -36,8 +36,9 @@ STOP = ".stop"
 class Job:
     """What the ranks of one launch do. ``checkpoint``: go on from it; ``relaid``: it is of ranks laid out otherwise.
 
-    ``stop_after``: the last step to take, saved; ``probe``: a folder for the states and logits at the end, for validation;
-    ``sabotage``: what validation breaks on purpose. ``launcher``: the process that started the ranks, if one did.
+    ``stop_after``: the last step to take, saved; ``probe``: a folder for the states and logits at the end, for
+    validation; ``sabotage``: what validation breaks on purpose. ``launcher``: the process that started the ranks, if
+    one did.
     """
 
     options: RunOptions
@@ -73,7 +74,11 @@ def run_rank(job: Job) -> Outcome:
                 keep_source(source, Path(job.options.output_dir))
             state = _state(job, source)
             data = open_data(
-                job.options.data, job.options.seq_len, source.config.get_text_config().vocab_size, job.options.seed, source.folder
+                job.options.data,
+                job.options.seq_len,
+                source.config.get_text_config().vocab_size,
+                job.options.seed,
+                source.folder,
             )
         backend = _backend(job, source)
         try:
@@ -137,7 +142,9 @@ def _backend(job: Job, source: Source) -> Backend:
 
 
 def _converts(job: Job) -> bool:
-    """Whether the checkpoint must be made universal first. DCP reshards by itself; DeepSpeed without ZeRO loads no universal one."""
+    """Whether the checkpoint must be made universal first. DCP reshards by itself; DeepSpeed without ZeRO loads no
+    universal one.
+    """
     return job.relaid and job.options.layout.backend == "deepspeed" and job.options.layout.zero_stage > 0
 
 
@@ -148,8 +155,14 @@ def _state(job: Job, source: Source) -> State:
         return State(0, Position(), job.options.layout, identity)
     state = checkpoints.read_state(job.checkpoint)
     if state.model != identity:
-        differing = [f"{key} {state.model.get(key)} and {value}" for key, value in identity.items() if state.model.get(key) != value]
-        raise InconsistentCheckpointError(f"{job.checkpoint} is of another model than {job.options.model}: {', '.join(differing)}")
+        differing = [
+            f"{key} {state.model.get(key)} and {value}"
+            for key, value in identity.items()
+            if state.model.get(key) != value
+        ]
+        raise InconsistentCheckpointError(
+            f"{job.checkpoint} is of another model than {job.options.model}: {', '.join(differing)}"
+        )
     return replace(state, layout=job.options.layout)
 
 
@@ -198,11 +211,15 @@ def _universal(job: Job, rank: int, source: Source) -> Iterator[Path]:
 
 
 class _StopFlag:
-    """SIGTERM, SIGINT, or RUN/.stop, which the launcher makes, or its end: the run saves after the step in hand, and ends well."""
+    """SIGTERM, SIGINT, or RUN/.stop, which the launcher makes, or its end: the run saves after the step in hand, and
+    ends well.
+    """
 
     def __init__(self, run: Path, launcher: int | None) -> None:
         self._file = run / STOP
-        self._launcher = os.pidfd_open(launcher) if launcher is not None else None  # readable once that process has ended
+        self._launcher = (
+            os.pidfd_open(launcher) if launcher is not None else None
+        )  # readable once that process has ended
         self._signalled = False
         with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -216,7 +233,9 @@ class _StopFlag:
         return self._signalled or self._file.exists() or self._orphaned()
 
     def _orphaned(self) -> bool:
-        """The server that forked the ranks lives as long as they do, so nothing ends them when their launcher is killed."""
+        """The server that forked the ranks lives as long as they do, so nothing ends them when their launcher is
+        killed.
+        """
         return self._launcher is not None and bool(select.select([self._launcher], [], [], 0)[0])
 
 
@@ -231,7 +250,9 @@ class _Loop:
         self._ended = time.monotonic()
 
     def run(self) -> None:
-        """Steps up to ``job.stop_after``; a checkpoint at each multiple of ``save_every``, at the end, and when told to stop."""
+        """Steps up to ``job.stop_after``; a checkpoint at each multiple of ``save_every``, at the end, and when told
+        to stop.
+        """
         with self._metrics() as metrics:
             if self.job.sabotage == "skip-batch" and self.job.checkpoint is not None:
                 self.data.take(self.state.position, self.options.batch_size)
@@ -258,12 +279,20 @@ class _Loop:
         seconds, self._ended = now - self._ended, now
         tokens = self.options.batch_size * self.options.seq_len
         return {
-            "step": self.state.step, "loss": loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens / seconds,
-            "memory_bytes": memory, "seconds": seconds, **({} if result.comm_seconds is None else {"comm_seconds": result.comm_seconds}),
-        }  # fmt: skip
+            "step": self.state.step,
+            "loss": loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens_per_s": tokens / seconds,
+            "memory_bytes": memory,
+            "seconds": seconds,
+            **({} if result.comm_seconds is None else {"comm_seconds": result.comm_seconds}),
+        }
 
     def _reduced(self, loss: float) -> tuple[float, bool, int]:
-        """One exchange a step: the mean loss, in rank order; whether any rank was told to stop; the worst rank's memory."""
+        """One exchange a step: the mean loss, in rank order; whether any rank was told to stop; the worst rank's
+        memory.
+        """
         mine = torch.tensor([loss, float(self.stop.raised), float(_memory_bytes())], dtype=torch.float64)
         mine = mine.cuda() if torch.cuda.is_available() else mine
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -300,7 +329,7 @@ class _Loop:
             return
         path = self.run_folder / METRICS
         kept = [line for line in read_metrics(self.run_folder) if line["step"] <= self.state.step]
-        checkpoints.write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        files.write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         with open(path, "a", encoding="utf-8") as file:
             yield file
 
@@ -312,8 +341,11 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         if isinstance(error, DsconvError) or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
-            raise  # only torch.save's writer says so of a file; others are of connections that another rank's end has closed
-        raise OutputError(f"{folder}: the checkpoint cannot be written: {error}; `latest` names the one before") from error
+            # only torch.save's writer says so of a file; others are of connections that another rank's end has closed
+            raise
+        raise OutputError(
+            f"{folder}: the checkpoint cannot be written: {error}; `latest` names the one before"
+        ) from error
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsconv.checkpoint.placements import Replicate, Shard, local_region, region_in_order
-from dsconv.checkpoint.regions import Region, shape_of
+from dsconv.checkpoint.map.placements import Replicate, Shard, local_region, region_in_order
+from dsconv.checkpoint.map.regions import Region, shape_of
 from dsconv.errors import UnsupportedError
 
 
@@ -13,7 +13,7 @@ def region_of(tensor: Any, name: str) -> Region:
     """The region of a live DTensor on this rank, its padding aside.
 
     FSDP2 shares out what tensor parallelism left, which for uneven sizes is not what its placements say
-    (``checkpoint/placements.py``): of the two readings the one that has the local tensor's shape is taken. Raises
+    (``checkpoint/map/placements.py``): of the two readings the one that has the local tensor's shape is taken. Raises
     UnsupportedError for Partial, whose shards are no part of the tensor, and where neither reading fits.
     """
     mesh = tensor.device_mesh
@@ -24,7 +24,9 @@ def region_of(tensor: Any, name: str) -> Region:
     placements: list[Shard | Replicate] = []
     for placement in tensor.placements:
         if placement.is_partial():
-            raise UnsupportedError(f"{name} is placed {placement}: its shards are parts of a sum, which cannot be loaded")
+            raise UnsupportedError(
+                f"{name} is placed {placement}: its shards are parts of a sum, which cannot be loaded"
+            )
         if placement.is_replicate():
             placements.append(Replicate())
         else:
@@ -35,5 +37,6 @@ def region_of(tensor: Any, name: str) -> Region:
         if region is not None and shape_of(region) == local:
             return region
     raise UnsupportedError(
-        f"{name} of shape {list(shape)} is placed {list(tensor.placements)} and has {list(local)} on this rank, which does not fit"
+        f"{name} of shape {list(shape)} is placed {list(tensor.placements)} and has {list(local)} on this rank, which"
+        " does not fit"
     )

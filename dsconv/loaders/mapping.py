@@ -1,7 +1,8 @@
 """Which tensors of a checkpoint make which tensors of a model.
 
 For a transformers model the names and the conversions are transformers' own (5.24 ``conversion_mapping.py``
-``get_model_conversion_mapping``, ``core_model_loading.py`` ``rename_source_key``), run on tensors that are not read yet.
+``get_model_conversion_mapping``, ``core_model_loading.py`` ``rename_source_key``), run on tensors that are not read
+yet.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.filling import Patch
-from dsconv.checkpoint.loading import load_tensors
-from dsconv.checkpoint.tensormap import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.transfer.fill import Patch
+from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.symbolic import NotBoxes, Unread
 
 
 @dataclass
 class Computed:
-    """Tensors that a conversion must compute from whole tensors; each rank reads ``entries`` in full, one group at a time."""
+    """Tensors that a conversion must compute from whole tensors; each rank reads ``entries`` in full, one group at a
+    time.
+    """
 
     entries: list[TensorEntry]
     compute: Any
@@ -53,7 +56,11 @@ def match(model: torch.nn.Module, checkpoint: Checkpoint) -> Matched:
 
     ``mismatched`` gives (shape in the checkpoint, shape in the model).
     """
-    wanted = {name: full_shape(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
+    wanted = {
+        name: full_shape(tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
+    }
     found: dict[str, Any] = {}
     unexpected: set[str] = set()
     entries: dict[str, TensorEntry] = {**{name: checkpoint[name] for name in checkpoint.ties}, **checkpoint}
@@ -83,7 +90,11 @@ def leave_out_ties(model: torch.nn.Module, matched: Matched) -> None:
 
 
 def _match_transformers(
-    model: Any, entries: Mapping[str, TensorEntry], wanted: dict[str, tuple[int, ...]], found: dict[str, Any], unexpected: set[str]
+    model: Any,
+    entries: Mapping[str, TensorEntry],
+    wanted: dict[str, tuple[int, ...]],
+    found: dict[str, Any],
+    unexpected: set[str],
 ) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -139,7 +150,10 @@ def _convert(
         name = target.replace("*.", "0.")
         known = next((pattern for pattern in tensors if pattern in name), None)
         before, _, after = name.partition(known) if known is not None else ("", "", "")
-        return {before + pattern + after: value[0] if isinstance(value, list) else value for pattern, value in tensors.items()}
+        return {
+            before + pattern + after: value[0] if isinstance(value, list) else value
+            for pattern, value in tensors.items()
+        }
 
     try:
         made = run({pattern: [Unread.of(entry) for entry in entries] for pattern, entries in collected.items()})

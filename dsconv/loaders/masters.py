@@ -1,11 +1,13 @@
-"""The fp32 masters of a model that ``deepspeed.initialize`` has wrapped: a load must set them too, or the first step undoes it."""
+"""The fp32 masters of a model that ``deepspeed.initialize`` has wrapped: a load must set them too, or the first step
+undoes it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from dsconv.checkpoint.filling import Slot
+from dsconv.checkpoint.transfer.fill import Slot
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.memory import slot_of
 
@@ -14,8 +16,9 @@ def master_slots(name: str, parameter: Any) -> Iterator[Slot]:
     """The parts of a parameter's fp32 master that this rank's optimizer keeps; none where there is no optimizer.
 
     ZeRO-3: the partition, as the parameter's own (DeepSpeed 0.19.8 ``runtime/zero/stage3.py``
-    ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: the fragment that ``_hp_mapping`` names (``utils/tensor_fragment.py``).
-    Raises UnsupportedError for masters on NVMe and under ``round_robin_gradients``, where 0.19.8 maps fragments wrongly.
+    ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: the fragment that ``_hp_mapping`` names
+    (``utils/tensor_fragment.py``). Raises UnsupportedError for masters on NVMe and under ``round_robin_gradients``,
+    where 0.19.8 maps fragments wrongly.
     """
     if not parameter.requires_grad:
         return
@@ -34,5 +37,7 @@ def master_slots(name: str, parameter: Any) -> Iterator[Slot]:
         return
     optimizer = getattr(parameter, "_zero_optimizer", None)
     if getattr(optimizer, "round_robin_gradients", False):
-        raise UnsupportedError(f"the master of {name} cannot be found under round_robin_gradients: load before deepspeed.initialize")
+        raise UnsupportedError(
+            f"the master of {name} cannot be found under round_robin_gradients: load before deepspeed.initialize"
+        )
     yield slot_of(mapping.get_hp_fragment().detach(), tuple(parameter.shape), mapping.lp_fragment_address.start)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.dtypes import BY_NAME
-from dsconv.checkpoint.filling import Slot
-from dsconv.checkpoint.reading import tensor_bytes
-from dsconv.checkpoint.regions import Region
+from dsconv.checkpoint.map.dtypes import BY_NAME
+from dsconv.checkpoint.map.regions import Region
+from dsconv.checkpoint.transfer.fill import Slot
+from dsconv.checkpoint.transfer.reading import tensor_bytes
 
 
 def slot_of(memory: torch.Tensor, shape: tuple[int, ...], start: int = 0, region: Region | None = None) -> Slot:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 
 
@@ -27,7 +27,8 @@ def read_config(checkpoint: Checkpoint, folder: Path | None) -> Any:
 
 
 def refuse_quantized(config: Any, checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedError where the configuration says that the weights are quantized: their bytes are not the model's values.
+    """Raise UnsupportedError where the configuration says that the weights are quantized: their bytes are not the
+    model's values.
 
     transformers 5.24 ``quantizers/auto.py`` ``get_hf_quantizer`` goes by the same field.
     """
@@ -36,15 +37,17 @@ def refuse_quantized(config: Any, checkpoint: Checkpoint) -> None:
         return
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     raise UnsupportedError(
-        f"{checkpoint.path}: the configuration says that the weights are quantized ({getattr(method, 'value', method)}), which is not "
-        "loaded: use from_pretrained, or, where the weights are not quantized, pass config= without its quantization_config"
+        f"{checkpoint.path}: the configuration says that the weights are quantized"
+        f" ({getattr(method, 'value', method)}), which is not loaded: use from_pretrained, or, where the weights are"
+        " not quantized, pass config= without its quantization_config"
     )
 
 
 def model_class_of(model_class: Any, config: Any) -> Any:
     """The class to build: given, chosen by an Auto class, or named by the configuration.
 
-    A configuration that names none, as one that was never saved with a model, is a language model's where its kind has one.
+    A configuration that names none, as one that was never saved with a model, is a language model's where its kind has
+    one.
     """
     import transformers
 
@@ -57,4 +60,6 @@ def model_class_of(model_class: Any, config: Any) -> Any:
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM):
         if name is None and type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
-    raise UnsupportedError(f"the configuration names the architecture {name!r}, which transformers does not have: pass model_class=")
+    raise UnsupportedError(
+        f"the configuration names the architecture {name!r}, which transformers does not have: pass model_class="
+    )

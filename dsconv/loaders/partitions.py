@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dsconv.checkpoint.filling import Slot
+from dsconv.checkpoint.transfer.fill import Slot
 from dsconv.loaders.memory import slot_of
 from dsconv.loaders.swapping import move_to_nvme
 
@@ -55,7 +55,9 @@ def held_numel(param: Any) -> int:
 
 
 def partition_slots(param: Any) -> Iterator[Slot]:
-    """The slots of a ZeRO-3 parameter on this rank: its partition and, with hpZ, the secondary one; padding becomes zero."""
+    """The slots of a ZeRO-3 parameter on this rank: its partition and, with hpZ, the secondary one; padding becomes
+    zero.
+    """
     shape = tuple(param.ds_shape)
     start = param.ds_zero_partition_rank * param.ds_tensor.ds_numel
     parts = [(param.ds_tensor, start)]

@@ -14,7 +14,9 @@ SHOWN = 10
 
 @dataclass
 class LoadReport:
-    """``bytes_read`` is what this rank read; ``missing`` were initialised as transformers does, ``computed`` read in full."""
+    """``bytes_read`` is what this rank read; ``missing`` were initialised as transformers does, ``computed`` read in
+    full.
+    """
 
     source: str
     format: str
@@ -56,11 +58,15 @@ def check_strict(matched: Matched, missing: Iterable[str], unexpected: Iterable[
     """Raise InconsistentCheckpointError, with the names, where the checkpoint is not the model's."""
     problems = []
     if matched.mismatched:
-        shapes = [f"{name} is {list(a)}, the model has {list(b)}" for name, (a, b) in sorted(matched.mismatched.items())]
+        shapes = [
+            f"{name} is {list(a)}, the model has {list(b)}" for name, (a, b) in sorted(matched.mismatched.items())
+        ]
         problems.append(f"{len(shapes)} tensors have another shape: {_some(shapes)}")
     for what, names in (("the model has", sorted(missing)), ("the checkpoint has", sorted(unexpected))):
         if names:
             other = "the checkpoint lacks" if what == "the model has" else "the model lacks"
             problems.append(f"{len(names)} tensors that {what} and {other}: {_some(names)}")
     if problems:
-        raise InconsistentCheckpointError(f"{where} does not fit the model: {'; '.join(problems)}. strict=False loads what fits")
+        raise InconsistentCheckpointError(
+            f"{where} does not fit the model: {'; '.join(problems)}. strict=False loads what fits"
+        )

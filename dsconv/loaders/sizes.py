@@ -1,4 +1,6 @@
-"""The sizes of a model's parameters, from its configuration: the model is built on the meta device, and no weight is read."""
+"""The sizes of a model's parameters, from its configuration: the model is built on the meta device, and no weight is
+read.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint import hub
+from dsconv.checkpoint.storage import hub
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 from dsconv.loaders.models import model_class_of
 from dsconv.zero_utils.activations import Decoder
@@ -15,10 +17,11 @@ from dsconv.zero_utils.memory import ModelSizes
 
 
 def model_sizes(source: str, revision: str | None = None) -> ModelSizes:
-    """The sizes of ``source``: a config.json, a folder that has one (or whose parent has), or the id of a model on the Hub.
+    """The sizes of ``source``: a config.json, a folder that has one (or whose parent has), or the id of a model on the
+    Hub.
 
-    Of the Hub only the config.json is downloaded. Raises CheckpointNotFoundError, UnsupportedError (an architecture that
-    transformers does not have, a configuration that it cannot build) and RemoteError.
+    Of the Hub only the config.json is downloaded. Raises CheckpointNotFoundError, UnsupportedError (an architecture
+    that transformers does not have, a configuration that it cannot build) and RemoteError.
     """
     try:
         from transformers import AutoConfig
@@ -35,15 +38,18 @@ def model_sizes(source: str, revision: str | None = None) -> ModelSizes:
         raise UnsupportedError(f"{path}: {error}") from None
     except Exception as error:  # noqa: BLE001 - whatever a configuration makes of transformers
         said = " ".join(str(error).split())[:300]
-        raise UnsupportedError(f"{path}: transformers cannot build a model of this configuration: {type(error).__name__}: {said}") from None
+        raise UnsupportedError(
+            f"{path}: transformers cannot build a model of this configuration: {type(error).__name__}: {said}"
+        ) from None
     return sizes_of(model, source)
 
 
 def sizes_of(model: Any, name: str) -> ModelSizes:
     """The sizes of a transformers model.
 
-    AutoTP (DeepSpeed 0.19.8 ``module_inject/auto_tp.py``) cuts matrices of linear layers, the output head's among them, and an
-    embedding only where it is tied to the head. The few biases that it cuts are taken for whole, and every cut for even.
+    AutoTP (DeepSpeed 0.19.8 ``module_inject/auto_tp.py``) cuts matrices of linear layers, the output head's among them,
+    and an embedding only where it is tied to the head. The few biases that it cuts are taken for whole, and every cut
+    for even.
     """
     cut = {id(p) for m in model.modules() if not isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)}
     parameters = tuple((p.numel(), p.dim() > 1 and id(p) in cut) for p in model.parameters())
@@ -88,11 +94,15 @@ def _config_path(source: str, revision: str | None) -> Path:
     path = Path(source)
     if path.is_file():
         if path.suffix != ".json":
-            raise UnsupportedError(f"{path}: not a configuration: give a config.json, the folder that holds it, or a Hub id")
+            raise UnsupportedError(
+                f"{path}: not a configuration: give a config.json, the folder that holds it, or a Hub id"
+            )
         return path
     if not path.is_dir():
         raise CheckpointNotFoundError(f"{path}: no such file or folder")
     for folder in (path, path.absolute().parent):
         if (folder / "config.json").is_file():
             return folder / "config.json"
-    raise CheckpointNotFoundError(f"{path}: no config.json there or in the parent, and the model's sizes follow from it")
+    raise CheckpointNotFoundError(
+        f"{path}: no config.json there or in the parent, and the model's sizes follow from it"
+    )

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.copy import CASTABLE
-from dsconv.checkpoint.dtypes import BY_NAME
-from dsconv.checkpoint.filling import Filling, Patch, Reads, Slot, reads_of
+from dsconv.checkpoint.map.dtypes import BY_NAME
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.reading import tensor_bytes
-from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.checkpoint.transfer.copy import CASTABLE
+from dsconv.checkpoint.transfer.fill import Filling, Patch, Reads, Slot, reads_of
+from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.mapping import Computed, Matched, full_shape, match
@@ -42,8 +42,9 @@ def stream_into(
     Parameters may be plain, ZeRO-3 partitions (``zero.Init``), or DTensors of any placements but Partial; buffers are
     filled too. Where ``model`` is a DeepSpeed engine, or the model of one, the optimizer's fp32 masters are filled from
     the checkpoint as well, at their own precision. Every rank that holds a part of the model must call it. With
-    ``strict`` a tensor that is missing, unexpected or of another shape raises InconsistentCheckpointError before anything
-    is changed; without, what fits is loaded. Raises UnsupportedError, RankFailedError, and what ``open_checkpoint`` raises.
+    ``strict`` a tensor that is missing, unexpected or of another shape raises InconsistentCheckpointError before
+    anything is changed; without, what fits is loaded. Raises UnsupportedError, RankFailedError, and what
+    ``open_checkpoint`` raises.
     """
     began = time.monotonic()
     model = _unwrapped(model)
@@ -87,7 +88,11 @@ def fill_model(
     elif matched.mismatched and not ignore_mismatched_sizes:
         check_strict(matched, (), (), str(checkpoint.path))
     report = LoadReport(
-        str(checkpoint.path), checkpoint.format, missing=sorted(missing), unexpected=sorted(unexpected), mismatched=matched.mismatched
+        str(checkpoint.path),
+        checkpoint.format,
+        missing=sorted(missing),
+        unexpected=sorted(unexpected),
+        mismatched=matched.mismatched,
     )
     report.warnings += checkpoint.warnings
     jobs: list[Reads] = []
@@ -112,12 +117,21 @@ def fill_model(
         jobs += [job for slot in slots for job in reads_of(made_of, slot)]
         if is_swapped(tensor):
             swapped.append((tensor, made_of))
-    total = sum(job.nbytes for job in jobs) + sum(held_numel(tensor) * made_of[0].entry.dtype.itemsize for tensor, made_of in swapped)
+    total = sum(job.nbytes for job in jobs) + sum(
+        held_numel(tensor) * made_of[0].entry.dtype.itemsize for tensor, made_of in swapped
+    )
     filling = Filling(workers, _counter(progress, total), block_maker(devices))
     filling.run(jobs)
     for batch in batches(swapped):
         with in_buffers([tensor for tensor, _ in batch]):
-            filling.run([job for tensor, made_of in batch for slot in partition_slots(tensor) for job in reads_of(made_of, slot)])
+            filling.run(
+                [
+                    job
+                    for tensor, made_of in batch
+                    for slot in partition_slots(tensor)
+                    for job in reads_of(made_of, slot)
+                ]
+            )
     report.bytes_read, report.overflowed = filling.bytes_read, filling.overflowed
     for group, parts in computed.values():  # one at a time: each holds whole tensors
         values = group.values()
@@ -135,15 +149,23 @@ def fill_model(
     return report
 
 
-def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], devices: set[str]) -> Iterator[Slot]:
-    """What of a tensor of the model is in this rank's memory; ``copies`` gains (target, its contiguous stand-in) where one is needed."""
+def _slots(
+    name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], devices: set[str]
+) -> Iterator[Slot]:
+    """What of a tensor of the model is in this rank's memory; ``copies`` gains (target, its contiguous stand-in)
+    where one is needed.
+    """
     if hasattr(tensor, "ds_tensor"):
         if hasattr(tensor.ds_tensor, "ds_quant_scale"):
-            raise UnsupportedError(f"{name} has a quantized partition (zero_quantized_nontrainable_weights), which is not made here")
+            raise UnsupportedError(
+                f"{name} has a quantized partition (zero_quantized_nontrainable_weights), which is not made here"
+            )
         if not is_swapped(tensor):
             devices.add(tensor.ds_tensor.device.type)
             yield from partition_slots(tensor)
-        if tensor.ds_status.name == "AVAILABLE":  # gathered, as persistent parameters stay after a step: this is the copy in use
+        if (
+            tensor.ds_status.name == "AVAILABLE"
+        ):  # gathered, as persistent parameters stay after a step: this is the copy in use
             devices.add(tensor.device.type)
             yield slot_of(tensor.detach(), full_shape(tensor))
         yield from master_slots(name, tensor)
@@ -154,7 +176,9 @@ def _slots(name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, tor
 
         local, region = tensor.to_local().detach(), region_of(tensor, name)
     if local.device.type == "meta":
-        raise UnsupportedError(f"{name} is on the meta device: give the model memory first, with model.to_empty(device=…)")
+        raise UnsupportedError(
+            f"{name} is on the meta device: give the model memory first, with model.to_empty(device=…)"
+        )
     devices.add(local.device.type)
     yield from master_slots(name, tensor)
     if not local.is_contiguous():
@@ -171,7 +195,8 @@ def _check_cast(name: str, dtype: torch.dtype, made_of: tuple[Patch, ...] | Comp
         if stored == wanted or {stored.name, wanted.name} <= CASTABLE or not (stored.floating or wanted.floating):
             continue
         raise UnsupportedError(
-            f"{name} is {wanted} in the model, and {entry.name} is stored as {stored}: quantized weights are neither made nor unpacked here"
+            f"{name} is {wanted} in the model, and {entry.name} is stored as {stored}: quantized weights are neither"
+            " made nor unpacked here"
         )
 
 
@@ -201,7 +226,9 @@ def _counter(progress: Callable[[str, int, int], None] | None, total: int) -> Ca
 
 
 def _adjusted(model: Any, matched: Matched) -> tuple[set[str], set[str]]:
-    """What is really missing and unexpected: not what is tied to something that is there, nor what transformers ignores."""
+    """What is really missing and unexpected: not what is tied to something that is there, nor what transformers
+    ignores.
+    """
     tensors = model.state_dict(keep_vars=True)
     there = {id(tensor) for name, tensor in tensors.items() if name in matched.sources}
     missing = {name for name in matched.missing if id(tensors[name]) not in there}
@@ -217,13 +244,21 @@ def _info(missing: set[str], unexpected: set[str]) -> Any:
     from transformers.modeling_utils import LoadStateDictInfo
 
     return LoadStateDictInfo(
-        missing_keys=set(missing), unexpected_keys=set(unexpected), mismatched_keys=set(), error_msgs=[], conversion_errors={},
+        missing_keys=set(missing),
+        unexpected_keys=set(unexpected),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
         skipped_pp_keys=set(),
-    )  # fmt: skip
+    )
 
 
-def finish_transformers(model: Any, matched: Matched, folder: Path | None, device_map: dict[str, Any] | None = None) -> None:
-    """What ``from_pretrained`` does after the weights (5.24 ``_finalize_model_loading``): missing weights, ties, generation."""
+def finish_transformers(
+    model: Any, matched: Matched, folder: Path | None, device_map: dict[str, Any] | None = None
+) -> None:
+    """What ``from_pretrained`` does after the weights (5.24 ``_finalize_model_loading``): missing weights, ties,
+    generation.
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in matched.sources:
             tensor._is_hf_initialized = True

@@ -1,8 +1,8 @@
 """Partitions that ``offload_param`` keeps on NVMe: filled in the swapper's own buffers and written out by DeepSpeed.
 
 DeepSpeed 0.19.8 ``runtime/swap_tensor/partitioned_param_swapper.py``. A rank's swapper has ``buffer_count`` buffers of
-``buffer_size`` elements; that is the memory a load takes, whatever the size of the model. Its writes say nothing of a disk
-that is full: space is reserved before, and files are measured after.
+``buffer_size`` elements; that is the memory a load takes, whatever the size of the model. Its writes say nothing of a
+disk that is full: space is reserved before, and files are measured after.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dsconv.errors import OutputError, UnsupportedError
 
 
 def check_nvme(nvme_path: str) -> None:
-    """Raise OutputError where the folder cannot be made, UnsupportedError where DeepSpeed's async_io op cannot be loaded.
+    """Raise OutputError where the folder cannot be made, UnsupportedError where DeepSpeed's async_io op cannot be
+    loaded.
 
     The op is compiled when it is first used, for minutes.
     """
@@ -33,8 +34,9 @@ def check_nvme(nvme_path: str) -> None:
         AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # noqa: BLE001 - the compiler's, the linker's and the loader's are of many kinds
         raise UnsupportedError(
-            "offload_param to nvme needs DeepSpeed's async_io op, which cannot be loaded here: install libaio with its headers "
-            f"(Debian, Ubuntu: libaio-dev; RHEL: libaio-devel), ninja and a C++ compiler, or use device cpu. DeepSpeed says: {error}"
+            "offload_param to nvme needs DeepSpeed's async_io op, which cannot be loaded here: install libaio with its"
+            " headers (Debian, Ubuntu: libaio-dev; RHEL: libaio-devel), ninja and a C++ compiler, or use device cpu."
+            f" DeepSpeed says: {error}"
         ) from None
 
 
@@ -48,8 +50,8 @@ def move_to_nvme(param: Any) -> None:
     swapper, numel = param.nvme_swapper, param.ds_tensor.ds_numel
     if numel > swapper.elements_per_buffer:
         raise UnsupportedError(
-            f"a partition of a parameter of shape {list(param.ds_shape)} has {numel} elements, which a buffer of offload_param "
-            f"cannot hold: set its buffer_size ({swapper.elements_per_buffer}) to {numel} or more"
+            f"a partition of a parameter of shape {list(param.ds_shape)} has {numel} elements, which a buffer of"
+            f" offload_param cannot hold: set its buffer_size ({swapper.elements_per_buffer}) to {numel} or more"
         )
     nbytes = _file_bytes(param)
     try:
@@ -57,7 +59,8 @@ def move_to_nvme(param: Any) -> None:
             os.posix_fallocate(file.fileno(), 0, nbytes)
     except OSError as error:
         raise OutputError(
-            f"{swapper.swap_folder}: no room for a partition of {nbytes} bytes at offload_param's nvme_path: {error.strerror}"
+            f"{swapper.swap_folder}: no room for a partition of {nbytes} bytes at offload_param's nvme_path:"
+            f" {error.strerror}"
         ) from None
     swapper.param_id_to_numel[param.ds_id] = numel
     param.ds_tensor.final_location = OffloadDeviceEnum.nvme
@@ -71,12 +74,16 @@ def _file_bytes(param: Any) -> int:
 
 def is_swapped(tensor: Any) -> bool:
     """Whether a tensor of a model is a ZeRO-3 parameter whose partition's place is on NVMe."""
-    return getattr(tensor, "ds_tensor", None) is not None and getattr(tensor.ds_tensor, "final_location", None) == "nvme"
+    return (
+        getattr(tensor, "ds_tensor", None) is not None and getattr(tensor.ds_tensor, "final_location", None) == "nvme"
+    )
 
 
 @contextmanager
 def in_buffers(params: Sequence[Any]) -> Iterator[None]:
-    """Partitions on NVMe are buffers of the swapper in here; what these then hold is written to NVMe. Raises OutputError."""
+    """Partitions on NVMe are buffers of the swapper in here; what these then hold is written to NVMe. Raises
+    OutputError.
+    """
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
     swapper = params[0].nvme_swapper

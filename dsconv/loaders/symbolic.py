@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.filling import Patch, whole
-from dsconv.checkpoint.tensormap import TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.transfer.fill import Patch, whole
 
 
 class NotBoxes(Exception):
@@ -69,7 +69,9 @@ class Unread:
             if low < high:
                 own = patch.dims[dim]
                 source = tuple(s + (low - patch.at[dim]) * (k == own) for k, s in enumerate(patch.source))
-                yield replace(patch, source=source, at=_set(patch.at, dim, low - start), sizes=_set(patch.sizes, dim, high - low))
+                yield replace(
+                    patch, source=source, at=_set(patch.at, dim, low - start), sizes=_set(patch.sizes, dim, high - low)
+                )
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Unread, ...]:
         size = self.shape[dim]
@@ -88,14 +90,17 @@ class Unread:
         dim = dim % self.ndim
         if self.shape[dim] != 1:
             return self
-        patches = [replace(p, at=_drop(p.at, dim), sizes=_drop(p.sizes, dim), dims=_drop(p.dims, dim)) for p in self.patches]
+        patches = [
+            replace(p, at=_drop(p.at, dim), sizes=_drop(p.sizes, dim), dims=_drop(p.dims, dim)) for p in self.patches
+        ]
         return Unread(_drop(self.shape, dim), patches)
 
     def unsqueeze(self, dim: int) -> Unread:
         dim = dim % (self.ndim + 1)
         patches = [
-            replace(p, at=_put(p.at, dim, 0), sizes=_put(p.sizes, dim, 1), dims=_put(p.dims, dim, None)) for p in self.patches
-        ]  # fmt: skip
+            replace(p, at=_put(p.at, dim, 0), sizes=_put(p.sizes, dim, 1), dims=_put(p.dims, dim, None))
+            for p in self.patches
+        ]
         return Unread(_put(self.shape, dim, 1), patches)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
@@ -71,7 +71,13 @@ def load_tp(
         leave_out_ties(model, matched)
         _give_memory(model, matched.sources, plan, device)
         report = fill_model(
-            model, checkpoint, matched, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, workers=workers, progress=progress
+            model,
+            checkpoint,
+            matched,
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            workers=workers,
+            progress=progress,
         )
     finish_transformers(model, matched, folder, {"": device})
     report.seconds = time.monotonic() - began
@@ -93,12 +99,16 @@ def _tp_dim(device_mesh: Any) -> int:
     if "tp" in names:
         return int(names.index("tp"))
     if device_mesh.ndim != 1:
-        raise UnsupportedError(f"device_mesh has {device_mesh.ndim} dimensions and none named 'tp': name it with mesh_dim_names")
+        raise UnsupportedError(
+            f"device_mesh has {device_mesh.ndim} dimensions and none named 'tp': name it with mesh_dim_names"
+        )
     return 0
 
 
 def _mesh_manager(kind: Any, settings: Any, device_mesh: Any) -> Any:
-    """transformers' own meshes (5.24 ``distributed/utils.py``): those it makes, or the caller's, seen as it sees its own."""
+    """transformers' own meshes (5.24 ``distributed/utils.py``): those it makes, or the caller's, seen as it sees its
+    own.
+    """
     from torch.distributed.device_mesh import DeviceMesh
     from transformers.distributed.utils import TransformersDeviceMesh
 
@@ -107,7 +117,9 @@ def _mesh_manager(kind: Any, settings: Any, device_mesh: Any) -> Any:
     ranks = device_mesh.mesh.movedim(_tp_dim(device_mesh), -1)
     ranks = ranks.reshape(1, -1, 1, ranks.shape[-1])
     dense = DeviceMesh(device_mesh.device_type, ranks, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
-    return TransformersDeviceMesh(dense, DeviceMesh(device_mesh.device_type, ranks, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")))
+    return TransformersDeviceMesh(
+        dense, DeviceMesh(device_mesh.device_type, ranks, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
+    )
 
 
 def _dtype(dtype: Any, config: Any, checkpoint: Checkpoint) -> Any:
@@ -121,7 +133,9 @@ def _dtype(dtype: Any, config: Any, checkpoint: Checkpoint) -> Any:
 
 
 def _give_memory(model: Any, sources: dict[str, Any], plan: dict[str, Any], device: Any) -> None:
-    """Memory, in place of the meta device, for what will be filled: the rank's own shard, in the dtype the plan keeps it in."""
+    """Memory, in place of the meta device, for what will be filled: the rank's own shard, in the dtype the plan
+    keeps it in.
+    """
     import torch
     from transformers.core_model_loading import build_glob_alternation
     from transformers.distributed.sharding_utils import _dtensor_from_local_like

@@ -1,8 +1,9 @@
 """Weights straight into ZeRO-3 partitions: no full parameter is read, built or sent.
 
-Under ZeRO-3 a rank keeps ``ds_tensor``, elements [r × n, (r + 1) × n) of the flattened parameter, n = ceil(numel / world)
-(DeepSpeed 0.19.8 ``runtime/zero/partition_parameters.py`` ``_partition_param``): one range of the checkpoint's bytes.
-``deepspeed.zero.Init`` builds each parameter in full, broadcasts it and cuts it up; here it only gets its partition.
+Under ZeRO-3 a rank keeps ``ds_tensor``, elements [r × n, (r + 1) × n) of the flattened parameter, n = ceil(numel /
+world) (DeepSpeed 0.19.8 ``runtime/zero/partition_parameters.py`` ``_partition_param``): one range of the checkpoint's
+bytes. ``deepspeed.zero.Init`` builds each parameter in full, broadcasts it and cuts it up; here it only gets its
+partition.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.tensormap import Checkpoint
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
@@ -39,7 +40,8 @@ def load_zero3(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Any:
-    """A transformers model whose parameters are ZeRO-3 partitions, for ``deepspeed.initialize(model=model, config=ds_config)``.
+    """A transformers model whose parameters are ZeRO-3 partitions, for ``deepspeed.initialize(model=model,
+    config=ds_config)``.
 
     ``source`` is any checkpoint that ``open_checkpoint`` reads, with a ``config.json`` in its folder or the parent, or
     ``config``, a transformers configuration. ``model_class`` defaults to the architecture that the configuration names;
@@ -55,7 +57,8 @@ def load_zero3(
     settings = DSConfig.read(ds_config)
     if not settings.is_zero3:
         raise UnsupportedError(
-            f"{settings.source} says ZeRO stage {settings.stage}: load_zero3 needs stage 3; for others load with from_pretrained"
+            f"{settings.source} says ZeRO stage {settings.stage}: load_zero3 needs stage 3; for others load with"
+            " from_pretrained"
         )
     _refuse_quantizing(settings)
     with agreement("load_zero3"):
@@ -95,7 +98,9 @@ def _refuse_quantizing(settings: DSConfig) -> None:
     quantizing = {**settings.get("zero_optimization"), **(settings.get("weight_quantization") or {})}
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "quantized_initialization"):
         if quantizing.get(key):
-            raise UnsupportedError(f"ds_config sets {key}: load_zero3 does not quantize; switch it off, or load with from_pretrained")
+            raise UnsupportedError(
+                f"ds_config sets {key}: load_zero3 does not quantize; switch it off, or load with from_pretrained"
+            )
 
 
 def _check_offload(zero: dict[str, Any]) -> None:
@@ -103,7 +108,9 @@ def _check_offload(zero: dict[str, Any]) -> None:
     if (zero.get("offload_param") or {}).get("device") != "nvme":
         return
     if zero.get("zero_hpz_partition_size", 1) > 1:
-        raise UnsupportedError("zero_hpz_partition_size with offload_param to nvme: DeepSpeed has no secondary partitions there")
+        raise UnsupportedError(
+            "zero_hpz_partition_size with offload_param to nvme: DeepSpeed has no secondary partitions there"
+        )
     if not zero["offload_param"].get("nvme_path"):
         raise UnsupportedError("offload_param to nvme needs nvme_path, a folder on the disk")
     check_nvme(str(zero["offload_param"]["nvme_path"]))
@@ -124,7 +131,9 @@ def _hf_zero3(settings: DSConfig) -> Iterator[None]:
 
 
 def _build(kind: Any, config: Any, dtype: Any) -> Any:
-    """The model, as ``from_pretrained`` builds it (5.24 ``modeling_utils.py``), with partitions in place of parameters."""
+    """The model, as ``from_pretrained`` builds it (5.24 ``modeling_utils.py``), with partitions in place of
+    parameters.
+    """
     import copy
 
     import deepspeed
@@ -138,7 +147,8 @@ def _build(kind: Any, config: Any, dtype: Any) -> Any:
         for context in contexts:
             if isinstance(context, deepspeed.zero.Init):
                 context._zero_init_param = _partition_only(context)
-                # The parameters keep the Init: deepspeed.initialize converts with it what is added later, as adapters, with its values.
+                # The parameters keep the Init: deepspeed.initialize converts with it what is added later, as adapters,
+                # with its values.
                 stack.callback(delattr, context, "_zero_init_param")
             stack.enter_context(context)
         return kind(copy.deepcopy(config))

@@ -1,8 +1,8 @@
 """A DeepSpeed config, read once and never changed: what it says, what is wrong with it, and its "auto" values resolved.
 
-What transformers 5.24 ``HfDeepSpeedConfig`` and ``HfTrainerDeepSpeedConfig`` (``integrations/deepspeed.py``, accelerate 1.15
-``utils/deepspeed.py``) do, without their global state and without DeepSpeed installed. ``to_dict()`` is what those, the
-Trainer and ``deepspeed.initialize`` take.
+What transformers 5.24 ``HfDeepSpeedConfig`` and ``HfTrainerDeepSpeedConfig`` (``integrations/deepspeed.py``, accelerate
+1.15 ``utils/deepspeed.py``) do, without their global state and without DeepSpeed installed. ``to_dict()`` is what
+those, the Trainer and ``deepspeed.initialize`` take.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class DSConfig:
 
     @classmethod
     def read(cls, source: str | os.PathLike[str] | Mapping[str, Any] | DSConfig) -> DSConfig:
-        """The config that ``source`` is: a dict, which is copied, a path, JSON text, or base64 of JSON, as DeepSpeed takes them.
+        """The config that ``source`` is: a dict, which is copied, a path, JSON text, or base64 of JSON, as DeepSpeed
+        takes them.
 
         A file may be Hjson, as DeepSpeed's own reader allows, where the package hjson is installed. Raises
         CheckpointNotFoundError where there is no such file, and MalformedError for what is not an object of JSON.
@@ -62,7 +63,9 @@ class DSConfig:
         return copy.deepcopy(lookup(self._values, key, default))
 
     def to_dict(self) -> dict[str, Any]:
-        """A copy of the config, for ``HfDeepSpeedConfig``, ``TrainingArguments(deepspeed=…)`` or ``deepspeed.initialize``."""
+        """A copy of the config, for ``HfDeepSpeedConfig``, ``TrainingArguments(deepspeed=…)`` or
+        ``deepspeed.initialize``.
+        """
         return copy.deepcopy(self._values)
 
     @property
@@ -71,7 +74,8 @@ class DSConfig:
         stage = config_lint.stage_of(self._values)
         if stage is None:
             raise MalformedError(
-                f"{self.source}: zero_optimization.stage is {self.get('zero_optimization.stage')!r}; expected 0, 1, 2 or 3, as a number"
+                f"{self.source}: zero_optimization.stage is {self.get('zero_optimization.stage')!r}; expected 0, 1, 2"
+                " or 3, as a number"
             )
         return stage
 
@@ -89,11 +93,14 @@ class DSConfig:
 
     @property
     def is_offload(self) -> bool:
-        """Whether optimizer or parameters are offloaded to the CPU or NVMe, at stage 2 or 3, as ``HfDeepSpeedConfig`` tells it.
+        """Whether optimizer or parameters are offloaded to the CPU or NVMe, at stage 2 or 3, as ``HfDeepSpeedConfig``
+        tells it.
 
         DeepSpeed offloads the optimizer at stage 1 too, which transformers does not count.
         """
-        devices = [lookup(self._values, f"zero_optimization.{name}.device") for name in ("offload_optimizer", "offload_param")]
+        devices = [
+            lookup(self._values, f"zero_optimization.{name}.device") for name in ("offload_optimizer", "offload_param")
+        ]
         return self.stage in (2, 3) and any(device in ("cpu", "nvme") for device in devices)
 
     @property
@@ -107,7 +114,9 @@ class DSConfig:
                 continue
             enabled = lookup(self._values, f"{section}.enabled")
             if enabled == "auto":
-                raise MalformedError(f'{self.source}: {section}.enabled is "auto"; resolve the config to know its dtype')
+                raise MalformedError(
+                    f'{self.source}: {section}.enabled is "auto"; resolve the config to know its dtype'
+                )
             if enabled:
                 return dtype
         return "float32"
@@ -118,7 +127,9 @@ class DSConfig:
         return config_auto.autos(self._values)
 
     def lint(self, world_size: int | None = None) -> list[Finding]:
-        """What is wrong with the config, errors first (see ``config_lint``); with ``world_size`` processes where that is known."""
+        """What is wrong with the config, errors first (see ``config_lint``); with ``world_size`` processes where
+        that is known.
+        """
         found = [*self._read_findings, *config_lint.lint(self._values, world_size)]
         return sorted(found, key=lambda finding: config_lint.SEVERITIES.index(finding.severity))
 
@@ -176,7 +187,9 @@ def _text_of(source: str | os.PathLike[str]) -> tuple[str, str]:
         if decoded.lstrip().startswith("{"):
             return "ds_config", decoded
     shown = text if len(text) <= SHOWN_SOURCE else f"{text[: SHOWN_SOURCE - 1]}…"
-    raise CheckpointNotFoundError(f"{shown}: no such file, and neither JSON nor base64 of JSON; expected a DeepSpeed config")
+    raise CheckpointNotFoundError(
+        f"{shown}: no such file, and neither JSON nor base64 of JSON; expected a DeepSpeed config"
+    )
 
 
 def _parse(name: str, text: str) -> tuple[Any, list[Finding]]:
@@ -193,7 +206,9 @@ def _parse(name: str, text: str) -> tuple[Any, list[Finding]]:
     except (ValueError, RecursionError) as error:
         values = _parse_hjson(name, text, pairs, error)
         fix = "Take the comments and loose commas out."
-        findings.append(Finding("warning", "", "It is Hjson: DeepSpeed reads that, transformers and accelerate do not.", fix))
+        findings.append(
+            Finding("warning", "", "It is Hjson: DeepSpeed reads that, transformers and accelerate do not.", fix)
+        )
     for key in repeated:
         message = "It is written twice: DeepSpeed refuses that in a file, and others take the last."
         findings.insert(0, Finding("error", key, message, "Take one of them out."))
@@ -206,7 +221,9 @@ def _parse_hjson(name: str, text: str, pairs: Any, error: Exception) -> Any:
     try:
         import hjson
     except ImportError:
-        raise MalformedError(f"{name}: the DeepSpeed config is not JSON: {error} (for Hjson: pip install hjson)") from None
+        raise MalformedError(
+            f"{name}: the DeepSpeed config is not JSON: {error} (for Hjson: pip install hjson)"
+        ) from None
     try:
         return hjson.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError):

@@ -1,4 +1,5 @@
-"""What transformers' Trainer writes in place of ``"auto"`` in a DeepSpeed config, and which values it requires to agree.
+"""What transformers' Trainer writes in place of ``"auto"`` in a DeepSpeed config, and which values it requires to
+agree.
 
 The rules of transformers 5.24 ``integrations/deepspeed.py``, ``HfTrainerDeepSpeedConfig.trainer_config_process`` and
 ``trainer_config_finalize``, as a function of plain values: nothing is read from, or left in, the process.
@@ -16,12 +17,13 @@ from dsconv.zero_utils.config_keys import lookup
 
 @dataclass(frozen=True)
 class TrainingValues:
-    """What "auto" may become; the names are those of ``TrainingArguments``. None: not known, so "auto" stays and nothing is compared.
+    """What "auto" may become; the names are those of ``TrainingArguments``. None: not known, so "auto" stays and
+    nothing is compared.
 
-    ``world_size`` counts processes; batch sizes count samples; ``learning_rate`` and the Adam values are as torch has them;
-    ``hidden_size`` is of the model (see ``hidden_size_of``); ``warmup_steps`` may be a share below 1 of
-    ``num_training_steps``. ``bf16`` and ``fp16`` are for training or full evaluation. ``auto_find_batch_size``: the Trainer is
-    searching a batch size, so those of the config need not agree.
+    ``world_size`` counts processes; batch sizes count samples; ``learning_rate`` and the Adam values are as torch has
+    them; ``hidden_size`` is of the model (see ``hidden_size_of``); ``warmup_steps`` may be a share below 1 of
+    ``num_training_steps``. ``bf16`` and ``fp16`` are for training or full evaluation. ``auto_find_batch_size``: the
+    Trainer is searching a batch size, so those of the config need not agree.
     """
 
     world_size: int | None = None
@@ -82,7 +84,9 @@ class TrainingValues:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A value of the config that is not the one given: the config's key, the config's value, what was given and by which name."""
+    """A value of the config that is not the one given: the config's key, the config's value, what was given and by
+    which name.
+    """
 
     key: str
     found: Any
@@ -94,9 +98,11 @@ class Mismatch:
 
 
 def fill(config: dict[str, Any], values: TrainingValues) -> list[Mismatch]:
-    """Put ``values`` in place of "auto" in ``config``, which is changed; the values of the config that disagree with them.
+    """Put ``values`` in place of "auto" in ``config``, which is changed; the values of the config that disagree with
+    them.
 
-    As the Trainer does: only keys that are there are filled or compared, and the sizes of stage 3 are filled at stage 3 only.
+    As the Trainer does: only keys that are there are filled or compared, and the sizes of stage 3 are filled at stage 3
+    only.
     """
     mismatches = []
     for key, value, argument, must_match in _rules(values, lookup(config, "zero_optimization.stage") == 3):
@@ -114,7 +120,9 @@ def fill(config: dict[str, Any], values: TrainingValues) -> list[Mismatch]:
 
 
 def _rules(values: TrainingValues, stage3: bool) -> Iterator[tuple[str, Any, str, bool]]:
-    """(key, the value that "auto" becomes, None where it is not known, the argument that gives it, whether they must agree)."""
+    """(key, the value that "auto" becomes, None where it is not known, the argument that gives it, whether they must
+    agree).
+    """
     batch = not values.auto_find_batch_size
     yield "train_micro_batch_size_per_gpu", values.per_device_train_batch_size, "per_device_train_batch_size", batch
     yield "gradient_accumulation_steps", values.gradient_accumulation_steps, "gradient_accumulation_steps", True

@@ -1,8 +1,9 @@
-"""The keys that a DeepSpeed config may have, by section: DeepSpeed 0.19.8, and the ``"auto"`` that transformers 5.24 fills.
+"""The keys that a DeepSpeed config may have, by section: DeepSpeed 0.19.8, and the ``"auto"`` that transformers 5.24
+fills.
 
-``tests/zero_utils/test_config_keys.py`` compares these tables with the DeepSpeed that is installed, so they do not rot. A
-section's name is its dotted path, ``""`` the top level. What is below a section that is not listed (``optimizer.params``,
-``tensor_parallel.partition_config``, …) is free: its keys are of somebody else's function.
+``tests/zero_utils/test_config_keys.py`` compares these tables with the DeepSpeed that is installed, so they do not rot.
+A section's name is its dotted path, ``""`` the top level. What is below a section that is not listed
+(``optimizer.params``, ``tensor_parallel.partition_config``, …) is free: its keys are of somebody else's function.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 class Section:
     """The keys that a section has, the upstream file that reads it, and whether DeepSpeed refuses any other key.
 
-    ``strict`` sections are pydantic models with ``extra="forbid"`` (``runtime/config_utils.py``); in others a key that nothing
-    reads is ignored in silence.
+    ``strict`` sections are pydantic models with ``extra="forbid"`` (``runtime/config_utils.py``); in others a key that
+    nothing reads is ignored in silence.
     """
 
     source: str
@@ -192,22 +193,28 @@ SECTIONS: dict[str, Section] = {
 SECTIONS["bfloat16"] = SECTIONS["bf16"]  # the old name, read where there is no bf16 (runtime/precision_config.py)
 SECTIONS["tensor_parallel.tensor_parallel"] = SECTIONS["tensor_parallel.tp"]
 
-# What 0.19.8 refuses with "has been removed" (runtime/config.py _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS),
-# and what to use instead.
+# What 0.19.8 refuses with "has been removed" (runtime/config.py _REMOVED_TOP_LEVEL_CONFIG_KEYS,
+# _REMOVED_ZERO_CONFIG_KEYS), and what to use instead.
 REMOVED = {
     "nebula": "Take it out: checkpoints are written by torch.save; checkpoint.writer has the faster writers.",
-    "compression_training": "Take it out; quantize with a library of its own, such as torchao, before or after the training.",
+    "compression_training": (
+        "Take it out; quantize with a library of its own, such as torchao, before or after the training."
+    ),
     "amp": 'Use "bf16": {"enabled": true}, "fp16": {"enabled": true} or "torch_autocast".',
     "quantize_training": "Take it out; quantize with a library of its own, such as torchao.",
     "sparse_gradients": "Take it out: gradients of torch.nn.Embedding(sparse=True) are reduced sparsely without a key.",
     "eigenvalue": "Take it out: it served quantize_training, which is gone too.",
     "sparse_attention": "Take it out; choose a sparse or flash attention in the model, such as attn_implementation=.",
-    "elasticity": "Set train_batch_size, train_micro_batch_size_per_gpu and gradient_accumulation_steps; to resume on another "
-    "number of ranks: dsconv to-universal and checkpoint.load_universal.",
+    "elasticity": (
+        "Set train_batch_size, train_micro_batch_size_per_gpu and gradient_accumulation_steps; to resume on another "
+        "number of ranks: dsconv to-universal and checkpoint.load_universal."
+    ),
     "graph_harvesting": 'Take it out; "compile": {"deepcompile": true} is what compiles a training step now.',
     "curriculum_learning": "Move it to data_efficiency.data_sampling.curriculum_learning.",
     "progressive_layer_drop": "Take it out: nothing took its place.",
-    "zero_optimization.mics_shard_size": "Use zero_optimization.zero_hpz_partition_size: the ranks of a node keep a second partition.",
+    "zero_optimization.mics_shard_size": (
+        "Use zero_optimization.zero_hpz_partition_size: the ranks of a node keep a second partition."
+    ),
     "zero_optimization.mics_hierarchical_params_gather": "Take it out; see zero_optimization.zero_hpz_partition_size.",
     "zero_optimization.zeropp_loco_param": "Take it out: zero_quantized_gradients works without error feedback.",
 }
@@ -228,8 +235,8 @@ RENAMED = {
     "fp32_allreduce": 'communication_data_type: "fp32"',
 }
 
-# Keys that are read at stage 3 only (runtime/engine.py _configure_zero_optimizer, runtime/zero/partition_parameters.py), and
-# at stages 1 and 2 only.
+# Keys that are read at stage 3 only (runtime/engine.py _configure_zero_optimizer,
+# runtime/zero/partition_parameters.py), and at stages 1 and 2 only.
 ONLY_STAGE3 = _words(
     f"""{" ".join(STAGE3)} {" ".join(f"stage3_{key}" for key in STAGE3)} stage3_gather_fp16_weights_on_model_save sub_group_size
     zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
@@ -237,11 +244,13 @@ ONLY_STAGE3 = _words(
     save_muon_momentum_buffer_in_memory leaf_module"""
 )
 ONLY_STAGES_1_2 = _words(
-    "round_robin_gradients parameter_alignment ignore_unused_parameters use_multi_rank_bucket_allreduce allgather_bucket_size"
+    "round_robin_gradients parameter_alignment ignore_unused_parameters use_multi_rank_bucket_allreduce"
+    " allgather_bucket_size"
 )
 
 _DTYPE_NAMES = _words("fp32 float32 float torch.float32 fp16 float16 half torch.float16 bf16 bfloat16 torch.bfloat16")
-# Keys that take one of a few values (case aside where DeepSpeed folds it: runtime/config.py, model_checkpointing/config.py).
+# Keys that take one of a few values (case aside where DeepSpeed folds it: runtime/config.py,
+# model_checkpointing/config.py).
 CHOICES: dict[str, tuple[str, ...]] = {
     "communication_data_type": ("fp32", "fp16", "bf16"),
     "seq_parallel_communication_data_type": ("fp32", "fp16", "bf16"),
@@ -254,14 +263,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scheduler.type": ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"),
 }
 
-# runtime/config.py DEEPSPEED_OPTIMIZERS, in any case of letters; the classes of torch.optim, as they are spelt there; and of
-# both, those that ZeRO takes without zero_allow_untested_optimizer (runtime/zero/utils.py ZERO_SUPPORTED_OPTIMIZERS).
+# runtime/config.py DEEPSPEED_OPTIMIZERS, in any case of letters; the classes of torch.optim, as they are spelt there;
+# and of both, those that ZeRO takes without zero_allow_untested_optimizer (runtime/zero/utils.py
+# ZERO_SUPPORTED_OPTIMIZERS).
 DEEPSPEED_OPTIMIZERS = _words("adagrad adam adamw lamb lion muadam muadamw musgd muon")
-TORCH_OPTIMIZERS = _words("ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax LBFGS Muon NAdam RAdam RMSprop Rprop SGD SparseAdam")
+TORCH_OPTIMIZERS = _words(
+    "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax LBFGS Muon NAdam RAdam RMSprop Rprop SGD SparseAdam"
+)
 ZERO_OPTIMIZERS = _words("adagrad adam adamw lion muon")
 REMOVED_OPTIMIZERS = _words("onebitadam zerooneadam onebitlamb")
 
-# The arguments of the schedulers (runtime/lr_schedules.py); the last step is the engine's own. Those without a default: needed.
+# The arguments of the schedulers (runtime/lr_schedules.py); the last step is the engine's own. Those without a default:
+# needed.
 _WARMUP = "warmup_num_steps warmup_type last_batch_iteration "
 SCHEDULER_PARAMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     name: (frozenset(keys.split()), frozenset(needed.split()))

@@ -1,7 +1,7 @@
 """What is wrong with a DeepSpeed config, found without DeepSpeed; rules of DeepSpeed 0.19.8.
 
-Severities: ``error``, DeepSpeed refuses the config or cannot do what it says; ``warning``, it runs, and a key has no effect or
-not the one that it seems to have; ``info``, worth knowing. ``docs/config.md`` lists the rules.
+Severities: ``error``, DeepSpeed refuses the config or cannot do what it says; ``warning``, it runs, and a key has no
+effect or not the one that it seems to have; ``info``, worth knowing. ``docs/config.md`` lists the rules.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 ZERO = "zero_optimization"
 MAX_KEY_LENGTH = 80  # of a key that another is looked for: twice the longest that there is
 TIMEOUT_FIX = (
-    "Take it out. What is read: deepspeed.init_distributed(timeout=timedelta(…)), the environment variable DEEPSPEED_TIMEOUT "
-    "(minutes, default 10), or TrainingArguments(ddp_timeout=…) (seconds, default 1800)."
+    "Take it out. What is read: deepspeed.init_distributed(timeout=timedelta(…)), the environment variable"
+    " DEEPSPEED_TIMEOUT (minutes, default 10), or TrainingArguments(ddp_timeout=…) (seconds, default 1800)."
 )
 
 
@@ -54,7 +54,9 @@ def _keys(config: Mapping[str, Any], section: str = "") -> Iterator[Finding]:
     for name, value in config.items():
         key = f"{section}.{name}" if section else str(name)
         if key in keys.REMOVED:
-            yield Finding("error", key, "DeepSpeed 0.19.8 removed it, and refuses a config that has it.", keys.REMOVED[key])
+            yield Finding(
+                "error", key, "DeepSpeed 0.19.8 removed it, and refuses a config that has it.", keys.REMOVED[key]
+            )
         elif key == "communication_timeout":
             yield Finding("warning", key, "Nothing reads it, so the timeout is not changed.", TIMEOUT_FIX)
         elif name not in known.keys:
@@ -62,7 +64,12 @@ def _keys(config: Mapping[str, Any], section: str = "") -> Iterator[Finding]:
                 yield _unknown(str(name), key, section)
         elif key in SECTIONS and not isinstance(value, Mapping):
             if not (key == ZERO and isinstance(value, bool)) and not (value is None and key in _MAY_BE_NULL):
-                yield Finding("error", key, f"It is {_shown(value)}; expected an object.", f'Write "{name}": {{…}}, or take it out.')
+                yield Finding(
+                    "error",
+                    key,
+                    f"It is {_shown(value)}; expected an object.",
+                    f'Write "{name}": {{…}}, or take it out.',
+                )
         else:
             if key in keys.DEPRECATED:
                 yield Finding("warning", key, "It is deprecated.", keys.DEPRECATED[key])
@@ -70,9 +77,9 @@ def _keys(config: Mapping[str, Any], section: str = "") -> Iterator[Finding]:
                 yield from _keys(value, key)
 
 
-_MAY_BE_NULL = frozenset(f"{ZERO}.{name}" for name in ("offload_param", "offload_optimizer", "zenflow", "leaf_module")) | {
-    "aio", "bf16", "checkpoint.writer", "autotuning.model_info"
-}  # fmt: skip
+_MAY_BE_NULL = frozenset(
+    f"{ZERO}.{name}" for name in ("offload_param", "offload_optimizer", "zenflow", "leaf_module")
+) | {"aio", "bf16", "checkpoint.writer", "autotuning.model_info"}
 
 
 def _unknown(name: str, key: str, section: str) -> Finding:
@@ -84,7 +91,10 @@ def _unknown(name: str, key: str, section: str) -> Finding:
     if nearest:
         return Finding("error", key, f"DeepSpeed reads no such key at {where}, and ignores it in silence.", fix)
     return Finding(
-        "warning", key, f"DeepSpeed reads no such key at {where}, and ignores it in silence.", "Take it out, unless it is yours."
+        "warning",
+        key,
+        f"DeepSpeed reads no such key at {where}, and ignores it in silence.",
+        "Take it out, unless it is yours.",
     )
 
 
@@ -120,10 +130,18 @@ def _values(config: Mapping[str, Any]) -> Iterator[Finding]:
         if key in AUTO_KEYS or key in _AUTO_IS_A_VALUE or section in _AUTO_IS_A_VALUE:
             continue
         if section in SECTIONS and SECTIONS[section].strict:
-            yield Finding("info", key, 'Nobody fills "auto" in here, so DeepSpeed takes its default.', "Write a value, or take it out.")
+            yield Finding(
+                "info",
+                key,
+                'Nobody fills "auto" in here, so DeepSpeed takes its default.',
+                "Write a value, or take it out.",
+            )
         elif section in (*SECTIONS, "optimizer.params", "scheduler.params"):
             yield Finding(
-                "warning", key, 'Nobody fills "auto" in here, so DeepSpeed gets the word itself.', "Write a value, or take it out."
+                "warning",
+                key,
+                'Nobody fills "auto" in here, so DeepSpeed gets the word itself.',
+                "Write a value, or take it out.",
             )
 
 
@@ -155,26 +173,36 @@ def _zero(config: Mapping[str, Any]) -> Iterator[Finding]:
         fix = f'Write "{ZERO}": {{"stage": {int(zero)}}}.'
         yield Finding("warning", ZERO, "true and false are deprecated, and transformers cannot read them.", fix)
     if stage is None:
-        yield Finding("error", f"{ZERO}.stage", f"It is {_shown(lookup(zero, 'stage'))}.", "Write 0, 1, 2 or 3, as a number.")
+        yield Finding(
+            "error", f"{ZERO}.stage", f"It is {_shown(lookup(zero, 'stage'))}.", "Write 0, 1, 2 or 3, as a number."
+        )
     if not isinstance(zero, Mapping) or stage is None:
         return
     yield from _offload(zero, stage)
     for name, value in zero.items():
         key = f"{ZERO}.{name}"
         if name in keys.ONLY_STAGE3 and stage != 3 and value not in (None, False):
-            yield Finding("warning", key, f"It is of stage 3; at stage {stage} it has no effect.", "Set stage 3, or take it out.")
+            yield Finding(
+                "warning", key, f"It is of stage 3; at stage {stage} it has no effect.", "Set stage 3, or take it out."
+            )
         if name in keys.ONLY_STAGES_1_2 and stage == 3:
             yield Finding("info", key, "It is of stages 1 and 2; at stage 3 it has no effect.", "Take it out.")
     if zero.get("compute_grad_norm") is False and stage not in (1, 2):
-        yield Finding("error", f"{ZERO}.compute_grad_norm", f"false needs stage 1 or 2, and the stage is {stage}.", "Take it out.")
+        yield Finding(
+            "error", f"{ZERO}.compute_grad_norm", f"false needs stage 1 or 2, and the stage is {stage}.", "Take it out."
+        )
     if zero.get("elastic_checkpoint") is True:
         fix = "Take it out; dsconv to-universal and checkpoint.load_universal resume on any number of ranks."
         yield Finding("warning", f"{ZERO}.elastic_checkpoint", "It is a format of old; stage 3 does not have it.", fix)
     if zero.get("legacy_stage1") is True:
         yield Finding("error", f"{ZERO}.legacy_stage1", "DeepSpeed since 0.5.9 refuses it.", "Take it out.")
-    if config.get("gradient_allreduce_op") == "sum" and (stage == 3 or zero.get("zenflow") or lookup(config, "compile.deepcompile")):
+    if config.get("gradient_allreduce_op") == "sum" and (
+        stage == 3 or zero.get("zenflow") or lookup(config, "compile.deepcompile")
+    ):
         fix = "Take it out, or change the other."
-        yield Finding("error", "gradient_allreduce_op", '"sum" works with neither stage 3, ZenFlow nor DeepCompile.', fix)
+        yield Finding(
+            "error", "gradient_allreduce_op", '"sum" works with neither stage 3, ZenFlow nor DeepCompile.', fix
+        )
 
 
 def _offload(zero: Mapping[str, Any], stage: int) -> Iterator[Finding]:
@@ -184,12 +212,21 @@ def _offload(zero: Mapping[str, Any], stage: int) -> Iterator[Finding]:
             continue
         if stage < lowest:
             fix = f"Set {ZERO}.stage to {'1, 2 or 3' if lowest == 1 else '3'}, or take it out."
-            yield Finding("error", key, f"It asks for offload to {device}, and stage {stage} offloads nothing of that.", fix)
+            yield Finding(
+                "error", key, f"It asks for offload to {device}, and stage {stage} offloads nothing of that.", fix
+            )
         elif device == "nvme" and stage < 3:
             fix = f'Set {ZERO}.stage to 3, or write "device": "cpu".'
-            yield Finding("error", f"{key}.device", f"Only stage 3 offloads to NVMe; stage {stage} takes the CPU's memory instead.", fix)
+            yield Finding(
+                "error",
+                f"{key}.device",
+                f"Only stage 3 offloads to NVMe; stage {stage} takes the CPU's memory instead.",
+                fix,
+            )
         if device == "nvme" and lookup(zero, f"{name}.nvme_path") is None:
-            yield Finding("error", f"{key}.nvme_path", 'It is missing, and "device" is "nvme".', "Name a folder of the NVMe disk.")
+            yield Finding(
+                "error", f"{key}.nvme_path", 'It is missing, and "device" is "nvme".', "Name a folder of the NVMe disk."
+            )
     for option, off in (("ratio", 1.0), ("super_offload", False)):
         if lookup(zero, f"offload_optimizer.{option}", off) not in (off, "auto") and stage != 3:
             key = f"{ZERO}.offload_optimizer.{option}"
@@ -197,7 +234,9 @@ def _offload(zero: Mapping[str, Any], stage: int) -> Iterator[Finding]:
             yield Finding(severity, key, f"It needs stage 3, and the stage is {stage}.", "Set stage 3, or take it out.")
     for name in ("cpu_offload", "cpu_offload_param"):
         if zero.get(name) is True and stage < (1 if name == "cpu_offload" else 3):
-            yield Finding("error", f"{ZERO}.{name}", f"Stage {stage} offloads nothing of that.", "Set a stage, or take it out.")
+            yield Finding(
+                "error", f"{ZERO}.{name}", f"Stage {stage} offloads nothing of that.", "Set a stage, or take it out."
+            )
 
 
 # Precision, optimizer, scheduler -------------------------------------------------------------------------------------
@@ -208,11 +247,23 @@ def _precision(config: Mapping[str, Any]) -> Iterator[Finding]:
     bf16 = "bf16" if "bf16" in config else "bfloat16"
     on = [name for name in ("fp16", bf16) if lookup(config, f"{name}.enabled") is True]
     if len(on) == 2:
-        yield Finding("error", "fp16.enabled", f"{on[1]}.enabled is true too; a run has one precision.", "Set one of them to false.")
-    for name in ("fp16.fp16_master_weights_and_grads", f"{bf16}.bf16_master_weights_and_grads", f"{bf16}.bf16_optimizer_states"):
+        yield Finding(
+            "error",
+            "fp16.enabled",
+            f"{on[1]}.enabled is true too; a run has one precision.",
+            "Set one of them to false.",
+        )
+    for name in (
+        "fp16.fp16_master_weights_and_grads",
+        f"{bf16}.bf16_master_weights_and_grads",
+        f"{bf16}.bf16_optimizer_states",
+    ):
         if lookup(config, name) is True and stage == 0:
             yield Finding("error", name, "It needs ZeRO stage 1, 2 or 3.", f"Set {ZERO}.stage, or take it out.")
-    if lookup(config, f"{bf16}.bf16_optimizer_states") is True and lookup(config, f"{bf16}.bf16_master_weights_and_grads") is not True:
+    if (
+        lookup(config, f"{bf16}.bf16_optimizer_states") is True
+        and lookup(config, f"{bf16}.bf16_master_weights_and_grads") is not True
+    ):
         fix = f"Set {bf16}.bf16_master_weights_and_grads to true."
         yield Finding("error", f"{bf16}.bf16_optimizer_states", "It needs bf16_master_weights_and_grads.", fix)
     asked = lookup(config, "data_types.param_dtype")
@@ -239,15 +290,30 @@ def _optimizer(config: Mapping[str, Any]) -> Iterator[Finding]:
         return
     plain = name.lower()
     if plain in keys.REMOVED_OPTIMIZERS:
-        yield Finding("error", "optimizer.type", f"DeepSpeed 0.19.8 has no 1-bit optimizers such as {name}.", "Write AdamW or Lamb.")
+        yield Finding(
+            "error",
+            "optimizer.type",
+            f"DeepSpeed 0.19.8 has no 1-bit optimizers such as {name}.",
+            "Write AdamW or Lamb.",
+        )
     elif plain not in keys.DEEPSPEED_OPTIMIZERS and name not in keys.TORCH_OPTIMIZERS:
         close = difflib.get_close_matches(plain, [known.lower() for known in _OPTIMIZERS], n=1)
-        fix = f"Write {next(known for known in _OPTIMIZERS if known.lower() == close[0])}." if close else "Name one that there is."
+        fix = (
+            f"Write {next(known for known in _OPTIMIZERS if known.lower() == close[0])}."
+            if close
+            else "Name one that there is."
+        )
         yield Finding("error", "optimizer.type", f"Neither DeepSpeed nor torch.optim has the optimizer {name!r}.", fix)
-    elif plain not in keys.ZERO_OPTIMIZERS and (stage_of(config) or 0) > 0 and config.get("zero_allow_untested_optimizer") is not True:
+    elif (
+        plain not in keys.ZERO_OPTIMIZERS
+        and (stage_of(config) or 0) > 0
+        and config.get("zero_allow_untested_optimizer") is not True
+    ):
         fix = "Set zero_allow_untested_optimizer to true, at the top level, or use AdamW."
         yield Finding("error", "optimizer.type", f"ZeRO refuses {name} unless it is told that it may be untested.", fix)
-    if plain == "lamb" and (lookup(config, "fp16.enabled") is not True or lookup(config, "fp16.loss_scale", 0) not in (0, "auto")):
+    if plain == "lamb" and (
+        lookup(config, "fp16.enabled") is not True or lookup(config, "fp16.loss_scale", 0) not in (0, "auto")
+    ):
         fix = "Set fp16.enabled, and fp16.loss_scale to 0; or use AdamW."
         yield Finding("error", "optimizer.type", "Lamb needs fp16 with dynamic loss scaling.", fix)
 
@@ -267,11 +333,16 @@ def _scheduler(config: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding("error", f"scheduler.params.{param}", f"{name} takes no such argument.", fix)
     for param in sorted(needed - set(params)):
         yield Finding(
-            "error", f"scheduler.params.{param}", f"{name} needs it.", "Set it (the Trainer fills total_num_steps if it is auto)."
+            "error",
+            f"scheduler.params.{param}",
+            f"{name} needs it.",
+            "Set it (the Trainer fills total_num_steps if it is auto).",
         )
     steps = params.get("warmup_num_steps")
     if steps is not None and steps != "auto" and (type(steps) is not int or steps <= 0):
-        yield Finding("error", "scheduler.params.warmup_num_steps", f"It is {_shown(steps)}.", "Write a whole number above 0.")
+        yield Finding(
+            "error", "scheduler.params.warmup_num_steps", f"It is {_shown(steps)}.", "Write a whole number above 0."
+        )
 
 
 # Batch sizes and parallelism -----------------------------------------------------------------------------------------
@@ -297,7 +368,11 @@ def _batch(config: Mapping[str, Any], world_size: int | None) -> Iterator[Findin
         message = f"{whole} is not micro-batch {micro} × accumulation steps {steps} × ranks {ranks} = {product}."
         yield Finding("error", names[0], message, f"Set it to {product}, or take it out: DeepSpeed multiplies.")
     elif whole % product:
-        given = [f"{what} {n}" for what, n in (("micro-batch", micro), ("accumulation steps", steps), ("ranks", ranks)) if n in known]
+        given = [
+            f"{what} {n}"
+            for what, n in (("micro-batch", micro), ("accumulation steps", steps), ("ranks", ranks))
+            if n in known
+        ]
         message = f"{whole} is no multiple of {' × '.join(given)} = {product}."
         yield Finding("error", names[0], message, f"Set a multiple of {product}, or take it out: DeepSpeed multiplies.")
 
@@ -319,10 +394,15 @@ def _parallel(config: Mapping[str, Any]) -> Iterator[Finding]:
     stage = stage_of(config)
     if isinstance(config.get("pipeline"), Mapping) and stage is not None and stage >= 2:
         fix = f"Set {ZERO}.stage to 0 or 1, or take the pipeline out."
-        yield Finding("error", "pipeline", f"Pipeline parallelism works with ZeRO-1 at most, and the stage is {stage}.", fix)
+        yield Finding(
+            "error", "pipeline", f"Pipeline parallelism works with ZeRO-1 at most, and the stage is {stage}.", fix
+        )
     if config.get("managed_gradient_accumulation") is False:
         overlaps = lookup(config, f"{ZERO}.overlap_comm") is True and stage in (0, 1)
-        rivals = {"pipeline": "pipeline" in config, "compile.deepcompile": lookup(config, "compile.deepcompile") is True}
+        rivals = {
+            "pipeline": "pipeline" in config,
+            "compile.deepcompile": lookup(config, "compile.deepcompile") is True,
+        }
         for rival in [key for key, there in {**rivals, f"{ZERO}.overlap_comm": overlaps}.items() if there]:
             message = f"false does not work with {rival}" + (" below stage 2." if rival.startswith(ZERO) else ".")
             yield Finding("error", "managed_gradient_accumulation", message, "Take one of them out.")

@@ -58,12 +58,32 @@ _TRAINING = (
 )
 _COMMON = (*_BATCH, *_TRAINING)
 _STAGE1 = ("zero_optimization.stage", 1, "optimizer states are partitioned: 12 bytes a parameter become 12 / ranks")
-_STAGE2 = ("zero_optimization.stage", 2, "optimizer states and gradients are partitioned; parameters are whole on each rank")
-_STAGE3 = ("zero_optimization.stage", 3, "parameters too are partitioned, and gathered layer by layer: for models that fit in no other way")
-_OVERLAP = ("zero_optimization.overlap_comm", True, "reduce gradients while the backward pass goes on; costs a second bucket")
-_BUCKET2 = ("zero_optimization.reduce_bucket_size", 200_000_000, "elements reduced at once; smaller saves memory, larger saves calls")
+_STAGE2 = (
+    "zero_optimization.stage",
+    2,
+    "optimizer states and gradients are partitioned; parameters are whole on each rank",
+)
+_STAGE3 = (
+    "zero_optimization.stage",
+    3,
+    "parameters too are partitioned, and gathered layer by layer: for models that fit in no other way",
+)
+_OVERLAP = (
+    "zero_optimization.overlap_comm",
+    True,
+    "reduce gradients while the backward pass goes on; costs a second bucket",
+)
+_BUCKET2 = (
+    "zero_optimization.reduce_bucket_size",
+    200_000_000,
+    "elements reduced at once; smaller saves memory, larger saves calls",
+)
 _GATHER2 = ("zero_optimization.allgather_bucket_size", 200_000_000, "elements of updated parameters sent at once")
-_CONTIGUOUS = ("zero_optimization.contiguous_gradients", True, "one buffer for gradients: no fragmentation in the backward pass")
+_CONTIGUOUS = (
+    "zero_optimization.contiguous_gradients",
+    True,
+    "one buffer for gradients: no fragmentation in the backward pass",
+)
 _BUCKETS3 = (
     ("zero_optimization.reduce_bucket_size", "auto", "hidden_size²: the gradients of one matrix"),
     ("zero_optimization.stage3_prefetch_bucket_size", "auto", "0.9 × hidden_size²: what is fetched ahead of use"),
@@ -76,7 +96,10 @@ _BUCKETS3 = (
 _SAVE16 = (
     "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     False,
-    "true makes save_model gather all weights in rank 0's memory; dsconv zero-to-fp32 merges the checkpoint afterwards without that",
+    (
+        "true makes save_model gather all weights in rank 0's memory; dsconv zero-to-fp32 merges the checkpoint"
+        " afterwards without that"
+    ),
 )
 _OPTIMIZER_CPU = (
     (
@@ -84,62 +107,183 @@ _OPTIMIZER_CPU = (
         "cpu",
         "optimizer states and their step move to the host: 12 bytes a parameter / ranks of GPU memory",
     ),
-    ("zero_optimization.offload_optimizer.pin_memory", True, "page-locked, for full speed; false where ulimit -l or memory is short"),
+    (
+        "zero_optimization.offload_optimizer.pin_memory",
+        True,
+        "page-locked, for full speed; false where ulimit -l or memory is short",
+    ),
 )
 _PARAMETERS_CPU = (
-    ("zero_optimization.offload_param.device", "cpu", "parameters wait on the host too, and come to the GPU layer by layer"),
+    (
+        "zero_optimization.offload_param.device",
+        "cpu",
+        "parameters wait on the host too, and come to the GPU layer by layer",
+    ),
     ("zero_optimization.offload_param.pin_memory", True, "page-locked, as above"),
 )
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("zero1", "Fits in memory but for Adam's states: the least communication, and works with pipelines.", (
-            *_COMMON, _STAGE1, _BUCKET2, _GATHER2,
-        )),
-        Recipe("zero2", "The usual choice while parameters fit on each GPU.", (
-            *_COMMON, _STAGE2, _OVERLAP, _CONTIGUOUS, _BUCKET2, _GATHER2,
-        )),
-        Recipe("zero2-offload-cpu", "As zero2, with the optimizer on the host: one GPU, or few.", (
-            *_COMMON, _STAGE2, *_OPTIMIZER_CPU, _OVERLAP, _CONTIGUOUS, _BUCKET2, _GATHER2,
-        )),
-        Recipe("zero3", "Parameters do not fit on one GPU, and all of it fits on all of them.", (
-            *_COMMON, _STAGE3, _OVERLAP, _CONTIGUOUS, *_BUCKETS3, _SAVE16,
-        )),
-        Recipe("zero3-offload-cpu", "As zero3, with optimizer and parameters on the host: slow, and as large as host memory.", (
-            *_COMMON, _STAGE3, *_OPTIMIZER_CPU, *_PARAMETERS_CPU, _OVERLAP, _CONTIGUOUS, *_BUCKETS3, _SAVE16,
-        )),
-        Recipe("zero3-nvme", "As zero3, with optimizer and parameters on NVMe. Needs libaio and a compiler; not run by the tests.", (
-            *_COMMON, _STAGE3,
-            ("zero_optimization.offload_optimizer.device", "nvme", "on disk; DeepSpeed 0.19.8 cannot resume such a run: else write cpu"),
-            ("zero_optimization.offload_optimizer.nvme_path", "/local_nvme", "a folder of a disk of each node: change it"),
-            ("zero_optimization.offload_optimizer.buffer_count", 5, "at least the states of the optimizer: Adam has 4 with gradients"),
-            ("zero_optimization.offload_optimizer.pipeline_read", True, "read the next tile while this one is stepped"),
-            ("zero_optimization.offload_optimizer.pipeline_write", True, "write the last tile while this one is stepped"),
-            ("zero_optimization.offload_optimizer.pin_memory", True, "page-locked, for full speed"),
-            ("zero_optimization.offload_param.device", "nvme", "parameters on disk too"),
-            ("zero_optimization.offload_param.nvme_path", "/local_nvme", "as above"),
-            ("zero_optimization.offload_param.buffer_size", 100_000_000, "elements; at least the largest parameter / ranks"),
-            ("zero_optimization.offload_param.max_in_cpu", 1_000_000_000, "parameter elements that stay in host memory"),
-            ("zero_optimization.offload_param.pin_memory", True, "page-locked, for full speed"),
-            ("zero_optimization.sub_group_size", 1_000_000_000, "elements stepped at a time: lower it if the step runs out of host memory"),
-            _OVERLAP, _CONTIGUOUS, *_BUCKETS3, _SAVE16,
-            ("aio.block_size", 1_048_576, "bytes a request; measure yours with ds_nvme_tune"),
-            ("aio.queue_depth", 8, "requests under way"),
-            ("aio.intra_op_parallelism", 1, "threads a request"),
-            ("aio.single_submit", False, "submit requests together"),
-            ("aio.overlap_events", True, "collect what is done while submitting"),
-        )),
-        Recipe("long-context", "Long sequences: activations are what fills memory, so all else makes room. With gradient checkpointing.", (
-            *_COMMON, _STAGE3, *_OPTIMIZER_CPU,
-            ("zero_optimization.overlap_comm", False, "its buffers are worth more as activations"),
-            _CONTIGUOUS, *_BUCKETS3,
-            ("zero_optimization.stage3_max_live_parameters", 100_000_000, "parameters whole at a time: a layer or two, not 1e9"),
-            ("zero_optimization.stage3_max_reuse_distance", 100_000_000, "let go of parameters between forward and backward"),
-            _SAVE16,
-            ("seq_parallel_communication_data_type", "bf16", "of Ulysses, ParallelismConfig(sp_backend='deepspeed'); the default is fp32"),
-            ("activation_checkpointing.partition_activations", True, "of deepspeed.checkpointing only, as Megatron uses it"),
-            ("activation_checkpointing.cpu_checkpointing", True, "as above; for others gradient_checkpointing=True"),
-        )),
+        Recipe(
+            "zero1",
+            "Fits in memory but for Adam's states: the least communication, and works with pipelines.",
+            (
+                *_COMMON,
+                _STAGE1,
+                _BUCKET2,
+                _GATHER2,
+            ),
+        ),
+        Recipe(
+            "zero2",
+            "The usual choice while parameters fit on each GPU.",
+            (
+                *_COMMON,
+                _STAGE2,
+                _OVERLAP,
+                _CONTIGUOUS,
+                _BUCKET2,
+                _GATHER2,
+            ),
+        ),
+        Recipe(
+            "zero2-offload-cpu",
+            "As zero2, with the optimizer on the host: one GPU, or few.",
+            (
+                *_COMMON,
+                _STAGE2,
+                *_OPTIMIZER_CPU,
+                _OVERLAP,
+                _CONTIGUOUS,
+                _BUCKET2,
+                _GATHER2,
+            ),
+        ),
+        Recipe(
+            "zero3",
+            "Parameters do not fit on one GPU, and all of it fits on all of them.",
+            (
+                *_COMMON,
+                _STAGE3,
+                _OVERLAP,
+                _CONTIGUOUS,
+                *_BUCKETS3,
+                _SAVE16,
+            ),
+        ),
+        Recipe(
+            "zero3-offload-cpu",
+            "As zero3, with optimizer and parameters on the host: slow, and as large as host memory.",
+            (
+                *_COMMON,
+                _STAGE3,
+                *_OPTIMIZER_CPU,
+                *_PARAMETERS_CPU,
+                _OVERLAP,
+                _CONTIGUOUS,
+                *_BUCKETS3,
+                _SAVE16,
+            ),
+        ),
+        Recipe(
+            "zero3-nvme",
+            "As zero3, with optimizer and parameters on NVMe. Needs libaio and a compiler; not run by the tests.",
+            (
+                *_COMMON,
+                _STAGE3,
+                (
+                    "zero_optimization.offload_optimizer.device",
+                    "nvme",
+                    "on disk; DeepSpeed 0.19.8 cannot resume such a run: else write cpu",
+                ),
+                (
+                    "zero_optimization.offload_optimizer.nvme_path",
+                    "/local_nvme",
+                    "a folder of a disk of each node: change it",
+                ),
+                (
+                    "zero_optimization.offload_optimizer.buffer_count",
+                    5,
+                    "at least the states of the optimizer: Adam has 4 with gradients",
+                ),
+                (
+                    "zero_optimization.offload_optimizer.pipeline_read",
+                    True,
+                    "read the next tile while this one is stepped",
+                ),
+                (
+                    "zero_optimization.offload_optimizer.pipeline_write",
+                    True,
+                    "write the last tile while this one is stepped",
+                ),
+                ("zero_optimization.offload_optimizer.pin_memory", True, "page-locked, for full speed"),
+                ("zero_optimization.offload_param.device", "nvme", "parameters on disk too"),
+                ("zero_optimization.offload_param.nvme_path", "/local_nvme", "as above"),
+                (
+                    "zero_optimization.offload_param.buffer_size",
+                    100_000_000,
+                    "elements; at least the largest parameter / ranks",
+                ),
+                (
+                    "zero_optimization.offload_param.max_in_cpu",
+                    1_000_000_000,
+                    "parameter elements that stay in host memory",
+                ),
+                ("zero_optimization.offload_param.pin_memory", True, "page-locked, for full speed"),
+                (
+                    "zero_optimization.sub_group_size",
+                    1_000_000_000,
+                    "elements stepped at a time: lower it if the step runs out of host memory",
+                ),
+                _OVERLAP,
+                _CONTIGUOUS,
+                *_BUCKETS3,
+                _SAVE16,
+                ("aio.block_size", 1_048_576, "bytes a request; measure yours with ds_nvme_tune"),
+                ("aio.queue_depth", 8, "requests under way"),
+                ("aio.intra_op_parallelism", 1, "threads a request"),
+                ("aio.single_submit", False, "submit requests together"),
+                ("aio.overlap_events", True, "collect what is done while submitting"),
+            ),
+        ),
+        Recipe(
+            "long-context",
+            "Long sequences: activations are what fills memory, so all else makes room. With gradient checkpointing.",
+            (
+                *_COMMON,
+                _STAGE3,
+                *_OPTIMIZER_CPU,
+                ("zero_optimization.overlap_comm", False, "its buffers are worth more as activations"),
+                _CONTIGUOUS,
+                *_BUCKETS3,
+                (
+                    "zero_optimization.stage3_max_live_parameters",
+                    100_000_000,
+                    "parameters whole at a time: a layer or two, not 1e9",
+                ),
+                (
+                    "zero_optimization.stage3_max_reuse_distance",
+                    100_000_000,
+                    "let go of parameters between forward and backward",
+                ),
+                _SAVE16,
+                (
+                    "seq_parallel_communication_data_type",
+                    "bf16",
+                    "of Ulysses, ParallelismConfig(sp_backend='deepspeed'); the default is fp32",
+                ),
+                (
+                    "activation_checkpointing.partition_activations",
+                    True,
+                    "of deepspeed.checkpointing only, as Megatron uses it",
+                ),
+                (
+                    "activation_checkpointing.cpu_checkpointing",
+                    True,
+                    "as above; for others gradient_checkpointing=True",
+                ),
+            ),
+        ),
     )
-}  # fmt: skip
+}

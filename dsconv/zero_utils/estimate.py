@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsconv.zero_utils.memory import Held, Job, ModelSizes, Setting, checkpoint_bytes, deepspeed_figure, held, ideal_bytes, settings
+from dsconv.zero_utils.memory import (
+    Held,
+    Job,
+    ModelSizes,
+    Setting,
+    checkpoint_bytes,
+    deepspeed_figure,
+    held,
+    ideal_bytes,
+    settings,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """``rows``: the cheapest setting first; ``fit``: the first of them whose peak is at most ``limit``, None where none is."""
+    """``rows``: the cheapest setting first; ``fit``: the first of them whose peak is at most ``limit``, None where
+    none is.
+    """
 
     model: ModelSizes
     job: Job
@@ -35,7 +47,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in bytes."""
-        model = {"name": self.model.name, "parameters": self.model.numel, "largest_layer_parameters": self.model.largest_layer_numel}
+        model = {
+            "name": self.model.name,
+            "parameters": self.model.numel,
+            "largest_layer_parameters": self.model.largest_layer_numel,
+        }
         decoder = asdict(self.model.decoder) if self.model.decoder else None
         job = {**asdict(self.job), "world": self.job.world}
         fit = self.fit and {**self._row(self.fit), "left": (self.limit or 0) - self.fit.held.peak}
@@ -49,7 +65,10 @@ class Report:
 
     def _row(self, row: Row) -> dict[str, Any]:
         nproc = self.job.nproc
-        gpu = {name: getattr(row.held, name) for name in ("parameters", "gradients", "optimizer", "buffers", "activations", "step", "peak")}
+        gpu = {
+            name: getattr(row.held, name)
+            for name in ("parameters", "gradients", "optimizer", "buffers", "activations", "step", "peak")
+        }
         return {
             **asdict(row.setting),
             "gpu": gpu if self.model.decoder else {**gpu, "activations": None},
@@ -63,7 +82,9 @@ class Report:
 
 
 def estimate(model: ModelSizes, job: Job, tps: tuple[int, ...] = (1,), limit: int | None = None) -> Report:
-    """Every setting of ``job`` at the tensor-parallel degrees ``tps``, which divide its ranks; ``limit``: bytes of a GPU."""
+    """Every setting of ``job`` at the tensor-parallel degrees ``tps``, which divide its ranks; ``limit``: bytes of a
+    GPU.
+    """
     rows = [
         Row(
             each,

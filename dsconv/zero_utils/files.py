@@ -1,8 +1,8 @@
 """The names of the files of a DeepSpeed checkpoint, and where a checkpoint's folder is.
 
 Sources, DeepSpeed 0.19.8 ``runtime/engine.py``: ``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
-``_get_expert_ckpt_name``, ``_get_optimizer_ckpt_name``; ``runtime/pipe/module.py`` ``ckpt_layer_path``. Older releases wrote
-no underscore before ``optim_states`` (``_get_all_zero_checkpoint_names`` still tries that).
+``_get_expert_ckpt_name``, ``_get_optimizer_ckpt_name``; ``runtime/pipe/module.py`` ``ckpt_layer_path``. Older releases
+wrote no underscore before ``optim_states`` (``_get_all_zero_checkpoint_names`` still tries that).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ OPTIMIZER = re.compile(r"(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp
 ZERO3_MODEL = re.compile(r"zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 MODEL = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(?P<layer>\d+)-model(_(?P<mp>\d+)-model)?_states\.pt")
-LAYERS_OF_TRANSFORMERS = "dsconv_layers_of_transformers"  # client state of dsconv's engine: a pipeline's layers keep the model's names
+LAYERS_OF_TRANSFORMERS = (
+    "dsconv_layers_of_transformers"  # client state of dsconv's engine: a pipeline's layers keep the model's names
+)
 EXPERT = re.compile(r"(layer_(?P<layer>-?\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 MAX_TAG_BYTES = 4096
@@ -57,7 +59,9 @@ class TagFolder:
 
 def holds_states(folder: Path) -> bool:
     """Whether DeepSpeed shard files lie right in ``folder``."""
-    return folder.is_dir() and any(pattern.fullmatch(name.name) for name in folder.iterdir() for pattern in (MODEL, ZERO3_MODEL, OPTIMIZER))
+    return folder.is_dir() and any(
+        pattern.fullmatch(name.name) for name in folder.iterdir() for pattern in (MODEL, ZERO3_MODEL, OPTIMIZER)
+    )
 
 
 def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
@@ -74,7 +78,9 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
     if (path / "latest").is_file():
         tag = _checked_tag(read_latest(path / "latest"), path / "latest")
         if not holds_states(path / tag):
-            raise CheckpointNotFoundError(f"{path / 'latest'} names {tag!r}, and {path / tag} holds no checkpoint{_others(path)}")
+            raise CheckpointNotFoundError(
+                f"{path / 'latest'} names {tag!r}, and {path / tag} holds no checkpoint{_others(path)}"
+            )
         return scan(path / tag, tag, path)
     if holds_states(path):
         return scan(path, path.name, path.parent)
@@ -87,7 +93,9 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
         raise CheckpointNotFoundError(f"{path} has no file 'latest'{_others(path)}")
     nested = sorted(p.name for p in path.glob("checkpoint-*") if (p / "latest").is_file()) if path.is_dir() else []
     if nested:
-        raise CheckpointNotFoundError(f"{path} holds several training checkpoints: give one of them, such as {path / nested[-1]}")
+        raise CheckpointNotFoundError(
+            f"{path} holds several training checkpoints: give one of them, such as {path / nested[-1]}"
+        )
     return None
 
 
@@ -120,7 +128,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def scan(folder: Path, tag: str, save_dir: Path) -> TagFolder:
-    """Sort the files of a tag folder by kind. Where a bf16 and a plain optimizer file claim one rank, the newer wins."""
+    """Sort the files of a tag folder by kind. Where a bf16 and a plain optimizer file claim one rank, the newer
+    wins.
+    """
     found = TagFolder(folder, tag, save_dir)
     for path in sorted(folder.iterdir()):
         name = path.name

@@ -1,9 +1,10 @@
 """What training with ZeRO holds in memory and writes to disk, by arithmetic.
 
-Three figures, which answer different questions. ``ideal_bytes`` is the ZeRO paper's (arXiv 1910.02054, section 3). ``deepspeed_figure``
-is what DeepSpeed's own estimators print. ``held`` is what DeepSpeed 0.19.8 allocates for a transformer under AdamW, as read in
-``runtime/zero/{stage_1_and_2,stage3,bf16_optimizer}.py`` and ``runtime/fp16/unfused_optimizer.py`` and counted on real engines.
-All sizes are bytes of one rank unless the name says otherwise.
+Three figures, which answer different questions. ``ideal_bytes`` is the ZeRO paper's (arXiv 1910.02054, section 3).
+``deepspeed_figure`` is what DeepSpeed's own estimators print. ``held`` is what DeepSpeed 0.19.8 allocates for a
+transformer under AdamW, as read in ``runtime/zero/{stage_1_and_2,stage3,bf16_optimizer}.py`` and
+``runtime/fp16/unfused_optimizer.py`` and counted on real engines. All sizes are bytes of one rank unless the name says
+otherwise.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ NVME_PARAM_BUFFERS, NVME_PARAM_BUFFER_NUMEL, NVME_OPTIMIZER_BUFFERS = 5, 100_000
 class ModelSizes:
     """A model's parameters in its own order, tied ones once: (elements, whether AutoTP cuts it).
 
-    ``largest_layer_numel``: of the parameters that one module itself holds. ``decoder``: what activations follow from; None where
-    the configuration is not a decoder's.
+    ``largest_layer_numel``: of the parameters that one module itself holds. ``decoder``: what activations follow from;
+    None where the configuration is not a decoder's.
     """
 
     name: str
@@ -45,7 +46,8 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Job:
-    """The hardware, the batch, and the sizes of ``zero_optimization`` (the defaults are DeepSpeed's: runtime/zero/config.py).
+    """The hardware, the batch, and the sizes of ``zero_optimization`` (the defaults are DeepSpeed's:
+    runtime/zero/config.py).
 
     ``fp32_grads``: ``data_types.grad_accum_dtype`` is fp32. ``accumulation``: micro-batches a step.
     """
@@ -78,22 +80,30 @@ class Setting:
 
     @property
     def cost(self) -> tuple[int, int, bool, int]:
-        """Cheaper settings are smaller: first no offload, then CPU, then NVMe; less TP; nothing recomputed; the lower stage.
+        """Cheaper settings are smaller: first no offload, then CPU, then NVMe; less TP; nothing recomputed; the lower
+        stage.
 
-        Stages 0 to 2 send 2Ψ a step and stage 3 sends 3Ψ (ZeRO paper, section 7); recomputing costs another forward, a third more
-        arithmetic; TP puts collectives into every layer; offload puts the bus, then the disk, into every step.
+        Stages 0 to 2 send 2Ψ a step and stage 3 sends 3Ψ (ZeRO paper, section 7); recomputing costs another forward, a
+        third more arithmetic; TP puts collectives into every layer; offload puts the bus, then the disk, into every
+        step.
         """
         return OFFLOADS.index(self.offload), self.tp, self.checkpointing, self.stage
 
     def __str__(self) -> str:
-        parts = [f"ZeRO-{self.stage}", f"TP {self.tp}" * (self.tp > 1), f"offload to {self.offload}" * (self.offload != "none")]
+        parts = [
+            f"ZeRO-{self.stage}",
+            f"TP {self.tp}" * (self.tp > 1),
+            f"offload to {self.offload}" * (self.offload != "none"),
+        ]
         return ", ".join(part for part in [*parts, "activation checkpointing" * self.checkpointing] if part)
 
 
 @dataclass(frozen=True)
 class Held:
-    """What lies where. ``buffers``: communication buckets and parameters gathered for a moment; ``step``: what the optimizer's step
-    adds. Activations are gone by then, so the GPU's peak has the larger of both."""
+    """What lies where. ``buffers``: communication buckets and parameters gathered for a moment; ``step``: what the
+    optimizer's step
+    adds. Activations are gone by then, so the GPU's peak has the larger of both.
+    """
 
     parameters: int
     gradients: int
@@ -131,14 +141,20 @@ def ideal_bytes(model: ModelSizes, job: Job, setting: Setting) -> int:
     psi, dp = model.numel / setting.tp, job.world // setting.tp
     states = (item, 4 if job.fp32_grads else item, ADAM_BYTES + (MASTER_BYTES if item == 2 else 0))
     sharded_from = (3, 2, 1)
-    return round(sum(psi * nbytes / (dp if setting.stage >= first else 1) for nbytes, first in zip(states, sharded_from, strict=True)))
+    return round(
+        sum(
+            psi * nbytes / (dp if setting.stage >= first else 1)
+            for nbytes, first in zip(states, sharded_from, strict=True)
+        )
+    )
 
 
 def deepspeed_figure(model: ModelSizes, job: Job, setting: Setting) -> tuple[int, int] | None:
     """(bytes of a GPU, bytes of a node's CPU) as DeepSpeed 0.19.8 estimates; None where it has no estimator.
 
-    ``estimate_zero2_model_states_mem_needs`` of runtime/zero/stage_1_and_2.py and ``estimate_zero3_model_states_mem_needs`` of
-    stage3.py (with zero.Init). They take every training for 16-bit, know of no TP and no NVMe, and leave out activations and buckets.
+    ``estimate_zero2_model_states_mem_needs`` of runtime/zero/stage_1_and_2.py and
+    ``estimate_zero3_model_states_mem_needs`` of stage3.py (with zero.Init). They take every training for 16-bit, know
+    of no TP and no NVMe, and leave out activations and buckets.
     """
     if setting.stage < 2 or setting.tp > 1 or setting.offload == "nvme":
         return None
@@ -155,7 +171,9 @@ def deepspeed_figure(model: ModelSizes, job: Job, setting: Setting) -> tuple[int
 
 
 def held(model: ModelSizes, job: Job, setting: Setting) -> Held:
-    """What DeepSpeed allocates on the rank that has most. Not in it: the model's buffers, CUDA's context, workspaces, fragmentation."""
+    """What DeepSpeed allocates on the rank that has most. Not in it: the model's buffers, CUDA's context,
+    workspaces, fragmentation.
+    """
     rule = _stage0 if setting.stage == 0 else _stage3 if setting.stage == 3 else _stage12
     states = rule(model.of_tp_rank(setting.tp), job, setting)
     if model.decoder is None:
@@ -175,10 +193,10 @@ def _stage0(numels: list[int], job: Job, setting: Setting) -> Held:
 def _stage12(numels: list[int], job: Job, setting: Setting) -> Held:
     """One flat group, padded; masters in fp32 even of fp32 parameters.
 
-    Stage 1 keeps whole gradients until backward has ended. Stage 2 keeps those of every parameter that reaches into the partition
-    (``grads_in_partition``), a second time while it accumulates, and in fp32 the partition once. The step makes fp32 gradients of the
-    partition after the 16-bit ones are let go. With offload, the CPU has fp32 gradients, a 16-bit copy of the partition and
-    a buffer for the largest parameter besides, and the GPU such a buffer too.
+    Stage 1 keeps whole gradients until backward has ended. Stage 2 keeps those of every parameter that reaches into the
+    partition (``grads_in_partition``), a second time while it accumulates, and in fp32 the partition once. The step
+    makes fp32 gradients of the partition after the 16-bit ones are let go. With offload, the CPU has fp32 gradients, a
+    16-bit copy of the partition and a buffer for the largest parameter besides, and the GPU such a buffer too.
     """
     item, dp = ITEM_BYTES[job.dtype], job.world // setting.tp
     padded = group_numel(sum(numels), dp)
@@ -187,7 +205,9 @@ def _stage12(numels: list[int], job: Job, setting: Setting) -> Held:
     optimizer = share * (ADAM_BYTES + MASTER_BYTES)
     fp32_grads = job.fp32_grads and item == 2
     bucket = job.reduce_bucket_numel * item
-    if setting.offload == "none" and setting.stage == 1 and fp32_grads:  # BF16_Optimizer: fp32 gradients of all, and no bucket
+    if (
+        setting.offload == "none" and setting.stage == 1 and fp32_grads
+    ):  # BF16_Optimizer: fp32 gradients of all, and no bucket
         return Held(padded * item, padded * 4 + psi * item, optimizer, 0, padded * 4 + psi * item)
     accumulating = job.accumulation > 1
     if setting.offload == "none":
@@ -201,10 +221,12 @@ def _stage12(numels: list[int], job: Job, setting: Setting) -> Held:
 
 
 def _stage3(numels: list[int], job: Job, setting: Setting) -> Held:
-    """Each parameter cut into ceil(numel / ranks). Those of at most the threshold stay whole besides; so do others, for a while.
+    """Each parameter cut into ceil(numel / ranks). Those of at most the threshold stay whole besides; so do others, for
+    a while.
 
-    The bucket and the gradients' flat buffer are there from the start; the step makes fp32 gradients of one sub-group at a time.
-    What is gathered at a moment is bounded by ``stage3_max_live_parameters`` and by the largest parameter, whichever is more.
+    The bucket and the gradients' flat buffer are there from the start; the step makes fp32 gradients of one sub-group
+    at a time. What is gathered at a moment is bounded by ``stage3_max_live_parameters`` and by the largest parameter,
+    whichever is more.
     """
     item, dp = ITEM_BYTES[job.dtype], job.world // setting.tp
     share, psi = sum(share_numel(numel, dp) for numel in numels), sum(numels)
@@ -218,14 +240,17 @@ def _stage3(numels: list[int], job: Job, setting: Setting) -> Held:
     if setting.offload == "cpu":
         return Held(0, 0, 0, bucket + gathered * item, bucket, cpu=share * item + grads + optimizer + share * 4)
     swapping = NVME_PARAM_BUFFERS * NVME_PARAM_BUFFER_NUMEL * item + NVME_OPTIMIZER_BUFFERS * sub_group * 4
-    return Held(0, 0, 0, bucket + gathered * item, bucket, cpu=grads + swapping, nvme=share * item + optimizer + share * 4)
+    return Held(
+        0, 0, 0, bucket + gathered * item, bucket, cpu=grads + swapping, nvme=share * item + optimizer + share * 4
+    )
 
 
 def checkpoint_bytes(model: ModelSizes, job: Job, setting: Setting) -> int:
-    """Tensors in the files of ``save_checkpoint``, of all ranks together; pickles and zip directories come to kilobytes a file.
+    """Tensors in the files of ``save_checkpoint``, of all ranks together; pickles and zip directories come to kilobytes
+    a file.
 
-    Weights in the model's dtype are written once a TP rank by stages 0 to 2, and not at all by stage 3; masters and Adam's states
-    always once (in fp32 without ZeRO there are no masters but the weights).
+    Weights in the model's dtype are written once a TP rank by stages 0 to 2, and not at all by stage 3; masters and
+    Adam's states always once (in fp32 without ZeRO there are no masters but the weights).
     """
     item, dp = ITEM_BYTES[job.dtype], job.world // setting.tp
     numels = model.of_tp_rank(setting.tp)

@@ -8,13 +8,21 @@ from typing import Any
 from dsconv.errors import UnsupportedError
 from dsconv.zero_utils.estimate import Report
 
-PARTS = {"parameters": "#4477aa", "optimizer": "#228833", "gradients": "#ccbb44", "buffers": "#bbbbbb", "activations": "#ee6677"}
+PARTS = {
+    "parameters": "#4477aa",
+    "optimizer": "#228833",
+    "gradients": "#ccbb44",
+    "buffers": "#bbbbbb",
+    "activations": "#ee6677",
+}
 STEP = "#aa3377"
 GB = 1e9
 
 
 def draw(report: Report, path: Path) -> None:
-    """One bar a setting, of a GPU at its fullest moment; raises UnsupportedError without matplotlib or for an unknown suffix."""
+    """One bar a setting, of a GPU at its fullest moment; raises UnsupportedError without matplotlib or for an
+    unknown suffix.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -22,7 +30,9 @@ def draw(report: Report, path: Path) -> None:
     rows = report.rows[::-1]
     figure = Figure(figsize=(9, 1.8 + 0.27 * len(rows)), layout="constrained")
     if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
-        raise UnsupportedError(f"{path}: no kind of picture that matplotlib writes: give a name that ends in .png, .svg or .pdf")
+        raise UnsupportedError(
+            f"{path}: no kind of picture that matplotlib writes: give a name that ends in .png, .svg or .pdf"
+        )
     axes = figure.subplots()
     for place, row in enumerate(rows):
         stepping = row.held.step > row.held.gradients + row.held.buffers + row.held.activations
@@ -51,7 +61,10 @@ def draw(report: Report, path: Path) -> None:
     axes.set_xlabel("GB of a GPU at its fullest moment")
     job = report.job
     batch = f"{job.micro_batch} × {job.seq_len} tokens a rank" if report.model.decoder else "without activations"
-    axes.set_title(f"{report.model.name}: {report.model.numel / 1e9:.2f} B parameters, {job.world} GPUs, {job.dtype}, {batch}", fontsize=10)
+    axes.set_title(
+        f"{report.model.name}: {report.model.numel / 1e9:.2f} B parameters, {job.world} GPUs, {job.dtype}, {batch}",
+        fontsize=10,
+    )
     _legend(figure, report.limit)
     figure.savefig(path, dpi=130)
 
@@ -62,7 +75,9 @@ def _legend(figure: Any, limit: int | None) -> None:
 
     handles: list[Any] = [Patch(color=colour, label=part) for part, colour in PARTS.items()]
     handles.append(Patch(color=STEP, label="gradients at the step"))
-    handles.append(Line2D([], [], marker="d", markersize=4, color="black", linestyle="none", label="ZeRO paper's ideal"))
+    handles.append(
+        Line2D([], [], marker="d", markersize=4, color="black", linestyle="none", label="ZeRO paper's ideal")
+    )
     if limit is not None:
         handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label=f"--fit {limit / GB:g} GB"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)

@@ -28,7 +28,9 @@ def group_numel(numel: int, world: int) -> int:
 
 
 def overlapping_numel(numels: list[int], partition_numel: int) -> int:
-    """Elements of all parameters that reach into a partition of a flat group, of the partition for which they are most."""
+    """Elements of all parameters that reach into a partition of a flat group, of the partition for which they are
+    most.
+    """
     found: dict[int, int] = {}
     start = 0
     for numel in numels:
@@ -42,8 +44,8 @@ def overlapping_numel(numels: list[int], partition_numel: int) -> int:
 def expert_replicas(world: int, ep_size: int, data_first: bool) -> list[list[int]]:
     """For each expert-parallel rank, the ranks that hold its experts, in the order in which they partition them.
 
-    ``data_first`` is ``use_data_before_expert_parallelism`` of the config: neighbours are replicas of one another. Without it
-    neighbours hold different experts. ``ep_size`` divides ``world``.
+    ``data_first`` is ``use_data_before_expert_parallelism`` of the config: neighbours are replicas of one another.
+    Without it neighbours hold different experts. ``ep_size`` divides ``world``.
     """
     if data_first:
         replicas = world // ep_size

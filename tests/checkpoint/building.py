@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint import unpickler
+from dsconv.checkpoint.pickles import machine
 from dsconv.errors import DsconvError
 
 
 @dataclass
 class Rec:
-    """One zip record. What is None follows from ``data``; setting it makes the directory lie, or (``local_``) the record's own header."""
+    """One zip record. What is None follows from ``data``; setting it makes the directory lie, or (``local_``) the
+    record's own header.
+    """
 
     name: str | bytes
     data: bytes
@@ -64,10 +66,32 @@ def zip_bytes(
         method = r.method if r.local_method is None else r.local_method
         flags = r.flags if r.local_flags is None else r.local_flags
         at = len(out) + shift if r.header_offset is None else r.header_offset
-        out += struct.pack("<4s5H3L2H", r.local_signature, 20, flags, method, 0, 0, crc, local_nbytes, local_nbytes, len(own), 0) + own
+        out += (
+            struct.pack(
+                "<4s5H3L2H", r.local_signature, 20, flags, method, 0, 0, crc, local_nbytes, local_nbytes, len(own), 0
+            )
+            + own
+        )
         out += r.data
         directory += struct.pack(
-            "<4s6H3L5H2L", b"PK\x01\x02", 20, 20, r.flags, r.method, 0, 0, crc, packed, nbytes, len(name), len(r.extra), 0, r.disk, 0, 0, at
+            "<4s6H3L5H2L",
+            b"PK\x01\x02",
+            20,
+            20,
+            r.flags,
+            r.method,
+            0,
+            0,
+            crc,
+            packed,
+            nbytes,
+            len(name),
+            len(r.extra),
+            0,
+            r.disk,
+            0,
+            0,
+            at,
         )
         directory += name + r.extra
     start = len(out) + shift
@@ -79,7 +103,11 @@ def zip_bytes(
         out += struct.pack("<4sLQL", b"PK\x06\x07", 0, end64, 1)
     short = claimed if narrow_count is None else narrow_count
     here = short if count_here is None else count_here
-    return bytes(out) + struct.pack("<4s4H2LH", b"PK\x05\x06", disk, disk, here, short, len(directory), start, len(comment)) + comment
+    return (
+        bytes(out)
+        + struct.pack("<4s4H2LH", b"PK\x05\x06", disk, disk, here, short, len(directory), start, len(comment))
+        + comment
+    )
 
 
 def pt_records(pickle: bytes, **storages: bytes) -> list[Rec]:
@@ -94,8 +122,10 @@ def write_pt(path: Path, pickle: bytes, **storages: bytes) -> Path:
     return path
 
 
-def load_raw(data: bytes, path: Path = Path("raw.pkl"), persistent_load: Callable[[Any], Any] = lambda pid: ("pid", pid)) -> Any:
-    return unpickler.load(data, path, persistent_load)
+def load_raw(
+    data: bytes, path: Path = Path("raw.pkl"), persistent_load: Callable[[Any], Any] = lambda pid: ("pid", pid)
+) -> Any:
+    return machine.load(data, path, persistent_load)
 
 
 def names_file_and_is_short(error: DsconvError, path: Path) -> bool:
@@ -148,12 +178,25 @@ def storage(key: str = "0", kind: str = "FloatStorage", numel: int = 4) -> bytes
 
 
 def tensor(
-    offset: int = 0, shape: Sequence[int] = (4,), strides: Sequence[int] = (1,), *, of: bytes | None = None, metadata: bytes = b""
+    offset: int = 0,
+    shape: Sequence[int] = (4,),
+    strides: Sequence[int] = (1,),
+    *,
+    of: bytes | None = None,
+    metadata: bytes = b"",
 ) -> bytes:
     sizes = [tup(*map(number, values)) for values in (shape, strides)]
     hooks = call(glob("collections", "OrderedDict"))
     rest = [metadata] if metadata else []
-    return call(glob("torch._utils", "_rebuild_tensor_v2"), storage() if of is None else of, number(offset), *sizes, b"\x89", hooks, *rest)
+    return call(
+        glob("torch._utils", "_rebuild_tensor_v2"),
+        storage() if of is None else of,
+        number(offset),
+        *sizes,
+        b"\x89",
+        hooks,
+        *rest,
+    )
 
 
 def colliding_pairs(count: int) -> list[tuple[int, int]]:

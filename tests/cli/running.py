@@ -28,14 +28,22 @@ def dsconv(*arguments: str | Path, cwd: Path | None = None, python: tuple[str, .
     """Run ``dsconv`` with ``arguments``; ``python`` are options of the interpreter."""
     command = [sys.executable, *python, "-m", "dsconv", *map(str, arguments)]
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, check=False
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        check=False,
     )
     assert "Traceback" not in result.stderr, result.stderr
     return Ran(result.returncode, result.stdout, result.stderr)
 
 
 def slow_writes(seconds: float) -> list[str]:
-    """The command of dsconv in a process where each write takes that much longer, so that a test can come in between."""
+    """The command of dsconv in a process where each write takes that much longer, so that a test can come in
+    between.
+    """
     program = f"""
 import os, sys, time
 real = os.pwrite

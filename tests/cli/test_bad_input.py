@@ -47,7 +47,12 @@ def flip(path: Path, record: str) -> None:
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.endswith(record))
         info = archive.getinfo(name)
-        offset = info.header_offset + 30 + int.from_bytes(path.read_bytes()[info.header_offset + 28 :][:2], "little") + len(name)
+        offset = (
+            info.header_offset
+            + 30
+            + int.from_bytes(path.read_bytes()[info.header_offset + 28 :][:2], "little")
+            + len(name)
+        )
         middle = offset + info.file_size // 2
     data = bytearray(path.read_bytes())
     data[middle] ^= 0x10
@@ -117,22 +122,57 @@ def extra_parameter(state: Any) -> None:
 Damage = Callable[[Path, Path], None]
 # name → (checkpoint, damage to (save dir, tag dir), exit code, what stderr must say)
 CASES: dict[str, tuple[str, Damage, int, list[str]]] = {
-    "truncated optimizer file": (ZERO3, lambda s, t: truncate(optimizer(t, 1), 0.6), 3, [OPTIMIZER.format(1), "truncated"]),
+    "truncated optimizer file": (
+        ZERO3,
+        lambda s, t: truncate(optimizer(t, 1), 0.6),
+        3,
+        [OPTIMIZER.format(1), "truncated"],
+    ),
     "empty optimizer file": (ZERO3, lambda s, t: truncate(optimizer(t, 2), 0), 3, [OPTIMIZER.format(2), "empty"]),
-    "truncated model states": (ZERO2, lambda s, t: truncate(t / "mp_rank_00_model_states.pt", 0.5), 3, ["mp_rank_00_model_states.pt"]),
-    "missing rank": (ZERO3, lambda s, t: optimizer(t, 1).unlink(), 3, ["says 3 ranks", "rank 1", OPTIMIZER.format(1), "Copy"]),
+    "truncated model states": (
+        ZERO2,
+        lambda s, t: truncate(t / "mp_rank_00_model_states.pt", 0.5),
+        3,
+        ["mp_rank_00_model_states.pt"],
+    ),
+    "missing rank": (
+        ZERO3,
+        lambda s, t: optimizer(t, 1).unlink(),
+        3,
+        ["says 3 ranks", "rank 1", OPTIMIZER.format(1), "Copy"],
+    ),
     "missing rank 0": (ZERO2, lambda s, t: optimizer(t, 0).unlink(), 3, ["rank 0", OPTIMIZER.format(0)]),
     "missing last rank": (ZERO2, lambda s, t: optimizer(t, 2).unlink(), 3, ["rank 2", OPTIMIZER.format(2)]),
-    "missing model states": (ZERO2, lambda s, t: (t / "mp_rank_00_model_states.pt").unlink(), 3, ["mp_rank_00_model_states.pt"]),
+    "missing model states": (
+        ZERO2,
+        lambda s, t: (t / "mp_rank_00_model_states.pt").unlink(),
+        3,
+        ["mp_rank_00_model_states.pt"],
+    ),
     "missing ZeRO-3 model states": (ZERO3, lambda s, t: (t / MODEL3.format(0)).unlink(), 3, [MODEL3.format(0)]),
     "missing frozen fragments": (FROZEN3, lambda s, t: (t / MODEL3.format(2)).unlink(), 3, [MODEL3.format(2)]),
-    "no optimizer files": (ZERO2, lambda s, t: remove(*(optimizer(t, r) for r in range(3))), 3, ["optim_states.pt", "Copy"]),
+    "no optimizer files": (
+        ZERO2,
+        lambda s, t: remove(*(optimizer(t, r) for r in range(3))),
+        3,
+        ["optim_states.pt", "Copy"],
+    ),
     "swapped ranks": (ZERO3, lambda s, t: swap(optimizer(t, 0), optimizer(t, 1)), 3, ["rank 1, not 0", "swapped"]),
     "swapped ranks of stage 2": (ZERO2, lambda s, t: swap(optimizer(t, 1), optimizer(t, 2)), 3, ["rank 2, not 1"]),
     "two saves mixed": (ZERO3, lambda s, t: edit(optimizer(t, 1), add_step), 3, ["step 2", "step 3", "two saves"]),
-    "two saves mixed, stage 2": (ZERO2, lambda s, t: edit(optimizer(t, 1), add_step), 3, ["step 2", "step 3", "two saves"]),
+    "two saves mixed, stage 2": (
+        ZERO2,
+        lambda s, t: edit(optimizer(t, 1), add_step),
+        3,
+        ["step 2", "step 3", "two saves"],
+    ),
     "ranks of unequal length": (ZERO3, lambda s, t: edit(optimizer(t, 1), longer), 3, ["elements", "equal shares"]),
-    "parameters of another model": (ZERO3, lambda s, t: edit(t / MODEL3.format(0), extra_parameter), 3, ["need", "not of one save"]),
+    "parameters of another model": (
+        ZERO3,
+        lambda s, t: edit(t / MODEL3.format(0), extra_parameter),
+        3,
+        ["need", "not of one save"],
+    ),
     "a parameter that no rank lists": (
         ZERO2,
         lambda s, t: edit(t / "mp_rank_00_model_states.pt", rename_parameter),
@@ -171,7 +211,12 @@ CASES: dict[str, tuple[str, Damage, int, list[str]]] = {
         [OPTIMIZER.format(0), "not a torch.save file"],
     ),
     "bare pickle": (ZERO3, lambda s, t: put(optimizer(t, 0), pickle.dumps({"a": 1})), 3, [OPTIMIZER.format(0)]),
-    "other content": (ZERO3, lambda s, t: torch.save({"a": 1}, optimizer(t, 0)), 3, [OPTIMIZER.format(0), "optimizer_state_dict"]),
+    "other content": (
+        ZERO3,
+        lambda s, t: torch.save({"a": 1}, optimizer(t, 0)),
+        3,
+        [OPTIMIZER.format(0), "optimizer_state_dict"],
+    ),
     "hostile pickle": (
         ZERO3,
         lambda s, t: edit(optimizer(t, 1), lambda state: state.update(x=Evil())),
@@ -184,11 +229,21 @@ CASES: dict[str, tuple[str, Damage, int, list[str]]] = {
         4,
         ["mp_rank_00_model_states.pt", "system", "refused"],
     ),
-    "latest names nothing": (ZERO3, lambda s, t: put(s / "latest", b"global_step9"), 3, ["global_step9", "--tag", "global_step2"]),
+    "latest names nothing": (
+        ZERO3,
+        lambda s, t: put(s / "latest", b"global_step9"),
+        3,
+        ["global_step9", "--tag", "global_step2"],
+    ),
     "latest leaves the folder": (ZERO3, lambda s, t: put(s / "latest", b"../../etc"), 3, ["'../../etc'", "latest"]),
     "latest is not text": (ZERO3, lambda s, t: put(s / "latest", b"\xff\xfe\x00"), 3, ["latest", "not text"]),
     "empty folder": (ZERO3, lambda s, t: shutil.rmtree(t), 3, ["holds no checkpoint"]),
-    "a directory in place of a file": (ZERO3, lambda s, t: replace_by_directory(optimizer(t, 0)), 3, [OPTIMIZER.format(0)]),
+    "a directory in place of a file": (
+        ZERO3,
+        lambda s, t: replace_by_directory(optimizer(t, 0)),
+        3,
+        [OPTIMIZER.format(0)],
+    ),
     "dangling link": (ZERO3, lambda s, t: replace_by_link(optimizer(t, 0)), 3, [OPTIMIZER.format(0)]),
 }
 
@@ -229,8 +284,8 @@ def test_unreadable_file(copied: Callable[[str], Path], tmp_path: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
     optimizer(save_dir / "global_step2", 1).chmod(0)
     program = "\n".join([
-        "import os, dsconv.convert.merge as merge, dsconv.checkpoint.formats.deepspeed",
-        "import dsconv.checkpoint.formats.zero  # now: the interpreter's own files may be root's alone",
+        "import os, dsconv.convert.merge as merge, dsconv.checkpoint.formats.deepspeed.reader",
+        "import dsconv.checkpoint.formats.deepspeed.zero  # now: the interpreter's own files may be root's alone",
         "os.geteuid() or (os.setgroups([]), os.setuid(65534))",
         f"merge.open_checkpoint({str(save_dir)!r})",
     ])  # fmt: skip
@@ -238,7 +293,9 @@ def test_unreadable_file(copied: Callable[[str], Path], tmp_path: Path) -> None:
         if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o055)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert f"MalformedError: {optimizer(save_dir / 'global_step2', 1)}: cannot be read: Permission denied" in result.stderr
+    assert (
+        f"MalformedError: {optimizer(save_dir / 'global_step2', 1)}: cannot be read: Permission denied" in result.stderr
+    )
 
 
 def test_unknown_tag_lists_the_others(trained: Callable[[str], Trained], tmp_path: Path) -> None:
@@ -318,7 +375,9 @@ def test_stale_ranks_of_a_larger_world_are_left_aside(
 ) -> None:
     save_dir = copied("llama_tied-z2-bf16-w2")
     for rank in (2, 3):
-        shutil.copy(optimizer(trained("llama_tied-z2-bf16-w4").checkpoint / "global_step2", rank), save_dir / "global_step2")
+        shutil.copy(
+            optimizer(trained("llama_tied-z2-bf16-w4").checkpoint / "global_step2", rank), save_dir / "global_step2"
+        )
     result = dsconv("zero-to-fp32", save_dir, tmp_path / "out")
     assert result.code == 0
     assert "ignored 2 optimizer files of rank 2 and above" in result.err

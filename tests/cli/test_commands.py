@@ -53,36 +53,212 @@ def test_the_surface_of_the_command_line() -> None:
     for name, command in cli.commands.items():
         options = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
         surface[name] = sorted(option for option in options if option[0] == "-")
-    merge = ["--adapter", "--config-from", "--debug", "--dry-run", "--dtype", "--exclude-frozen", "--exclude_frozen_parameters",
-             "--force", "--fsync", "--json", "--max-shard-size", "--max_shard_size", "--no-fsync", "--private", "--push-to-hub", "--quiet",
-             "--revision", "--safe_serialization", "--sha256", "--tag", "--verify", "--workers", "-d", "-q", "-t"]  # fmt: skip
+    merge = [
+        "--adapter",
+        "--config-from",
+        "--debug",
+        "--dry-run",
+        "--dtype",
+        "--exclude-frozen",
+        "--exclude_frozen_parameters",
+        "--force",
+        "--fsync",
+        "--json",
+        "--max-shard-size",
+        "--max_shard_size",
+        "--no-fsync",
+        "--private",
+        "--push-to-hub",
+        "--quiet",
+        "--revision",
+        "--safe_serialization",
+        "--sha256",
+        "--tag",
+        "--verify",
+        "--workers",
+        "-d",
+        "-q",
+        "-t",
+    ]
     assert surface == {
         "zero-to-fp32": merge,
         "merge": merge,
-        "to-dcp": ["--debug", "--dry-run", "--dtype", "--force", "--fsync", "--json", "--max-shard-size", "--no-fsync", "--prefix",
-                   "--quiet", "--tag", "--workers", "-d", "-q", "-t"],
-        "to-universal": ["--debug", "--dry-run", "--exclude-frozen", "--force", "--fsync", "--json", "--no-fsync", "--quiet", "--tag",
-                         "--verify", "--workers", "-d", "-q", "-t"],
+        "to-dcp": [
+            "--debug",
+            "--dry-run",
+            "--dtype",
+            "--force",
+            "--fsync",
+            "--json",
+            "--max-shard-size",
+            "--no-fsync",
+            "--prefix",
+            "--quiet",
+            "--tag",
+            "--workers",
+            "-d",
+            "-q",
+            "-t",
+        ],
+        "to-universal": [
+            "--debug",
+            "--dry-run",
+            "--exclude-frozen",
+            "--force",
+            "--fsync",
+            "--json",
+            "--no-fsync",
+            "--quiet",
+            "--tag",
+            "--verify",
+            "--workers",
+            "-d",
+            "-q",
+            "-t",
+        ],
         "inspect": ["--all", "--debug", "--json", "--revision", "--tag", "-d", "-t"],
-        "train": ["--activation-checkpointing", "--backend", "--batch-size", "--cp", "--data", "--debug", "--dropout", "--ds-config",
-                  "--dtype", "--fsdp", "--grad-clip", "--hook", "--json", "--keep", "--lr", "--micro-batch", "--monitor", "--no-fsdp",
-                  "--nproc", "--nvme-path", "--offload", "--output-dir", "--pp", "--quiet", "--save-every", "--seed", "--seq-len", "--sp",
-                  "--steps", "--stop-after", "--tp", "--warmup", "--weight-decay", "--zero-stage", "-d", "-q"],
-        "resume": ["--backend", "--cp", "--debug", "--fsdp", "--json", "--keep", "--no-fsdp", "--nproc", "--pp", "--quiet", "--save-every",
-                   "--sp", "--steps", "--stop-after", "--tp", "--zero-stage", "-d", "-q"],
-        "validate": ["--cells", "--debug", "--json", "--nproc", "--quick", "--quiet", "--report", "--sabotage", "--seed", "--seq-len",
-                     "--steps", "-d", "-q"],
+        "train": [
+            "--activation-checkpointing",
+            "--backend",
+            "--batch-size",
+            "--cp",
+            "--data",
+            "--debug",
+            "--dropout",
+            "--ds-config",
+            "--dtype",
+            "--fsdp",
+            "--grad-clip",
+            "--hook",
+            "--json",
+            "--keep",
+            "--lr",
+            "--micro-batch",
+            "--monitor",
+            "--no-fsdp",
+            "--nproc",
+            "--nvme-path",
+            "--offload",
+            "--output-dir",
+            "--pp",
+            "--quiet",
+            "--save-every",
+            "--seed",
+            "--seq-len",
+            "--sp",
+            "--steps",
+            "--stop-after",
+            "--tp",
+            "--warmup",
+            "--weight-decay",
+            "--zero-stage",
+            "-d",
+            "-q",
+        ],
+        "resume": [
+            "--backend",
+            "--cp",
+            "--debug",
+            "--fsdp",
+            "--json",
+            "--keep",
+            "--no-fsdp",
+            "--nproc",
+            "--pp",
+            "--quiet",
+            "--save-every",
+            "--sp",
+            "--steps",
+            "--stop-after",
+            "--tp",
+            "--zero-stage",
+            "-d",
+            "-q",
+        ],
+        "validate": [
+            "--cells",
+            "--debug",
+            "--json",
+            "--nproc",
+            "--quick",
+            "--quiet",
+            "--report",
+            "--sabotage",
+            "--seed",
+            "--seq-len",
+            "--steps",
+            "-d",
+            "-q",
+        ],
         "doctor": ["--debug", "--json", "-d"],
-        "estimate": ["--accumulation", "--debug", "--dtype", "--fit", "--fp32-grads", "--json", "--micro-batch", "--nodes", "--nproc",
-                     "--plot", "--revision", "--seq-len", "--tp", "-d"],
+        "estimate": [
+            "--accumulation",
+            "--debug",
+            "--dtype",
+            "--fit",
+            "--fp32-grads",
+            "--json",
+            "--micro-batch",
+            "--nodes",
+            "--nproc",
+            "--plot",
+            "--revision",
+            "--seq-len",
+            "--tp",
+            "-d",
+        ],
         "verify": ["--allow-cast", "--debug", "--json", "--quiet", "--revision", "--subset", "-d", "-q"],
-        "push": ["--check", "--commit-message", "--create-pr", "--debug", "--dry-run", "--json", "--no-check", "--private", "--quiet",
-                 "--revision", "-d", "-q"],
-        "watch": ["--adapter", "--config-from", "--debug", "--dtype", "--exclude-frozen", "--interval", "--max-shard-size", "--once",
-                  "--private", "--push-to-hub", "--quiet", "-d", "-q"],
-        "config": ["--betas", "--debug", "--dtype", "--eps", "--grad-accum", "--json", "--list-recipes", "--lr", "--max-grad-norm",
-                   "--micro-batch", "--model", "--quiet", "--recipe", "--steps", "--warmup-steps", "--weight-decay", "--world", "-d", "-q"],
-    }  # fmt: skip
+        "push": [
+            "--check",
+            "--commit-message",
+            "--create-pr",
+            "--debug",
+            "--dry-run",
+            "--json",
+            "--no-check",
+            "--private",
+            "--quiet",
+            "--revision",
+            "-d",
+            "-q",
+        ],
+        "watch": [
+            "--adapter",
+            "--config-from",
+            "--debug",
+            "--dtype",
+            "--exclude-frozen",
+            "--interval",
+            "--max-shard-size",
+            "--once",
+            "--private",
+            "--push-to-hub",
+            "--quiet",
+            "-d",
+            "-q",
+        ],
+        "config": [
+            "--betas",
+            "--debug",
+            "--dtype",
+            "--eps",
+            "--grad-accum",
+            "--json",
+            "--list-recipes",
+            "--lr",
+            "--max-grad-norm",
+            "--micro-batch",
+            "--model",
+            "--quiet",
+            "--recipe",
+            "--steps",
+            "--warmup-steps",
+            "--weight-decay",
+            "--world",
+            "-d",
+            "-q",
+        ],
+    }
 
 
 def test_version() -> None:
@@ -114,7 +290,16 @@ def test_quiet_and_json(trained: Callable[[str], Trained], tmp_path: Path) -> No
 
 
 def test_dry_run_prints_the_plan(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    result = dsconv("zero-to-fp32", trained(CASE).checkpoint, tmp_path / "out", "--dry-run", "--dtype", "bf16", "--max-shard-size", "5KB")
+    result = dsconv(
+        "zero-to-fp32",
+        trained(CASE).checkpoint,
+        tmp_path / "out",
+        "--dry-run",
+        "--dtype",
+        "bf16",
+        "--max-shard-size",
+        "5KB",
+    )
     assert result.code == 0
     assert "model-00001-of-0000" in result.out
     assert "model.layers.1.mlp.up_proj.weight" in result.out
@@ -125,7 +310,15 @@ def test_dry_run_prints_the_plan(trained: Callable[[str], Trained], tmp_path: Pa
 
 def test_the_old_scripts_spellings(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     made = trained("llama_frozen-z3-bf16-w2")
-    arguments = ["--max_shard_size", "5KB", "--safe_serialization", "-t", "global_step2", "--exclude_frozen_parameters", "-d"]
+    arguments = [
+        "--max_shard_size",
+        "5KB",
+        "--safe_serialization",
+        "-t",
+        "global_step2",
+        "--exclude_frozen_parameters",
+        "-d",
+    ]
     result = dsconv("zero-to-fp32", made.checkpoint, tmp_path / "out", *arguments)
     assert result.code == 0, result.err
     assert set(load_safetensors(tmp_path / "out")) == set(made.facts["trainable"])
@@ -144,7 +337,17 @@ def test_inspect_for_people(trained: Callable[[str], Trained]) -> None:
     result = dsconv("inspect", trained("odd-z3-bf16-w2").checkpoint, NO_COLOR="1")
     assert result.code == 0
     assert "\x1b" not in result.out
-    for words in ("ZeRO-3", "2 data parallel", "embed.weight", "= head.weight", "13 × 7", "bool", "buffer", "frozen", "float32"):
+    for words in (
+        "ZeRO-3",
+        "2 data parallel",
+        "embed.weight",
+        "= head.weight",
+        "13 × 7",
+        "bool",
+        "buffer",
+        "frozen",
+        "float32",
+    ):
         assert words in result.out
     listed = dsconv("inspect", trained("mixtral-z3-bf16-w2").checkpoint)
     assert "more; --all lists them" not in listed.out
@@ -221,22 +424,29 @@ def test_doctor_shows_what_works_here(tmp_path: Path) -> None:
     assert found["devices"]["cores"] >= 1
     assert found["free_bytes"][str(tmp_path / "not yet there")] > 0
     core = found["works"][:2]
-    assert [check["what"] for check in core] == ["merging and verifying a checkpoint", "refusing a pickle that would run code"]
+    assert [check["what"] for check in core] == [
+        "merging and verifying a checkpoint",
+        "refusing a pickle that would run code",
+    ]
     assert all(check["works"] for check in core)
     assert {check["what"] for check in found["works"] if not check["works"]} <= {"gs://"}
 
 
 def test_doctor_says_what_is_missing_and_what_fails(tmp_path: Path) -> None:
-    """In an interpreter that finds no zstandard, deepspeed or transformers, and whose folder for temporary files is not there."""
+    """In an interpreter that finds no zstandard, deepspeed or transformers, and whose folder for temporary files is
+    not there.
+    """
     program = (
-        "import sys\nsys.modules.update(zstandard=None, deepspeed=None, transformers=None)\nfrom dsconv.cli import main\n"
-        "import tempfile\ntempfile.tempdir = '/nonexistent'\nmain(['doctor'])"
+        "import sys\nsys.modules.update(zstandard=None, deepspeed=None, transformers=None)\nfrom dsconv.cli import"
+        " main\nimport tempfile\ntempfile.tempdir = '/nonexistent'\nmain(['doctor'])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 3
     assert "Traceback" not in result.stderr
     lines = result.stdout.splitlines()
-    assert any(line.startswith("does not work: merging and verifying a checkpoint: FileNotFoundError: ") for line in lines)
+    assert any(
+        line.startswith("does not work: merging and verifying a checkpoint: FileNotFoundError: ") for line in lines
+    )
     assert "works: refusing a pickle that would run code" in lines
     assert any("zstd: " in line and line.endswith("pip install 'dsconv[zstd]'") for line in lines)
 
@@ -254,16 +464,27 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(
-    "case", ["llama_groups-z0-bf16-w2", "llama_tied-z1-bf16-w3", "llama_frozen-z2-bf16-w2", "odd-z3-bf16-w2", "mixtral-z3-fp32-w4"]
+    "case",
+    [
+        "llama_groups-z0-bf16-w2",
+        "llama_tied-z1-bf16-w3",
+        "llama_frozen-z2-bf16-w2",
+        "odd-z3-bf16-w2",
+        "mixtral-z3-fp32-w4",
+    ],
 )
-def test_a_merge_without_a_cast_needs_no_torch_and_no_deepspeed(case: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_a_merge_without_a_cast_needs_no_torch_and_no_deepspeed(
+    case: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
     made = trained(case)
     for arguments in (
         ["zero-to-fp32", made.checkpoint, tmp_path / "out", "--verify", "--sha256"],
         ["inspect", made.checkpoint, "--json"],
         ["verify", made.checkpoint, tmp_path / "out"],
     ):
-        result = subprocess.run([sys.executable, "-c", NO_HEAVY, *map(str, arguments)], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [sys.executable, "-c", NO_HEAVY, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
         assert result.returncode == 0, result.stderr
     made.check(load_safetensors(tmp_path / "out"))
 
@@ -281,7 +502,9 @@ def test_progress_on_a_terminal_and_in_a_log(tmp_path: Path) -> None:
     save_file({f"w{i}": torch.zeros(4 << 20) for i in range(5)}, tmp_path / "model.safetensors")
     command = [sys.executable, "-m", "dsconv", "merge", str(tmp_path), str(tmp_path / "out")]
     master, slave = pty.openpty()
-    process = subprocess.Popen(command, stderr=slave, stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": "100", "TERM": "xterm"})
+    process = subprocess.Popen(
+        command, stderr=slave, stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": "100", "TERM": "xterm"}
+    )
     os.close(slave)
     shown = b""
     while True:

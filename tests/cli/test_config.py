@@ -1,4 +1,6 @@
-"""``dsconv config`` as people and scripts use it: findings, the resolved config, recipes, and exit codes that mean something."""
+"""``dsconv config`` as people and scripts use it: findings, the resolved config, recipes, and exit codes that mean
+something.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,21 @@ CONFIG: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
     "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
 }
-VALUES = ("--world", "4", "--micro-batch", "2", "--grad-accum", "1", "--lr", "1e-4", "--betas", "0.9", "0.95", "--dtype", "bf16")
+VALUES = (
+    "--world",
+    "4",
+    "--micro-batch",
+    "2",
+    "--grad-accum",
+    "1",
+    "--lr",
+    "1e-4",
+    "--betas",
+    "0.9",
+    "0.95",
+    "--dtype",
+    "bf16",
+)
 
 
 @pytest.fixture
@@ -111,7 +127,11 @@ def test_recipes() -> None:
         (["gone.json"], 3, "gone.json: no such file"),
         (["{"], 3, "not JSON"),
         (['{"train_batch_size": 1}', "--model", "gone/"], 3, "no such file; --model is a folder with config.json"),
-        (['{"train_batch_size": 1}', "--model", "nobody/nothing"], 6, "the cache holds no config.json of nobody/nothing"),
+        (
+            ['{"train_batch_size": 1}', "--model", "nobody/nothing"],
+            6,
+            "the cache holds no config.json of nobody/nothing",
+        ),
     ],
 )
 def test_bad_input(arguments: list[str], code: int, says: str, tmp_path: Path) -> None:

@@ -10,9 +10,16 @@ import pytest
 from tests.cli.running import dsconv
 
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture
@@ -28,8 +35,24 @@ def test_the_table_the_picture_and_the_verdict(config: Path, tmp_path: Path) -> 
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
     assert "8,030,261,248 parameters; 1 node × 8 GPUs, bf16" in lines[0]
-    assert lines[2].split() == ["setting", "ideal", "DeepSpeed", "parameters", "gradients", "optimizer", "buffers", "activations", "peak",
-                                "CPU", "a", "node", "NVMe", "a", "node", "checkpoint"]  # fmt: skip
+    assert lines[2].split() == [
+        "setting",
+        "ideal",
+        "DeepSpeed",
+        "parameters",
+        "gradients",
+        "optimizer",
+        "buffers",
+        "activations",
+        "peak",
+        "CPU",
+        "a",
+        "node",
+        "NVMe",
+        "a",
+        "node",
+        "checkpoint",
+    ]
     assert sum(line.startswith("ZeRO-") for line in lines) == 16
     assert lines[-1].startswith("Cheapest that fits 80.00 GB: ZeRO-1 (")
     assert picture.read_bytes().startswith(b"\x89PNG")

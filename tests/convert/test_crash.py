@@ -1,4 +1,6 @@
-"""Whole or absent: interrupted, out of space or beside another run, the output is a model or is nothing. Kills are in tests/crash."""
+"""Whole or absent: interrupted, out of space or beside another run, the output is a model or is nothing. Kills are
+in tests/crash.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ SHARD = "5KB"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_it_takes_its_files_away(number: int, code: int, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_interrupted_it_takes_its_files_away(
+    number: int, code: int, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = [*slow_writes(0.2), "zero-to-fp32", str(trained(CASE).checkpoint), str(out), "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -61,7 +65,9 @@ def test_a_lock_that_was_taken_away_is_no_lock(tmp_path: Path) -> None:
         os.close(descriptor)
 
 
-def test_a_full_disk_is_found_before_writing(trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_found_before_writing(
+    trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
     usage = shutil.disk_usage(tmp_path)
@@ -79,7 +85,9 @@ def test_a_disk_that_fills_while_it_is_written_to(trained: Callable[[str], Train
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 
-    result = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True, preexec_fn=limit, check=False)
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", program], capture_output=True, text=True, preexec_fn=limit, check=False
+    )
     assert "OutputError" in result.stderr.splitlines()[-1]
     assert "File too large" in result.stderr
     assert not out.exists()
@@ -89,7 +97,9 @@ def test_a_real_disk_that_is_too_small(trained: Callable[[str], Trained], tmp_pa
     """A tmpfs of one page, where this process may mount one; the space is counted before anything is written."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)], capture_output=True, check=False
+    ).returncode:
         return  # not root, or a sandbox: the two tests above cover the same code
     try:
         with pytest.raises(OutputError, match="the disk has 8,192 free"):

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import dsconv
-from dsconv.checkpoint.regions import box, prove_cover
-from dsconv.checkpoint.torch_file import TorchFile
+from dsconv.checkpoint.map.regions import box, prove_cover
+from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.convert import dcp_layout
 from dsconv.errors import InconsistentCheckpointError, MalformedError, OutputError
 from tests.cli.running import dsconv as command
@@ -66,7 +66,9 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         assert same(found[name], tensor), name
 
 
-def test_ranks_load_it_into_plain_fsdp2_and_tp_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None) -> None:
+def test_ranks_load_it_into_plain_fsdp2_and_tp_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
+) -> None:
     """1, 2 and 4 gloo ranks, and accelerate's own loader, which keeps the model under the key ``model``."""
     torch.manual_seed(3)
     truth = rankfiles.truth_of(rankfiles.net())
@@ -75,7 +77,13 @@ def test_ranks_load_it_into_plain_fsdp2_and_tp_models(tmp_path: Path, monkeypatc
     save_file(truth, tmp_path / "truth.safetensors")
     report = dsconv.to_dcp(tmp_path / "hf", tmp_path / "plain", fsync=False)
     assert len(report.files) == 2
-    dsconv.to_dcp(tmp_path / "hf", tmp_path / "under_model" / "pytorch_model_fsdp_0", fsync=False, prefix="model.", max_shard_size=3000)
+    dsconv.to_dcp(
+        tmp_path / "hf",
+        tmp_path / "under_model" / "pytorch_model_fsdp_0",
+        fsync=False,
+        prefix="model.",
+        max_shard_size=3000,
+    )
     for path in (tmp_path / "under_model" / "pytorch_model_fsdp_0").iterdir():  # accelerate takes the folder above
         (tmp_path / "under_model" / path.name).hardlink_to(path)
     monkeypatch.setenv("DSCONV_READ", str(tmp_path))
@@ -167,7 +175,13 @@ def test_a_tied_name_that_safetensors_lacks_is_there_too(tmp_path: Path) -> None
     """transformers saves one of the two names; a model's state dict asks for both."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 17}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 17,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "hf")
     report = dsconv.to_dcp(tmp_path / "hf", tmp_path / "out", fsync=False)
@@ -184,7 +198,9 @@ def test_the_ties_of_a_merge_are_kept(tmp_path: Path) -> None:
     report = dsconv.to_dcp(tmp_path / "merged", tmp_path / "out", fsync=False)
     assert report.ties == {"head.weight": "embed.weight"}
     check(loaded(tmp_path / "out", made.truth), made.truth)
-    (tmp_path / "merged" / "dsconv.manifest.json").write_text('{"ties": {"x": 3, "embed.weight": "norm.bias", "y": "nowhere"}}')
+    (tmp_path / "merged" / "dsconv.manifest.json").write_text(
+        '{"ties": {"x": 3, "embed.weight": "norm.bias", "y": "nowhere"}}'
+    )
     assert not dsconv.to_dcp(tmp_path / "merged", tmp_path / "again", fsync=False).ties
 
 
@@ -192,10 +208,12 @@ def test_the_ties_of_a_merge_are_kept(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 9), max_size=4), st.sampled_from([1, 2, 4, 8]), st.sampled_from([8, 24, 64, 1 << 20]))
 def test_chunks_follow_each_other_and_tile_the_tensor(sizes: list[int], itemsize: int, limit: int) -> None:
     shape = tuple(sizes)
-    chunks = list(dcp_layout.cut(shape, itemsize, limit))
+    chunks = list(dcp_layout.split_chunks(shape, itemsize, limit))
     assert all(math.prod(part) * itemsize <= limit for _, part in chunks)
     order = torch.arange(math.prod(shape)).reshape(shape)
-    parts = [order[tuple(slice(o, o + s) for o, s in zip(offsets, part, strict=True))].flatten() for offsets, part in chunks]
+    parts = [
+        order[tuple(slice(o, o + s) for o, s in zip(offsets, part, strict=True))].flatten() for offsets, part in chunks
+    ]
     assert torch.equal(torch.cat(parts), order.flatten())
     if math.prod(shape):
         prove_cover([box(offsets, part) for offsets, part in chunks], shape, "w")
@@ -262,7 +280,9 @@ def test_a_run_that_is_interrupted_leaves_nothing(zoo: Path, tmp_path: Path) -> 
 
 
 def test_no_torch_is_imported_for_a_copy(zoo: Path, tmp_path: Path) -> None:
-    code = f"import sys, dsconv; dsconv.to_dcp({str(zoo)!r}, {str(tmp_path / 'out')!r}); sys.exit('torch' in sys.modules)"
+    code = (
+        f"import sys, dsconv; dsconv.to_dcp({str(zoo)!r}, {str(tmp_path / 'out')!r}); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     check(loaded(tmp_path / "out", ZOO), ZOO)
 
@@ -297,8 +317,16 @@ def test_a_checkpoint_that_does_not_open_is_no_usage_error(tmp_path: Path) -> No
 def test_metadata_names_only_what_torchs_own_does(zoo: Path, tmp_path: Path) -> None:
     dsconv.to_dcp(zoo, tmp_path / "ours", fsync=False)
     dcp.save(dict(ZOO), checkpoint_id=tmp_path / "theirs", no_dist=True)
-    ours = {str(arg) for op, arg, _ in pickletools.genops((tmp_path / "ours" / ".metadata").read_bytes()) if op.name == "GLOBAL"}
-    texts = [str(arg) for op, arg, _ in pickletools.genops((tmp_path / "theirs" / ".metadata").read_bytes()) if "UNICODE" in op.name]
+    ours = {
+        str(arg)
+        for op, arg, _ in pickletools.genops((tmp_path / "ours" / ".metadata").read_bytes())
+        if op.name == "GLOBAL"
+    }
+    texts = [
+        str(arg)
+        for op, arg, _ in pickletools.genops((tmp_path / "theirs" / ".metadata").read_bytes())
+        if "UNICODE" in op.name
+    ]
     assert len(ours) > 10
     assert ours <= {f"{module} {name}" for module in texts for name in texts}
 
@@ -307,7 +335,9 @@ def test_what_it_writes_is_read_back_ties_and_all(trained: Callable[[str], Train
     source = trained("llama_tied-z3-bf16-w3").checkpoint
     dsconv.to_dcp(source, tmp_path / "dcp", fsync=False)
     found = dsconv.open_checkpoint(tmp_path / "dcp")
-    assert found.ties == {"lm_head.weight": "model.embed_tokens.weight"} or found.ties == {"model.embed_tokens.weight": "lm_head.weight"}
+    assert found.ties == {"lm_head.weight": "model.embed_tokens.weight"} or found.ties == {
+        "model.embed_tokens.weight": "lm_head.weight"
+    }
     assert dsconv.verify(source, tmp_path / "dcp").equal
     report = dsconv.merge(tmp_path / "dcp", tmp_path / "out", fsync=False)
     assert report.tensors == len(dsconv.open_checkpoint(source))

@@ -1,4 +1,6 @@
-"""Every checkpoint that DeepSpeed trained and saved here comes out bit for bit, and loads with the library it was made with."""
+"""Every checkpoint that DeepSpeed trained and saved here comes out bit for bit, and loads with the library it was
+made with.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_merge_is_bit_exact(case: Case, trained: Callable[[str], Trained], tmp_p
     assert not report.warnings
 
 
-@pytest.mark.parametrize("case", [c for c in MATRIX if c.world in (1, 3) and c.dtype == "bf16"], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in MATRIX if c.world in (1, 3) and c.dtype == "bf16"], ids=lambda case: case.name
+)
 def test_open_checkpoint_reads_the_same(case: Case, trained: Callable[[str], Trained]) -> None:
     made = trained(case.name)
     checkpoint = dsconv.open_checkpoint(made.checkpoint)
@@ -50,7 +54,9 @@ def expected_weights(made: Trained) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("model", [m for m in MODELS if m != "llama_lora"])
-def test_transformers_loads_it(model: str, stage: int, dtype: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_transformers_loads_it(
+    model: str, stage: int, dtype: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
     """from_pretrained finds every weight, under the name it wants, tied ones included; in fp32 they are the masters."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -71,7 +77,9 @@ def test_transformers_loads_it(model: str, stage: int, dtype: str, trained: Call
 
 
 @pytest.mark.parametrize("model", ["llama_tied", "t5", "gpt2", "mixtral", "llama_frozen"])
-def test_tied_weights_have_the_name_that_transformers_keeps(model: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_tied_weights_have_the_name_that_transformers_keeps(
+    model: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     made = trained(f"{model}-z3-fp32-w2")
@@ -83,7 +91,9 @@ def test_tied_weights_have_the_name_that_transformers_keeps(model: str, trained:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_peft_loads_a_merged_lora_model_and_an_adapter(stage: int, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_peft_loads_a_merged_lora_model_and_an_adapter(
+    stage: int, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -118,11 +128,15 @@ def test_exclude_frozen(model: str, stage: int, trained: Callable[[str], Trained
     assert all(same(tensor, made.truth[name]) for name, tensor in merged.items())
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
 @pytest.mark.parametrize(
     "case", ["odd-z0-fp32-w2", "odd-z1-bf16-w4", "odd-z2-fp32-w2", "odd-z3-bf16-w2", "llama_groups-z3-fp16-w2-dynscale"]
 )
-def test_casts_equal_torch(case: str, name: str, dtype: torch.dtype, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_casts_equal_torch(
+    case: str, name: str, dtype: torch.dtype, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
     """One cast to nearest even, of floats only; integers and bools keep their dtype."""
     made = trained(case)
     dsconv.merge(made.checkpoint, tmp_path / "out", fsync=False, dtype=name, verify_output=True)

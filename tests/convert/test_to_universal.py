@@ -13,7 +13,14 @@ import pytest
 import torch
 
 import dsconv
-from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, OutputError, UnsafeError, UnsupportedError
+from dsconv.errors import (
+    DsconvError,
+    InconsistentCheckpointError,
+    MalformedError,
+    OutputError,
+    UnsafeError,
+    UnsupportedError,
+)
 from tests.cli.running import dsconv as command
 from tests.fixtures import gloo, universal
 from tests.fixtures.universal import PATTERNS
@@ -87,7 +94,9 @@ COMPARED = [name for name in NAMES if not name.endswith(("roundrobin", "elastic"
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_it_writes_what_the_official_tool_writes(name: str, made: dict[str, Path], converted: Callable[[str], Path]) -> None:
+def test_it_writes_what_the_official_tool_writes(
+    name: str, made: dict[str, Path], converted: Callable[[str], Path]
+) -> None:
     theirs, ours = official(made[name]), converted(name)
     stage = universal.CASES[name].options.stage
     extra = files(ours) - files(theirs)
@@ -101,25 +110,38 @@ def test_it_writes_what_the_official_tool_writes(name: str, made: dict[str, Path
             continue
         expected, found = load(theirs / path), load(ours / path)
         if path == "zero/optimizer_state.pt":
-            flat = {"fp32_flat_groups", "optimizer_state_dict"} if stage == 3 else set()  # of rank 0, whole; no loader reads them
+            flat = (
+                {"fp32_flat_groups", "optimizer_state_dict"} if stage == 3 else set()
+            )  # of rank 0, whole; no loader reads them
             for key in set(expected) - flat:
                 assert equal(expected[key], found[key]), key
             if stage == 3:
-                assert equal(expected["optimizer_state_dict"]["param_groups"], found["optimizer_state_dict"]["param_groups"])
-                assert equal(expected["optimizer_state_dict"]["state"][0]["step"], found["optimizer_state_dict"]["state"][0]["step"])
+                assert equal(
+                    expected["optimizer_state_dict"]["param_groups"], found["optimizer_state_dict"]["param_groups"]
+                )
+                assert equal(
+                    expected["optimizer_state_dict"]["state"][0]["step"],
+                    found["optimizer_state_dict"]["state"][0]["step"],
+                )
         elif stage == 3:
             assert same(expected, found["param"].flatten()), path
         else:
             assert equal(expected, found), path
 
 
-def test_the_official_tool_fails_or_errs_where_dsconv_does_not(made: dict[str, Path], converted: Callable[[str], Path]) -> None:
+def test_the_official_tool_fails_or_errs_where_dsconv_does_not(
+    made: dict[str, Path], converted: Callable[[str], Path]
+) -> None:
     """So that this is noticed when it changes: COMPARED leaves these out."""
     failed = {name for name in NAMES if json.loads((made[name] / "facts.json").read_text())["official"]}
     assert failed == set(NAMES) - set(COMPARED) - {"llama_groups-z2-bf16-w2-roundrobin"}
     name = "llama_groups-z2-bf16-w2-roundrobin"
     truth = load_safetensors(made[name] / "truth.safetensors")
-    wrong = [key for key, tensor in truth.items() if not same(load(official(made[name]) / "zero" / f"{key}.pt")["param"], tensor)]
+    wrong = [
+        key
+        for key, tensor in truth.items()
+        if not same(load(official(made[name]) / "zero" / f"{key}.pt")["param"], tensor)
+    ]
     assert wrong, "param_slice_mappings were wrong under round_robin_gradients in 0.19.8"
 
 
@@ -134,8 +156,14 @@ def test_patterns_decide_the_keys(converted: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_tools_output_is_read_as_a_source(name: str, made: dict[str, Path], converted: Callable[[str], Path], tmp_path: Path) -> None:
-    truth = {k.removesuffix("/fp32"): v for k, v in load_safetensors(made[name] / "truth.safetensors").items() if k.endswith("/fp32")}
+def test_both_tools_output_is_read_as_a_source(
+    name: str, made: dict[str, Path], converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    truth = {
+        k.removesuffix("/fp32"): v
+        for k, v in load_safetensors(made[name] / "truth.safetensors").items()
+        if k.endswith("/fp32")
+    }
     facts = json.loads((made[name] / "facts.json").read_text())
     sources = [converted(name)]
     if facts["official"] is None and "roundrobin" not in name:
@@ -160,9 +188,18 @@ def test_both_tools_output_is_read_as_a_source(name: str, made: dict[str, Path],
             assert dsconv.verify(made[name] / "ckpt", source).equal
 
 
-@pytest.mark.parametrize("name", ["llama_tied-z1-bf16-w2-trainer", "llama_tied-z3-bf16-w2-trainer", "llama_lora-z2-bf16-w3",
-                                  "llama_groups-z3-bf16-w4-hpz", "odd-z2-bf16-w2-client", "llama_tied-z2-bf16-w2-cpuadam",
-                                  "llama_groups-z2-bf16-w2-bf16master"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama_tied-z1-bf16-w2-trainer",
+        "llama_tied-z3-bf16-w2-trainer",
+        "llama_lora-z2-bf16-w3",
+        "llama_groups-z3-bf16-w4-hpz",
+        "odd-z2-bf16-w2-client",
+        "llama_tied-z2-bf16-w2-cpuadam",
+        "llama_groups-z2-bf16-w2-bf16master",
+    ],
+)
 def test_other_checkpoints_convert_and_verify(name: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     made = trained(name)
     report = dsconv.to_universal(made.checkpoint, tmp_path / "out", fsync=False, verify_output=True)
@@ -219,7 +256,9 @@ def test_command(made: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_torch_is_not_imported_for_a_copy(made: dict[str, Path], tmp_path: Path) -> None:
-    ran = command("to-universal", made["llama_frozen-z3-bf16-w2"] / "ckpt", tmp_path / "out", python=("-X", "importtime"))
+    ran = command(
+        "to-universal", made["llama_frozen-z3-bf16-w2"] / "ckpt", tmp_path / "out", python=("-X", "importtime")
+    )
     assert ran.code == 0
     assert " torch" not in {line.rsplit("|", 1)[-1] for line in ran.err.splitlines()}
 
@@ -270,7 +309,9 @@ def test_what_a_killed_run_left_is_cleared(made: dict[str, Path], tmp_path: Path
     dsconv.open_checkpoint(out)
 
 
-def test_a_file_system_without_hard_links(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_hard_links(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise OSError("no links here")
 
@@ -318,9 +359,9 @@ def _word(value: Any) -> None:
 
 
 def _path(value: Any) -> None:
-    value["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["../../evil"] = value["optimizer_state_dict"]["base_optimizer_state"][
-        "state"
-    ][0]["exp_avg"]
+    value["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["../../evil"] = value["optimizer_state_dict"][
+        "base_optimizer_state"
+    ]["state"][0]["exp_avg"]
 
 
 def _none(value: Any) -> None:
@@ -369,9 +410,17 @@ BAD_INFO: dict[str, tuple[dict[str, Any], type[DsconvError], str]] = {
     "no_text": ({"vocabulary_parameter_patterns": [3]}, MalformedError, "list of name patterns"),
     "rows": ({"original_vocab_size": "many"}, MalformedError, "rows"),
     "sub_params": ({"parameter_with_sub_params": [3]}, MalformedError, "sub_params"),
-    "sub_shape": ({"parameter_with_sub_params": [{"patterns": ["cube"], "shape": (4, -1), "partition_dim": 0}]}, MalformedError, "cube"),
+    "sub_shape": (
+        {"parameter_with_sub_params": [{"patterns": ["cube"], "shape": (4, -1), "partition_dim": 0}]},
+        MalformedError,
+        "cube",
+    ),
     "affine_version": ({"affine_map": {"version": 9}}, UnsupportedError, "version 9"),
-    "affine_shape": ({"affine_map": {"params": {"pair": {"logical_shape": (5, 7)}}}}, MalformedError, "affine map of 'pair"),
+    "affine_shape": (
+        {"affine_map": {"params": {"pair": {"logical_shape": (5, 7)}}}},
+        MalformedError,
+        "affine map of 'pair",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The .pt files that dsconv writes itself: torch, the standard library and dsconv's own strict reader read them alike."""
+"""The .pt files that dsconv writes itself: torch, the standard library and dsconv's own strict reader read them
+alike.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsconv.checkpoint.checksums import crc32
-from dsconv.checkpoint.dtypes import BY_NAME, STORAGE_CLASSES
-from dsconv.checkpoint.standins import Instance, TensorRef
-from dsconv.checkpoint.torch_file import TorchFile
-from dsconv.checkpoint.training import SmallTensor
+from dsconv.checkpoint.map.dtypes import BY_NAME, STORAGE_CLASSES
+from dsconv.checkpoint.map.training import SmallTensor
+from dsconv.checkpoint.pickles.allowlist import Instance, TensorRef
+from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.convert.torch_writer import FULL32, MAX_DEPTH, Streamed, TorchArchive
 from dsconv.errors import UnsupportedError
 from tests.trained import raw, same
@@ -60,7 +62,11 @@ def test_a_streamed_tensor_of_each_dtype(dtype: str, shape: tuple[int, ...], tmp
 
 def test_several_tensors_of_both_kinds(tmp_path: Path) -> None:
     float32, int64 = BY_NAME["float32"], BY_NAME["int64"]
-    value = [Streamed(float32, (2,)), SmallTensor(int64, (), struct.pack("<q", -3)), (Streamed(float32, (1,)), Streamed(float32, (1,)))]
+    value = [
+        Streamed(float32, (2,)),
+        SmallTensor(int64, (), struct.pack("<q", -3)),
+        (Streamed(float32, (1,)), Streamed(float32, (1,))),
+    ]
     path = write(tmp_path / "x.pt", value, tuple(struct.pack(f"<{n}f", *range(n)) for n in (2, 1, 1)))
     first, step, rest = torch.load(path, weights_only=True)
     assert first.tolist() == [0.0, 1.0]
@@ -70,12 +76,16 @@ def test_several_tensors_of_both_kinds(tmp_path: Path) -> None:
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**300), 2**300) | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(-5, 300), inner),
+    lambda inner: (
+        st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(-5, 300), inner)
+    ),
     max_leaves=20,
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(value=PLAIN)
 def test_plain_values(value: Any, tmp_path: Path) -> None:
     path = tmp_path / "settings.pt"
@@ -87,7 +97,9 @@ def test_plain_values(value: Any, tmp_path: Path) -> None:
 def test_objects_of_classes_and_dtypes(tmp_path: Path) -> None:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    real = DynamicLossScaler(2**7, scale_window=5, min_scale=1, delayed_shift=1, consecutive_hysteresis=False, dtype=torch.float16)
+    real = DynamicLossScaler(
+        2**7, scale_window=5, min_scale=1, delayed_shift=1, consecutive_hysteresis=False, dtype=torch.float16
+    )
     state = {k: v for k, v in vars(real).items() if k != "dtype"} | {"dtype": BY_NAME["float16"]}
     value = {"scaler": Instance("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", (), state)}
     path = tmp_path / "x.pt"
@@ -156,7 +168,15 @@ def wide(levels: int) -> Any:
 
 @pytest.mark.parametrize(
     "value",
-    [object(), {1, 2}, b"bytes", deep(MAX_DEPTH + 1), wide(40), 1 << 3000, SmallTensor(BY_NAME["float8_e4m3fn"], (1,), b"x")],
+    [
+        object(),
+        {1, 2},
+        b"bytes",
+        deep(MAX_DEPTH + 1),
+        wide(40),
+        1 << 3000,
+        SmallTensor(BY_NAME["float8_e4m3fn"], (1,), b"x"),
+    ],
     ids=["object", "set", "bytes", "deep", "wide", "integer", "fp8"],
 )
 def test_what_cannot_be_written_is_refused(value: Any) -> None:

@@ -1,4 +1,6 @@
-"""``to-universal`` from AutoTP and pipeline checkpoints: the truth, the official tool, and engines over other ranks that load it."""
+"""``to-universal`` from AutoTP and pipeline checkpoints: the truth, the official tool, and engines over other ranks
+that load it.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,18 @@ from tests.trained import load_safetensors, same
 
 NAMES = list(universal_mp.TRAINED)
 
-# source: (tensor-, pipeline- and data-parallel degrees and stages that load it; with True it trains on as the original did).
+# source: (tensor-, pipeline- and data-parallel degrees and stages that load it; with True it trains on as the original
+# did).
 PLANS: dict[str, list[tuple[int, int, int, int, bool]]] = {
-    "llama-tp2-dp2-z1": [(2, 1, 1, 1, False), (2, 1, 2, 1, True), (1, 1, 2, 1, False), (4, 1, 1, 1, False), (3, 1, 1, 2, False),
-                         (2, 1, 2, 3, False), (1, 1, 2, 3, False)],
+    "llama-tp2-dp2-z1": [
+        (2, 1, 1, 1, False),
+        (2, 1, 2, 1, True),
+        (1, 1, 2, 1, False),
+        (4, 1, 1, 1, False),
+        (3, 1, 1, 2, False),
+        (2, 1, 2, 3, False),
+        (1, 1, 2, 3, False),
+    ],
     "qwen-tp2-dp2-z2": [(2, 1, 2, 2, True), (1, 1, 2, 2, False), (3, 1, 1, 1, False), (2, 1, 2, 3, False)],
     "fused-tp2-dp2-z1": [(2, 1, 1, 1, False), (1, 1, 2, 1, False), (3, 1, 1, 2, False), (4, 1, 1, 1, False)],
     "fused-tp3-z2": [(2, 1, 1, 2, False), (3, 1, 1, 2, True), (1, 1, 2, 2, False), (4, 1, 1, 2, False)],
@@ -31,19 +41,38 @@ PLANS: dict[str, list[tuple[int, int, int, int, bool]]] = {
     "llama-tp2-z1-bf16opt": [(2, 1, 2, 1, False), (2, 1, 1, 1, True), (1, 1, 2, 1, False), (3, 1, 1, 1, False)],
     "llama-tp2-z2-frozen": [(2, 1, 2, 2, False), (1, 1, 2, 2, False)],
     "codegen-tp2-z1": [(2, 1, 2, 1, False), (1, 1, 2, 1, False), (4, 1, 1, 1, False)],
-    "llama-tp2-dp2-z3": [(2, 1, 1, 3, False), (4, 1, 1, 3, False), (2, 1, 2, 3, True), (1, 1, 2, 3, False), (2, 1, 2, 1, False),
-                         (1, 1, 3, 2, False)],
-    "fused-tp2-z3": [(2, 1, 1, 3, True), (3, 1, 1, 3, False), (2, 1, 2, 3, False), (1, 1, 2, 3, False), (3, 1, 1, 1, False)],
+    "llama-tp2-dp2-z3": [
+        (2, 1, 1, 3, False),
+        (4, 1, 1, 3, False),
+        (2, 1, 2, 3, True),
+        (1, 1, 2, 3, False),
+        (2, 1, 2, 1, False),
+        (1, 1, 3, 2, False),
+    ],
+    "fused-tp2-z3": [
+        (2, 1, 1, 3, True),
+        (3, 1, 1, 3, False),
+        (2, 1, 2, 3, False),
+        (1, 1, 2, 3, False),
+        (3, 1, 1, 1, False),
+    ],
     "pp2-dp2-z1": [(1, 2, 2, 1, True), (1, 2, 1, 1, False), (1, 1, 2, 1, False), (1, 3, 1, 1, False)],
     "pp2-z1-fp16": [(1, 2, 1, 1, True), (1, 1, 2, 1, False)],
     "pp2-z1-frozen": [(1, 2, 2, 1, False), (1, 1, 1, 1, False)],
     "pp3-z1-bf16opt": [(1, 3, 1, 1, True), (1, 2, 2, 1, False), (1, 1, 2, 1, False)],
-    "pp2-tp2-z1": [(2, 2, 1, 1, True), (2, 1, 2, 1, False), (1, 1, 2, 1, False), (1, 2, 1, 1, False), (4, 1, 1, 1, False)],
+    "pp2-tp2-z1": [
+        (2, 2, 1, 1, True),
+        (2, 1, 2, 1, False),
+        (1, 1, 2, 1, False),
+        (1, 2, 1, 1, False),
+        (4, 1, 1, 1, False),
+    ],
     "pp1-tp2-dp2-z1": [(2, 1, 1, 1, False), (1, 2, 1, 1, False), (2, 2, 1, 1, False)],
     "pp2-tp2-z1-unsynced": [(2, 2, 1, 1, False), (1, 1, 1, 1, False)],
-}  # fmt: skip
+}
 RESUMES = [Resume(source, "", *plan) for source, plans in PLANS.items() for plan in plans]
-# Its loader cuts what the trainer's own patterns describe evenly (0.19.8, universal_checkpoint.py): 10 rows of 2 parts by 4 do not.
+# Its loader cuts what the trainer's own patterns describe evenly (0.19.8, universal_checkpoint.py): 10 rows of 2 parts
+# by 4 do not.
 REFUSED_BY_DEEPSPEED = {"pp2-tp2-z1-to-tp4-pp1-dp1-z1": r"zero/\d\.gate_up\.weight/.*full param numel 120"}
 
 
@@ -97,7 +126,9 @@ def test_it_writes_what_the_official_tool_writes(name: str, made: dict[str, Path
     expected = {"latest_universal", *(other.format(mp) for mp in range(layout.tp * layout.pp))}
     # Buffers and frozen weights of a pipeline are in layer files, of which the official tool takes nothing.
     known = {
-        path for path in extra if re.search(r"\d\.(mask|count|table)/|/1\.(down\.weight|norm\.bias)/", path) and layout.model == "pipeline"
+        path
+        for path in extra
+        if re.search(r"\d\.(mask|count|table)/|/1\.(down\.weight|norm\.bias)/", path) and layout.model == "pipeline"
     }
     assert {path for path in extra - known if not (layout.stage == 3 and path.endswith("/step.pt"))} == expected
     for path in sorted(files(theirs)):
@@ -105,20 +136,26 @@ def test_it_writes_what_the_official_tool_writes(name: str, made: dict[str, Path
             assert (theirs / path).read_bytes() == (ours / path).read_bytes()
             continue
         want, found = load(theirs / path), load(ours / path)
-        if path == "zero/optimizer_state.pt" and layout.stage == 3:  # theirs holds rank 0's partitions, which no loader reads
+        if (
+            path == "zero/optimizer_state.pt" and layout.stage == 3
+        ):  # theirs holds rank 0's partitions, which no loader reads
             nested = [of.pop("optimizer_state_dict") for of in (want, found)]
             assert equal(nested[0]["param_groups"], nested[1]["param_groups"])
             assert equal(nested[0]["state"][0]["step"], nested[1]["state"][0]["step"])
         if path == "zero/optimizer_state.pt":
             assert all(equal(want[key], found[key]) for key in want if key != "fp32_flat_groups")
-        elif path == "zero/lm_head.weight/fp32.pt" and name.startswith("qwen"):  # a tied name: theirs is rank 0's shard alone
+        elif path == "zero/lm_head.weight/fp32.pt" and name.startswith(
+            "qwen"
+        ):  # a tied name: theirs is rank 0's shard alone
             assert same(want["param"], found["param"][: len(want["param"])])
         else:
             assert equal(want, found), path
 
 
 @pytest.mark.parametrize("resume", RESUMES, ids=lambda resume: resume.name)
-def test_an_engine_over_other_ranks_has_every_bit(resume: Resume, made: dict[str, Path], resumed: dict[str, Path]) -> None:
+def test_an_engine_over_other_ranks_has_every_bit(
+    resume: Resume, made: dict[str, Path], resumed: dict[str, Path]
+) -> None:
     origin, found = made[resume.source], resumed[resume.name]
     failure = (found / "failed.txt").read_text() if (found / "failed.txt").exists() else None
     if resume.name in REFUSED_BY_DEEPSPEED:
@@ -127,7 +164,10 @@ def test_an_engine_over_other_ranks_has_every_bit(resume: Resume, made: dict[str
         return
     assert failure is None, failure
     for truth, loaded in [("truth", "states"), ("after", "after")][: 1 + resume.goes_on]:
-        expected, states = load_safetensors(origin / f"{truth}.safetensors"), load_safetensors(found / f"{loaded}.safetensors")
+        expected, states = (
+            load_safetensors(origin / f"{truth}.safetensors"),
+            load_safetensors(found / f"{loaded}.safetensors"),
+        )
         assert set(states) == set(expected)
         for name, tensor in expected.items():
             assert same(states[name], tensor), f"{name} ({loaded})"
@@ -154,14 +194,20 @@ def test_it_is_read_back_as_a_source(name: str, made: dict[str, Path], converted
     assert len(copies) == name.startswith("pp")
 
 
-def test_stage_3_over_tensor_parallel_ranks_is_read_whole_or_refused(converted: dict[str, Path], tmp_path: Path) -> None:
+def test_stage_3_over_tensor_parallel_ranks_is_read_whole_or_refused(
+    converted: dict[str, Path], tmp_path: Path
+) -> None:
     lacking = Path(shutil.copytree(converted["llama-tp2-dp2-z3"], tmp_path / "lacking"))
     (lacking / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink()
     with pytest.raises(MissingShardError, match=r"no zero_pp_rank_0_mp_rank_00_model_states\.pt"):
         dsconv.open_checkpoint(lacking)
     name = "llama-tp2-z3-frozen"
-    dsconv.to_universal(gloo.ensure("autotp", [name])[name] / "ckpt", tmp_path / "frozen", fsync=False, verify_output=True)
-    with pytest.raises(UnsupportedError, match=r"frozen weights such as .model\.embed_tokens\.weight. in 2 model-parallel ranks"):
+    dsconv.to_universal(
+        gloo.ensure("autotp", [name])[name] / "ckpt", tmp_path / "frozen", fsync=False, verify_output=True
+    )
+    with pytest.raises(
+        UnsupportedError, match=r"frozen weights such as .model\.embed_tokens\.weight. in 2 model-parallel ranks"
+    ):
         dsconv.open_checkpoint(tmp_path / "frozen")
 
 
@@ -173,7 +219,12 @@ def test_the_official_tools_pipelines_lack_buffers(made: dict[str, Path]) -> Non
 
 def test_a_plan_instead_of_patterns(made: dict[str, Path], tmp_path: Path) -> None:
     """A trainer without universal_checkpoint_info: config.json decides, and says what the patterns would."""
-    source = edited(made["llama-tp2-dp2-z1"] / "ckpt", tmp_path / "ckpt", "mp_rank_*", lambda value: value.pop("universal_checkpoint_info"))
+    source = edited(
+        made["llama-tp2-dp2-z1"] / "ckpt",
+        tmp_path / "ckpt",
+        "mp_rank_*",
+        lambda value: value.pop("universal_checkpoint_info"),
+    )
     model: Any = autotp.build(autotp.Options("llama", 2, 1))
     model.config.save_pretrained(source)
     dsconv.to_universal(source, tmp_path / "out", fsync=False, verify_output=True)
@@ -213,19 +264,56 @@ def _wide(value: Any) -> None:
 
 
 BAD: dict[str, tuple[str, str, Callable[[Any], None], type[DsconvError], str]] = {
-    "copies_differ": ("llama-tp2-z1-bf16opt", "*mp_rank_01_optim*", _other_moment, InconsistentCheckpointError,
-                      "optimizer's 'exp_avg' of 'model.*should be the same.*differs between rank 0"),
-    "missing_on_a_rank": ("fused-tp3-z2", "*mp_rank_02_optim*", _no_moment, InconsistentCheckpointError,
-                          "no 'exp_avg_sq' of 'scale' on model-parallel rank 2"),
-    "another_step": ("llama-tp2-z1-bf16opt", "*mp_rank_01_optim*", _later, InconsistentCheckpointError, "step of 'model.* differs"),
-    "another_dtype": ("fused-tp3-z2", "*mp_rank_01_optim*", _wide, InconsistentCheckpointError, "'exp_avg' of 'scale' has another dtype"),
-    "tied_stages_differ": ("pp2-z1-fp16", "*mp_rank_01_optim*", _other_moment, InconsistentCheckpointError,
-                           "'exp_avg' of tied parameter 'tied_modules.embed.*differs between pipeline stages"),
-    "tied_stage_lacks_it": ("pp3-z1-bf16opt", "*mp_rank_02_optim*", _no_moment, InconsistentCheckpointError,
-                            "'exp_avg_sq' of tied parameter"),
-    "stages_of_other_steps": ("pp2-z1-fp16", "*mp_rank_01_optim*", _later, InconsistentCheckpointError,
-                              "step of tied parameter 'tied_modules.embed"),
-}  # fmt: skip
+    "copies_differ": (
+        "llama-tp2-z1-bf16opt",
+        "*mp_rank_01_optim*",
+        _other_moment,
+        InconsistentCheckpointError,
+        "optimizer's 'exp_avg' of 'model.*should be the same.*differs between rank 0",
+    ),
+    "missing_on_a_rank": (
+        "fused-tp3-z2",
+        "*mp_rank_02_optim*",
+        _no_moment,
+        InconsistentCheckpointError,
+        "no 'exp_avg_sq' of 'scale' on model-parallel rank 2",
+    ),
+    "another_step": (
+        "llama-tp2-z1-bf16opt",
+        "*mp_rank_01_optim*",
+        _later,
+        InconsistentCheckpointError,
+        "step of 'model.* differs",
+    ),
+    "another_dtype": (
+        "fused-tp3-z2",
+        "*mp_rank_01_optim*",
+        _wide,
+        InconsistentCheckpointError,
+        "'exp_avg' of 'scale' has another dtype",
+    ),
+    "tied_stages_differ": (
+        "pp2-z1-fp16",
+        "*mp_rank_01_optim*",
+        _other_moment,
+        InconsistentCheckpointError,
+        "'exp_avg' of tied parameter 'tied_modules.embed.*differs between pipeline stages",
+    ),
+    "tied_stage_lacks_it": (
+        "pp3-z1-bf16opt",
+        "*mp_rank_02_optim*",
+        _no_moment,
+        InconsistentCheckpointError,
+        "'exp_avg_sq' of tied parameter",
+    ),
+    "stages_of_other_steps": (
+        "pp2-z1-fp16",
+        "*mp_rank_01_optim*",
+        _later,
+        InconsistentCheckpointError,
+        "step of tied parameter 'tied_modules.embed",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -20,9 +20,24 @@ PLANS: dict[str, list[tuple[int, int, bool]]] = {
     "odd-z0-fp32-w2": [(3, 1, False), (2, 2, False), (1, 3, False)],
     "llama_groups-z0-fp16-w2": [(2, 1, False), (3, 3, False)],
     "llama_frozen-z0-bf16-w2": [(1, 2, False)],
-    "llama_tied-z1-bf16-w2": [(1, 1, False), (3, 1, False), (4, 1, False), (2, 1, True), (3, 2, False), (1, 3, False), (3, 3, False)],
+    "llama_tied-z1-bf16-w2": [
+        (1, 1, False),
+        (3, 1, False),
+        (4, 1, False),
+        (2, 1, True),
+        (3, 2, False),
+        (1, 3, False),
+        (3, 3, False),
+    ],
     "llama_groups-z1-bf16-w2-bf16opt": [(1, 1, False), (3, 1, False), (4, 2, False), (2, 1, True)],
-    "llama_groups-z2-bf16-w2": [(1, 0, False), (1, 2, False), (3, 2, False), (4, 1, False), (2, 2, True), (3, 3, False)],
+    "llama_groups-z2-bf16-w2": [
+        (1, 0, False),
+        (1, 2, False),
+        (3, 2, False),
+        (4, 1, False),
+        (2, 2, True),
+        (3, 3, False),
+    ],
     "odd-z2-fp32-w2": [(3, 0, False), (1, 2, False), (2, 2, True), (1, 1, False), (3, 3, False)],
     "llama_frozen-z2-bf16-w2": [(1, 2, False), (4, 2, False), (2, 3, False)],
     "llama_groups-z2-bf16-w2-roundrobin": [(1, 2, False), (3, 2, False)],
@@ -66,7 +81,9 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 
 
 @pytest.mark.parametrize(("source", "world", "stage", "goes_on"), IDS, ids=lambda value: str(value))
-def test_an_engine_has_every_bit_after_loading(source: str, world: int, stage: int, goes_on: bool, resumed: dict[str, Path]) -> None:
+def test_an_engine_has_every_bit_after_loading(
+    source: str, world: int, stage: int, goes_on: bool, resumed: dict[str, Path]
+) -> None:
     origin = gloo.ensure("universal")[source]
     found = resumed[Resume(source, "", world, stage).name]
     assert not (found / "failed.txt").exists(), (found / "failed.txt").read_text()

@@ -1,4 +1,6 @@
-"""What lies in the output folder: files, names, headers, index, manifest, sidecars; read by other libraries than ours."""
+"""What lies in the output folder: files, names, headers, index, manifest, sidecars; read by other libraries than
+ours.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ def headers(path: Path) -> tuple[int, dict[str, Any]]:
 
 def test_one_file(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     report = dsconv.merge(trained(CASE).checkpoint, tmp_path / "out", fsync=False)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "dsconv.manifest.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "dsconv.manifest.json",
+        "model.safetensors",
+    ]
     assert report.files == ["model.safetensors"]
     size, header = headers(tmp_path / "out" / "model.safetensors")
     assert (size + 8) % 8 == 0
@@ -56,7 +62,9 @@ def test_shards(limit: str | int, trained: Callable[[str], Trained], tmp_path: P
     report = dsconv.merge(made.checkpoint, tmp_path / "out", fsync=False, max_shard_size=limit, verify_output=True)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2
-    assert [path.name for path in shards] == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert [path.name for path in shards] == [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
     made.check(load_safetensors(tmp_path / "out"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     for path in shards:
@@ -109,7 +117,9 @@ def test_dry_run_is_what_a_run_does(trained: Callable[[str], Trained], tmp_path:
     assert not (tmp_path / "out").exists()
     done = dsconv.merge(made.checkpoint, tmp_path / "out", fsync=False, max_shard_size=300, dtype="bf16")
     assert planned.files == done.files
-    assert planned.nbytes == done.nbytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert (
+        planned.nbytes == done.nbytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    )
     for row in planned.plan:
         _, header = headers(tmp_path / "out" / row["file"])
         assert header[row["name"]]["data_offsets"] == [row["offset"], row["offset"] + row["bytes"]]
@@ -119,18 +129,34 @@ def test_dry_run_is_what_a_run_does(trained: Callable[[str], Trained], tmp_path:
 
 def test_sidecars_beside_the_checkpoint(copied: Callable[[str], Path], tmp_path: Path) -> None:
     save_dir = copied(CASE)
-    config = json.loads((save_dir / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_mine.Mine"}, "dtype": "bfloat16"}
+    config = json.loads((save_dir / "config.json").read_text()) | {
+        "auto_map": {"AutoModel": "modeling_mine.Mine"},
+        "dtype": "bfloat16",
+    }
     (save_dir / "config.json").write_text(json.dumps(config))
-    wanted = {"generation_config.json": "{}", "tokenizer.json": "{}", "tokenizer_config.json": "{}", "special_tokens_map.json": "{}",
-              "preprocessor_config.json": "{}", "chat_template.jinja": "hi", "vocab.json": "{}", "merges.txt": "a b",
-              "modeling_mine.py": "class Mine: ..."}  # fmt: skip
+    wanted = {
+        "generation_config.json": "{}",
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "special_tokens_map.json": "{}",
+        "preprocessor_config.json": "{}",
+        "chat_template.jinja": "hi",
+        "vocab.json": "{}",
+        "merges.txt": "a b",
+        "modeling_mine.py": "class Mine: ...",
+    }
     for name, text in wanted.items():
         (save_dir / name).write_text(text)
     (save_dir / "training.log").write_text("not this")
     (save_dir / "other.py").write_text("nor this")
     report = dsconv.merge(save_dir, tmp_path / "out", fsync=False)
     assert set(report.sidecars) == {*wanted, "config.json"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*wanted, "config.json", "model.safetensors", "dsconv.manifest.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *wanted,
+        "config.json",
+        "model.safetensors",
+        "dsconv.manifest.json",
+    }
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"dtype": "float32"}
 
 
@@ -152,7 +178,11 @@ def test_the_dtype_that_config_says_is_that_of_the_weights(copied: Callable[[str
     for dtype, expected in (("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")):
         dsconv.merge(save_dir, tmp_path / str(dtype), fsync=False, dtype=dtype)
         written = json.loads((tmp_path / str(dtype) / "config.json").read_text())
-        assert written == {"model_type": "any", "torch_dtype": expected, "text_config": {"dtype": expected, "hidden_size": 3}}
+        assert written == {
+            "model_type": "any",
+            "torch_dtype": expected,
+            "text_config": {"dtype": expected, "hidden_size": 3},
+        }
 
 
 def test_default_output(copied: Callable[[str], Path]) -> None:
@@ -164,7 +194,9 @@ def test_default_output(copied: Callable[[str], Path]) -> None:
 
 def test_the_tag_dir_the_save_dir_and_the_trainers_folder(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     save_dir = trained(CASE).checkpoint
-    for number, path in enumerate((save_dir, save_dir / "global_step2", trained("llama_tied-z3-bf16-w2-trainer").checkpoint)):
+    for number, path in enumerate(
+        (save_dir, save_dir / "global_step2", trained("llama_tied-z3-bf16-w2-trainer").checkpoint)
+    ):
         report = dsconv.merge(path, tmp_path / str(number), fsync=False)
         assert report.sidecars[0] == "config.json"
     assert report.source.endswith("checkpoint-2/global_step2")
@@ -181,8 +213,24 @@ def test_fp16_overflow_is_counted_and_reported(tmp_path: Path) -> None:
     assert manifest["overflowed"] == {"w": 3}
 
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
-          torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool]  # fmt: skip
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint64,
+    torch.uint32,
+    torch.uint16,
+    torch.uint8,
+    torch.bool,
+]
 
 
 @settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -208,7 +256,8 @@ def test_any_dtype_and_shape_survives(
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [("5GB", 5 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), ("7", 7), (9, 9), ("2KiB", 2048), ("1TB", 10**12)]
+    ("text", "nbytes"),
+    [("5GB", 5 * 10**9), ("1.5 GiB", 3 << 29), ("500mb", 5 * 10**8), ("7", 7), (9, 9), ("2KiB", 2048), ("1TB", 10**12)],
 )
 def test_sizes(text: str | int, nbytes: int) -> None:
     assert parse_size(text) == nbytes

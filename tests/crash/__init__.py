@@ -1,1 +1,3 @@
-"""Kills and failing system calls at every place where a run changes the disk: see ``make crash`` and docs/reliability.md."""
+"""Kills and failing system calls at every place where a run changes the disk: see ``make crash`` and
+docs/reliability.md.
+"""

@@ -1,4 +1,6 @@
-"""``python -m tests.crash``: kill a run at every call that changes the disk, and let every such call fail, and count."""
+"""``python -m tests.crash``: kill a run at every call that changes the disk, and let every such call fail, and
+count.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def all_points(folder: Path, seed: int) -> Iterator[tuple[Job, list[Point]]]:
 
 
 def spread(found: list[Point], count: int, chosen: random.Random) -> list[Point]:
-    """``count`` of the points, of each kind of fault and call before any a second time, and of the end, where files move."""
+    """``count`` of the points, of each kind of fault and call before any a second time, and of the end, where files
+    move.
+    """
     seen: Counter[tuple[str, str]] = Counter()
     order = []
     for point in sorted(found, key=lambda _: chosen.random()):
@@ -80,15 +84,25 @@ def main(count: int | None, seed: int, as_json: bool) -> None:
                     outcome = "BROKEN"
                     click.echo(f"{job.name}: {fault} {kind}: {error}", err=True)
                 of_job.setdefault(fault, Counter())[outcome] += 1
-            click.echo(f"{job.name}: {len(chosen)} points, {time.monotonic() - began:.0f} s, {failures} broken", err=True)
+            click.echo(
+                f"{job.name}: {len(chosen)} points, {time.monotonic() - began:.0f} s, {failures} broken", err=True
+            )
     total = sum(of.total() for of_job in counts.values() for of in of_job.values())
-    result: dict[str, Any] = {"points": total, "broken": failures, "counts": counts, "seconds": round(time.monotonic() - began)}
+    result: dict[str, Any] = {
+        "points": total,
+        "broken": failures,
+        "counts": counts,
+        "seconds": round(time.monotonic() - began),
+    }
     if as_json:
         click.echo(json.dumps(result))
     else:
         for name, of_job in counts.items():
             for fault, of in of_job.items():
-                click.echo(f"{name} | {fault} | {of.total()} | " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(of.items())))
+                click.echo(
+                    f"{name} | {fault} | {of.total()} | "
+                    + ", ".join(f"{n} {outcome}" for outcome, n in sorted(of.items()))
+                )
         click.echo(f"{total} points, {failures} broken, {result['seconds']} s")
     sys.exit(bool(failures))
 

@@ -1,4 +1,5 @@
-"""Faults from outside of the code under test: every call of Python's that changes a file is counted, and one of them goes wrong.
+"""Faults from outside of the code under test: every call of Python's that changes a file is counted, and one of them
+goes wrong.
 
 The functions of ``os`` and ``open`` are replaced in a process that was forked for one fault and ends with it.
 """
@@ -15,13 +16,28 @@ from collections.abc import Callable
 from typing import Any
 
 WRITES = ("pwrite", "write")
-CALLS = (*WRITES, "open", "truncate", "ftruncate", "fsync", "fdatasync", "replace", "rename", "link", "symlink", "unlink", "remove",
-         "mkdir", "rmdir")  # fmt: skip
+CALLS = (
+    *WRITES,
+    "open",
+    "truncate",
+    "ftruncate",
+    "fsync",
+    "fdatasync",
+    "replace",
+    "rename",
+    "link",
+    "symlink",
+    "unlink",
+    "remove",
+    "mkdir",
+    "rmdir",
+)
 CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Faults:
-    """Counts the calls, by number and kind, and calls ``fault(kind, call)`` in place of the call number ``at`` (from 1).
+    """Counts the calls, by number and kind, and calls ``fault(kind, call)`` in place of the call number ``at`` (from
+    1).
 
     Of a write, that ``call`` writes the first half.
     """

@@ -111,18 +111,24 @@ class Job:
                 raise
         else:
             sources = [self.source] if state == NEW else [self.old] if state == OLD else [self.source, self.old]
-            if not any(verify(dsconv.open_checkpoint(source), opened).equal for source in sources if source is not None):
+            if not any(
+                verify(dsconv.open_checkpoint(source), opened).equal for source in sources if source is not None
+            ):
                 raise Broken(f"{state}, and it opens with other tensors than the source's")
         return state
 
     def recover(self, state: str) -> None:
-        """Run again, as a user does: without ``--force`` first. Raises Broken unless the output is that of an undisturbed run."""
+        """Run again, as a user does: without ``--force`` first. Raises Broken unless the output is that of an
+        undisturbed run.
+        """
         try:
             self.kind.run(self.source, self.target, False)
         except OutputError as error:
             if "already holds" not in str(error):
                 raise Broken(f"{state}, and the next run says: {error}") from None
-            if contents(self.target) != (self.before if state == OLD else self.after):  # absent: it has finished what was begun
+            if contents(self.target) != (
+                self.before if state == OLD else self.after
+            ):  # absent: it has finished what was begun
                 raise Broken(f"{state}, and a run that was refused changed it") from None
             self._nothing_left()
             self.kind.run(self.source, self.target, True)
@@ -130,7 +136,9 @@ class Job:
             if state != ABSENT:
                 raise Broken(f"{state}, and the next run replaced it without being told to")
             if self.old is not None:
-                raise Broken("the older output was gone, and the new one was not finished by the next run but made anew")
+                raise Broken(
+                    "the older output was gone, and the new one was not finished by the next run but made anew"
+                )
         if contents(self.target) != self.after:
             raise Broken(f"{state}, and the next run's output differs from an undisturbed one's")
         if sorted(os.listdir(self.home)) != self.beside:

@@ -66,7 +66,9 @@ def killed(job: Job, at: int, how: Callable[[str, Callable[..., Any]], Any], aga
         if number is None:
             continue
         code, said = run_with(job, number, how)
-        if code != -signal.SIGKILL and not (number == again and code in (DONE, REFUSED)):  # with other calls it may end first
+        if code != -signal.SIGKILL and not (
+            number == again and code in (DONE, REFUSED)
+        ):  # with other calls it may end first
             raise Broken(f"it was not killed: {code}, {said[:200]}")
         state = job.state()
     job.recover(state)
@@ -76,7 +78,8 @@ def killed(job: Job, at: int, how: Callable[[str, Callable[..., Any]], Any], aga
 def failed(job: Job, at: int, kind: str, how: Callable[[str, Callable[..., Any]], Any]) -> str:
     """One call fails: the run says so and takes its files away, or it can do without, and its output is whole.
 
-    ``refused`` or ``done``; raises Broken where a promise was not kept. What could not be removed is left to the next run.
+    ``refused`` or ``done``; raises Broken where a promise was not kept. What could not be removed is left to the next
+    run.
     """
     job.prepare()
     code, said = run_with(job, at, how)

@@ -1,4 +1,6 @@
-"""The moment in which a finished output takes the place of an older one: whatever ends the run there, one of the two stays whole."""
+"""The moment in which a finished output takes the place of an older one: whatever ends the run there, one of the two
+stays whole.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,10 @@ def test_a_disk_that_refuses_to_the_end_keeps_the_output_for_the_next_run(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(staging.Staging, "finish", always(OSError(errno.EROFS, "Read-only file system")))
-        with pytest.raises(OutputError, match=r"Read-only file system. They are whole, in .*, and the next run into this folder puts them"):
+        with pytest.raises(
+            OutputError,
+            match=r"Read-only file system. They are whole, in .*, and the next run into this folder puts them",
+        ):
             dsconv.merge(trained(CASE).checkpoint, older, force=True)
     with pytest.raises(OutputError, match="already holds a model"):
         dsconv.merge(trained(OLDER).checkpoint, older)
@@ -110,7 +115,9 @@ def test_files_that_another_has_put_there_since_are_not_touched(
     killed(lambda: dsconv.merge(trained(CASE).checkpoint, older, force=True), "finish")
     (older / "model.safetensors").write_bytes(b"mine")
     for force in (False, True):
-        with pytest.raises(OutputError, match=r"already holds a model|since then model\.safetensors was put there by another"):
+        with pytest.raises(
+            OutputError, match=r"already holds a model|since then model\.safetensors was put there by another"
+        ):
             dsconv.merge(trained(CASE).checkpoint, older, force=force)
         assert (older / "model.safetensors").read_bytes() == b"mine"
     (older / "model.safetensors").unlink()
@@ -147,10 +154,17 @@ def test_an_output_that_came_while_this_run_waited_is_not_replaced(
 
 @pytest.mark.parametrize(
     "moving",
-    ['["../mine", "x"]', '{"gone": {}, "names": {"../mine": [1]}, "there": {}}', '{"gone": {"x": ["a"]}, "names": {}, "there": {}}', "[]",
-     '{"gone": {"mine": [1, 2, 3]}, "names": {"x": [1, 2, 3]}, "there": {}}'],
-)  # fmt: skip
-def test_a_list_of_moves_from_elsewhere_takes_nothing_away(moving: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    [
+        '["../mine", "x"]',
+        '{"gone": {}, "names": {"../mine": [1]}, "there": {}}',
+        '{"gone": {"x": ["a"]}, "names": {}, "there": {}}',
+        "[]",
+        '{"gone": {"mine": [1, 2, 3]}, "names": {"x": [1, 2, 3]}, "there": {}}',
+    ],
+)
+def test_a_list_of_moves_from_elsewhere_takes_nothing_away(
+    moving: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
     out, mine = tmp_path / "out", tmp_path / "mine"
     hidden = out / staging.STAGING
     hidden.mkdir(parents=True)

@@ -50,7 +50,9 @@ def merged_meanwhile(source: Path, out: Path, happen: Callable[[], object]) -> N
     dsconv.merge(source, out, fsync=False, workers=1, progress=when_half_is_copied(happen))
 
 
-def test_a_file_that_is_cut_vanishes_or_is_written_to(trained: Callable[[str], Trained], copied: Any, tmp_path: Path) -> None:
+def test_a_file_that_is_cut_vanishes_or_is_written_to(
+    trained: Callable[[str], Trained], copied: Any, tmp_path: Path
+) -> None:
     save_dir = copied(CASE)
     (victim,) = save_dir.rglob(LAST)
     kept = victim.read_bytes()
@@ -62,7 +64,10 @@ def test_a_file_that_is_cut_vanishes_or_is_written_to(trained: Callable[[str], T
         victim.write_bytes(data)
 
     for happen, error in (
-        (lambda: os.truncate(victim, len(kept) // 3), rf"{victim.name}: truncated: expected \d+ bytes at offset \d+, found"),
+        (
+            lambda: os.truncate(victim, len(kept) // 3),
+            rf"{victim.name}: truncated: expected \d+ bytes at offset \d+, found",
+        ),
         (victim.unlink, f"{victim.name}: no such file"),
         (damaged, rf"{victim.name}: record .* fails its CRC-32 .* or written to while it was read"),
     ):
@@ -70,11 +75,15 @@ def test_a_file_that_is_cut_vanishes_or_is_written_to(trained: Callable[[str], T
             merged_meanwhile(save_dir, tmp_path / "out", happen)
         assert not (tmp_path / "out").exists()
         victim.write_bytes(kept)
-    merged_meanwhile(save_dir, tmp_path / "out", victim.touch)  # what was read matches its checksums: nothing is wrong with it
+    merged_meanwhile(
+        save_dir, tmp_path / "out", victim.touch
+    )  # what was read matches its checksums: nothing is wrong with it
     trained(CASE).check(load_safetensors(tmp_path / "out"))
 
 
-def test_a_file_without_checksums_that_is_written_to(trained: Callable[[str], Trained], plain: Path, tmp_path: Path) -> None:
+def test_a_file_without_checksums_that_is_written_to(
+    trained: Callable[[str], Trained], plain: Path, tmp_path: Path
+) -> None:
     """Only by its size, time and inode can that be seen, so a mere touch counts."""
     victim = plain / "model-00002-of-00002.safetensors"
 
@@ -95,7 +104,9 @@ def test_a_file_without_checksums_that_is_written_to(trained: Callable[[str], Tr
     trained(CASE).check(load_safetensors(tmp_path / "out"))
 
 
-def test_a_disk_that_cannot_read(trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_read(
+    trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = dsconv.open_checkpoint(trained(CASE).checkpoint)
     real, count = os.preadv, 0
 
@@ -107,7 +118,9 @@ def test_a_disk_that_cannot_read(trained: Callable[[str], Trained], tmp_path: Pa
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    with pytest.raises(DsconvError, match=r"optim_states\.pt: cannot be read: \d+ bytes at offset \d+ failed: Input/output error"):
+    with pytest.raises(
+        DsconvError, match=r"optim_states\.pt: cannot be read: \d+ bytes at offset \d+ failed: Input/output error"
+    ):
         dsconv.merge(checkpoint, tmp_path / "out", fsync=False)
     assert not (tmp_path / "out").exists()
 
@@ -143,7 +156,9 @@ def test_signals_that_interrupt_calls(trained: Callable[[str], Trained], tmp_pat
 
 
 @pytest.mark.parametrize("command", ["merge", "to-universal", "to-dcp"])
-def test_of_two_processes_at_one_output_the_second_refuses(command: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_of_two_processes_at_one_output_the_second_refuses(
+    command: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
     source, out = trained(CASE).checkpoint, tmp_path / "home" / "out"
     arguments = [command, str(source), str(out), "--no-fsync", "--quiet"]
     alone = tmp_path / "alone" / "out"
@@ -153,12 +168,16 @@ def test_of_two_processes_at_one_output_the_second_refuses(command: str, trained
         assert first.poll() is None
     time.sleep(0.05)
     for force in ([], ["--force"]):
-        second = subprocess.run([sys.executable, "-m", "dsconv", *arguments, *force], capture_output=True, text=True, check=False)
+        second = subprocess.run(
+            [sys.executable, "-m", "dsconv", *arguments, *force], capture_output=True, text=True, check=False
+        )
         assert (second.returncode, first.poll()) == (3, None), second.stderr
         assert "another dsconv run is writing here; wait for it or choose another folder" in second.stderr
     _, err = first.communicate(timeout=60)
     assert first.returncode == 0, err
     third = subprocess.run([sys.executable, "-m", "dsconv", *arguments], capture_output=True, text=True, check=False)
     assert (third.returncode, "already holds" in third.stderr) == (3, True)
-    subprocess.run([sys.executable, "-m", "dsconv", command, str(source), str(alone), "--no-fsync", "--quiet"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "dsconv", command, str(source), str(alone), "--no-fsync", "--quiet"], check=True
+    )
     assert contents(out) == contents(alone)

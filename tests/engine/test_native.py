@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dsconv.engine import Layout, RunOptions, checkpoints, resume, train
-from dsconv.engine.cells import COLUMNS, rows
+from dsconv.engine import Layout, RunOptions, checkpoints, files, resume, train
+from dsconv.engine.matrix import COLUMNS, rows
 from dsconv.engine.validation import Validation
 from dsconv.engine.worker import read_metrics
 from dsconv.errors import UsageError
@@ -18,14 +18,20 @@ EXACT = ("step", "loss", "grad_norm", "lr")
 
 
 def options(model: Path, run: Path, layout: Layout, **changes: Any) -> RunOptions:
-    return RunOptions(str(model), str(run), 4, layout, **{"seq_len": 16, "batch_size": 4, "dtype": "fp32", "save_every": 2, **changes})
+    return RunOptions(
+        str(model), str(run), 4, layout, **{"seq_len": 16, "batch_size": 4, "dtype": "fp32", "save_every": 2, **changes}
+    )
 
 
 def test_fsdp_resumes_in_place_as_ddp_and_tensor_parallel_and_converts(tiny_llama: Path, tmp_path: Path) -> None:
     (row,) = rows(2, False, ("native-fp32",))
-    validation = Validation(tmp_path, RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4), [row])
+    validation = Validation(
+        tmp_path, RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4), [row]
+    )
     validation.run()
-    assert [(cell.column, cell.passed) for cell in validation.cells] == [(column, True) for column in COLUMNS], validation.cells
+    assert [(cell.column, cell.passed) for cell in validation.cells] == [(column, True) for column in COLUMNS], (
+        validation.cells
+    )
     assert row.targets["another stage"] == Layout("native", 2, tp=2)
 
 
@@ -33,7 +39,7 @@ def test_what_powersgd_remembers_is_part_of_the_checkpoint(tiny_llama: Path, tmp
     run, again = tmp_path / "run", tmp_path / "again"
     train(options(tiny_llama, run, Layout("native", 2, fsdp=False), hook="powersgd"))
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("logs", checkpoints.tag_of(4)))
-    checkpoints.write_file(again / checkpoints.FOLDER / checkpoints.LATEST, checkpoints.tag_of(2).encode())
+    files.write_file(again / checkpoints.FOLDER / checkpoints.LATEST, checkpoints.tag_of(2).encode())
     assert resume(again).finished
     left, right = ([[line[key] for key in EXACT] for line in read_metrics(folder)] for folder in (run, again))
     assert len(left) == 4

@@ -25,16 +25,34 @@ RUN = RunOptions("model", "run", 8, Layout(nproc=4, zero_stage=1), batch_size=8)
 
 def test_a_deepspeed_config_does_not_decide_what_flags_do() -> None:
     """Else a run that goes on in another layout would be of two."""
-    said = {"zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": "auto"}, "bf16": {"enabled": True}}
-    said |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    said = {
+        "zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": "auto"},
+        "bf16": {"enabled": True},
+    }
+    said |= {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+    }
     kept = without_flags(replace(RUN, ds_config=said))
     assert kept.ds_config == {"zero_optimization": {"overlap_comm": True}, "bf16": {}, "gradient_clipping": 0.5}
     config = ds_config(replace(kept, layout=Layout(nproc=2, zero_stage=2)))
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
-    assert (config["gradient_clipping"], config["bf16"], config["gradient_accumulation_steps"]) == (0.5, {"enabled": True}, 4)
-    for wrong, flag in (({"zero_optimization": {"stage": 3}}, "--zero-stage"), ({"fp16": {"enabled": True}}, "--dtype"),
-                        ({"train_batch_size": 16}, "--batch-size"), ({"tensor_parallel": {"autotp_size": 2}}, "--tp")):  # fmt: skip
-        with pytest.raises(UsageError, match=rf"--ds-config: .* is .* by {flag} it is .*: leave it out there, or change {flag}"):
+    assert (config["gradient_clipping"], config["bf16"], config["gradient_accumulation_steps"]) == (
+        0.5,
+        {"enabled": True},
+        4,
+    )
+    for wrong, flag in (
+        ({"zero_optimization": {"stage": 3}}, "--zero-stage"),
+        ({"fp16": {"enabled": True}}, "--dtype"),
+        ({"train_batch_size": 16}, "--batch-size"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "--tp"),
+    ):
+        with pytest.raises(
+            UsageError, match=rf"--ds-config: .* is .* by {flag} it is .*: leave it out there, or change {flag}"
+        ):
             without_flags(replace(RUN, ds_config=wrong))
     swapped = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}}
     with pytest.raises(UsageError, match="loads neither that nor the step counts: the run could not be resumed"):
@@ -146,7 +164,13 @@ def test_token_ids_are_checked_against_the_vocabulary(tmp_path: Path) -> None:
 
 def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
     def draw() -> list[object]:
-        return [random.random(), random.gauss(0, 1), *numpy.random.rand(3), numpy.random.randn(), *torch.rand(3).tolist()]
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            *numpy.random.rand(3),
+            numpy.random.randn(),
+            *torch.rand(3).tolist(),
+        ]
 
     seed_everything(1, 2)
     draw()

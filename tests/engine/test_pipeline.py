@@ -1,4 +1,6 @@
-"""Pipeline runs: a transformers model cut into stages computes the same, resumes bit for bit, and goes on in other layouts."""
+"""Pipeline runs: a transformers model cut into stages computes the same, resumes bit for bit, and goes on in other
+layouts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 
 import dsconv
 from dsconv.engine import Layout, RunOptions
-from dsconv.engine.cells import Row
+from dsconv.engine.matrix import Row
 from dsconv.engine.models import open_source
 from dsconv.engine.pipeline_backend import PipelineBackend
 from dsconv.engine.pipeline_layers import Donor, layer_specs, pipeline_names
@@ -30,7 +32,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SIZES, "tie_word_embeddings": True},
     "llama-untied": {"model_type": "llama", **SIZES, "tie_word_embeddings": False},
     "mistral-sliding": {"model_type": "mistral", **SIZES, "sliding_window": 4},
-    "qwen2-sliding": {"model_type": "qwen2", **SIZES, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen2-sliding": {
+        "model_type": "qwen2",
+        **SIZES,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3", **SIZES},
     "gpt2": {"model_type": "gpt2", **GPT2},
 }
@@ -69,7 +77,9 @@ def test_layers_one_after_another_are_the_model(name: str) -> None:
 
 
 def test_a_pipeline_and_zero_go_on_from_each_other(tiny_llama: Path, tmp_path: Path) -> None:
-    """What was saved right after the change is what was there before, bit for bit; losses are those of either layout."""
+    """What was saved right after the change is what was there before, bit for bit; losses are those of either
+    layout.
+    """
     without = Row("zero0", Layout(nproc=2, pp=2), "fp32")
     there = Row("pp2", PP2, "fp32", {}, {"another stage": ZERO2})
     back = Row("zero2", ZERO2, "fp32", {}, {"another stage": PP2})
@@ -107,7 +117,9 @@ def test_what_no_pipeline_can_do_is_refused_by_name(tmp_path: Path) -> None:
         PipelineBackend(options, open_source(options, False), fresh=True, universal=False)
 
     GemmaConfig(**SIZES).save_pretrained(tmp_path / "model")
-    with pytest.raises(UnsupportedError, match="llama, mistral, qwen2, qwen3, gpt2 into pipeline stages, and not gemma"):
+    with pytest.raises(
+        UnsupportedError, match="llama, mistral, qwen2, qwen3, gpt2 into pipeline stages, and not gemma"
+    ):
         start(PP2, dtype="fp32")
     config_of("llama").save_pretrained(tmp_path / "model")
     with pytest.raises(UsageError, match="--pp 4: the model has 3 layers"):

@@ -1,4 +1,6 @@
-"""Runs that end otherwise than planned: killed in a save, told to stop, out of disk, of another model, under torchrun."""
+"""Runs that end otherwise than planned: killed in a save, told to stop, out of disk, of another model, under
+torchrun.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dsconv.engine import Layout, RunOptions, checkpoints, resume, train
+from dsconv.engine import Layout, RunOptions, checkpoints, files, resume, train
 from dsconv.engine.worker import read_metrics
 from dsconv.errors import InconsistentCheckpointError, OutputError, UsageError
 
@@ -23,7 +25,12 @@ EXACT = ("step", "loss", "grad_norm", "lr")
 
 
 def options(model: Path, run: Path, **changes: Any) -> RunOptions:
-    settings: dict[str, Any] = {"layout": Layout(nproc=2, zero_stage=2), "seq_len": 16, "batch_size": 4, "save_every": 1}
+    settings: dict[str, Any] = {
+        "layout": Layout(nproc=2, zero_stage=2),
+        "seq_len": 16,
+        "batch_size": 4,
+        "save_every": 1,
+    }
     return RunOptions(str(model), str(run), STEPS, **{**settings, **changes})
 
 
@@ -57,7 +64,9 @@ def wait_for(found: Any, process: subprocess.Popen[Any]) -> None:
 def test_a_run_leaves_what_it_says(finished: Path) -> None:
     lines = read_metrics(finished)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert all(line["memory_bytes"] > 1 << 20 and line["tokens_per_s"] > 0 and line["comm_seconds"] > 0 for line in lines)
+    assert all(
+        line["memory_bytes"] > 1 << 20 and line["tokens_per_s"] > 0 and line["comm_seconds"] > 0 for line in lines
+    )
     assert checkpoints.steps(finished) == list(range(1, STEPS + 1))
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((finished / "monitor").rglob("*.csv"))
@@ -68,7 +77,20 @@ def test_a_run_that_was_killed_in_a_save_goes_on_from_the_one_before(
     finished: Path, tiny_llama: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     run = tmp_path / "run"
-    arguments = ["--steps", str(STEPS), "--save-every", "1", "--seq-len", "16", "--batch-size", "4", "--nproc", "2", "--zero-stage", "2"]
+    arguments = [
+        "--steps",
+        str(STEPS),
+        "--save-every",
+        "1",
+        "--seq-len",
+        "16",
+        "--batch-size",
+        "4",
+        "--nproc",
+        "2",
+        "--zero-stage",
+        "2",
+    ]
     process = subprocess.Popen(
         command("train", str(tiny_llama), "--output-dir", str(run), *arguments),
         env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -86,11 +108,28 @@ def test_a_run_that_was_killed_in_a_save_goes_on_from_the_one_before(
     assert not (run / checkpoints.FOLDER / checkpoints.PARTIAL).exists()
 
 
-def test_told_to_stop_it_saves_and_ends_well(finished: Path, tiny_llama: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_told_to_stop_it_saves_and_ends_well(
+    finished: Path, tiny_llama: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
     run = tmp_path / "run"
-    arguments = ["--steps", "100000", "--seq-len", "16", "--batch-size", "4", "--nproc", "2", "--zero-stage", "1", "--json"]
+    arguments = [
+        "--steps",
+        "100000",
+        "--seq-len",
+        "16",
+        "--batch-size",
+        "4",
+        "--nproc",
+        "2",
+        "--zero-stage",
+        "1",
+        "--json",
+    ]
     process = subprocess.Popen(
-        command("train", str(tiny_llama), "--output-dir", str(run), *arguments), env=environment, stdout=subprocess.PIPE, text=True
+        command("train", str(tiny_llama), "--output-dir", str(run), *arguments),
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     wait_for(lambda: len(read_metrics(run)) > 2, process)
     process.terminate()
@@ -103,7 +142,9 @@ def test_told_to_stop_it_saves_and_ends_well(finished: Path, tiny_llama: Path, t
     assert resume(run, stop_after=report["step"] + 1).step == report["step"] + 1
 
 
-def test_ranks_whose_launcher_was_killed_save_and_end(tiny_llama: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_ranks_whose_launcher_was_killed_save_and_end(
+    tiny_llama: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
     run = tmp_path / "run"
     arguments = ["--steps", "100000", "--seq-len", "16", "--batch-size", "4", "--nproc", "2", "--zero-stage", "1"]
     process = subprocess.Popen(
@@ -125,11 +166,13 @@ def test_ranks_whose_launcher_was_killed_save_and_end(tiny_llama: Path, tmp_path
     assert len(read_metrics(run)) == steps
 
 
-def test_a_disk_that_fills_leaves_the_checkpoint_before(finished: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_disk_that_fills_leaves_the_checkpoint_before(
+    finished: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
     """The largest file that a process may write stands in for the space that is left."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("logs", checkpoints.tag_of(5), checkpoints.tag_of(6)))
-    checkpoints.write_file(run / checkpoints.FOLDER / checkpoints.LATEST, checkpoints.tag_of(4).encode())
+    files.write_file(run / checkpoints.FOLDER / checkpoints.LATEST, checkpoints.tag_of(4).encode())
     limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "-", *command("resume", str(run))]
     ended = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 3, ended.stderr
@@ -141,11 +184,37 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(finished: Path, tmp_path
     assert exact(run) == exact(finished)
 
 
-def test_under_torchrun_each_process_is_a_rank(finished: Path, tiny_llama: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_under_torchrun_each_process_is_a_rank(
+    finished: Path, tiny_llama: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
     run = tmp_path / "run"
-    arguments = ["--output-dir", str(run), "--steps", str(STEPS), "--seq-len", "16", "--batch-size", "4", "--zero-stage", "2", "--json"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dsconv", "train"]
-    ended = subprocess.run([*torchrun, str(tiny_llama), *arguments], env=environment, capture_output=True, text=True, timeout=200)
+    arguments = [
+        "--output-dir",
+        str(run),
+        "--steps",
+        str(STEPS),
+        "--seq-len",
+        "16",
+        "--batch-size",
+        "4",
+        "--zero-stage",
+        "2",
+        "--json",
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dsconv",
+        "train",
+    ]
+    ended = subprocess.run(
+        [*torchrun, str(tiny_llama), *arguments], env=environment, capture_output=True, text=True, timeout=200
+    )
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["finished"]
     assert exact(run) == exact(finished)

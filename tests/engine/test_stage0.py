@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsconv.engine import Layout, RunOptions, resume
-from dsconv.engine.cells import rows
+from dsconv.engine.matrix import rows
 from dsconv.engine.validation import Validation
 from dsconv.errors import UnsupportedError
 

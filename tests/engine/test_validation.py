@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsconv.engine.cells import COLUMNS, SABOTAGES, Row, rows
+from dsconv.engine.matrix import COLUMNS, SABOTAGES, Row, rows
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.validation import Validation, validate
 from dsconv.errors import UsageError
@@ -45,7 +45,9 @@ def test_each_sabotage_is_caught(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_parameters_on_nvme_resume_in_place(tiny_llama: Path, tmp_path: Path) -> None:
     if not async_io_is_built():
-        pytest.skip("DeepSpeed's async_io op is not built here, which takes minutes: install libaio-dev, then `make aio`")
+        pytest.skip(
+            "DeepSpeed's async_io op is not built here, which takes minutes: install libaio-dev, then `make aio`"
+        )
     layout = Layout(nproc=2, zero_stage=3)
     row = Row("nvme", layout, "bf16", {"offload": "nvme", "nvme_path": str(tmp_path / "nvme")})
     validation = Validation(tmp_path, RunOptions(str(tiny_llama), "", 4, layout, seq_len=16, batch_size=4), [row])

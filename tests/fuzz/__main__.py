@@ -30,8 +30,19 @@ def input_of(target: Target, seed: int, number: int) -> Random:
 @click.command()
 @click.option("--count", "-n", default=1_000_000, show_default=True, help="Inputs, over all targets.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--first", default=0, show_default=True, help="Number of the first input: to make one again, with --count 1 and --target.")
-@click.option("--target", "names", multiple=True, type=click.Choice([t.name for t in TARGETS]), help="Only this one; may be given again.")
+@click.option(
+    "--first",
+    default=0,
+    show_default=True,
+    help="Number of the first input: to make one again, with --count 1 and --target.",
+)
+@click.option(
+    "--target",
+    "names",
+    multiple=True,
+    type=click.Choice([t.name for t in TARGETS]),
+    help="Only this one; may be given again.",
+)
 def main(count: int, seed: int, first: int, names: tuple[str, ...]) -> None:
     """Break real files COUNT times. Exits 1 when dsconv fails at one of them."""
     began = time.monotonic()
@@ -51,12 +62,17 @@ def main(count: int, seed: int, first: int, names: tuple[str, ...]) -> None:
                     outcome = "failure"
                     failures += 1
                     if failures <= MAX_SHOWN:
-                        click.echo(f"FAILURE: --target '{target.name}' --seed {seed} --first {number} --count 1: {failure}", err=True)
+                        click.echo(
+                            f"FAILURE: --target '{target.name}' --seed {seed} --first {number} --count 1: {failure}",
+                            err=True,
+                        )
                 counts[target.name][outcome] += 1
                 if time.monotonic() - reported > REPORT_SECONDS:
                     reported = time.monotonic()
                     done = number - first + 1
-                    click.echo(f"{done:,} inputs, {done / (reported - began):.0f} a second, {failures} failures", err=True)
+                    click.echo(
+                        f"{done:,} inputs, {done / (reported - began):.0f} a second, {failures} failures", err=True
+                    )
     columns = (SAME, OTHER, REFUSED, "failure")
     click.echo(f"{'target':14}{'inputs':>11}" + "".join(f"{column:>14}" for column in columns))
     for name, row in [*counts.items(), ("all", sum(counts.values(), Counter()))]:

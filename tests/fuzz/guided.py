@@ -1,7 +1,7 @@
 """``python -m tests.fuzz.guided TARGET``: the same targets, with atheris, which follows what code an input reaches.
 
-atheris is no dependency: ``pip install atheris`` where it builds (Linux, CPython up to the version that it knows). It runs
-until it is stopped or ``-runs=N`` is reached, and needs minutes to find what the mutations do not.
+atheris is no dependency: ``pip install atheris`` where it builds (Linux, CPython up to the version that it knows). It
+runs until it is stopped or ``-runs=N`` is reached, and needs minutes to find what the mutations do not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What became of one broken input: read as before, refused, or a failure; and the limits that every input is held to."""
+"""What became of one broken input: read as before, refused, or a failure; and the limits that every input is held
+to.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dsconv.checkpoint.loading import load_tensors
-from dsconv.checkpoint.reading import tensor_bytes
-from dsconv.checkpoint.tensormap import Checkpoint
+from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.transfer.loading import load_tensors
+from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.errors import DsconvError
 
 LIMIT_SECONDS = 1.0  # of processor time, an input: a busy machine must not fail a test

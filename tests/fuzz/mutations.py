@@ -1,7 +1,7 @@
 """Ways to break a file: bytes, the opcodes of a pickle, the fields of a zip, the values of a JSON document.
 
-Each takes a ``random.Random`` for its choices, so that one piece of code serves a seeded loop, hypothesis, which shrinks
-what it finds, and atheris.
+Each takes a ``random.Random`` for its choices, so that one piece of code serves a seeded loop, hypothesis, which
+shrinks what it finds, and atheris.
 """
 
 from __future__ import annotations
@@ -58,15 +58,35 @@ WORDS = (
     "x" * 2000,
 )
 GLOBALS = (
-    ("os", "system"), ("builtins", "eval"), ("builtins", "getattr"), ("posix", "system"), ("subprocess", "Popen"),
-    ("copyreg", "_reconstructor"), ("copyreg", "__newobj__"), ("collections", "OrderedDict"), ("collections", "defaultdict"),
-    ("torch", "Size"), ("torch", "Tensor"), ("torch", "FloatStorage"), ("torch", "float32"), ("torch.storage", "UntypedStorage"),
-    ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3"), ("torch._utils", "_rebuild_parameter"),
-    ("torch._tensor", "_rebuild_from_type_v2"), ("torch._utils", "_rebuild_wrapper_subclass"), ("_codecs", "encode"),
-    ("builtins", "set"), ("builtins", "bytearray"), ("deepspeed.runtime.zero.config", "ZeroStageEnum"), ("my.own", "Class"),
-    ("deepspeed.utils.tensor_fragment", "fragment_address"), ("torch.distributed.tensor", "DTensor"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"), ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-)  # fmt: skip
+    ("os", "system"),
+    ("builtins", "eval"),
+    ("builtins", "getattr"),
+    ("posix", "system"),
+    ("subprocess", "Popen"),
+    ("copyreg", "_reconstructor"),
+    ("copyreg", "__newobj__"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    ("torch", "Size"),
+    ("torch", "Tensor"),
+    ("torch", "FloatStorage"),
+    ("torch", "float32"),
+    ("torch.storage", "UntypedStorage"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor_v3"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch._tensor", "_rebuild_from_type_v2"),
+    ("torch._utils", "_rebuild_wrapper_subclass"),
+    ("_codecs", "encode"),
+    ("builtins", "set"),
+    ("builtins", "bytearray"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("my.own", "Class"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+    ("torch.distributed.tensor", "DTensor"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+)
 PLAIN = b"N\x88\x89)]}\x8f012(tlde.abus\x85\x86\x87\x90\x91Ro\x81\x92\x93\x94Q"  # opcodes without an argument
 TEXT_CODES, INT_CODES = b"XUT\x8c\x8d", b"KMJI\x8a"
 
@@ -132,7 +152,17 @@ def _move(data: bytes, rng: Random) -> bytes:
     return data[:at] + data[start:end] + data[at + end - start :]
 
 
-ACCIDENTS: tuple[Callable[[bytes, Random], bytes], ...] = (_flip, _flip, _integer, _truncate, _cut, _zero, _noise, _repeat, _move)
+ACCIDENTS: tuple[Callable[[bytes, Random], bytes], ...] = (
+    _flip,
+    _flip,
+    _integer,
+    _truncate,
+    _cut,
+    _zero,
+    _noise,
+    _repeat,
+    _move,
+)
 
 
 # Pickles
@@ -195,7 +225,9 @@ def _fragment(rng: Random) -> bytes:
             lambda: glob(*name),
             lambda: glob(*name) + b")\x81",
             lambda: glob(*name) + tup(text("x")) + b"R",
-            lambda: tensor(of=storage(), shape=[rng.choice(EDGES[:16]), rng.choice(EDGES[:8])], strides=[rng.choice(EDGES[:12]), 1]),
+            lambda: tensor(
+                of=storage(), shape=[rng.choice(EDGES[:16]), rng.choice(EDGES[:8])], strides=[rng.choice(EDGES[:12]), 1]
+            ),
             lambda: tensor(rng.choice(EDGES[:18]), of=storage(str(rng.randrange(4)))),
             lambda: blob(rng.randbytes(rng.randrange(40))),
             lambda: b"(" * rng.choice((1, 5, 250)),
@@ -242,7 +274,16 @@ def forged_zip(data: bytes, rng: Random, others: Sequence[bytes] = ()) -> bytes:
             rng.shuffle(found)
         elif kind == 7:
             name = rng.choice(
-                (rng.choice(found).name, "../x", "archive/../x", "/abs", "archive", "b/data.pkl", "archive/data/99", b"\xff/x")
+                (
+                    rng.choice(found).name,
+                    "../x",
+                    "archive/../x",
+                    "/abs",
+                    "archive",
+                    "b/data.pkl",
+                    "archive/data/99",
+                    b"\xff/x",
+                )
             )
             setattr(rec, rng.choice(("name", "local_name")), name)
         elif kind == 8:
@@ -257,19 +298,34 @@ def forged_zip(data: bytes, rng: Random, others: Sequence[bytes] = ()) -> bytes:
 
 def _lie(rec: Rec, rng: Random) -> None:
     field = rng.choice(
-        ("method", "flags", "crc32", "nbytes", "packed", "disk", "header_offset", "local_method", "local_flags", "local_nbytes")
+        (
+            "method",
+            "flags",
+            "crc32",
+            "nbytes",
+            "packed",
+            "disk",
+            "header_offset",
+            "local_method",
+            "local_flags",
+            "local_nbytes",
+        )
     )
     limit = 1 << 16 if field in ("method", "flags", "disk", "local_method", "local_flags") else 1 << 32
     setattr(rec, field, rng.choice((*EDGES[:-4], len(rec.data), len(rec.data) + 1, len(rec.data) // 2, 8)) % limit)
     if rng.randrange(3) == 0:
-        rec.extra = rng.choice((b"\x01\x00\x08\x00" + rng.randbytes(8), b"\x01\x00\xff\xff", rng.randbytes(rng.randrange(20))))
+        rec.extra = rng.choice(
+            (b"\x01\x00\x08\x00" + rng.randbytes(8), b"\x01\x00\xff\xff", rng.randbytes(rng.randrange(20)))
+        )
 
 
 # JSON
 
 
 def forged_json(value: Any, rng: Random) -> bytes:
-    """A JSON document like ``value``, some of whose values, names and nesting are others; now and then not JSON at all."""
+    """A JSON document like ``value``, some of whose values, names and nesting are others; now and then not JSON at
+    all.
+    """
     value = json.loads(json.dumps(value))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places: list[tuple[Any, Any]] = []
@@ -282,7 +338,11 @@ def forged_json(value: Any, rng: Random) -> bytes:
             del parent[key]
         elif kind == 1:
             other_parent, other_key = rng.choice(places)
-            parent[key] = json.loads(json.dumps(other_parent[other_key])) if other_parent is not parent else other_parent[other_key]
+            parent[key] = (
+                json.loads(json.dumps(other_parent[other_key]))
+                if other_parent is not parent
+                else other_parent[other_key]
+            )
         elif kind == 2 and isinstance(parent, dict):
             parent[rng.choice(WORDS)] = parent.pop(key)
         elif kind == 3 and isinstance(parent, list):
@@ -302,12 +362,31 @@ def _json_value(old: Any, rng: Random) -> Any:
     if type(old) is int and rng.randrange(3):
         return rng.choice((old + 1, old - 1, -old, old * 2, old + (1 << 64), 0, float(old)))
     return rng.choice(
-        (None, True, -1, 1.5, float("nan"), 10**30, *EDGES[-4:], *WORDS, [], {}, [[[]]], {"a": {}}, "BF16", "F4", "I64", [0] * 100)
+        (
+            None,
+            True,
+            -1,
+            1.5,
+            float("nan"),
+            10**30,
+            *EDGES[-4:],
+            *WORDS,
+            [],
+            {},
+            [[[]]],
+            {"a": {}},
+            "BF16",
+            "F4",
+            "I64",
+            [0] * 100,
+        )
     )
 
 
 def _walk(value: Any, places: list[tuple[Any, Any]]) -> None:
-    items = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    items = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
     for key, inner in items:
         places.append((value, key))
         _walk(inner, places)

@@ -1,8 +1,8 @@
 """What is fuzzed: real files, how each is broken, and what must hold of whatever dsconv still reads.
 
-``covered`` targets are those where a checksum lies over every byte that matters: there a broken file is refused or gives
-the bytes it gave before. Where no checksum can know (a bare pickle, JSON, raw safetensors data, a file that was forged
-with sound checksums) the rule is weaker: see ``judge`` of each.
+``covered`` targets are those where a checksum lies over every byte that matters: there a broken file is refused or
+gives the bytes it gave before. Where no checksum can know (a bare pickle, JSON, raw safetensors data, a file that was
+forged with sound checksums) the rule is weaker: see ``judge`` of each.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
 from attacks.places import copies
-from dsconv.checkpoint import unpickler
-from dsconv.checkpoint.legacy_file import storage_of
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.standins import shown
+from dsconv.checkpoint.pickles import machine
+from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.torchfile.legacy import storage_of
 from tests.fuzz.judging import OTHER, SAME, Failure, Tensors, tensors_of
 from tests.fuzz.mutations import damaged, forged_json, forged_pickle, forged_zip
 
@@ -102,7 +102,7 @@ class Pickles(Target):
 
     def judge(self, broken: bytes) -> str:
         path = Path("broken.pkl")
-        if len(shown(unpickler.load(broken, path, lambda pid: storage_of(pid, path)))) > 80:
+        if len(safe_repr(machine.load(broken, path, lambda pid: storage_of(pid, path)))) > 80:
             raise Failure("a value is shown at length")
         return OTHER
 
@@ -173,9 +173,13 @@ class ZipForgery(ZipDamage):
         for name, value in theirs.items() if isinstance(theirs, dict) else ():
             if isinstance(value, torch.Tensor) and name in found:
                 dtype, shape, data = found[name]
-                expected = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+                expected = (
+                    value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+                )
                 if (dtype, shape, data) != (str(value.dtype).removeprefix("torch."), tuple(value.shape), expected):
-                    raise Failure(f"{name!a} is {dtype} {shape}, to torch {value.dtype} {tuple(value.shape)}, or of other bytes")
+                    raise Failure(
+                        f"{name!a} is {dtype} {shape}, to torch {value.dtype} {tuple(value.shape)}, or of other bytes"
+                    )
         return OTHER
 
 
@@ -260,7 +264,9 @@ class Index(Files):
 
 
 class Metadata(Files):
-    """``.metadata`` of a DCP directory: a bare pickle without a checksum, so what it says of names and places is believed."""
+    """``.metadata`` of a DCP directory: a bare pickle without a checksum, so what it says of names and places is
+    believed.
+    """
 
     name = ".metadata"
     share = 2
@@ -284,7 +290,9 @@ class Broken:
 
 
 class Checkpoints(Target):
-    """Whole checkpoints of every format of torch.save files, one of which is damaged, cut, lost, or changed with another."""
+    """Whole checkpoints of every format of torch.save files, one of which is damaged, cut, lost, or changed with
+    another.
+    """
 
     name = "checkpoint"
     covered = True
@@ -308,7 +316,9 @@ class Checkpoints(Target):
         if kind == 0:
             return Broken(checkpoint, ((path, None),))
         if checkpoint.name in ("universal", "pipeline"):
-            kind = max(kind, 3)  # a file's name alone says of which tensor or layer it is: that two were swapped, nobody can tell
+            kind = max(
+                kind, 3
+            )  # a file's name alone says of which tensor or layer it is: that two were swapped, nobody can tell
         if kind == 1:
             return Broken(checkpoint, ((path, files[other]), (other, files[path])))
         if kind == 2:
@@ -331,4 +341,13 @@ class Checkpoints(Target):
         return SAME
 
 
-TARGETS: tuple[type[Target], ...] = (Pickles, ZipDamage, ZipForgery, Legacy, SafetensorsHeader, Index, Metadata, Checkpoints)
+TARGETS: tuple[type[Target], ...] = (
+    Pickles,
+    ZipDamage,
+    ZipForgery,
+    Legacy,
+    SafetensorsHeader,
+    Index,
+    Metadata,
+    Checkpoints,
+)

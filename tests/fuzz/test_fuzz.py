@@ -15,7 +15,9 @@ from tests.fuzz.judging import OTHER, REFUSED, SAME, Failure, judged, limits
 from tests.fuzz.targets import TARGETS, Checkpoints, Seeds, Target, seeds
 
 INPUTS = 150  # for each share of a target's in a mixed run
-SEARCHED = settings(derandomize=True, deadline=None, database=None, max_examples=40, suppress_health_check=list(HealthCheck))
+SEARCHED = settings(
+    derandomize=True, deadline=None, database=None, max_examples=40, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,12 @@ def test_the_judge_sees_what_must_not_happen() -> None:
         raise KeyError("a")
 
     with limits():
-        for wrong, says in ((loops, "processor time"), (swells, "MemoryError"), (runs, "ran exec"), (raises, "KeyError")):
+        for wrong, says in (
+            (loops, "processor time"),
+            (swells, "MemoryError"),
+            (runs, "ran exec"),
+            (raises, "KeyError"),
+        ):
             with pytest.raises(Failure, match=says):
                 judged(wrong)
         assert judged(lambda: SAME) == SAME
@@ -78,6 +85,8 @@ def test_other_bytes_are_told(found: Seeds, tmp_path: Path) -> None:
     from tests.fuzz.targets import ZipDamage
 
     target = ZipDamage(Seeds(tmp_path))
-    other = [Rec(name, data[:-1] + b"\x01" if name.endswith("/data/0") else data) for name, data in records(target.data)]
+    other = [
+        Rec(name, data[:-1] + b"\x01" if name.endswith("/data/0") else data) for name, data in records(target.data)
+    ]
     with pytest.raises(Failure, match="other tensors"):
         judged(lambda: target.judge(zip_bytes(other)))

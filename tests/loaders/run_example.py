@@ -1,4 +1,6 @@
-"""Runs an example as ``python EXAMPLE ARG…`` does, without the op that DeepSpeed would first compile on a CPU, for minutes."""
+"""Runs an example as ``python EXAMPLE ARG…`` does, without the op that DeepSpeed would first compile on a CPU, for
+minutes.
+"""
 
 import runpy
 import sys

@@ -27,7 +27,11 @@ def test_example(script: str, says: str, trained: Callable[[str], Trained]) -> N
     source = trained("llama_tied-z3-bf16-w3").checkpoint
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29411"]
-    arguments = [str(ROOT / "tests" / "loaders" / "run_example.py"), str(ROOT / "examples" / f"{script}.py"), str(source)]
+    arguments = [
+        str(ROOT / "tests" / "loaders" / "run_example.py"),
+        str(ROOT / "examples" / f"{script}.py"),
+        str(source),
+    ]
     result = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert says in result.stdout

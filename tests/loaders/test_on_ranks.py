@@ -1,4 +1,6 @@
-"""Loads on 1 to 4 real ranks; the scenes are in tests/fixtures/loading.py and loading_zero3.py, and one launch runs them all."""
+"""Loads on 1 to 4 real ranks; the scenes are in tests/fixtures/loading.py and loading_zero3.py, and one launch runs
+them all.
+"""
 
 from __future__ import annotations
 
@@ -30,5 +32,7 @@ def test_loads(done: set[str]) -> None:
 
 def test_loads_to_nvme(done: set[str]) -> None:
     if not async_io_is_built():
-        pytest.skip("DeepSpeed's async_io op is not built here, which takes minutes: install libaio-dev, then `make aio`")
+        pytest.skip(
+            "DeepSpeed's async_io op is not built here, which takes minutes: install libaio-dev, then `make aio`"
+        )
     assert done >= NVME

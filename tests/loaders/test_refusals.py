@@ -28,7 +28,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("llama")
     config = transformers.LlamaConfig(
-        vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=30,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -44,9 +49,16 @@ def test_quantized_checkpoint(method: str, copied: Path) -> None:
     import transformers
 
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method, "load_in_4bit": True}}))
-    for load in (lambda **more: dsconv.load_tp(copied, **more), lambda **more: dsconv.load_zero3(copied, ZERO3, **more)):
-        with pytest.raises(UnsupportedError, match=rf"model: the configuration says that the weights are quantized \({method}\)"):
+    (copied / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": method, "load_in_4bit": True}})
+    )
+    for load in (
+        lambda **more: dsconv.load_tp(copied, **more),
+        lambda **more: dsconv.load_zero3(copied, ZERO3, **more),
+    ):
+        with pytest.raises(
+            UnsupportedError, match=rf"model: the configuration says that the weights are quantized \({method}\)"
+        ):
             load()
     plain = transformers.AutoConfig.from_pretrained(copied)
     del plain.quantization_config  # what the message says helps where the weights are not quantized
@@ -59,7 +71,9 @@ def test_quantized_values_are_not_numbers(tmp_path: Path) -> None:
         model = nn.Linear(3, 4, bias=False)
         before = model.weight.detach().clone()
         name = str(dtype).removeprefix("torch.")
-        with pytest.raises(UnsupportedError, match=f"weight is float32 in the model, and weight is stored as {name}: quantized"):
+        with pytest.raises(
+            UnsupportedError, match=f"weight is float32 in the model, and weight is stored as {name}: quantized"
+        ):
             dsconv.stream_into(model, tmp_path)
         assert torch.equal(model.weight, before)
         same = nn.Module()
@@ -73,9 +87,15 @@ def test_quantized_values_are_not_numbers(tmp_path: Path) -> None:
     [
         (zero3(zero_quantized_weights=True), "ds_config sets zero_quantized_weights"),
         (zero3(zero_quantized_nontrainable_weights=True), "ds_config sets zero_quantized_nontrainable_weights"),
-        ({**ZERO3, "weight_quantization": {"quantized_initialization": {"num_bits": 4}}}, "ds_config sets quantized_initialization"),
+        (
+            {**ZERO3, "weight_quantization": {"quantized_initialization": {"num_bits": 4}}},
+            "ds_config sets quantized_initialization",
+        ),
         (zero3(offload_param={"device": "nvme"}), "needs nvme_path"),
-        (zero3(offload_param={"device": "nvme", "nvme_path": "x"}, zero_hpz_partition_size=2), "DeepSpeed has no secondary partitions"),
+        (
+            zero3(offload_param={"device": "nvme", "nvme_path": "x"}, zero_hpz_partition_size=2),
+            "DeepSpeed has no secondary partitions",
+        ),
     ],
 )
 def test_settings(settings: dict[str, Any], says: str, llama: Path) -> None:
@@ -88,7 +108,9 @@ def test_nvme_that_cannot_be_used(llama: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OutputError, match="nvme_path cannot be made a folder: Not a directory"):
         dsconv.load_zero3(llama, zero3(offload_param={"device": "nvme", "nvme_path": str(tmp_path / "file")}))
     monkeypatch.setenv("CC", "false")  # a machine without a compiler: DeepSpeed asks it whether libaio is there
-    with pytest.raises(UnsupportedError, match=r"needs DeepSpeed's async_io op, which cannot be loaded here: install libaio"):
+    with pytest.raises(
+        UnsupportedError, match=r"needs DeepSpeed's async_io op, which cannot be loaded here: install libaio"
+    ):
         dsconv.load_zero3(llama, zero3(offload_param={"device": "nvme", "nvme_path": str(tmp_path / "disk")}))
 
 
@@ -109,12 +131,15 @@ def test_damaged_and_foreign_checkpoints(copied: Path) -> None:
     file.write_bytes(whole)
     wider = transformers.AutoConfig.from_pretrained(copied)
     wider.intermediate_size = 16
-    with pytest.raises(InconsistentCheckpointError, match=r"3 tensors have another shape: .*down_proj\.weight is \[8, 12\], the model has"):
+    with pytest.raises(
+        InconsistentCheckpointError,
+        match=r"3 tensors have another shape: .*down_proj\.weight is \[8, 12\], the model has",
+    ):
         dsconv.load_tp(copied, config=wider)
 
 
 def test_no_memory_for_a_block(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsconv.checkpoint import copy
+    from dsconv.checkpoint.transfer import copy
     from dsconv.loaders import memory
 
     def refuse(nbytes: int) -> bytearray:

@@ -22,7 +22,11 @@ from dsconv.zero_utils.config_auto import AUTO_KEYS, TrainingValues, hidden_size
 from dsconv.zero_utils.config_keys import lookup
 from dsconv.zero_utils.config_recipes import RECIPES
 
-CONFIG = {"train_batch_size": "auto", "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "bf16": {"enabled": True}}
+CONFIG = {
+    "train_batch_size": "auto",
+    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+    "bf16": {"enabled": True},
+}
 JSON = json.dumps(CONFIG)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just("auto"),
@@ -127,15 +131,23 @@ def test_it_is_frozen_and_a_copy() -> None:
 
 
 def test_mismatches_are_told_together() -> None:
-    config = DSConfig.read({"train_batch_size": 32, "gradient_clipping": 1, "optimizer": {"params": {"lr": 0.1, "eps": "auto"}}})
+    config = DSConfig.read(
+        {"train_batch_size": 32, "gradient_clipping": 1, "optimizer": {"params": {"lr": 0.1, "eps": "auto"}}}
+    )
     given = TrainingValues(
-        world_size=2, per_device_train_batch_size=4, gradient_accumulation_steps=1, max_grad_norm=1.0, learning_rate=0.2, adam_epsilon=1e-6
+        world_size=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        max_grad_norm=1.0,
+        learning_rate=0.2,
+        adam_epsilon=1e-6,
     )
     with pytest.raises(ConfigMismatchError) as caught:
         config.resolved(given)
-    assert str(caught.value) == (
-        "ds_config: train_batch_size is 32, and world_size × per_device_train_batch_size × gradient_accumulation_steps is 8; "
-        'optimizer.params.lr is 0.1, and learning_rate is 0.2. Make them equal, or write "auto" in the config'
+    assert (
+        str(caught.value) == "ds_config: train_batch_size is 32, and world_size × per_device_train_batch_size ×"
+        " gradient_accumulation_steps is 8; optimizer.params.lr is 0.1, and learning_rate is 0.2. Make them equal,"
+        ' or write "auto" in the config'
     )
     assert isinstance(caught.value, ValueError)
     assert caught.value.exit_code == 5
@@ -147,11 +159,18 @@ def test_what_is_not_known_stays_auto() -> None:
     recipe = DSConfig.read(RECIPES["zero3"].config)
     untouched = recipe.resolved(TrainingValues())
     assert untouched.to_dict() == recipe.to_dict() == RECIPES["zero3"].config
-    assert DSConfig.read({"scheduler": {"params": {"warmup_min_lr": "auto"}}}).resolved(TrainingValues()).auto_keys == []
+    assert (
+        DSConfig.read({"scheduler": {"params": {"warmup_min_lr": "auto"}}}).resolved(TrainingValues()).auto_keys == []
+    )
     assert set(untouched.auto_keys) == set(AUTO_KEYS) - {"fp16.enabled", "scheduler.params.warmup_min_lr"}
     assert recipe.resolved(TrainingValues(warmup_steps=0.1)).get("scheduler.params.warmup_num_steps") == "auto"
     assert recipe.resolved(TrainingValues(warmup_steps=0)).get("scheduler.params.warmup_num_steps") == 1
-    assert recipe.resolved(TrainingValues(warmup_steps=0.1, num_training_steps=95)).get("scheduler.params.warmup_num_steps") == 10
+    assert (
+        recipe.resolved(TrainingValues(warmup_steps=0.1, num_training_steps=95)).get(
+            "scheduler.params.warmup_num_steps"
+        )
+        == 10
+    )
     sizes = recipe.resolved(TrainingValues(hidden_size=1001)).get("zero_optimization")
     assert sizes["reduce_bucket_size"] == 1_002_001
     assert sizes["stage3_prefetch_bucket_size"] == 901_800
@@ -185,7 +204,10 @@ def test_any_config_is_read_linted_and_resolved(config: dict[str, Any]) -> None:
 
 
 def test_load_zero3_reads_its_config_here(tmp_path: Path) -> None:
-    for source, says in (({"zero_optimization": {"stage": 2}}, "ds_config says ZeRO stage 2"), ({}, "ds_config says ZeRO stage 0")):
+    for source, says in (
+        ({"zero_optimization": {"stage": 2}}, "ds_config says ZeRO stage 2"),
+        ({}, "ds_config says ZeRO stage 0"),
+    ):
         with pytest.raises(UnsupportedError, match=says):
             load_zero3(tmp_path, source)
     with pytest.raises(CheckpointNotFoundError, match="no such file, and neither JSON"):

@@ -1,4 +1,6 @@
-"""The lint says what is wrong, where, how bad, and what to write; tests/fixtures/config_running.py asks DeepSpeed whether it is so."""
+"""The lint says what is wrong, where, how bad, and what to write; tests/fixtures/config_running.py asks DeepSpeed
+whether it is so.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ def test_a_config_of_everyday_is_clean() -> None:
         "gradient_accumulation_steps": 2,
         "fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16},
         "optimizer": {"type": "adam", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "adam_w_mode": True}},
-        "zero_optimization": {"stage": 3, "offload_param": None, "stage3_prefetch_bucket_size": 5e7, "sub_group_size": 1e9},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": None,
+            "stage3_prefetch_bucket_size": 5e7,
+            "sub_group_size": 1e9,
+        },
         "tensor_parallel": {"autotp_size": 2, "partition_config": {"layer_specs": []}},
         "data_types": {"keep_in_fp32_modules": "auto"},
     }
@@ -78,5 +85,10 @@ def test_what_the_text_itself_has() -> None:
 
 
 def test_errors_come_first() -> None:
-    config = {"train_batch_size": 1, "unheard_of": 1, "amp": {}, "zero_optimization": {"stage": 3, "round_robin_gradients": True}}
+    config = {
+        "train_batch_size": 1,
+        "unheard_of": 1,
+        "amp": {},
+        "zero_optimization": {"stage": 3, "round_robin_gradients": True},
+    }
     assert [f.severity for f in DSConfig.read(json.dumps(config)).lint()] == ["error", "warning", "info"]

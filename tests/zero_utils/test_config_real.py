@@ -1,4 +1,6 @@
-"""DeepSpeed's and transformers' own word on configs; the scenes are in tests/fixtures/config_running.py, and one launch runs them all."""
+"""DeepSpeed's and transformers' own word on configs; the scenes are in tests/fixtures/config_running.py, and one
+launch runs them all.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What ``dsconv estimate`` says against real engines, real checkpoints, DeepSpeed's own estimators and real activations."""
+"""What ``dsconv estimate`` says against real engines, real checkpoints, DeepSpeed's own estimators and real
+activations.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import torch
 from dsconv.loaders.sizes import sizes_of
 from dsconv.zero_utils import activations
 from dsconv.zero_utils.estimate import estimate
-from dsconv.zero_utils.memory import Job, ModelSizes, Setting, checkpoint_bytes, deepspeed_figure, held, ideal_bytes, settings
+from dsconv.zero_utils.memory import (
+    Job,
+    ModelSizes,
+    Setting,
+    checkpoint_bytes,
+    deepspeed_figure,
+    held,
+    ideal_bytes,
+    settings,
+)
 from dsconv.zero_utils.partition import overlapping_numel
 from tests.fixtures import gloo, memory
 
@@ -22,8 +33,15 @@ def test_real_engines_hold_what_is_estimated(tmp_path: Path) -> None:
     model = sizes_of(memory.build(), "llama")
     for name, case in memory.CASES.items():
         options: memory.Options = case.options
-        job = Job(nproc=2, dtype=options.dtype, fp32_grads=bool(options.extra), seq_len=memory.LENGTH, accumulation=options.accumulation,
-                  reduce_bucket_numel=memory.BUCKET_NUMEL, persistence_numel=memory.PERSISTENCE_NUMEL)  # fmt: skip
+        job = Job(
+            nproc=2,
+            dtype=options.dtype,
+            fp32_grads=bool(options.extra),
+            seq_len=memory.LENGTH,
+            accumulation=options.accumulation,
+            reduce_bucket_numel=memory.BUCKET_NUMEL,
+            persistence_numel=memory.PERSISTENCE_NUMEL,
+        )
         setting = Setting(options.stage, options.offload, options.tp)
         said = held(model, job, setting)
         states = said.parameters + said.optimizer + said.cpu  # the ranks' GPU is a CPU, so what is offloaded counts too

@@ -106,7 +106,12 @@ def worker(variant, out):
             truth[name] = truth[name].view(parameter.shape)
         save_file(truth, str(out / "truth.safetensors"), metadata={"format": "pt"})
         model.config.save_pretrained(out)
-        facts = {"tied": {}, "deepspeed": deepspeed.__version__.split("+")[0], "torch": torch.__version__.split("+")[0], "variant": variant}
+        facts = {
+            "tied": {},
+            "deepspeed": deepspeed.__version__.split("+")[0],
+            "torch": torch.__version__.split("+")[0],
+            "variant": variant,
+        }
         (out / "truth.json").write_text(json.dumps(facts, indent=1) + "\n")
     torch.distributed.barrier()
 
@@ -137,7 +142,8 @@ def main():
         }
         ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, "--worker", variant, str(out)], env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}
+                [sys.executable, __file__, "--worker", variant, str(out)],
+                env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
             )
             for r in range(TP)
         ]

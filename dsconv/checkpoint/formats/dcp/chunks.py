@@ -1,0 +1,273 @@
+"""The chunks of a ``.distcp`` file: each is what torch.save writes, a zip of its own, one after another without
+alignment.
+
+torch 2.13 ``torch/distributed/checkpoint/filesystem.py`` ``_write_item``. A chunk is opened as any ``.pt`` is and must
+hold one tensor of the dtype and size that the metadata gives it. With the ZStandard extension (``_extension.py``) a
+chunk is a zstd frame of that zip: what is needed is decompressed once, into a file without a name that ends with the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.formats.dcp.metadata import Metadata, Stored, TensorMeta
+from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.pieces import arranged
+from dsconv.checkpoint.map.regions import Sizes
+from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
+from dsconv.checkpoint.pickles.allowlist import TensorRef, safe_repr
+from dsconv.checkpoint.storage.local import OpenFile, Span, open_for_reading
+from dsconv.checkpoint.torchfile.file import KnownPickles, TorchFile
+from dsconv.errors import (
+    DsconvError,
+    InconsistentCheckpointError,
+    MalformedError,
+    MissingShardError,
+    OutputError,
+    UnsupportedError,
+)
+
+ZSTD = "stream.zstd"
+ZSTD_VERSION = "1"
+MAX_AROUND_BYTES = 1 << 20  # what a zip may add to its tensor's bytes
+BLOCK_BYTES = 4 << 20
+ZSTD_STEP_BYTES = 2048  # become at most 64 MB in memory, a block of 128 kB for each 4 bytes, before they are counted
+TRAILING = "a zstd frame that does not end where the chunk does"
+
+
+class ChunkFiles:
+    """Opens chunks, one file after another; a context manager that closes what is open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unpacked: Unpacked | None = None
+        self._known: KnownPickles = {}  # chunks of one shape have one pickle
+        self._file: OpenFile | None = None
+
+    def __enter__(self) -> ChunkFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _seek(self, name: str) -> OpenFile:
+        path = self.folder / name
+        if self._file is None or path != self._file.path:
+            self.__exit__()
+            self._file = open_for_reading(path)
+        return self._file
+
+    def piece(self, name: str, dtype: DType, sizes: Sizes, stored: Stored) -> Piece:
+        """The one piece that the chunk is: it fills ``sizes`` elements, all of them, from 0.
+
+        Raises MalformedError (truncated, not a tensor), InconsistentCheckpointError (another dtype or size than the
+        metadata says), UnsupportedError (a transform that dsconv does not know, a tensor of a kind it does not read).
+        """
+        file = self._seek(stored.file)
+        path, end = file.path, stored.offset_bytes + stored.nbytes
+        if end > file.nbytes:
+            raise MalformedError(
+                f"{path}: truncated: the chunk of {safe_repr(name)} should end at byte {end}, the file has"
+                f" {file.nbytes}. Copy it again"
+            )
+        with _in_chunk(name, stored):
+            if stored.transforms:
+                if self.unpacked is None:
+                    self.unpacked = Unpacked()
+                limit = math.prod(sizes) * dtype.itemsize + MAX_AROUND_BYTES
+                span = self.unpacked.add(file, stored, limit)
+            else:
+                span = Span(file, stored.offset_bytes, stored.nbytes)
+            chunk = TorchFile(path, span, self._known)
+            tensor = chunk.root
+            if not isinstance(tensor, TensorRef):
+                raise UnsupportedError(
+                    f"{path}: expected a plain tensor, found {safe_repr(tensor)}, which dsconv does not read"
+                )
+            if tensor.dtype != dtype or tensor.shape != sizes:
+                raise InconsistentCheckpointError(
+                    f"{path}: holds {tensor.dtype} {list(tensor.shape)} where the metadata says {dtype} {list(sizes)}:"
+                    " files of two saves"
+                )
+            (piece,) = chunk.pieces(tensor)
+        if stored.transforms:
+            assert self.unpacked is not None
+            piece = self.unpacked.moved(piece, name, path)
+        return piece
+
+
+@contextlib.contextmanager
+def _in_chunk(name: str, stored: Stored) -> Iterator[None]:
+    """Errors name the chunk; the offsets that they speak of are counted from its start."""
+    try:
+        yield
+    except DsconvError as error:
+        raise type(error)(
+            f"{error} (in the chunk of {safe_repr(name, 200)}, {stored.nbytes} bytes from byte {stored.offset_bytes} of"
+            " the file)"
+        ) from None
+
+
+class Unpacked:
+    """A file without a name that chunks are decompressed into; it is gone when nothing refers to this object.
+
+    It takes as much room in the folder for temporary files as the tensors have bytes, and no memory.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="dsconv-", buffering=0)  # noqa: SIM115 - it lives as long as the pieces
+        self._end = 0
+        self._reader: OpenFile | None = None
+        self.path = Path(f"/proc/self/fd/{self._file.fileno()}")
+        if not self.path.exists():
+            self.path = Path(f"/dev/fd/{self._file.fileno()}")
+
+    def add(self, file: OpenFile, stored: Stored, limit_bytes: int) -> Span:
+        """Decompress one chunk; ``limit_bytes`` is more than it can rightly become."""
+        path = file.path
+        _require_zstd(path, stored.transforms)
+        import zstandard
+
+        start, position = self._end, stored.offset_bytes
+        end = position + stored.nbytes
+        stream = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            while position < end and not stream.eof:
+                data = file.read(position, min(BLOCK_BYTES, end - position))
+                position += len(data)
+                for at in range(0, len(data), ZSTD_STEP_BYTES):
+                    if stream.eof:
+                        raise MalformedError(f"{path}: {TRAILING}")
+                    self._write(stream.decompress(data[at : at + ZSTD_STEP_BYTES]), start + limit_bytes, path)
+        except zstandard.ZstdError as error:
+            raise MalformedError(f"{path}: not a zstd frame, or a damaged one: {error}") from None
+        except OSError as error:
+            raise OutputError(
+                f"decompressing {path} into {tempfile.gettempdir()} failed: {error.strerror}; "
+                "set TMPDIR to a folder with room for all tensors"
+            ) from None
+        if not stream.eof or position < end or stream.unused_data:
+            raise MalformedError(f"{path}: {TRAILING}")
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = open_for_reading(self.path)
+        return Span(self._reader, start, self._end - start, path)
+
+    def _write(self, data: bytes, limit: int, path: Path) -> None:
+        if self._end + len(data) > limit:
+            raise MalformedError(f"{path}: decompresses to more than its tensor has; refused")
+        view = memoryview(data)
+        while view:
+            count = self._file.write(view)
+            view, self._end = view[count:], self._end + count
+
+    def moved(self, piece: Piece, name: str, path: Path) -> Piece:
+        """The piece, read from here; its record's name says where it came from."""
+        record = replace(piece.extent.record, path=self.path, name=f"{name} of {path}, decompressed")
+        return replace(piece, extent=Extent(record, piece.extent.offset_bytes, piece.extent.nbytes))
+
+
+def _require_zstd(path: Path, transforms: Sequence[str]) -> None:
+    for descriptor in transforms:
+        name, _, version = descriptor.partition("/")
+        if name != ZSTD or version.partition(".")[0] != ZSTD_VERSION or len(transforms) > 1:
+            raise UnsupportedError(
+                f"{path}: transformed by {safe_repr(tuple(transforms))}; dsconv knows torch's own {ZSTD}/{ZSTD_VERSION}"
+            )
+    try:
+        import zstandard  # noqa: F401
+    except ImportError:
+        raise UnsupportedError(
+            f"{path}: compressed with zstd; install the package zstandard: pip install 'dsconv[zstd]'"
+        ) from None
+
+
+def checksum_of(piece: Piece) -> Any:
+    """What two copies of a chunk must share."""
+    return piece.extent.record.crc32, piece.extent.nbytes
+
+
+def files_of(metadata: Metadata, chosen: Mapping[str, str]) -> list[str]:
+    """The files in which the chunks of the chosen tensors are stored."""
+    return sorted(
+        {s.file for name in chosen for _, _, places in metadata.tensors[name].chunks.values() for s in places}
+    )
+
+
+def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+    """The entries of the tensors in ``chosen`` (flat name → name), all of their chunks opened, and warnings.
+
+    Raises MissingShardError where a file is not there, UnsupportedError for a dtype that is not known, and what chunks
+    raise.
+    """
+    missing = [file for file in files_of(metadata, chosen) if not (folder / file).is_file()]
+    if missing:
+        raise MissingShardError(
+            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first"
+            f" {safe_repr(missing[0], 255)}: copy the files of all ranks"
+        )
+    unknown = next((name for name in chosen if metadata.tensors[name].dtype is None), None)
+    if unknown is not None:
+        meta = metadata.tensors[unknown]
+        raise UnsupportedError(
+            f"{meta.path}: {safe_repr(unknown)} is of dtype {meta.dtype_name}, which dsconv does not read"
+        )
+    found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in chosen}
+    differing: set[str] = set()
+    todo = [
+        (places, name, (at, sizes)) for name in chosen for at, sizes, places in metadata.tensors[name].chunks.values()
+    ]
+    todo.sort(key=lambda item: (item[0][0].file, item[0][0].offset_bytes))  # as they lie on disk
+    with ChunkFiles(folder) as files, ChunkFiles(folder) as others:
+        for (first, *copies), name, (offsets, sizes) in todo:
+            dtype = _dtype(metadata.tensors[name])
+            piece = files.piece(name, dtype, sizes, first)
+            found[name].append((offsets, sizes, piece))
+            for copy in copies:
+                if checksum_of(others.piece(name, dtype, sizes, copy)) != checksum_of(piece):
+                    differing.add(name)
+        unpacked = files.unpacked
+    warnings = []
+    if differing:
+        warnings.append(
+            f"{len(differing)} tensors that several ranks stored differ between them, the first"
+            f" {safe_repr(min(differing))}: took the lowest rank's"
+        )
+    if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
+        warnings.append(
+            "the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen"
+        )
+    entries: dict[str, TensorEntry] = {}
+    owners: dict[tuple[Any, ...], str] = {}
+    for flat, name in chosen.items():
+        if name in entries or any(name in entry.aliases for entry in entries.values() if entry.aliases):
+            raise InconsistentCheckpointError(f"{folder}: two tensors are called {safe_repr(name)}")
+        meta = metadata.tensors[flat]
+        places = tuple((key, tuple(stored)) for key, (_, _, stored) in meta.chunks.items())
+        owner = owners.setdefault((meta.shape, meta.dtype_name, places), name) if places else name
+        if owner != name:  # stored once under several names: tied
+            entries[owner] = replace(entries[owner], aliases=(*entries[owner].aliases, name))
+            continue
+        entries[name] = TensorEntry(
+            name, _dtype(meta), meta.shape, partial(_layout, arranged(found[flat], meta.shape), unpacked)
+        )
+    return entries, warnings
+
+
+def _dtype(meta: TensorMeta) -> DType:
+    assert meta.dtype is not None
+    return meta.dtype
+
+
+def _layout(pieces: tuple[Piece, ...], unpacked: Unpacked | None) -> tuple[Piece, ...]:
+    return pieces  # and ``unpacked``, the file that they lie in, is there as long as they can be asked for

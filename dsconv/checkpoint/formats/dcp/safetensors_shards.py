@@ -1,0 +1,184 @@
+"""Shards of safetensors that DCP's HuggingFaceStorageWriter writes: ``shard-RRRRR-model-PPPPP-of-NNNNN.safetensors``.
+
+torch 2.13 ``torch/distributed/checkpoint/hf_storage.py`` and ``filesystem.py`` ``_write_files_from_queue``; also
+transformers 5.24 ``save_pretrained(distributed_checkpoint=True)`` and, in a folder ``sharded/``, torchtitan and torch
+with ``enable_consolidation``. Each rank R writes its chunk of each tensor, those of part P in one file, with where they
+begin (``saved_offsets``) in ``__metadata__``.
+
+The full shape of a tensor is written nowhere. It is where its chunks end: without the last rank's file a tensor only
+looks smaller. A hole is found always; a lost end is found where config.json, an index or the shards of other ranks tell
+of it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.formats.huggingface.index import parse_json
+from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, read_file_and_metadata
+from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
+from dsconv.checkpoint.pickles.allowlist import MAX_NUMEL, safe_repr
+from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
+
+SHARD = re.compile(r"shard-(?P<rank>\d{5,})-model-(?P<part>\d{5,})-of-(?P<parts>\d{5,})\.safetensors")
+SHARDED = "sharded"  # torch 2.13 _hf_utils.py SHARDED_DIR_NAME
+INFO = "DCP_SHARDING_INFO"
+Sizes = tuple[int, ...]
+MAX_INDEX_BYTES = 100_000_000
+
+
+def detect(path: Path, tag: str | None) -> bool:
+    return path.is_dir() and tag is None and bool(_shards(path) or _shards(path / SHARDED))
+
+
+def read(path: Path, tag: str | None) -> Checkpoint:
+    """Raises MalformedError, InconsistentCheckpointError (shards of two saves), MissingShardError."""
+    from dsconv.checkpoint.map.pieces import arranged
+
+    folder = path if _shards(path) else path / SHARDED
+    files = _shards(folder)
+    chunks: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {}
+    first: dict[str, tuple[TensorEntry, Path]] = {}
+    ends: dict[str, Sizes] = {}
+    for file in files:
+        entries, metadata = read_file_and_metadata(file)
+        offsets_of = _offsets(file, metadata, entries)
+        for name, entry in entries.items():
+            known, where = first.setdefault(name, (entry, file))
+            if (known.dtype, len(known.shape)) != (entry.dtype, len(entry.shape)):
+                raise InconsistentCheckpointError(
+                    f"{file}: {safe_repr(name)} is {entry.dtype} {list(entry.shape)}, in {where.name} {known.dtype}"
+                    f" {list(known.shape)}: shards of two saves"
+                )
+            offsets = offsets_of[name]
+            ends[name] = tuple(
+                max(end, offset + size)
+                for end, offset, size in zip(ends.get(name, (0,) * len(offsets)), offsets, entry.shape, strict=True)
+            )
+            chunks.setdefault(name, []).extend((offsets, entry.shape, piece) for piece in entry.pieces)
+    config_folder = next((f for f in (folder, path, path.absolute().parent) if (f / "config.json").is_file()), None)
+    warnings = [*_numbering(folder, files), *_ends(folder, ends, config_folder)]
+    _against_index(folder, path, first, ends)
+    whole = {
+        name: TensorEntry(name, entry.dtype, ends[name], partial(tuple, arranged(chunks.get(name, []), ends[name])))
+        for name, (entry, _) in first.items()
+    }
+    ranks = {match["rank"] for file in files if (match := SHARD.fullmatch(file.name))}
+    info: dict[str, Any] = {"read": f"{SHARDED}/"} if folder != path else {}
+    return Checkpoint(
+        path,
+        "DCP (safetensors)",
+        whole,
+        folder=config_folder or path,
+        world={"ranks": len(ranks)},
+        info=info,
+        warnings=tuple(warnings),
+        sources=tuple(files),
+    )
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if SHARD.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def _offsets(file: Path, metadata: dict[str, str], entries: dict[str, TensorEntry]) -> dict[str, Sizes]:
+    if INFO not in metadata:
+        raise MalformedError(
+            f"{file}: no {INFO} in its metadata: not written by torch.distributed.checkpoint, or saved again without it"
+        )
+    info = parse_json(metadata[INFO].encode(), file, INFO)
+    found = {}
+    for name, entry in entries.items():
+        item = info.get(name)
+        offsets = item.get("saved_offsets") if isinstance(item, dict) else None
+        if (
+            not isinstance(offsets, list)
+            or len(offsets) != len(entry.shape)
+            or not all(type(n) is int and 0 <= n < MAX_NUMEL for n in offsets)
+        ):
+            raise MalformedError(
+                f"{file}: {INFO} places {safe_repr(name)} of {list(entry.shape)} at {safe_repr(offsets)}"
+            )
+        found[name] = tuple(offsets)
+    return found
+
+
+def _numbering(folder: Path, files: list[Path]) -> list[str]:
+    """Raise where the files' own numbers say that some are missing; a rank that wrote nothing at all is only a
+    warning.
+    """
+    matches = [match for file in files if (match := SHARD.fullmatch(file.name))]
+    parts = {int(match["parts"]) for match in matches}
+    if len(parts) > 1:
+        raise InconsistentCheckpointError(
+            f"{folder}: shards of models in {' and in '.join(map(str, sorted(parts)))} parts: files of two saves"
+        )
+    lost = set(range(1, parts.pop() + 1)) - {int(match["part"]) for match in matches}
+    if lost:
+        raise MissingShardError(
+            f"{folder}: no shard of part {min(lost):05d} of the model is there: {len(lost)} parts are missing"
+        )
+    ranks = {int(match["rank"]) for match in matches}
+    gaps = sorted(set(range(1, max(ranks) + 1)) - ranks)
+    if gaps:
+        return [
+            f"no shard {gaps[0]:05d} is there: that rank wrote nothing, or its file is lost with the tensors that it"
+            " alone held"
+        ]
+    return []
+
+
+def _ends(folder: Path, shapes: dict[str, Sizes], config_folder: Path | None) -> list[str]:
+    from dsconv.checkpoint.formats.huggingface.config_sizes import too_small
+
+    compared = 0
+    if config_folder is not None:
+        compared, problem = too_small(config_folder / "config.json", shapes)
+        if problem is not None:
+            name, expected = problem
+            raise MissingShardError(
+                f"{folder}: {safe_repr(name)} ends at {list(shapes[name])}, and {config_folder / 'config.json'} says"
+                f" {list(expected)}: the last rank's shards are not there; copy the files of all ranks"
+            )
+    if compared:
+        return []
+    return [
+        "the shards do not record full shapes, and no config.json names a size to compare: a lost last shard would not"
+        " be seen"
+    ]
+
+
+def _against_index(
+    folder: Path, path: Path, first: dict[str, tuple[TensorEntry, Path]], ends: dict[str, Sizes]
+) -> None:
+    """An index beside the shards, or of the consolidated files above them, names every tensor and may say how many
+    bytes.
+    """
+    for index in dict.fromkeys((folder / INDEX, path / INDEX)):
+        if not index.is_file() or index.stat().st_size > MAX_INDEX_BYTES:
+            continue
+        content = parse_json(index.read_bytes(), index, "the index")
+        names = content.get("weight_map")
+        lost = [name for name in names if name not in ends] if isinstance(names, dict) else []
+        if lost:
+            raise MissingShardError(
+                f"{folder}: {index} names {safe_repr(lost[0])}, which no shard holds: files are missing, or of another"
+                " save"
+            )
+        about = content.get("metadata")
+        total = about.get("total_size") if isinstance(about, dict) else None
+        nbytes = sum(_numel(ends[name]) * entry.dtype.itemsize for name, (entry, _) in first.items())
+        if type(total) is int and nbytes < total:
+            raise MissingShardError(
+                f"{folder}: the shards hold {nbytes} bytes of weights, {index} says {total}: files are missing"
+            )
+
+
+def _numel(shape: Sizes) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel

@@ -1,0 +1,371 @@
+"""AutoEP: Hugging Face MoE layers that DeepSpeed spread over ranks, put back as transformers has them; ZeRO-3 included.
+
+AutoEP replaces a MoE block by one whose experts are three tensors a rank (w1 gate, w2 down, w3 up; dimension 0 counts
+this rank's experts) and calls its router, shared experts and their gate by names of its own. Here they come out as
+transformers 5 holds them: ``experts.gate_up_proj`` with the gate's rows before the up's, ``experts.down_proj``,
+``gate``.
+
+Facts read from DeepSpeed 0.19.8: ``module_inject/auto_ep_layer.py`` ``AutoEPMoELayer.__init__`` (names),
+``moe/ep_repack.py`` (what is cut from where), ``checkpoint/autoep_affine.py`` (which experts a rank has, in which
+order), ``module_inject/auto_ep_presets`` (every preset names its blocks alike, but for shared experts),
+``runtime/zero/stage3.py`` ``_zero3_partition_group_metadata`` (the ranks over which each ZeRO-3 sub-group is
+partitioned).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from dsconv.checkpoint.formats.deepspeed import consistency
+from dsconv.checkpoint.formats.deepspeed.flat import EqualShares, RankFlats
+from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
+from dsconv.checkpoint.formats.deepspeed.moe.experts import Assembly, ExpertLayer, ExpertTensor, Share, finish, owner_of
+from dsconv.checkpoint.formats.deepspeed.partitions import Partition, frozen_entry, master_entry
+from dsconv.checkpoint.map.pieces import slice_pieces
+from dsconv.checkpoint.map.regions import box
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.zero_utils.config_keys import lookup
+from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.partition import share_numel
+
+# Presets and the model types that they are for (0.19.8 module_inject/auto_ep_presets/*.py PRESET).
+PRESETS = {"mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "minimax_m3"}
+MODEL_TYPES = {
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "qwen3_5_moe_text",
+    "deepseek_v2",
+    "deepseek_v3",
+    "minimax_m3_vl_text",
+}
+OVERRIDES = ("moe_layer_pattern", "expert_pattern", "router_pattern", "expert_w1", "expert_w2", "expert_w3",
+             "shared_experts_pattern", "shared_experts_gate_pattern")  # fmt: skip
+WEIGHTS = ("w1", "w2", "w3")
+MAX_EXPERTS = 1_000_000  # of a layer, and layers of a model: a number in a file must not size a list
+SECOND_GATE = ".gate.gate."  # the router is also registered as "gate" where transformers records its logits
+
+
+@dataclass(frozen=True)
+class AutoEPLayer:
+    """One replaced block: ``path`` is its module, ``placement`` each rank's experts in the order in which it packs
+    them.
+    """
+
+    path: str
+    experts: int
+    placement: tuple[tuple[int, ...], ...]
+    as_transformers: bool
+    ep_rank: int  # of the rank whose model states say this
+
+    def owns(self, name: str) -> bool:
+        prefix, _, weight = name.rpartition(".experts.")
+        return prefix == self.path and weight in WEIGHTS
+
+    def shares(self, name: str, shape: tuple[int, ...], ep_rank: int, ep_size: int) -> list[Share]:
+        mine = self.placement[ep_rank] if ep_size == len(self.placement) else None
+        if mine is None or not shape or shape[0] != len(mine):
+            raise InconsistentCheckpointError(
+                f"parameter {name!r} of shape {list(shape)} on expert-parallel rank {ep_rank} of {ep_size};"
+                f" ds_autoep_layers has {len(self.placement)} such ranks of"
+                f" {[len(experts) for experts in self.placement][:8]} experts. Not of one save"
+            )
+        each = math.prod(shape[1:])
+        weight = name.rpartition(".")[2]
+        return [self._share(weight, shape[1:], expert, index * each) for index, expert in enumerate(mine)]
+
+    def in_file(self, key: str, shape: tuple[int, ...], expert: int) -> Share | None:
+        name, _, number = key.rpartition(".")
+        return (
+            self._share(name.rpartition(".")[2], shape, expert, 0)
+            if self.owns(name) and number == str(expert)
+            else None
+        )
+
+    def stacks(self, ep_rank: int, tensors: list[ExpertTensor]) -> Iterator[tuple[str, TensorEntry]]:
+        """What rank ``ep_rank`` calls its three tensors, each with its shape there and the 16-bit pieces of its
+        first expert.
+        """
+        mine = self.placement[ep_rank] if ep_rank < len(self.placement) else ()
+        for weight in WEIGHTS if mine else ():
+            name = f"{self.path}.experts.{weight}"
+            first = next((tensor for tensor in tensors if tensor.key == f"{name}.{mine[0]}"), None)
+            if first is not None:
+                layout = partial(first.file.pieces, first.tensor)
+                yield name, TensorEntry(name, first.tensor.dtype, (len(mine), *first.tensor.shape), layout)
+
+    def _share(self, weight: str, shape: tuple[int, ...], expert: int, start: int) -> Share:
+        """Expert ``expert``'s matrix of ``shape``, whose elements lie from ``start`` on in the rank's own tensor."""
+        if len(shape) != 2:
+            raise MalformedError(
+                f"{self.path}.experts.{weight}: an expert's weight of shape {list(shape)}; expected a matrix"
+            )
+        rows, columns = shape
+        name, height, first = f"{self.path}.experts.{weight}", rows, 0
+        if self.as_transformers and weight == "w2":
+            name = f"{self.path}.experts.down_proj"
+        elif self.as_transformers:
+            name, height, first = f"{self.path}.experts.gate_up_proj", 2 * rows, rows if weight == "w3" else 0
+        return Share(
+            name, (self.experts, height, columns), box((expert, first, 0), (1, rows, columns)), start, rows * columns
+        )
+
+
+@dataclass
+class Naming:
+    """AutoEP's layers by their number among MoE layers, and how names are turned back; without any, nothing is
+    renamed.
+    """
+
+    layers: dict[int, ExpertLayer] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)  # {a prefix of names: what to put in its place}
+
+    @property
+    def kind(self) -> str:
+        return "AutoEP" if self.layers else "MoE"
+
+    def name(self, name: str) -> str:
+        old = next((prefix for prefix in self.prefixes if name.startswith(prefix)), None)
+        return name if old is None else self.prefixes[old] + name[len(old) :]
+
+    def renamed(self, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """``entries`` by the model's own names. The router's second name, which AutoEP may give it, is left out."""
+        result: dict[str, TensorEntry] = {}
+        for entry in entries.values():
+            name = self.name(entry.name)
+            if name in result:
+                if SECOND_GATE in entry.name:
+                    continue
+                raise InconsistentCheckpointError(
+                    f"tensors {entry.name!r} and another would both be {name!r} of the model"
+                )
+            aliases = tuple(alias for alias in entry.aliases if self.name(alias) == alias)
+            result[name] = replace(entry, name=name, aliases=aliases)
+        return result
+
+
+def naming_of(states: ModuleStates, folder: TagFolder, warnings: list[str]) -> Naming:
+    """What the model states say of AutoEP. Raises UnsupportedError for AutoEP folded with tensor parallelism."""
+    if "folding" in states.raw and isinstance(states.raw["folding"], dict):
+        raise UnsupportedError(
+            f"{states.path}: AutoEP folded with tensor parallelism (AutoTP); this version does not merge that"
+        )
+    rows = states.raw.get("ds_autoep_layers") or states.raw.get("autoep_layers")
+    if not rows:
+        return Naming()
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise MalformedError(f"{states.path}: ds_autoep_layers is {safe_repr(rows)}; expected a list of layers")
+    options = lookup(states.raw, "ds_config.expert_parallel")
+    options = options if isinstance(options, dict) else {}
+    own = [key for key in OVERRIDES if options.get(key) is not None]
+    if own:
+        warnings.append(
+            f"AutoEP ran with patterns of its own ({', '.join(own)}), so what the model called its experts is not"
+            " known: they keep AutoEP's names (experts.w1, w2 and w3 for gate, down and up; router.gate;"
+            " shared_experts)"
+        )
+    elif options.get("preset_model") not in PRESETS and _model_type(folder) not in MODEL_TYPES:
+        warnings.append(
+            "neither expert_parallel.preset_model nor a config.json beside the checkpoint says which model AutoEP was"
+            " given: its experts are named and laid out as transformers 5 has them in all models that AutoEP has"
+            " presets for (experts.gate_up_proj, experts.down_proj)"
+        )
+    naming = Naming()
+    for row in rows:
+        number, layer = _layer(row, states, not own)
+        naming.layers[number] = layer
+        if not own:
+            gated = any(name.startswith(f"{layer.path}.shared_experts_gate.") for name in states.module)
+            for old in ("router.gate.", "router.", SECOND_GATE[1:]):
+                naming.prefixes[f"{layer.path}.{old}"] = f"{layer.path}.gate."
+            if gated:  # Qwen's, as in qwen2_moe and qwen3_5_moe; the other presets call it as AutoEP does
+                naming.prefixes[f"{layer.path}.shared_experts."] = f"{layer.path}.shared_expert."
+                naming.prefixes[f"{layer.path}.shared_experts_gate."] = f"{layer.path}.shared_expert_gate."
+    return naming
+
+
+def _model_type(folder: TagFolder) -> str | None:
+    for path in (folder.save_dir / "config.json", folder.save_dir.parent / "config.json"):
+        if path.is_file():
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                continue
+            kind = config.get("model_type") if isinstance(config, dict) else None
+            return kind if isinstance(kind, str) else None
+    return None
+
+
+def _layer(row: dict[str, Any], states: ModuleStates, as_transformers: bool) -> tuple[int, AutoEPLayer]:
+    """A row of ``ds_autoep_layers``. Without a placement, experts are spread evenly and in order."""
+    path, placed = row.get("module_path"), row.get("expert_placement")
+    number, experts, ep_size, ep_rank = (
+        _natural(row.get(key, 0)) for key in ("moe_layer_id", "num_experts", "ep_size", "ep_rank")
+    )
+    placement: list[Any] = []
+    if isinstance(placed, dict) and isinstance(placed.get("ranks"), list):
+        by_rank = {entry.get("rank"): entry.get("experts") for entry in placed["ranks"] if isinstance(entry, dict)}
+        placement = [by_rank.get(rank) for rank in range(len(by_rank))]
+    elif placed is None and ep_size > 0 and experts % ep_size == 0:
+        here = experts // ep_size
+        placement = [list(range(rank * here, (rank + 1) * here)) for rank in range(ep_size)]
+    good = isinstance(path, str) and min(number, experts, ep_size, ep_rank) >= 0 and len(placement) == ep_size
+    good = good and all(isinstance(mine, list) and all(type(expert) is int for expert in mine) for mine in placement)
+    if (
+        not isinstance(path, str)
+        or not good
+        or {expert for mine in placement for expert in mine} != set(range(experts))
+    ):
+        raise MalformedError(
+            f"{states.path}: ds_autoep_layers has a layer {safe_repr(row, 200)} that does not place each of its experts"
+        )
+    return number, AutoEPLayer(path, experts, tuple(tuple(mine) for mine in placement), as_transformers, ep_rank)
+
+
+def _natural(value: Any) -> int:
+    """``value``, or -1 where it is no count."""
+    return value if type(value) is int and 0 <= value < MAX_EXPERTS else -1
+
+
+# ZeRO-3
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:
+    """The tensor map of AutoEP under ZeRO-3 (``checkpoint_format: zero3_partitioned``), which has no expert files.
+
+    Each rank's model states say which experts it has, and its optimizer file over which ranks each sub-group is cut.
+
+    Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file.
+    """
+    world = len(partitions)
+    models = {dp: path for (_, dp), path in folder.zero3.items()}
+    missing = sorted(set(range(world)) - set(models))
+    if missing:
+        raise MissingShardError(
+            f"{folder.path}: ZeRO-3 of {world} ranks; missing the model states of rank"
+            f" {', '.join(map(str, missing[:8]))}: expected such as"
+            f" zero_pp_rank_{missing[0]}_mp_rank_00_model_states.pt"
+        )
+    all_states = [read_module_states(models[dp]) for dp in range(world)]
+    states = all_states[0]
+    for dp, other in enumerate(all_states):
+        consistency.written_as(other.file, dp)
+        consistency.same_save(states, other)
+    naming = naming_of(states, folder, warnings)
+    if not naming.layers:
+        raise MalformedError(
+            f"{states.path}: no ds_autoep_layers, and {partitions[0].path.name} partitions experts over their own ranks"
+        )
+    layers = list(naming.layers.values())
+    ep_ranks = [_ep_ranks(other, folder) for other in all_states]
+    entries: dict[str, TensorEntry] = {}
+    experts, ties = Assembly(), states.ties()
+    groups = [_group_ranks(partition, rank, states, world) for rank, partition in enumerate(partitions)]
+    for g, group in enumerate(states.param_shapes):
+        for ranks in dict.fromkeys(groups[rank][g] for rank in range(world)):
+            if any(groups[rank][g] != ranks for rank in ranks):
+                raise InconsistentCheckpointError(
+                    f"{partitions[ranks[0]].path} shares sub-group {g} with ranks {list(ranks)}; those say otherwise"
+                )
+            _read_group(
+                g, group, [partitions[rank] for rank in ranks], ranks, layers, ep_ranks, entries, experts, ties, world
+            )
+    entries.update((entry.name, entry) for entry in experts.entries(lambda name: "parameter"))
+    for name, shape in states.frozen_shapes.items():
+        if name not in entries:
+            entries[name] = frozen_entry(name, shape, all_states, world, ties)
+    entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
+    files = [*(partition.file for partition in partitions), *(other.file for other in all_states)]
+    ep_size = max(len(layer.placement) for layer in layers if isinstance(layer, AutoEPLayer))
+    return finish(folder, states, naming.renamed(entries), "ZeRO-3, AutoEP", 3, ep_size, layers, files, warnings)
+
+
+def _ep_ranks(states: ModuleStates, folder: TagFolder) -> dict[str, int]:
+    """{module: the rank among its expert-parallel ranks} of the rank whose model states these are."""
+    layers = naming_of(states, folder, []).layers.values()
+    return {layer.path: layer.ep_rank for layer in layers if isinstance(layer, AutoEPLayer)}
+
+
+def _group_ranks(partition: Partition, rank: int, states: ModuleStates, world: int) -> list[tuple[int, ...]]:
+    """The ranks that share each sub-group of this rank, in the order of their parts."""
+    rows = partition.state.get("ds_zero_partition_groups")
+    if not isinstance(rows, list) or len(rows) != len(partition.groups) or len(rows) != len(states.param_shapes):
+        raise InconsistentCheckpointError(
+            f"{partition.path} holds {len(partition.groups)} sub-groups, {states.path.name} lists"
+            f" {len(states.param_shapes)}: the files are not of one save"
+        )
+    result = []
+    for row in rows:
+        ranks = row.get("partition_ranks") if isinstance(row, dict) else None
+        if (
+            not isinstance(ranks, list)
+            or not all(type(r) is int and 0 <= r < world for r in ranks)
+            or len(set(ranks)) != len(ranks)
+            or rank not in ranks
+            or row.get("partition_count") != len(ranks)
+        ):
+            raise MalformedError(
+                f"{partition.path}: ds_zero_partition_groups has {safe_repr(row, 160)}; expected the ranks of {world}"
+                " that share it"
+            )
+        result.append(tuple(ranks))
+    return result
+
+
+def _read_group(
+    g: int,
+    group: dict[str, tuple[int, ...]],
+    members: list[Partition],
+    ranks: tuple[int, ...],
+    layers: list[ExpertLayer],
+    ep_ranks: list[dict[str, int]],
+    entries: dict[str, TensorEntry],
+    experts: Assembly,
+    ties: dict[str, list[str]],
+    world: int,
+) -> None:
+    """Sub-group ``g``, of which each member holds an equal share of every parameter."""
+    flats = RankFlats([member.file for member in members], [[member.groups[g]] for member in members])
+    wanted = sum(share_numel(math.prod(shape), len(members)) for shape in group.values())
+    for member in members:
+        if member.groups[g].numel != wanted:
+            raise InconsistentCheckpointError(
+                f"{member.path} holds {member.groups[g].numel} elements of sub-group {g}; its parameters need {wanted}"
+                f" of each of {len(members)} ranks. The files are not of one save"
+            )
+    position = 0
+    for name, shape in group.items():
+        numel = math.prod(shape)
+        each = share_numel(numel, len(members))
+        pieces = EqualShares(flats, position, each, numel)
+        position += each
+        layer = owner_of(layers, name)
+        if not isinstance(layer, AutoEPLayer):
+            if len(members) != world:
+                raise InconsistentCheckpointError(
+                    f"{members[0].path}: {name!r} is no expert's and is shared by {len(members)} of {world} ranks"
+                )
+            entries[name] = master_entry(name, members[0].groups[g].dtype, shape, pieces, ties, "parameter")
+            continue
+        places = {ep_ranks[rank].get(layer.path) for rank in ranks}
+        if len(places) != 1 or None in places:
+            raise InconsistentCheckpointError(
+                f"{members[0].path} shares {name!r} with ranks {list(ranks)}, whose model states place them at"
+                f" expert-parallel ranks {sorted(map(str, places))}; expected one. Files of ranks were swapped, or are"
+                " of several saves"
+            )
+        for share in layer.shares(name, shape, next(iter(places)), len(layer.placement)):  # type: ignore[arg-type]
+            experts.add(
+                share,
+                members[0].groups[g].dtype,
+                partial(slice_pieces, pieces, share.start, share.numel, share.region),
+                members[0].path,
+            )

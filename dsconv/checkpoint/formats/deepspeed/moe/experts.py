@@ -1,0 +1,313 @@
+"""Experts of a DeepSpeed MoE model: what each rank's experts are called in the whole model, and the files that hold one
+each.
+
+Facts read from DeepSpeed 0.19.8: ``runtime/engine.py`` ``_save_moe_checkpoint`` (a file an expert, named by the layer's
+number among MoE layers and the expert's global id, with global names inside; the main model states leave them out) and
+``moe/experts.py`` (a rank numbers its own experts from 0, in its parameters and so in ``param_shapes``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from dsconv.checkpoint.formats.deepspeed import consistency
+from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
+from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.regions import Region
+from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
+from dsconv.checkpoint.pickles.allowlist import TensorRef, safe_repr
+from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
+from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.zero_utils.files import EXPERT, TagFolder
+
+MARK = ".deepspeed_moe.experts.deepspeed_experts."
+LOCAL = re.compile(r"(?P<layer>.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(?P<expert>\d+)(?P<rest>\..*)")
+
+Pieces = Callable[[], tuple[Piece, ...]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where elements [start, start + numel) of a rank's own tensor go: ``region`` (None: all) of tensor ``name`` of
+    ``shape``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    region: Region | None
+    start: int
+    numel: int
+
+
+class ExpertLayer(Protocol):
+    """One MoE layer: what its parameters are called on a rank, in expert files, and in the whole model."""
+
+    @property
+    def experts(self) -> int: ...
+
+    def owns(self, name: str) -> bool:
+        """Whether ``name`` is that of a tensor of the layer's experts."""
+        ...
+
+    def shares(self, name: str, shape: tuple[int, ...], ep_rank: int, ep_size: int) -> list[Share]:
+        """Where the tensor that rank ``ep_rank`` of ``ep_size`` calls ``name``, of ``shape`` there, belongs."""
+        ...
+
+    def in_file(self, key: str, shape: tuple[int, ...], expert: int) -> Share | None:
+        """Where tensor ``key`` of the file of ``expert`` belongs; None where it is not of that expert."""
+        ...
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """A ``deepspeed.moe.layer.MoE``, ``path`` being its module: each expert's tensors are tensors of the model."""
+
+    path: str
+    experts: int
+
+    def owns(self, name: str) -> bool:
+        match = LOCAL.fullmatch(name)
+        return bool(match) and match["layer"] == self.path  # type: ignore[index]
+
+    def shares(self, name: str, shape: tuple[int, ...], ep_rank: int, ep_size: int) -> list[Share]:
+        match = LOCAL.fullmatch(name)
+        local, here = int(match["expert"]) if match else 0, self.experts // ep_size
+        if match is None or self.experts % ep_size or local >= here:
+            raise InconsistentCheckpointError(
+                f"parameter {name!r}: {self.path} has {self.experts} experts over {ep_size} expert-parallel ranks, so "
+                f"{self.experts / ep_size:g} on each. The files are not of one save"
+            )
+        return [Share(f"{self.path}{MARK}{ep_rank * here + local}{match['rest']}", shape, None, 0, math.prod(shape))]
+
+    def in_file(self, key: str, shape: tuple[int, ...], expert: int) -> Share | None:
+        match = LOCAL.fullmatch(key)
+        if match is None or match["layer"] != self.path or int(match["expert"]) != expert:
+            return None
+        return Share(key, shape, None, 0, math.prod(shape))
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One tensor of an expert file. ``key`` is its name there."""
+
+    share: Share
+    key: str
+    file: TorchFile
+    tensor: TensorRef
+
+    def pieces(self) -> tuple[Piece, ...]:
+        return tuple(replace(piece, region=self.share.region) for piece in self.file.pieces(self.tensor))
+
+
+@dataclass
+class Assembly:
+    """Tensors of the whole model that several ranks, or several expert files, hold together."""
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, DType] = field(default_factory=dict)
+    parts: dict[str, dict[Region | None, Pieces]] = field(default_factory=dict)
+
+    def add(self, share: Share, dtype: DType, pieces: Pieces, where: Path) -> None:
+        """``pieces`` fill the share's region. Of replicas, which hold the same, the first is taken."""
+        if (
+            self.shapes.setdefault(share.name, share.shape) != share.shape
+            or self.dtypes.setdefault(share.name, dtype) != dtype
+        ):
+            raise InconsistentCheckpointError(
+                f"{where}: its part of tensor {share.name!r} is {dtype} of a tensor of shape {list(share.shape)}; other"
+                f" files hold {self.dtypes[share.name]} of {list(self.shapes[share.name])}. They are not of one save"
+            )
+        self.parts.setdefault(share.name, {}).setdefault(share.region, pieces)
+
+    def holds(self, share: Share) -> bool:
+        return share.region in self.parts.get(share.name, {})
+
+    def entries(self, role: Callable[[str], str]) -> Iterator[TensorEntry]:
+        for name, parts in self.parts.items():
+            yield TensorEntry(
+                name, self.dtypes[name], self.shapes[name], partial(_joined, list(parts.values())), (), role(name)
+            )
+
+
+def _joined(parts: list[Pieces]) -> tuple[Piece, ...]:
+    return tuple(piece for make in parts for piece in make())
+
+
+def owner_of(layers: list[ExpertLayer], name: str) -> ExpertLayer | None:
+    return next((layer for layer in layers if layer.owns(name)), None)
+
+
+def read_layers(
+    folder: TagFolder, counts: Any, known: dict[int, ExpertLayer], warnings: list[str]
+) -> tuple[list[ExpertLayer], list[ExpertTensor]]:
+    """The MoE layers and what the expert files hold. ``counts`` is ``num_experts`` of the model states: a number a
+    layer.
+
+    ``known`` are layers that the model states describe; the names of the others are those in their files.
+
+    Raises MissingShardError where an expert's file is not there, InconsistentCheckpointError where one is another's.
+    """
+    if not isinstance(counts, list) or not counts or not all(type(n) is int and n > 0 for n in counts):
+        raise UnsupportedError(
+            f"{folder.path}: the model states number their experts as {safe_repr(counts)}; dsconv reads the expert"
+            " files of releases that count the experts of each layer"
+        )
+    paths: dict[tuple[int, int], Path] = {}
+    surplus: list[Path] = []
+    for path in folder.experts:
+        match = EXPERT.fullmatch(path.name)
+        if match is None or match["layer"] is None or int(match["mp"]):
+            raise UnsupportedError(
+                f"{path}: an expert file of an old release or of a tensor-parallel run; this version does not merge"
+                " those"
+            )
+        place = int(match["layer"]), int(match["expert"])
+        if 0 <= place[0] < len(counts) and place[1] < counts[place[0]]:
+            paths[place] = path
+        else:
+            surplus.append(path)
+    missing = [
+        (layer, expert) for layer, count in enumerate(counts) for expert in range(count) if (layer, expert) not in paths
+    ]
+    if missing:
+        names = ", ".join(f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt" for layer, expert in missing[:4])
+        raise MissingShardError(
+            f"{folder.path}: {len(missing)} of {sum(counts)} expert files are missing:"
+            f" {names}{' …' if len(missing) > 4 else ''}. Copy them from the nodes that wrote them"
+        )
+    if surplus:
+        warnings.append(
+            f"ignored {len(surplus)} expert files such as {surplus[0].name}: this checkpoint's layers have {counts}"
+            " experts"
+        )
+    layers: list[ExpertLayer] = []
+    tensors: list[ExpertTensor] = []
+    for number, count in enumerate(counts):
+        files = [TorchFile(paths[number, expert]) for expert in range(count)]
+        layer = known.get(number) or _native_layer(files[0], count)
+        if any(owner_of(layers, key) for key in files[0].root):
+            raise InconsistentCheckpointError(
+                f"{files[0].path} holds another layer's expert: the files of two layers were swapped or copied"
+            )
+        layers.append(layer)
+        for expert, file in enumerate(files):
+            tensors += _expert_tensors(layer, expert, file)
+    return layers, tensors
+
+
+def _native_layer(file: TorchFile, count: int) -> NativeLayer:
+    names = [key for key in file.root if isinstance(key, str)] if isinstance(file.root, dict) else []
+    match = LOCAL.fullmatch(names[0]) if names else None
+    if match is None:
+        raise MalformedError(
+            f"{file.path}: not an expert's file: expected names such as 'layer{MARK}0.weight', found"
+            f" {safe_repr(names[:2])}"
+        )
+    return NativeLayer(match["layer"], count)
+
+
+def _expert_tensors(layer: ExpertLayer, expert: int, file: TorchFile) -> Iterator[ExpertTensor]:
+    consistency.written_as_expert(file)
+    if not isinstance(file.root, dict):
+        raise MalformedError(f"{file.path}: not an expert's file: it holds a {type(file.root).__name__}")
+    for key, tensor in file.root.items():
+        if not isinstance(tensor, TensorRef):
+            continue
+        share = layer.in_file(key, tensor.shape, expert)
+        if share is None:
+            raise InconsistentCheckpointError(
+                f"{file.path} holds {key!r}, which is not of expert {expert} of this layer: that expert would appear"
+                " twice. A file was copied over another's, or renamed: restore the files of one save"
+            )
+        if not is_contiguous(tensor.shape, tensor.strides):
+            raise MalformedError(
+                f"{file.path}: tensor {key!r} is not contiguous; DeepSpeed saves experts' tensors as copies of"
+                " their own"
+            )
+        yield ExpertTensor(share, key, file, tensor)
+
+
+def role_of(states: ModuleStates) -> Callable[[str], str]:
+    """What a tensor that has no master was: the names of buffers are listed as rank 0 calls its own experts'."""
+    matches = [LOCAL.fullmatch(name) for name in states.buffer_names]
+    buffers = {(match["layer"], match["rest"]) for match in matches if match}
+
+    def role(name: str) -> str:
+        match = LOCAL.fullmatch(name)
+        return "buffer" if match and (match["layer"], match["rest"]) in buffers else "frozen"
+
+    return role
+
+
+def warn_of_lost(
+    states: ModuleStates, layers: list[ExpertLayer], entries: dict[str, TensorEntry], warnings: list[str]
+) -> None:
+    """DeepSpeed takes every name of a MoE module that holds the word 'expert' for an expert's and then saves only
+    true experts.
+    """
+    aliases = {alias for entry in entries.values() for alias in entry.aliases}
+    lost = [n for n in states.buffer_names if n not in entries and n not in aliases and owner_of(layers, n) is None]
+    if lost:
+        warnings.append(
+            f"DeepSpeed did not save {len(lost)} buffers, such as {lost[0]!r}: it leaves out what lies in a MoE module"
+            " under a name that holds 'expert'. They are in no file of the checkpoint"
+        )
+    suspects = [layer.path for layer in layers if isinstance(layer, NativeLayer) and "expert" in layer.path]
+    if suspects and not states.frozen_shapes:
+        warnings.append(
+            f"the module {suspects[0]!r} has 'expert' in its own name: of such MoE modules DeepSpeed saves the gate and"
+            f" the experts only. What more it has (use_residual){' and was frozen' if states.param_shapes else ''} is"
+            " in no file of the checkpoint"
+        )
+
+
+def finish(
+    folder: TagFolder,
+    states: ModuleStates,
+    entries: dict[str, TensorEntry],
+    kind: str,
+    stage: int,
+    ep_size: int | None,
+    layers: list[ExpertLayer],
+    files: Iterable[TorchFile],
+    warnings: list[str],
+) -> Checkpoint:
+    """The checkpoint of ``entries``; ``files`` are those that it was read from beside the model states."""
+    all_files = {file.path: file for file in (states.file, *files)}
+    if not all(file.archive.checksummed for file in all_files.values()):
+        warnings.append(
+            "the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen"
+        )
+    ranks = states.raw.get("dp_world_size")
+    world = {"data_parallel": ranks if type(ranks) is int else 1, "model_parallel": 1}
+    masters = {str(entry.dtype) for entry in entries.values() if entry.role == "parameter"}
+    return Checkpoint(
+        folder.path,
+        kind,
+        states.in_module_order(entries),
+        folder=folder.save_dir,
+        step=states.step,
+        world=world if ep_size is None else world | {"expert_parallel": ep_size},
+        info={
+            "zero_stage": stage,
+            "tag": folder.tag,
+            "deepspeed_version": states.ds_version,
+            "master_dtype": "/".join(sorted(masters)),
+            "parameter_groups": len(states.param_shapes),
+            "experts": [layer.experts for layer in layers],
+        },
+        warnings=tuple(warnings),
+        sources=tuple(sorted(all_files)),
+        is_deepspeed=True,
+        no_training=(
+            "experts have optimizer states of their own, spread over other ranks than the rest's, and this version does"
+            " not convert those. Go on with as many expert-parallel ranks as saved it (AutoEP runs: or convert with"
+            " DeepSpeed's ds_to_universal)"
+        ),
+    )

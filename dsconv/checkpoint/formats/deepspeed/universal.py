@@ -1,0 +1,292 @@
+"""DeepSpeed universal checkpoints: ``zero/<parameter>/fp32.pt``, one file a parameter, and the model states beside
+them.
+
+Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py``. From stages 1 and 2 a file holds a dict with ``param``, in
+the parameter's full shape (rows that only pad a vocabulary are cut off: ``vocab_tensor``), from stage 3 a bare flat
+tensor. The names and shapes are those of the model states, which are copied from the source; so are buffers and frozen
+weights, of which ``zero/`` holds fp32 copies at most. dsconv makes such checkpoints of runs without ZeRO too
+(``zero_stage`` 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from dsconv.checkpoint.formats.deepspeed import consistency
+from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
+from dsconv.checkpoint.formats.deepspeed.partitions import frozen_entry
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.pickles.allowlist import TensorRef, safe_repr
+from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.errors import (
+    CheckpointNotFoundError,
+    InconsistentCheckpointError,
+    MalformedError,
+    MissingShardError,
+    UnsafeError,
+    UnsupportedError,
+)
+from dsconv.zero_utils.files import TagFolder, holds_states, read_latest, scan
+
+FOLDER = "zero"
+LATEST = "latest_universal"
+SETTINGS = "optimizer_state.pt"
+
+
+def detect(path: Path, tag: str | None) -> bool:
+    """Raises CheckpointNotFoundError where ``latest_universal`` names a folder that holds none."""
+    return path.is_dir() and _find(path, tag) is not None
+
+
+def read(path: Path, tag: str | None) -> Checkpoint:
+    """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the
+    file.
+    """
+    folder = _find(path, tag)
+    if folder is None:
+        raise CheckpointNotFoundError(f"{path}: no universal checkpoint")
+    return _read(folder)
+
+
+def _find(path: Path, tag: str | None) -> TagFolder | None:
+    """A universal tag folder, or a save dir whose ``latest_universal`` names one; a plain ``latest`` beside that
+    comes first.
+    """
+    if tag is not None:
+        inside = bool(tag) and "\0" not in tag and not tag.startswith("/") and ".." not in Path(tag).parts
+        return scan(path / tag, tag, path) if inside and _is_universal(path / tag) else None
+    if _is_universal(path):
+        return scan(path, path.resolve().name, path.parent)
+    if (path / LATEST).is_file() and not (path / "latest").is_file() and not holds_states(path):
+        tag = read_latest(path / LATEST)
+        if not tag or "/" in tag or "\0" in tag or tag == ".." or not _is_universal(path / tag):
+            raise CheckpointNotFoundError(
+                f"{path / LATEST} names {safe_repr(tag)}, and no universal checkpoint is there"
+            )
+        return scan(path / tag, tag, path)
+    return None
+
+
+def _is_universal(folder: Path) -> bool:
+    zero = folder / FOLDER
+    return zero.is_dir() and ((zero / SETTINGS).is_file() or holds_states(folder))
+
+
+def _read(folder: TagFolder) -> Checkpoint:
+    if folder.optimizer:
+        raise InconsistentCheckpointError(
+            f"{folder.path}: holds both a universal checkpoint ({FOLDER}/) and ZeRO optimizer files "
+            f"({next(iter(folder.optimizer.values())).name}): move one of them to a folder of its own"
+        )
+    stage = _stage(folder)
+    all_states = _model_states(folder, stage)
+    states = all_states[0]
+    model_parallel = len(folder.model) if stage < 3 else len({mp for mp, _ in folder.zero3})
+    warnings = list(folder.warnings)
+    ties = states.ties()
+    listing = all_states if model_parallel > 1 else [states]
+    shapes = {name: shape for of in listing for group in of.param_shapes for name, shape in group.items()}
+    whole: bool | None = model_parallel == 1
+    if stage == 0:
+        shapes = _with_states(folder, listing)
+        whole = whole if states.module else None
+    entries = {name: _parameter(folder, name, shape, ties, whole) for name, shape in shapes.items()}
+    if stage == 3 and model_parallel > 1:
+        _refuse_shards(
+            folder, [name for of in all_states for name in of.frozen_shapes if name not in entries], model_parallel
+        )
+        entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
+    elif stage == 3:
+        for name, shape in states.frozen_shapes.items():
+            if name not in entries:
+                entries[name] = frozen_entry(name, shape, all_states, len(all_states), ties)
+        entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
+    else:
+        rest = states.module_entries(exclude=set(entries), ties=ties)
+        _refuse_shards(folder, sorted(name for name, entry in rest.items() if entry.role == "frozen"), model_parallel)
+        entries.update(rest)
+        if not states.module:
+            entries.update(_copies(folder, entries, {name for of in all_states for name in of.buffer_names}, warnings))
+        uncut = {name: entry for name, entry in entries.items() if name in shapes and entry.shape == shapes[name]}
+        if model_parallel == 1:
+            consistency.masters_match_module(states, uncut, warnings)
+    world = len(all_states) if stage == 3 and model_parallel == 1 else _world(states)
+    masters = {str(e.dtype) for e in entries.values() if e.role == "parameter"}
+    return Checkpoint(
+        folder.path,
+        "DeepSpeed universal",
+        states.in_module_order(entries),
+        folder=folder.save_dir,
+        step=states.step,
+        world={"data_parallel": world, "model_parallel": model_parallel},
+        info={
+            "zero_stage": stage,
+            "tag": folder.tag,
+            "deepspeed_version": states.ds_version,
+            "master_dtype": "/".join(sorted(masters)),
+            **({"parameter_groups": len(states.param_shapes)} if stage else {}),
+        },
+        warnings=tuple(warnings),
+        sources=tuple(of.path for of in all_states),
+        is_deepspeed=True,
+        no_training="it is one already",
+    )
+
+
+def _with_states(folder: TagFolder, all_states: list[ModuleStates]) -> dict[str, tuple[int, ...]]:
+    """Of a source without ZeRO, whose model states list no parameters: those with files of states, in shapes of
+    ``module``.
+
+    A pipeline's module lies in layer files, which are not here: its shapes are not known.
+    """
+    trained = {path.parent.name for path in (folder.path / FOLDER).glob("*/*.pt") if path.name != "fp32.pt"}
+    shapes = {
+        name: value.shape for of in all_states for name, value in of.module.items() if isinstance(value, TensorRef)
+    }
+    if not shapes:
+        return dict.fromkeys(sorted(trained), ())
+    return {name: shape for name, shape in shapes.items() if name in trained}
+
+
+def _refuse_shards(folder: TagFolder, frozen: list[str], model_parallel: int) -> None:
+    if frozen and model_parallel > 1:
+        raise UnsupportedError(
+            f"{folder.path}: frozen weights such as {frozen[0]!r} in {model_parallel} model-parallel ranks; a universal"
+            " checkpoint does not say how their shards fit together"
+        )
+
+
+def _copies(
+    folder: TagFolder, known: Mapping[str, TensorEntry], buffers: Set[str], warnings: list[str]
+) -> dict[str, TensorEntry]:
+    """Of a pipeline, whose layer files no universal checkpoint has: the fp32 copies of frozen weights and buffers in
+    ``zero/``.
+
+    dsconv writes those, the official tool (0.19.8) does not.
+    """
+    names = sorted(
+        path.parent.name for path in (folder.path / FOLDER).glob("*/fp32.pt") if path.parent.name not in known
+    )
+    found = {name: _parameter(folder, name, (), {}, whole=None) for name in names}
+    if found:
+        warnings.append(
+            f"{len(found)} frozen weights and buffers of a pipeline, such as {names[0]!r}, are kept as fp32 copies"
+        )
+    if lost := sorted(buffers - set(found) - set(known)):
+        warnings.append(
+            f"buffers such as {lost[0]!r} were in the pipeline's layer files and are not in this universal checkpoint"
+        )
+    return {name: replace(entry, role="buffer" if name in buffers else "frozen") for name, entry in found.items()}
+
+
+def _stage(folder: TagFolder) -> int:
+    """The stage that the source had, which says how the model states are to be read."""
+    path = folder.path / FOLDER / SETTINGS
+    if not path.is_file():
+        raise MissingShardError(
+            f"{path}: missing; the conversion to a universal checkpoint was not finished: run it again"
+        )
+    root = TorchFile(path).root
+    stage = (
+        root.get("zero_stage", 1) if isinstance(root, dict) else None
+    )  # BF16_Optimizer, which is stage 1, writes none
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise MalformedError(f"{path}: the ZeRO stage is {safe_repr(stage)}; expected 0, 1, 2 or 3")
+    return stage
+
+
+def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
+    """The model states of each model-parallel rank, or without any (stage 3, for frozen weights) of each
+    data-parallel rank.
+    """
+    if stage < 3:
+        if sorted(folder.model) != list(range(len(folder.model))) or not folder.model:
+            found = ", ".join(path.name for path in folder.model.values()) or "none"
+            raise MissingShardError(
+                f"{folder.path}: expected mp_rank_00_model_states.pt, and the following ranks where there are any,"
+                f" which hold the names of the parameters; found {found}"
+            )
+        return [read_module_states(path) for _, path in sorted(folder.model.items())]
+    if any(mp for mp, _ in folder.zero3):
+        ranks = sorted({mp for mp, _ in folder.zero3})
+        lost = next((mp for mp in range(ranks[-1] + 1) if (mp, 0) not in folder.zero3), None)
+        if lost is not None:
+            raise MissingShardError(
+                f"{folder.path}: no zero_pp_rank_0_mp_rank_{lost:02d}_model_states.pt, and there are some of rank"
+                f" {ranks[-1]}"
+            )
+        of_ranks = [read_module_states(folder.zero3[mp, 0]) for mp in ranks]
+        said = [states.raw.get("mp_world_size") for states in of_ranks]
+        if any(count != len(ranks) for count in said):
+            raise InconsistentCheckpointError(
+                f"{folder.path}: model states of {len(ranks)} model-parallel ranks, which say that there are"
+                f" {safe_repr(said[:8])} (mp_world_size): a file was renamed, or is of another save"
+            )
+        return of_ranks
+    if (0, 0) not in folder.zero3:
+        raise MissingShardError(
+            f"{folder.path}: no zero_pp_rank_0_mp_rank_00_model_states.pt, which holds the names of the parameters"
+        )
+    first = read_module_states(folder.zero3[0, 0])
+    world = _world(first) if any(math.prod(shape) for shape in first.frozen_shapes.values()) else 1
+    missing = [dp for dp in range(world) if (0, dp) not in folder.zero3]
+    if missing:
+        raise MissingShardError(
+            f"{folder.path}: frozen weights lie in the model states of {world} ranks; missing those of {len(missing)}: "
+            f"expected such as zero_pp_rank_{missing[0]}_mp_rank_00_model_states.pt"
+        )
+    all_states = [first, *(read_module_states(folder.zero3[0, dp]) for dp in range(1, world))]
+    for dp, other in enumerate(all_states):
+        consistency.written_as(other.file, dp)
+        consistency.same_save(first, other)
+    return all_states
+
+
+def _world(states: ModuleStates) -> int:
+    world = states.raw.get("dp_world_size")
+    return world if type(world) is int and world > 0 else 1
+
+
+def _parameter(
+    folder: TagFolder, name: str, shape: tuple[int, ...], ties: dict[str, list[str]], whole: bool | None
+) -> TensorEntry:
+    """``whole``: ``shape`` is that of the full parameter (True), of a shard of it (False), or not known (None).
+
+    A parameter that was cut as a view with more dimensions is written as the view: its first dimensions are made one
+    again.
+    """
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise UnsafeError(
+            f"{folder.path}: a parameter is named {safe_repr(name)}, which is a path that leaves {FOLDER}/; refused"
+        )
+    path = folder.path / FOLDER / name / "fp32.pt"
+    if not path.is_file():
+        raise MissingShardError(
+            f"{path}: missing; parameter {name!r} has no weights. The conversion was not finished, or files were lost"
+        )
+    file = TorchFile(path)
+    value = file.root
+    tensor = value.get("param") if isinstance(value, dict) else value
+    if not isinstance(tensor, TensorRef):
+        raise MalformedError(
+            f"{path}: holds a {type(value).__name__} without 'param'; expected the tensor of parameter {name!r}"
+        )
+    cut = isinstance(value, dict) and value.get("vocab_tensor") is True
+    without_padding = cut and len(shape) == 2 and tensor.shape[1:] == shape[1:] and tensor.shape[0] <= shape[0]
+    if without_padding or whole is None:
+        shape = tensor.shape
+    elif isinstance(value, dict) and not whole:
+        folded = max(len(tensor.shape) - len(shape) + 1, 1)
+        shape = (math.prod(tensor.shape[:folded]), *tensor.shape[folded:]) if shape else shape
+    elif tensor.numel != math.prod(shape):
+        raise InconsistentCheckpointError(
+            f"{path}: parameter {name!r} has shape {list(tensor.shape)}; the model states say {list(shape)}. "
+            "The files are not of one conversion"
+        )
+    layout = partial(file.pieces, tensor)
+    layout()  # bounds are proved now
+    return TensorEntry(name, tensor.dtype, shape, layout, tuple(ties.get(name, ())), "parameter")

@@ -1,0 +1,107 @@
+"""Indexes: which file of a Hugging Face folder holds which tensor (``weight_map``), and the strict reading of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.storage.local import open_for_reading
+from dsconv.errors import MalformedError, MissingShardError, UnsafeError
+
+MAX_INDEX_BYTES = 100_000_000  # as much as safetensors allows a header
+MAX_INTEGER_DIGITS = 19
+MAX_NAME_BYTES = 255  # of a file, on any file system of Linux
+
+
+def read_all(
+    index: Path, read_file: Callable[[Path], dict[str, TensorEntry]]
+) -> tuple[dict[str, TensorEntry], list[Path], list[str]]:
+    """The entries of all files that ``index`` names, those files, and warnings.
+
+    Raises MissingShardError where a file or a tensor is not there, and what ``weight_map_of`` and ``read_file`` raise.
+    """
+    weight_map = weight_map_of(index)
+    files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise MissingShardError(
+            f"{index} names {len(missing)} files that are not there, the first {safe_repr(missing[0], 255)}"
+        )
+    entries: dict[str, TensorEntry] = {}
+    warnings = []
+    held = set()
+    for file in files:
+        for name, entry in read_file(file).items():
+            names = [each for each in (name, *entry.aliases) if weight_map.get(each) == file.name]
+            strays = [each for each in (name, *entry.aliases) if each not in names]
+            warnings += [
+                f"{file.name} holds {safe_repr(stray)}, which the index does not place there: left out"
+                for stray in strays
+            ]
+            if names:
+                entries[names[0]] = replace(entry, name=names[0], aliases=tuple(names[1:]))
+                held.update(names)
+    lost = [name for name in weight_map if name not in held]
+    if lost:
+        raise MissingShardError(f"{index} places {safe_repr(lost[0])} in {weight_map[lost[0]]}, which does not hold it")
+    return entries, files, warnings
+
+
+def weight_map_of(path: Path) -> dict[str, str]:
+    """{tensor: file name} of an index. Raises MalformedError, or UnsafeError for a name that leaves the folder."""
+    with open_for_reading(path) as file:
+        if file.nbytes > MAX_INDEX_BYTES:
+            raise MalformedError(f"{path}: an index of {file.nbytes} bytes; the limit is {MAX_INDEX_BYTES}")
+        index = parse_json(file.read(0, file.nbytes), path, "the index")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MalformedError(f"{path}: has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file or "\0" in file:
+            raise UnsafeError(
+                f"{path}: weight_map puts {safe_repr(name)} in {safe_repr(file)}, outside the folder; refused"
+            )
+        if len(file.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+            raise MalformedError(
+                f"{path}: weight_map puts {safe_repr(name)} in {safe_repr(file)}, a name of over {MAX_NAME_BYTES} bytes"
+            )
+    return weight_map
+
+
+def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
+    """A JSON object, held to what serde_json takes: Python's parser guesses encodings, and allows NaN, -0 and half
+    surrogates.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_not_json)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"{path}: {what} is not JSON: {error!s:.200}") from None
+    if not isinstance(value, dict):
+        raise MalformedError(f"{path}: {what} is not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names: set[str] = set()
+        twice = next(name for name, _ in pairs if name in names or names.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{safe_repr(twice)} is given twice")
+    for name in found:
+        name.encode()  # raises UnicodeEncodeError for half of a surrogate pair, which is no text
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS or digits == "-0":
+        raise ValueError(f"the integer {digits:.30}")
+    return int(digits)
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")

@@ -1,0 +1,159 @@
+"""Hugging Face folders of safetensors: one ``model.safetensors``, or shards under an index.
+
+The header is read and held to the rules of safetensors 0.8 (``safetensors/src/tensor.rs``): at most 100 MB of JSON that
+starts with ``{``, offsets that leave no hole and do not overlap, sizes that follow from dtype and shape. What it
+refuses is refused here; beyond that, a name given twice and an unknown field are refused too, where readers may differ.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.formats.huggingface import index as shard_index
+from dsconv.checkpoint.formats.huggingface.index import parse_json
+from dsconv.checkpoint.map import dtypes
+from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
+from dsconv.checkpoint.pickles.allowlist import MAX_NUMEL, safe_repr
+from dsconv.checkpoint.storage.local import open_for_reading
+from dsconv.errors import MalformedError, UnsupportedError
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors 0.8 MAX_HEADER_SIZE
+FIELDS = {"dtype", "shape", "data_offsets"}
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+
+
+def detect(path: Path, tag: str | None = None) -> bool:
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return any((path / name).is_file() for name in (INDEX, SINGLE, ADAPTER))
+
+
+def read(path: Path, tag: str | None = None) -> Checkpoint:
+    """Raises MalformedError, MissingShardError, UnsupportedError or UnsafeError (a weight_map that leaves the
+    folder).
+    """
+    if path.is_file():
+        return _checkpoint(path, path.parent, read_file(path), [path])
+    if (path / INDEX).is_file() and not (path / SINGLE).is_file():
+        return _checkpoint(path, path, *shard_index.read_all(path / INDEX, read_file))
+    file = path / (SINGLE if (path / SINGLE).is_file() else ADAPTER)
+    warnings = []
+    if (path / INDEX).is_file():  # transformers 5.24 modeling_utils.py looks for the single file first
+        warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")
+    return _checkpoint(path, path, read_file(file), [file], warnings)
+
+
+def _checkpoint(
+    path: Path, folder: Path, entries: dict[str, TensorEntry], files: list[Path], warnings: Sequence[str] = ()
+) -> Checkpoint:
+    info = {"adapter": True} if files[0].name == ADAPTER else {}
+    return Checkpoint(
+        path, "safetensors", entries, folder=folder, info=info, warnings=tuple(warnings), sources=tuple(files)
+    )
+
+
+def read_file(path: Path) -> dict[str, TensorEntry]:
+    """The entries of one safetensors file."""
+    return read_file_and_metadata(path)[0]
+
+
+def read_file_and_metadata(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The entries of one safetensors file, and its ``__metadata__``."""
+    with open_for_reading(path) as file:
+        size = file.nbytes
+        header_bytes = struct.unpack("<Q", file.read(0, 8))[0]
+        if 8 + header_bytes > size:
+            raise MalformedError(
+                f"{path}: truncated or not safetensors: a header of {header_bytes} bytes in a file of {size}"
+            )
+        if header_bytes > MAX_HEADER_BYTES:
+            raise MalformedError(f"{path}: a header of {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}")
+        raw = file.read(8, header_bytes)
+    if not raw.startswith(b"{"):
+        raise MalformedError(f"{path}: the header does not start with {{: not safetensors")
+    header = parse_json(raw, path, "the header")
+    metadata = header.pop("__metadata__", None)
+    _check_metadata(path, metadata)
+    base = 8 + header_bytes
+    spans = []
+    entries = {}
+    for name, item in header.items():
+        dtype, shape, begin, end = _item(path, name, item)
+        nbytes = _nbytes(path, name, dtype, shape)
+        if end - begin != nbytes:
+            raise MalformedError(
+                f"{path}: {safe_repr(name)} of {dtype} {safe_repr(list(shape))} should have {nbytes} bytes, has"
+                f" {end - begin}"
+            )
+        spans.append((begin, end, name))
+        record = Record(path, base + begin, nbytes, None, name)
+        entries[name] = TensorEntry(name, dtype, shape, partial(_pieces, record, dtype.itemsize))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise MalformedError(
+                f"{path}: {safe_repr(name)} begins at byte {begin} of the data, expected {position}: a hole or an"
+                " overlap"
+            )
+        position = end
+    if base + position != size:
+        kind = "truncated" if base + position > size else "trailing bytes"
+        raise MalformedError(f"{path}: {kind}: the header describes {base + position} bytes, the file has {size}")
+    return entries, metadata or {}
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise MalformedError(f"{path}: __metadata__ maps something else than text to text: {safe_repr(metadata)}")
+    try:
+        "".join(metadata.values()).encode()
+    except UnicodeEncodeError:
+        raise MalformedError(f"{path}: __metadata__ holds half of a surrogate pair, which is no text") from None
+
+
+def _pieces(record: Record, itemsize: int) -> tuple[Piece, ...]:
+    return (
+        (Piece(Extent(record, record.offset_bytes, record.nbytes), 0, record.nbytes // itemsize),)
+        if record.nbytes
+        else ()
+    )
+
+
+def _item(path: Path, name: str, item: Any) -> tuple[dtypes.DType, tuple[int, ...], int, int]:
+    try:
+        if not isinstance(item, dict) or item.keys() != FIELDS:
+            raise ValueError
+        dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
+        if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(item["data_offsets"], list):
+            raise ValueError
+        if not all(type(n) is int and 0 <= n < MAX_NUMEL for n in (*shape, begin, end)) or begin > end:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise MalformedError(
+            f"{path}: the header's entry of {safe_repr(name)} is malformed: {safe_repr(item, 120)}"
+        ) from None
+    if dtype not in dtypes.BY_SAFETENSORS:
+        raise UnsupportedError(f"{path}: {safe_repr(name)} is of dtype {safe_repr(dtype)}, which dsconv does not read")
+    return dtypes.BY_SAFETENSORS[dtype], tuple(shape), begin, end
+
+
+def _nbytes(path: Path, name: str, dtype: dtypes.DType, shape: tuple[int, ...]) -> int:
+    """The product, in the order in which safetensors multiplies: [2**40, 2**40, 0] overflows there, though nothing
+    is left.
+    """
+    nbytes = dtype.itemsize
+    for size in shape:
+        nbytes *= size
+        if nbytes >= MAX_NUMEL:
+            raise MalformedError(
+                f"{path}: {safe_repr(name)} of {dtype} {safe_repr(list(shape))} has more bytes than can be counted"
+            )
+    return nbytes

@@ -1,0 +1,359 @@
+"""Folders with one torch.save a rank, whose tensors are DTensors, FSDP1's ShardedTensors or plain.
+
+Who writes them: verl (``model_world_size_N_rank_R.pt`` beside ``fsdp_config.json`` and ``huggingface/``; verl 0.6
+``utils/checkpoint/fsdp_checkpoint_manager.py``), accelerate with ``use_dcp=False`` or LOCAL_STATE_DICT
+(``pytorch_model_fsdp_I_rankR.bin``, ``pytorch_model_fsdp_rankR.bin``; accelerate 1.15 ``utils/fsdp_utils.py``), and
+plain scripts (``NAME_rank_R.pt``, ``rank_R.pt``).
+
+Each file says for each tensor on which mesh it lies and how, so that a rank's share follows from the rank
+(``checkpoint/map/placements.py``). What several ranks hold must be the same bytes; the CRC-32s of the files tell.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.formats.copies import same_bytes
+from dsconv.checkpoint.formats.rank_files.dtensors import DTensor, Mesh, Reader, ShardedTensor
+from dsconv.checkpoint.map.placements import local_region, region_in_order
+from dsconv.checkpoint.map.regions import Region, is_whole, numel_of, shape_of, show
+from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
+from dsconv.checkpoint.pickles.allowlist import Instance, TensorRef, safe_repr
+from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
+
+VERL = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+ACCELERATE = re.compile(r"(pytorch_model_fsdp(?:_\d+)?)_rank(\d+)\.bin")
+PLAIN = re.compile(r"((?:.*[_.-])?)rank[_-]?(\d+)\.(pt|pth|bin)")
+NOT_MODELS = re.compile(r"optim|extra_state|scheduler|rng|random|dataloader|trainer", re.IGNORECASE)
+STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict", "module")  # the first that there is
+MAX_RANK_DIGITS = 7
+
+
+@dataclass(frozen=True)
+class Group:
+    """The files of one save. ``world`` is what their names say, if they do."""
+
+    kind: str
+    name: str
+    files: dict[int, Path]
+    world: int | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor as the file of one rank holds it: the part of the full tensor, and where its bytes are."""
+
+    rank: int
+    file: TorchFile
+    region: Region | None
+    tensor: TensorRef
+
+
+def detect(path: Path, tag: str | None) -> bool:
+    if path.is_file():
+        return any(path in group.files.values() for group in _groups(path.parent).values())
+    return path.is_dir() and _home(path) is not None
+
+
+def read(path: Path, tag: str | None) -> Checkpoint:
+    """``path`` is the folder, or any of the files of one save where a folder holds several.
+
+    Raises MissingShardError, InconsistentCheckpointError, MalformedError or UnsupportedError, each naming the file.
+    """
+    home = path.parent if path.is_file() else _home(path) or path
+    warnings: list[str] = []
+    group = _choose(path, _groups(home), warnings)
+    ranks = sorted(group.files)
+    files = {rank: TorchFile(group.files[rank]) for rank in ranks}
+    meshes: dict[tuple[Any, ...], Mesh] = {}
+    found: dict[str, dict[int, TensorRef | DTensor | ShardedTensor]] = {}
+    for rank in ranks:
+        reader = Reader(files[rank].path, meshes)
+        for name, value in _state_dict(files[rank]).items():
+            tensor = reader.read(name, value)
+            if tensor is not None:
+                found.setdefault(name, {})[rank] = tensor
+    if not found:
+        raise MalformedError(f"{files[ranks[0]].path}: holds no tensors")
+    _check_ranks(group, files, found)
+    entries = _entries(files, found)
+    if not all(file.archive.checksummed for file in files.values()):
+        warnings.append(
+            "the files were saved without checksums: damage, and copies that differ between ranks, cannot be seen"
+        )
+    return Checkpoint(
+        path,
+        group.kind,
+        entries,
+        folder=next(
+            (folder for folder in (home / "huggingface", home, path) if (folder / "config.json").is_file()), home
+        ),
+        step=_step(home),
+        world={"ranks": len(ranks)},
+        info={"files": group.name},
+        warnings=tuple(warnings),
+        sources=tuple(group.files[rank] for rank in ranks),
+    )
+
+
+def _home(path: Path) -> Path | None:
+    """The folder with the rank files: ``path``, or verl's ``actor`` in its ``global_step_N``."""
+    for folder in (path, path / "actor"):
+        if folder.is_dir() and _groups(folder):
+            return folder
+    return None
+
+
+def _groups(folder: Path) -> dict[str, Group]:
+    """The rank files of models in a folder, those of one save together."""
+    groups: dict[str, Group] = {}
+    for path in sorted(folder.iterdir()):
+        for pattern, kind in ((VERL, "verl rank files"), (ACCELERATE, "accelerate rank files"), (PLAIN, "rank files")):
+            match = pattern.fullmatch(path.name)
+            if match is None or len(match[2]) > MAX_RANK_DIGITS or NOT_MODELS.search(path.name):
+                continue
+            world = int(match[1]) if pattern is VERL else None
+            name = f"model_world_size_{world}" if pattern is VERL else match[1].rstrip("_.-") or "rank"
+            files = groups.setdefault(name, Group(kind, name, {}, world)).files
+            if int(match[2]) in files:
+                raise InconsistentCheckpointError(
+                    f"{path} and {files[int(match[2])].name} are both of rank {int(match[2])}; keep one of them"
+                )
+            files[int(match[2])] = path
+            break
+    return groups
+
+
+def _choose(path: Path, groups: dict[str, Group], warnings: list[str]) -> Group:
+    chosen = [group for group in groups.values() if path in group.files.values()] or list(groups.values())
+    if len(chosen) == 1:
+        return chosen[0]
+    folder = next(iter(chosen[0].files.values())).parent
+    recorded = _verl_world(folder)
+    last = [group for group in chosen if group.world is not None and group.world == recorded]
+    if last:
+        others = ", ".join(group.name for group in chosen if group is not last[0])
+        warnings.append(
+            f"ignored the files of {others}: fsdp_config.json says that the last save was of {recorded} ranks"
+        )
+        return last[0]
+    raise InconsistentCheckpointError(
+        f"{folder}: rank files of {len(groups)} saves: {', '.join(groups)}. Name a file of the one that you mean, "
+        f"such as {next(iter(chosen[0].files.values())).name}, in place of the folder"
+    )
+
+
+def _verl_world(folder: Path) -> Any:
+    try:
+        return json.loads((folder / "fsdp_config.json").read_bytes()).get("world_size")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _step(home: Path) -> int | None:
+    """verl's ``global_step_N/actor`` and the Trainer's ``checkpoint-N``."""
+    for part in reversed(home.absolute().parts[-2:]):
+        match = re.fullmatch(r"(?:global_step_|checkpoint-)(\d{1,12})", part)
+        if match:
+            return int(match[1])
+    return None
+
+
+def _state_dict(file: TorchFile) -> dict[str, Any]:
+    """The model: what was saved, or what lies under the usual key in it, beside an optimizer or random states."""
+    root = file.root
+    if not isinstance(root, dict):
+        raise MalformedError(f"{file.path}: holds a {type(root).__name__}; expected a state dict")
+    nested = [key for key, value in root.items() if isinstance(value, dict) and any(map(_is_tensor, value.values()))]
+    key = next((key for key in STATE_DICT_KEYS if key in nested), None)
+    if key is None and nested:
+        raise MalformedError(
+            f"{file.path}: holds tensors under {safe_repr(nested)}; the model is expected at the top, or under"
+            f" {STATE_DICT_KEYS}"
+        )
+    state = root if key is None else root[key]
+    return {name: value for name, value in state.items() if isinstance(name, str)}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (TensorRef, Instance))
+
+
+def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> None:
+    """Raise unless every file is of the rank and the run that its name and the others say, and no rank's is missing."""
+    told = 0  # the world, by what the files hold
+    for tensors in found.values():
+        spread = {rank: tensor for rank, tensor in tensors.items() if not isinstance(tensor, TensorRef)}
+        first = min(spread, default=0)
+        for rank, tensor in spread.items():
+            if tensor.rank != rank and (tensor.rank is not None or rank in tensor.mesh.ranks):
+                by = "another rank" if tensor.rank is None else f"rank {tensor.rank}"
+                raise InconsistentCheckpointError(
+                    f"{files[rank].path}: was written by {by}, its name says rank {rank}; files were renamed or swapped"
+                )
+            if group.world and tensor.world > group.world:
+                raise InconsistentCheckpointError(
+                    f"{files[rank].path}: was written on a {_ground(tensor)}, its name says {group.world} ranks"
+                )
+            if _of_other_runs(spread[first], tensor):
+                raise InconsistentCheckpointError(
+                    f"{files[rank].path}: was written on a {_ground(tensor)}, {files[first].path.name} on a"
+                    f" {_ground(spread[first])}: a file of another run lies among these; move it away"
+                )
+            told = max(told, tensor.world)
+    world = group.world or max(told, max(files) + 1)
+    lowest = min(files)
+    missing = sorted(set(range(world)) - set(files))
+    if missing:
+        raise MissingShardError(
+            f"{files[lowest].path.parent}: the save has {world} ranks; missing the files of rank"
+            f" {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}: expected such as"
+            f" {_renumbered(files[lowest].path.name, lowest, missing[0])}. Copy them from the nodes that wrote them"
+        )
+    surplus = max(files)
+    if surplus >= (group.world or told or world):
+        raise InconsistentCheckpointError(
+            f"{files[surplus].path}: the other files are of {group.world or told} ranks: it was left over from another"
+            " run; move it away"
+        )
+
+
+def _ground(tensor: DTensor | ShardedTensor) -> str:
+    return str(tensor.mesh) if isinstance(tensor, DTensor) else f"group of {tensor.world} ranks"
+
+
+def _of_other_runs(a: DTensor | ShardedTensor, b: DTensor | ShardedTensor) -> bool:
+    """Whether two ranks' parts of a tensor cannot be of one run: their meshes share ranks and yet differ, or are of
+    other shapes.
+    """
+    if isinstance(a, DTensor) and isinstance(b, DTensor):
+        return a.mesh is not b.mesh and (a.mesh.shape != b.mesh.shape or not set(a.mesh.ranks).isdisjoint(b.mesh.ranks))
+    return type(a) is not type(b) or a.world != b.world
+
+
+def _renumbered(name: str, rank: int, other: int) -> str:
+    head, _, tail = name.rpartition(str(rank))
+    return f"{head}{other}{tail}"
+
+
+def _entries(files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    aliases: dict[str, list[str]] = {}
+    owners: dict[tuple[Any, ...], str] = {}
+    for name, tensors in found.items():
+        first = next(iter(tensors.values()))
+        for rank, tensor in tensors.items():
+            if type(tensor) is not type(first) or _key(tensor) != _key(first):
+                raise InconsistentCheckpointError(
+                    f"{files[rank].path}: {safe_repr(name)} is {_said(tensor)}, in"
+                    f" {files[next(iter(tensors))].path.name} {_said(first)}; the files are not of one save"
+                )
+        held = _held(name, files, tensors)
+        _same_copies(name, held)
+        parts = list({part.region: part for part in reversed(held)}.values())[::-1]
+        for part in parts:
+            _pieces([part])  # bounds are proved now, not when the bytes are wanted
+        identity = tuple(
+            (part.rank, part.tensor.storage.key, part.tensor.offset, part.tensor.shape, part.tensor.strides)
+            for part in parts
+        )
+        owner = owners.setdefault((first.shape, *identity), name) if identity else name
+        if owner != name:  # the same memory under two names
+            aliases.setdefault(owner, []).append(name)
+        else:
+            entries[name] = TensorEntry(name, first.dtype, first.shape, partial(_pieces, parts))
+    return {
+        name: (
+            TensorEntry(name, entry.dtype, entry.shape, entry.layout, tuple(aliases[name]))
+            if name in aliases
+            else entry
+        )
+        for name, entry in entries.items()
+    }
+
+
+def _key(tensor: TensorRef | DTensor | ShardedTensor) -> tuple[Any, ...]:
+    return (tensor.dtype, tensor.shape) if isinstance(tensor, TensorRef) else tensor.key
+
+
+def _said(tensor: TensorRef | DTensor | ShardedTensor) -> str:
+    return f"a plain {tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, TensorRef) else str(tensor)
+
+
+def _held(name: str, files: dict[int, TorchFile], tensors: dict[int, Any]) -> list[Held]:
+    """All that the ranks hold of a tensor, empty shares left out. A region is None for the whole tensor."""
+    if all(isinstance(tensor, ShardedTensor) for tensor in tensors.values()):
+        return _boxes(name, files, tensors)
+    if all(isinstance(tensor, TensorRef) for tensor in tensors.values()):
+        return [Held(rank, files[rank], None, tensor) for rank, tensor in tensors.items() if tensor.numel]
+    members: dict[int, DTensor] = {rank: tensor for rank, tensor in tensors.items() if tensor.coordinate is not None}
+    for mesh in {id(tensor.mesh): tensor.mesh for tensor in members.values()}.values():
+        lost = sorted(set(mesh.ranks) - set(members))
+        if lost:
+            raise MissingShardError(
+                f"{files[lost[0]].path}: lacks {safe_repr(name)}, which the other files say lies on a {mesh}"
+            )
+    wrong = None
+    for rule in (local_region, region_in_order):
+        held = []
+        for rank, tensor in members.items():
+            region = rule(tensor.shape, tensor.mesh.shape, tensor.coordinate or (), tensor.placements)
+            if region is None or shape_of(region) != tensor.local.shape:
+                wrong = wrong or (rank, tensor, region)
+                break
+            if numel_of(region):
+                held.append(Held(rank, files[rank], None if is_whole(region, tensor.shape) else region, tensor.local))
+        else:
+            return held
+    assert wrong is not None
+    rank, tensor, region = wrong
+    raise InconsistentCheckpointError(
+        f"{files[rank].path}: {safe_repr(name)}, {tensor}, holds a share of {list(tensor.local.shape)} at"
+        f" {list(tensor.coordinate or ())} of a {tensor.mesh}; expected {list(shape_of(region or ()))}"
+    )
+
+
+def _boxes(name: str, files: dict[int, TorchFile], tensors: dict[int, ShardedTensor]) -> list[Held]:
+    shape, owners = next((tensor.shape, tensor.owners) for tensor in tensors.values())
+    held = [
+        (region, Held(rank, files[rank], None if is_whole(region, shape) else region, part))
+        for rank, tensor in tensors.items()
+        for region, part in tensor.local
+        if part.numel
+    ]
+    have = {region for region, _ in held}
+    for region, rank in owners:
+        if numel_of(region) and region not in have:
+            where = files[rank].path if rank in files else files[min(files)].path.parent
+            raise MissingShardError(
+                f"{where}: lacks the shard {show(region)} of {safe_repr(name)} that the files say rank {rank} holds"
+            )
+    return [part for _, part in held]
+
+
+def _same_copies(name: str, held: list[Held]) -> None:
+    """Raise InconsistentCheckpointError where two ranks hold other bytes for the same part."""
+    first: dict[Region | None, Held] = {}
+    for part in held:
+        original = first.setdefault(part.region, part)
+        if original is not part and not same_bytes(original.file, original.tensor, part.file, part.tensor):
+            raise InconsistentCheckpointError(
+                f"{part.file.path}: {safe_repr(name)} differs from the copy in {original.file.path.name}, and nothing"
+                " says that it is sharded. The files are of different saves, or each rank has its own (as the running"
+                " statistics of BatchNorm): make it the same on all ranks before saving, or leave it out"
+            )
+
+
+def _pieces(parts: Iterable[Held]) -> tuple[Piece, ...]:
+    return tuple(
+        Piece(piece.extent, 0, piece.numel, piece.shape, piece.strides, part.region)
+        for part in parts
+        for piece in part.file.pieces(part.tensor)
+    )

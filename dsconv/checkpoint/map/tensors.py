@@ -1,0 +1,253 @@
+"""The tensor map: what a sharded checkpoint holds and where its bytes lie, without the bytes.
+
+The words are those of docs/architecture.md: an ``Extent`` is bytes on disk, a ``Piece`` says which part of the full
+tensor they fill, a ``TensorEntry`` is a name with its pieces, and a ``Checkpoint`` is a read-only mapping of entries.
+A layout makes its pieces when asked and keeps only the numbers they follow from, so that a map of a checkpoint of
+many ranks stays small.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.regions import Region, check_inside, numel_of, prove_cover
+from dsconv.errors import InconsistentCheckpointError, TensorNotFoundError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsconv.checkpoint.map.training import Training
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run of bytes that was written as one and may carry a checksum: a storage in a ``.pt``, a safetensors
+    payload.
+    """
+
+    path: Path
+    offset_bytes: int
+    nbytes: int
+    crc32: int | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """``nbytes`` bytes from ``offset_bytes`` (both counted from the start of the file ``record.path``)."""
+
+    record: Record
+    offset_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An extent, and the range [start, start + numel) of a region of the full tensor, in row-major order, that it
+    fills.
+
+    ``region`` is None for the whole tensor. ``strides`` is set only for a tensor that was saved as a non-contiguous
+    view: the extent then spans the view and the elements of ``shape`` are picked from it, ``strides`` elements apart.
+    """
+
+    extent: Extent
+    start: int
+    numel: int
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] | None = None
+    region: Region | None = None
+
+
+class FileGroup(Protocol):
+    """Files, numbered from 0, in which tensors of one layout lie; ``records`` are those that hold them, in order."""
+
+    @property
+    def file_count(self) -> int: ...
+
+    def records(self, number: int) -> list[Record]: ...
+
+
+class ProvenLayout(ABC):
+    """A layout of so many pieces that they are counted and proven to tile by arithmetic, not by making them.
+
+    ``group`` is where all of them lie, in one order in each file: that of ``begin``. None where records are shared with
+    others.
+    """
+
+    begin: int
+
+    @property
+    @abstractmethod
+    def group(self) -> FileGroup | None: ...
+
+    @abstractmethod
+    def pieces_in(self, number: int) -> tuple[Piece, ...]:
+        """The pieces that lie in one file of the group, in the order in which they lie there."""
+
+    @abstractmethod
+    def __call__(self) -> tuple[Piece, ...]: ...
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many pieces there are."""
+
+    @abstractmethod
+    def prove(self, entry: TensorEntry) -> None:
+        """Raise InconsistentCheckpointError unless the pieces cover ``entry`` exactly once, each of them by bytes
+        that are there.
+        """
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint: ``shape`` is the full shape, ``dtype`` what is stored, ``role`` what it was in
+    training.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    layout: Callable[[], tuple[Piece, ...]] = field(repr=False)
+    aliases: tuple[str, ...] = ()
+    role: str = "parameter"  # parameter, frozen or buffer
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces, those of one region in the order of the ranges they fill."""
+        return self.layout()
+
+    @property
+    def piece_count(self) -> int:
+        return self.layout.count if isinstance(self.layout, ProvenLayout) else len(self.pieces)
+
+    def read(self, index: Any = None) -> torch.Tensor:
+        """The tensor, or ``tensor[index]``: only the rows that a slice of the first dimension touches are read.
+
+        Checksums are not checked: they are of whole records. Raises MalformedError when the file ends early.
+        """
+        from dsconv.checkpoint.transfer.reading import read_tensor
+
+        return read_tensor(self, index)
+
+
+def prove_tiling(entry: TensorEntry) -> None:
+    """Raise InconsistentCheckpointError unless the pieces of ``entry`` cover it exactly once."""
+    if isinstance(entry.layout, ProvenLayout):
+        entry.layout.prove(entry)
+        return
+    filled: dict[Region | None, int] = {}
+    for piece in entry.pieces:
+        where = f"tensor {entry.name!r} in {piece.extent.record.path}"
+        position = filled.get(piece.region, 0)
+        if piece.start != position:
+            kind = "a hole" if piece.start > position else "an overlap"
+            raise InconsistentCheckpointError(
+                f"{where}: {kind} at element {min(piece.start, position)}; the checkpoint's files do not fit together"
+            )
+        span = piece.extent.nbytes // entry.dtype.itemsize
+        if piece.strides is None and span != piece.numel:
+            raise InconsistentCheckpointError(f"{where}: a piece of {piece.numel} elements has {span} on disk")
+        if piece.region is not None and not position:
+            check_inside(piece.region, entry.shape, where)
+        filled[piece.region] = position + piece.numel
+    if set(filled) <= {None}:
+        if filled.get(None, 0) != entry.numel:
+            raise InconsistentCheckpointError(
+                f"tensor {entry.name!r}: shape {list(entry.shape)} needs {entry.numel} elements, found"
+                f" {filled.get(None, 0)}"
+            )
+        return
+    regions = []
+    for region, count in filled.items():
+        if region is None or count != numel_of(region):
+            raise InconsistentCheckpointError(
+                f"tensor {entry.name!r}: a shard of it has {count} elements of those it should have"
+            )
+        regions.append(region)
+    prove_cover(regions, entry.shape, entry.name)
+
+
+class Checkpoint(Mapping[str, TensorEntry]):
+    """A read-only mapping of names to entries, and what was found on the way.
+
+    An alias (a tied name) is looked up like any other, but iteration and ``len`` count each tensor once.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        entries: Mapping[str, TensorEntry],
+        *,
+        folder: Path | None = None,
+        step: int | None = None,
+        world: Mapping[str, int] | None = None,
+        info: Mapping[str, Any] | None = None,
+        warnings: tuple[str, ...] = (),
+        sources: tuple[Path, ...] = (),
+        is_deepspeed: bool = False,
+        training: Callable[[], Training] | None = None,
+        no_training: str = "",
+    ) -> None:
+        self.path = path
+        self.format = format
+        self.folder = folder or path  # where config.json and the tokenizer may lie
+        self.step = step
+        self.world = dict(world or {})
+        self.info = dict(info or {})
+        self.warnings = warnings
+        self.sources = sources
+        self.is_deepspeed = is_deepspeed
+        self.training = training  # makes the map of the optimizer's states, for formats that can
+        self.no_training = no_training  # else why not, where the format has something to say
+        self.stamps: dict[
+            Path, tuple[int, int, int] | None
+        ] = {}  # of the sources, by ``storage.stamp``, when they had been opened
+        self._entries = dict(entries)
+        self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        try:
+            return self._entries[self._aliases.get(name, name)]
+        except KeyError:
+            raise TensorNotFoundError(f"{self.path} has no tensor {name!r}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._aliases
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """{alias: the name that holds the data}."""
+        return dict(self._aliases)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    @property
+    def numel(self) -> int:
+        return sum(entry.numel for entry in self._entries.values())
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.format} at {self.path}: {len(self)} tensors, {self.nbytes} bytes>"

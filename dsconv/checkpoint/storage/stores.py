@@ -1,0 +1,225 @@
+"""Stores that fsspec knows: what lies in them, bytes of a file, files sent to them.
+
+Every request goes through ``Store.attempt`` or ``Store.once``: it is tried again where that may help, and fails as a
+RemoteError that names the URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from dsconv.errors import DsconvError, RemoteError, UnsupportedError
+
+T = TypeVar("T")
+FIRST_WAIT_SECONDS = 0.25  # doubled after each try, and varied, so that many workers do not come back at once
+PARTIAL = ".dsconv-partial"  # the folder of what is not whole yet, as on the disk
+DEFERS = {"s3", "s3a"}  # stores that show an upload when it is completed, and whose library leaves that to its caller
+PART_BYTES = 16 << 20  # of an upload; each one in flight is held in memory
+MAX_PARTS = 9_000  # S3 takes 10,000
+EXTRAS = {"s3": "s3", "s3a": "s3", "http": "remote", "https": "remote", "gs": "gs", "gcs": "gs", "hf": "hub"}
+PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ImportError,
+)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What a store says of a path; the names are those of ``os.stat_result``."""
+
+    is_dir: bool
+    st_size: int = 0
+    st_mtime_ns: int = 0
+
+
+class Store:
+    """The file system of one protocol, as fsspec gives it. ``lists_all``: what a listing lacks is not there."""
+
+    lists_all = True
+    encoded = False  # whether names are percent-encoded in its URLs
+    tries = 2  # the libraries of stores try again themselves
+
+    def __init__(self, fs: Any) -> None:
+        self.fs = fs
+
+    def stat(self, url: str) -> Stat | None:
+        """None where there is nothing."""
+
+        def info() -> Stat | None:
+            self.fs.invalidate_cache()
+            try:
+                return _stat(self.fs.info(url))
+            except FileNotFoundError:
+                return None
+
+        return self.attempt(url, info)
+
+    def list(self, url: str) -> dict[str, Stat]:
+        """{name: what it is} of a folder; empty where there is none."""
+
+        def names() -> dict[str, Stat]:
+            self.fs.invalidate_cache()
+            try:
+                found = self.fs.ls(url, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+            listed = {str(item["name"]).rstrip("/").rpartition("/")[2]: _stat(item) for item in found}
+            listed.pop("", None)  # S3's marker of an empty folder has the folder's own name
+            return listed
+
+        return self.attempt(url, names)
+
+    def read_range(self, url: str, start: int, stop: int) -> bytes:
+        # Without fsspec's read-ahead: it would read more than is asked for, over and over.
+        options = {} if self.fs.async_impl or "memory" in self.fs.protocol else {"cache_type": "none"}
+        return self.attempt(url, lambda: bytes(self.fs.cat_file(url, start=start, end=stop, **options)))
+
+    def require_ranges(self, url: str) -> None:
+        """Raise RemoteError where the store cannot give parts of a file."""
+
+    def read_all(self, url: str) -> bytes:
+        return self.attempt(url, lambda: bytes(self.fs.cat_file(url)))
+
+    def attempt(self, url: str, action: Callable[[], T]) -> T:
+        """``action()``, tried again with growing pauses while it fails in ways that pass; then RemoteError."""
+        for number in range(1, self.tries + 1):
+            try:
+                return action()
+            except DsconvError:
+                raise
+            except Exception as error:  # noqa: BLE001 - every library behind fsspec has errors of its own
+                if number == self.tries or not _passes(error):
+                    raise _remote_error(url, error, number) from None
+            time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1) * random.uniform(0.75, 1.25))
+        raise AssertionError
+
+    # Writing. A store has neither positioned writes nor, often, a rename: files go up from their first byte to their
+    # last.
+
+    def create(self, url: str, nbytes: int) -> Writer:
+        """A file of ``nbytes`` that is not to be seen before its ``commit``."""
+        deferred = not DEFERS.isdisjoint((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
+        part_bytes = max(PART_BYTES, -(-nbytes // MAX_PARTS))
+        folder, _, name = url.rpartition("/")
+        place = url if deferred else f"{folder}/{PARTIAL}/{name}"
+        options = {"block_size": part_bytes, "autocommit": False} if deferred else {"block_size": part_bytes}
+        return Writer(self, url, place, self.once(url, lambda: self.fs.open(place, "wb", **options)))
+
+    def write(self, url: str, data: bytes) -> None:
+        """A small file, whole."""
+        self.attempt(url, lambda: self.fs.pipe_file(url, data))
+
+    def remove(self, url: str) -> None:
+        """Take a file away, if it is there."""
+
+        def rm() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(url)
+
+        self.attempt(url, rm)
+
+    def once(self, url: str, action: Callable[[], T]) -> T:
+        """``action()``, whose failure is a RemoteError: for what cannot be done twice, and the library repeats
+        itself.
+        """
+        try:
+            return action()
+        except DsconvError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in ``attempt``
+            raise _remote_error(url, error, 1) from None
+
+
+class Writer:
+    """A file of a store that is being sent. S3 shows an upload when it is completed; elsewhere it is moved into
+    place.
+    """
+
+    def __init__(self, store: Store, url: str, place: str, file: Any) -> None:
+        self.store = store
+        self.url = url
+        self.place = place
+        self.file = file
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.store.once(self.url, lambda: self.file.write(data))
+
+    def finish(self) -> None:
+        """Send what is left. The store then has all bytes."""
+        self.store.once(self.url, self.file.close)
+
+    def commit(self) -> None:
+        if self.place == self.url:
+            self.store.once(self.url, self.file.commit)
+        else:
+            self.store.once(self.url, lambda: self.store.fs.mv(self.place, self.url))
+
+    def discard(self) -> None:
+        """Leave nothing of it, as far as the store can be reached."""
+        with contextlib.suppress(Exception):
+            if self.place == self.url:
+                self.file.closed = True  # or fsspec would send its rest when the object goes
+                self.file.discard()
+            else:
+                self.file.close()
+                self.store.fs.rm_file(self.place)
+
+
+def _stat(info: dict[str, Any]) -> Stat:
+    when = info.get("LastModified") or info.get("mtime") or info.get("created") or 0
+    seconds = float(when.timestamp() if hasattr(when, "timestamp") else when if isinstance(when, (int, float)) else 0)
+    return Stat(info.get("type") == "directory", int(info.get("size") or 0), int(seconds * 1e9))
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a failure may pass by itself: the network's, and answers such as 429 and 503."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return status in (408, 425, 429) or status >= 500
+    if isinstance(error, PERMANENT) or "Credential" in type(error).__name__:
+        return False
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError)) or library in (
+        "aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "httpx", "httpx2", "requests", "urllib3",
+    )  # fmt: skip
+
+
+def _remote_error(url: str, error: BaseException, tries: int) -> RemoteError:
+    said = " ".join(str(error).split())[:300]
+    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    hint = (
+        ": check the credentials and what they may read"
+        if isinstance(error, PermissionError) or "Credential" in what
+        else ""
+    )
+    return RemoteError(f"{url}: cannot be reached{f' after {tries} tries' if tries > 1 else ''}: {what}{hint}")
+
+
+def store_of(url: str) -> Store:
+    """The store that serves a URL. Raises UnsupportedError where nothing that is installed does."""
+    protocol = url.partition("://")[0]
+    try:
+        import fsspec
+
+        from dsconv.checkpoint.storage.hub import connection
+
+        fs, _ = fsspec.core.url_to_fs(url, **(connection() if protocol == "hf" else {}))
+    except (ImportError, ValueError) as error:
+        extra = EXTRAS.get(protocol)
+        how = f"pip install 'dsconv[{extra}]'" if extra else str(error)
+        raise UnsupportedError(f"{url}: nothing that is installed reads {protocol}:// ({how})") from None
+    if protocol in ("http", "https"):
+        from dsconv.checkpoint.storage.http import HttpStore
+
+        return HttpStore(fs)
+    return Store(fs)

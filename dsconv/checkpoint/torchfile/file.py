@@ -1,0 +1,173 @@
+"""A ``torch.save`` file: its object, of plain data and stand-ins, and where the bytes of its tensors lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.map.tensors import Extent, Piece
+from dsconv.checkpoint.pickles import machine
+from dsconv.checkpoint.pickles.allowlist import StorageRef, TensorRef, safe_repr
+from dsconv.checkpoint.storage.local import OpenFile, Span, open_for_reading
+from dsconv.checkpoint.torchfile import legacy
+from dsconv.checkpoint.torchfile import zip as zipfile_reader
+from dsconv.checkpoint.torchfile.legacy import storage_of
+from dsconv.checkpoint.torchfile.zip import Archive
+from dsconv.errors import MalformedError, UnsupportedError
+
+MAX_KNOWN = 4096  # pickles of a few hundred bytes each
+MAX_EXPANDED_BYTES = (
+    64 << 20
+)  # of a tensor that repeats its storage (torch's expand): a file of 2 kB can name one of any size
+
+KnownPickles = dict[bytes, tuple[TensorRef, dict[str, int]]]
+
+
+class TorchFile:
+    """An opened ``.pt``, or one that is a span of a larger file: ``root`` is what was saved, ``archive`` its records.
+
+    No file handle is kept. ``known`` is shared by files of which many hold the same few bytes of pickle: what one of
+    them meant is kept there, and only its storages are looked up again.
+    """
+
+    root: Any
+    archive: Archive
+
+    def __init__(self, path: Path, span: Span | None = None, known: KnownPickles | None = None) -> None:
+        self.path = path
+        self._known = known
+        self._storages: dict[str, int] = {}  # key → bytes
+        if span is not None:
+            self._open(span)
+            return
+        with open_for_reading(path) as file:
+            if file.nbytes == 0:
+                raise MalformedError(f"{path}: the file is empty")
+            if legacy.is_legacy(file):
+                self.root, self.archive = legacy.read(file)
+            else:
+                self._open(file)
+
+    def _open(self, file: OpenFile) -> None:
+        path = self.path
+        self.archive = zipfile_reader.open_archive(file)
+        data = self._read(file, "data.pkl")
+        if "byteorder" in self.archive.records:
+            order = self._read(file, "byteorder")
+            if order == b"big":
+                raise UnsupportedError(f"{path}: saved on a big-endian machine; dsconv reads little-endian files")
+            if order != b"little":
+                raise MalformedError(f"{path}: the byte order is {safe_repr(order)}; expected little or big")
+        self.root = self._unpickled(data)
+
+    def _unpickled(self, data: bytes) -> Any:
+        if self._known is None:
+            return machine.load(data, self.path, self._persistent)
+        if data in self._known:
+            root, self._storages = self._known[data]
+            for key, nbytes in self._storages.items():
+                self._check_storage(key, nbytes)
+            return root
+        root = machine.load(data, self.path, self._persistent)
+        if isinstance(root, TensorRef) and len(self._known) < MAX_KNOWN:
+            self._known[data] = root, self._storages
+        return root
+
+    def _read(self, file: OpenFile, name: str) -> bytes:
+        from zlib_ng import zlib_ng
+
+        record = self.archive.records.get(name)
+        if record is None:
+            raise MalformedError(f"{self.path}: no record {name!r}: not written by torch.save")
+        if record.nbytes > machine.MAX_PICKLE_BYTES:
+            raise MalformedError(
+                f"{self.path}: {name} has {record.nbytes} bytes; the limit is {machine.MAX_PICKLE_BYTES}"
+            )
+        data = file.read(record.offset_bytes - file.offset_bytes, record.nbytes)
+        if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
+            raise MalformedError(f"{self.path}: {name} fails its CRC-32: the file was damaged after it was saved")
+        return data
+
+    def _persistent(self, pid: Any) -> StorageRef:
+        """A storage from its persistent id (torch 2.13 ``torch/serialization.py`` ``persistent_id``)."""
+        storage = storage_of(pid, self.path)
+        self._check_storage(storage.key, storage.numel * (storage.dtype.itemsize if storage.dtype else 1))
+        return storage
+
+    def _check_storage(self, key: str, nbytes: int) -> None:
+        record = self.archive.records.get(f"data/{key}")
+        if record is None:
+            raise MalformedError(f"{self.path}: storage {key!r} is named and has no record in the file")
+        if nbytes != record.nbytes:
+            raise MalformedError(
+                f"{self.path}: storage {key!r} should have {nbytes} bytes, its record has {record.nbytes}"
+            )
+        self._storages[key] = nbytes
+
+    def extent(self, tensor: TensorRef, start: int, numel: int) -> Extent:
+        """The bytes of ``numel`` elements of a contiguous tensor from its element ``start``."""
+        record = self.archive.records[f"data/{tensor.storage.key}"]
+        itemsize = tensor.dtype.itemsize
+        first = (tensor.offset + start) * itemsize
+        nbytes = numel * itemsize
+        if first + nbytes > record.nbytes:
+            raise MalformedError(
+                f"{self.path}: a tensor of shape {list(tensor.shape)} reaches byte {first + nbytes} of storage "
+                f"{tensor.storage.key!r}, which has {record.nbytes}"
+            )
+        return Extent(record, record.offset_bytes + first, nbytes)
+
+    def pieces(self, tensor: TensorRef) -> tuple[Piece, ...]:
+        """The one piece that fills the tensor, or none when it has no elements."""
+        if tensor.numel == 0:
+            return ()
+        if is_contiguous(tensor.shape, tensor.strides):
+            return (Piece(self.extent(tensor, 0, tensor.numel), 0, tensor.numel),)
+        nbytes = tensor.numel * tensor.dtype.itemsize
+        if nbytes > MAX_EXPANDED_BYTES and tensor.numel > tensor.storage.numel:
+            raise UnsupportedError(
+                f"{self.path}: a tensor of shape {list(tensor.shape)} repeats a storage of {tensor.storage.numel}"
+                f" elements to make {nbytes} bytes; the limit is {MAX_EXPANDED_BYTES}. If you trust the file, save it"
+                " again after contiguous()"
+            )
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+        return (Piece(self.extent(tensor, 0, span), 0, tensor.numel, tensor.shape, tensor.strides),)
+
+    def value(self, tensor: TensorRef) -> bytes:
+        """The bytes of a small contiguous tensor, such as an optimizer's step counter."""
+        extent = self.extent(tensor, 0, tensor.numel)
+        return read_extent(extent)
+
+
+def read_extent(extent: Extent) -> bytes:
+    """The bytes of a small extent."""
+    return read_extents([extent])[0]
+
+
+def read_extents(extents: Sequence[Extent]) -> list[bytes]:
+    """The bytes of small extents, of any files, each of which is opened once."""
+    by_path: dict[Path, list[int]] = {}
+    for number, extent in enumerate(extents):
+        by_path.setdefault(extent.record.path, []).append(number)
+    found: dict[int, bytes] = {}
+    for path, numbers in by_path.items():
+        with open_for_reading(path) as file:
+            found.update(
+                zip(
+                    numbers,
+                    file.read_many([(extents[n].offset_bytes, extents[n].nbytes) for n in numbers]),
+                    strict=True,
+                )
+            )
+    return [found[number] for number in range(len(extents))]
+
+
+def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements lie in row-major order without gaps; the stride of a dimension of size 1 does not matter."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

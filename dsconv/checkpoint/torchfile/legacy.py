@@ -1,0 +1,136 @@
+"""torch's older file format, without a zip: what torch.save wrote before 1.6, and still writes when asked.
+
+Read from torch 2.13 ``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``: five pickles follow each other (a
+magic number, the protocol's version, the machine's properties, the object, the keys of its storages in order), then of
+each storage its number of elements, as eight bytes, and its bytes. There are no checksums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsconv.checkpoint.map.tensors import Record
+from dsconv.checkpoint.pickles import machine
+from dsconv.checkpoint.pickles.allowlist import OpaqueClass, StorageKind, StorageRef, safe_repr
+from dsconv.checkpoint.storage.local import OpenFile
+from dsconv.checkpoint.torchfile.zip import Archive
+from dsconv.errors import MalformedError, UnsupportedError
+
+MAGIC = 0x1950A86A20F9469CFC6C
+MAGIC_BYTES = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # as a pickle of protocol 2 and above spells it
+PROTOCOL = 1001
+HEAD_BYTES = 32  # protocol 4 puts a frame of 11 bytes before it
+FIRST_READ_BYTES = 1 << 20
+MAX_KEY_CHARS = 100  # of a storage's name; torch numbers them
+
+
+def is_legacy(file: OpenFile) -> bool:
+    """Whether the file begins with the magic number's pickle."""
+    return MAGIC_BYTES in file.read(0, min(HEAD_BYTES, file.nbytes))
+
+
+def storage_of(pid: Any, path: Any) -> StorageRef:
+    """The storage that a persistent id means, in either format.
+
+    Raises ValueError where it is no storage's, UnsupportedError for a class of storage that dsconv does not read.
+    """
+    if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
+        raise ValueError("a persistent id that is not a storage's")
+    _, kind, key, _, numel = pid[:5]
+    if not isinstance(key, str) or len(key) > MAX_KEY_CHARS or type(numel) is not int or numel < 0:
+        raise ValueError("a storage id of the wrong types")
+    if isinstance(kind, OpaqueClass):
+        raise UnsupportedError(f"{path}: storage {key!r} is a {kind}, which dsconv does not read")
+    if not isinstance(kind, StorageKind):
+        raise ValueError("a storage id without a storage class")
+    return StorageRef(key, kind.dtype, numel)
+
+
+def read(file: OpenFile) -> tuple[Any, Archive]:
+    """The object, and the storages' records under the names that they have in a zip (``data/KEY``).
+
+    Raises MalformedError (truncated, storages that do not follow each other), UnsupportedError (big-endian, storage
+    views) or UnsafeError.
+    """
+    root, keys, storages, position = _pickles(file)
+    records: dict[str, Record] = {}
+    if (
+        not isinstance(keys, list)
+        or not all(isinstance(key, str) for key in keys)
+        or set(keys) != set(storages)
+        or len(set(keys)) != len(keys)
+    ):
+        raise MalformedError(
+            f"{file.path}: lists the storages {safe_repr(keys)}; its object has {safe_repr(list(storages))}"
+        )
+    for key in keys:
+        storage = storages[key]
+        nbytes = storage.numel * (storage.dtype.itemsize if storage.dtype else 1)
+        numel = int.from_bytes(file.read(position, 8), "little")
+        if numel != storage.numel:
+            raise MalformedError(
+                f"{file.path}: storage {key!r} should have {storage.numel} elements, the file says {numel}"
+            )
+        position += 8
+        if position + nbytes > file.nbytes:
+            raise MalformedError(
+                f"{file.path}: truncated: storage {key!r} needs {nbytes} bytes at offset {position}, found"
+                f" {file.nbytes - position}"
+            )
+        records[f"data/{key}"] = Record(file.path, position, nbytes, None, f"data/{key}")
+        position += nbytes
+    if position != file.nbytes:
+        raise MalformedError(f"{file.path}: {file.nbytes - position} bytes follow the last storage")
+    return root, Archive(file.path, "", records, checksummed=False)
+
+
+def _pickles(file: OpenFile) -> tuple[Any, Any, dict[str, StorageRef], int]:
+    """(object, keys, storages by key, where the first storage begins). How long the pickles are, only reading them
+    tells.
+    """
+    limit = min(file.nbytes, machine.MAX_PICKLE_BYTES)
+    nbytes = min(limit, FIRST_READ_BYTES)
+    while True:
+        try:
+            return _parse(file, file.read(0, nbytes))
+        except MalformedError:  # the start of a file is a truncated pickle until enough of it is there
+            if nbytes == limit:
+                raise
+        nbytes = min(limit, nbytes * 8)
+
+
+def _parse(file: OpenFile, data: bytes) -> tuple[Any, Any, dict[str, StorageRef], int]:
+    storages: dict[str, StorageRef] = {}
+
+    def persistent(pid: Any) -> Any:
+        if (
+            isinstance(pid, tuple) and len(pid) >= 2 and pid[0] == "module"
+        ):  # the class of a module saved whole, and its source
+            return pid[1]
+        storage = storage_of(pid, file.path)
+        if pid[5:] and pid[5] is not None:
+            raise UnsupportedError(
+                f"{file.path}: storage {storage.key!r} is a view of another, as torch before 0.4 wrote; save it again"
+            )
+        if storages.setdefault(storage.key, storage) != storage:
+            raise ValueError(f"storage {safe_repr(storage.key)} with two types or sizes")
+        return storage
+
+    values, position = [], 0
+    for what in (
+        "the magic number",
+        "the protocol's version",
+        "the machine's properties",
+        "the object",
+        "the list of storages",
+    ):
+        value, position = machine.load_next(data, position, file.path, persistent, what)
+        values.append(value)
+    magic, protocol, system, root, keys = values
+    if magic != MAGIC or protocol != PROTOCOL:
+        raise MalformedError(
+            f"{file.path}: not torch's legacy format: magic number {safe_repr(magic)}, version {safe_repr(protocol)}"
+        )
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise UnsupportedError(f"{file.path}: saved on a big-endian machine; dsconv reads little-endian files")
+    return root, keys, storages, position

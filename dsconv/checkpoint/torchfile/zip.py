@@ -1,0 +1,251 @@
+"""Where each record of a ``torch.save`` zip lies, and nothing else.
+
+``torch.save`` writes an uncompressed zip whose records are aligned to 64 bytes (torch 2.13
+``torch/utils/serialization/config.py``, ``save.storage_alignment``), zip64 when large. The directory at the end is the
+authority; each local header is read too, since its name and extra field may differ in length from the directory's.
+Anything torch.save does not do (compression, encryption, duplicate or odd names, records that overlap, bytes before or
+after the zip, two directories that disagree) is refused: where readers of one file can differ, one of them is deceived.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from dsconv.checkpoint.map.tensors import Record
+from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.storage.local import EDGE_BYTES, OpenFile
+from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
+
+END = struct.Struct("<4s4H2LH")
+END64_LOCATOR = struct.Struct("<4sLQL")
+END64 = struct.Struct("<4sQ2H2L4Q")
+CENTRAL = struct.Struct("<4s6H3L5H2L")
+LOCAL = struct.Struct("<4s5H3L2H")
+MAX_COMMENT_BYTES = 65535
+MAX_DIRECTORY_BYTES = 64 << 20  # over half a million records; torch.save writes some 60 bytes for each
+FLAG_ENCRYPTED = 0x1
+FLAG_SIZES_FOLLOW = 0x8  # the local header has zeros for CRC-32 and sizes; torch.save writes it so
+FULL16 = 0xFFFF  # "see the zip64 field"
+FULL32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The records of one zip by their names under the archive's root folder; ``root`` is that folder's name.
+
+    ``checksummed`` is False when the file was saved with torch.serialization.set_crc32_options(False), which leaves
+    zeros where the CRC-32s belong (seen with torch 2.13).
+    """
+
+    path: Path
+    root: str
+    records: dict[str, Record]
+    checksummed: bool
+
+
+def open_archive(file: OpenFile) -> Archive:
+    """Read the zip directory of an open file, or of a span of it.
+
+    Raises MalformedError (not a zip, truncated, inconsistent), UnsupportedError (compressed) or UnsafeError (names).
+    Offsets in messages are counted from the span's start, those of the records from the file's.
+    """
+    path = file.path
+    directory, count, directory_offset = _read_directory(file)
+    if b"/constants.pkl" in directory:  # torch 2.13 torch/serialization.py _is_torchscript_zip
+        raise UnsupportedError(
+            f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() with torch.save"
+        )
+    listed: dict[str, tuple[str, int, int, int]] = {}
+    roots: set[str] = set()
+    position = 0
+    for _ in range(count):
+        name, crc32, nbytes, header_offset, position = _read_central(directory, position, path)
+        root, inner = _split_name(name, path)
+        roots.add(root)
+        if inner in listed:
+            raise UnsafeError(
+                f"{path}: the zip has two records named {safe_repr(name)}; refused: readers differ on which one counts"
+            )
+        if header_offset >= directory_offset:
+            raise MalformedError(
+                f"{path}: record {safe_repr(name)} begins at byte {header_offset}, beyond the zip's records"
+            )
+        listed[inner] = (name, crc32, nbytes, header_offset)
+    if position != len(directory):
+        raise MalformedError(
+            f"{path}: the zip directory says {count} records and holds {len(directory) - position} bytes more"
+        )
+    if len(roots) > 1:
+        raise MalformedError(
+            f"{path}: records under {len(roots)} root folders {safe_repr(sorted(roots))}; expected one"
+        )
+    headers = file.read_many([(at, LOCAL.size + len(name.encode())) for name, _, _, at in listed.values()])
+    records: dict[str, Record] = {}
+    spans: list[tuple[int, int, str]] = []
+    for (inner, (name, crc32, nbytes, header_offset)), header in zip(listed.items(), headers, strict=True):
+        data_offset = header_offset + _header_bytes(header, path, header_offset, name, nbytes)
+        if data_offset + nbytes > directory_offset:
+            raise MalformedError(
+                f"{path}: record {safe_repr(name)} ends at byte {data_offset + nbytes}, beyond the zip's records, "
+                f"which end at {directory_offset}"
+            )
+        spans.append((header_offset, data_offset + nbytes, name))
+        records[inner] = Record(path, file.offset_bytes + data_offset, nbytes, crc32, name)
+    spans.sort()
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise UnsafeError(f"{path}: zip records {safe_repr(name)} and {safe_repr(other)} overlap; refused")
+    if (
+        spans and spans[0][0]
+    ):  # torch 2.13 serialization.py _is_zipfile looks at a file's first bytes, and unpickles what is no zip
+        raise UnsafeError(
+            f"{path}: {spans[0][0]} bytes lie before the zip's first record; refused: readers differ on what such a"
+            " file is"
+        )
+    checksummed = any(record.crc32 for record in records.values())  # one that is zero among others is damage
+    if not checksummed:
+        records = {k: Record(r.path, r.offset_bytes, r.nbytes, None, r.name) for k, r in records.items()}
+    return Archive(path, roots.pop() if roots else "", records, checksummed)
+
+
+def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
+    """The bytes of the central directory, the number of its entries, and where it begins."""
+    path, size_bytes = file.path, file.nbytes
+    for most in (
+        EDGE_BYTES,
+        END.size + MAX_COMMENT_BYTES + END64_LOCATOR.size,
+    ):  # the last signature counts, wherever it is
+        tail_bytes = min(size_bytes, most)
+        tail = file.read(size_bytes - tail_bytes, tail_bytes)
+        at = tail.rfind(b"PK\x05\x06")
+        if at >= END64_LOCATOR.size:
+            break
+    if at < 0 or at + END.size > len(tail):
+        raise MalformedError(
+            f"{path}: truncated or not a torch.save file: no zip directory at its end ({size_bytes} bytes)"
+        )
+    _, disk, first_disk, count_here, *narrow, comment_bytes = END.unpack_from(tail, at)
+    trailing = len(tail) - at - END.size - comment_bytes
+    if trailing:
+        what = f"{trailing} bytes follow" if trailing > 0 else f"{-trailing} bytes are missing from"
+        raise MalformedError(f"{path}: damaged: {what} the end of the zip")
+    if disk not in (0, FULL16) or first_disk not in (0, FULL16) or count_here != narrow[0]:
+        raise MalformedError(f"{path}: a zip of several volumes; torch.save writes one")
+    count, directory_bytes, directory_offset = narrow
+    end_offset = size_bytes - tail_bytes + at
+    locator_at = at - END64_LOCATOR.size
+    if locator_at >= 0 and tail[locator_at : locator_at + 4] == b"PK\x06\x07":
+        _, _, end64_offset, _ = END64_LOCATOR.unpack_from(tail, locator_at)
+        if end64_offset + END64.size > size_bytes:
+            raise MalformedError(
+                f"{path}: the zip64 directory lies at byte {end64_offset}, beyond the file's {size_bytes}"
+            )
+        fields = END64.unpack(file.read(end64_offset, END64.size))
+        if fields[0] != b"PK\x06\x06":
+            raise MalformedError(f"{path}: no zip64 directory at byte {end64_offset}, where the file says it is")
+        wide = fields[7:10]
+        if any(n not in (w, full) for n, w, full in zip(narrow, wide, (FULL16, FULL32, FULL32), strict=True)):
+            raise MalformedError(
+                f"{path}: the zip's two ends disagree: {narrow} and {list(wide)} for records, directory bytes and"
+                " offset"
+            )
+        count, directory_bytes, directory_offset = wide
+        end_offset = end64_offset
+    if directory_offset + directory_bytes != end_offset:
+        raise MalformedError(
+            f"{path}: the zip directory ({directory_bytes} bytes at {directory_offset}) does not end at byte"
+            f" {end_offset}, where the file ends it: damaged, or bytes were put before the zip"
+        )
+    if directory_bytes > MAX_DIRECTORY_BYTES:
+        raise MalformedError(
+            f"{path}: the zip directory has {directory_bytes} bytes; the limit is {MAX_DIRECTORY_BYTES}"
+        )
+    if count * CENTRAL.size > directory_bytes:
+        raise MalformedError(f"{path}: the zip directory says {count} records and has room for fewer")
+    return file.read(directory_offset, directory_bytes), count, directory_offset
+
+
+def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int, int]:
+    """One directory entry: name, CRC-32, data bytes, offset of the local header, position of the next entry."""
+    if position + CENTRAL.size > len(directory) or directory[position : position + 4] != b"PK\x01\x02":
+        raise MalformedError(f"{path}: the zip directory is corrupt at its byte {position}")
+    fields = CENTRAL.unpack_from(directory, position)
+    flags, method, crc32, packed, nbytes = fields[3], fields[4], fields[7], fields[8], fields[9]
+    name_bytes, extra_bytes, comment_bytes, header_offset = fields[10], fields[11], fields[12], fields[16]
+    name_at = position + CENTRAL.size
+    extra_at = name_at + name_bytes
+    following = extra_at + extra_bytes + comment_bytes
+    if following > len(directory):
+        raise MalformedError(f"{path}: the zip directory is corrupt at its byte {position}")
+    try:
+        name = directory[name_at:extra_at].decode("utf-8")
+    except UnicodeDecodeError:
+        raise MalformedError(f"{path}: a record's name is not UTF-8") from None
+    if fields[13] not in (0, FULL16):
+        raise MalformedError(f"{path}: record {safe_repr(name)} is of a zip of several volumes; torch.save writes one")
+    if flags & FLAG_ENCRYPTED:
+        raise UnsupportedError(f"{path}: record {safe_repr(name)} is encrypted; torch.save never does that")
+    if method != 0:
+        raise UnsupportedError(
+            f"{path}: record {safe_repr(name)} is compressed (method {method}); torch.save stores records as they are. "
+            "The file was re-zipped: unzip it and load and save it again with torch"
+        )
+    nbytes, packed, header_offset = _zip64(directory[extra_at : extra_at + extra_bytes], nbytes, packed, header_offset)
+    if packed != nbytes:
+        raise MalformedError(
+            f"{path}: record {safe_repr(name)} is stored, yet its sizes differ ({packed} and {nbytes} bytes)"
+        )
+    return name, crc32, nbytes, header_offset, following
+
+
+def _zip64(extra: bytes, nbytes: int, packed: int, header_offset: int) -> tuple[int, int, int]:
+    """Replace the sizes and the offset that do not fit in 32 bits by those of the zip64 extra field (id 1)."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            field = extra[at + 4 : at + 4 + length]
+            wide = [v[0] for v in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
+            if nbytes == FULL32 and wide:
+                nbytes = wide.pop(0)
+            if packed == FULL32 and wide:
+                packed = wide.pop(0)
+            if header_offset == FULL32 and wide:
+                header_offset = wide.pop(0)
+        at += 4 + length
+    return nbytes, packed, header_offset
+
+
+def _split_name(name: str, path: Path) -> tuple[str, str]:
+    """('root', 'data/0') of 'root/data/0'; a name that could leave a folder is refused."""
+    root, slash, inner = name.partition("/")
+    if not slash or "\\" in name or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise UnsafeError(
+            f"{path}: the zip holds a record named {safe_repr(name)}; refused: torch.save writes ROOT/NAME only"
+        )
+    return root, inner
+
+
+def _header_bytes(header: bytes, path: Path, header_offset: int, name: str, nbytes: int) -> int:
+    """The length of a record's own header, which must agree with the directory so far as it says anything."""
+    encoded = name.encode()
+    fields = LOCAL.unpack_from(header)
+    if fields[0] != b"PK\x03\x04":
+        raise MalformedError(
+            f"{path}: no record header at byte {header_offset}, where the directory puts {safe_repr(name)}"
+        )
+    flags, method, packed, unpacked, name_bytes, extra_bytes = fields[2], fields[3], *fields[7:]
+    if header[LOCAL.size :] != encoded or name_bytes != len(encoded):
+        raise UnsafeError(
+            f"{path}: the directory says {safe_repr(name)} where the record itself has another name; refused"
+        )
+    unknown = {FULL32, 0} if flags & FLAG_SIZES_FOLLOW else {FULL32}
+    if method != 0 or flags & FLAG_ENCRYPTED or not {packed, unpacked} <= {nbytes, *unknown}:
+        raise MalformedError(
+            f"{path}: record {safe_repr(name)} is stored in {nbytes} bytes by the directory and of method {method},"
+            f" flags {flags:#x} and {packed}/{unpacked} bytes by its own header"
+        )
+    return int(LOCAL.size + name_bytes + extra_bytes)

@@ -1,0 +1,322 @@
+"""Filling memory from a checkpoint: any part of any tensor, each wanted byte read once, nothing else read.
+
+A ``Slot`` says where in memory which part of a tensor goes: a range of a region, as a ``Piece`` says it of a file.
+Where a slot and a piece meet, their common elements form runs that lie together on both sides; each run is one
+positioned read, straight into the slot's memory, or through a block where it is cast or where runs are too short to be
+read one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.regions import UNITS, Region, intersect, put_runs, shape_of, width
+from dsconv.checkpoint.map.tensors import Piece, TensorEntry
+from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, Caster, default_workers
+from dsconv.checkpoint.transfer.reading import Sources, gather_view
+
+SHORT_RUN_BYTES = 512  # a read of fewer bytes costs more than reading through to the next run
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Memory for elements [start, start + numel) of ``region`` (None: all) of a tensor of ``shape``, of ``dtype``.
+
+    ``write`` takes bytes of ``dtype`` and the offset, in bytes of the slot, where they go; ``view`` is the slot's
+    memory itself, where it can be read into directly.
+    """
+
+    shape: tuple[int, ...]
+    dtype: DType
+    start: int
+    numel: int
+    write: Callable[[memoryview, int], None]
+    view: memoryview | None = None
+    region: Region | None = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A box of ``entry`` that makes a box of a tensor: element ``at[d] + i`` of dimension d is ``source[k] + i`` of
+    dimension k of the entry, where k is ``dims[d]``. A dimension of size 1 that the entry lacks has None; of a
+    dimension of the entry that no d has, the one index ``source[k]`` is taken.
+    """
+
+    entry: TensorEntry
+    source: tuple[int, ...]
+    at: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dims: tuple[int | None, ...]
+
+
+def whole(entry: TensorEntry) -> Patch:
+    """The patch that takes ``entry`` as it is."""
+    zeros = (0,) * len(entry.shape)
+    return Patch(entry, zeros, zeros, entry.shape, tuple(range(len(entry.shape))))
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Runs of ``run`` elements of a piece: ``sources`` and ``targets`` are their places in the piece and in the
+    slot.
+    """
+
+    piece: Piece
+    dtype: DType
+    slot: Slot
+    run: int
+    sources: Any
+    targets: Any
+
+    @property
+    def nbytes(self) -> int:
+        return self.run * len(self.sources) * self.dtype.itemsize
+
+
+def reads_of(patches: Iterable[Patch], slot: Slot) -> Iterator[Reads]:
+    """What must be read to fill a slot of the tensor that the patches make."""
+    if not slot.numel:
+        return
+    for patch in patches:
+        wanted = slot.region or tuple(((0, size),) if size else () for size in slot.shape)
+        inside = intersect(wanted, tuple(((a, a + n),) for a, n in zip(patch.at, patch.sizes, strict=True)))
+        if not all(inside) and slot.shape:
+            continue
+        for piece in patch.entry.pieces:
+            yield from _meet(patch, piece, slot, wanted, inside)
+
+
+def _meet(patch: Patch, piece: Piece, slot: Slot, wanted: Region, inside: Region) -> Iterator[Reads]:
+    """The runs that a piece of the patch's entry and the slot share."""
+    import numpy as np
+
+    shape = patch.entry.shape
+    held = piece.region or tuple(((0, size),) for size in shape)
+    # The common region in the entry's dimensions; those that the entry lacks have one index.
+    shifts = {k: patch.at[d] - patch.source[k] for d, k in enumerate(patch.dims) if k is not None}
+    dims = {k: d for d, k in enumerate(patch.dims) if k is not None}
+    moved = tuple(
+        tuple((a - shifts[k], b - shifts[k]) for a, b in inside[dims[k]])
+        if k in dims
+        else ((patch.source[k], patch.source[k] + 1),)
+        for k in range(len(shape))
+    )
+    common = intersect(held, moved)
+    if not all(common) and shape:
+        return
+    run = 1
+    sources = targets = np.zeros(1, dtype=np.int64)
+    held_stride = 1
+    target_strides = _strides(shape_of(wanted))
+    joined = True  # whether the dimensions so far are one run on both sides
+    for k in range(len(shape) - 1, -1, -1):
+        if k not in dims:  # one index of a dimension that the target lacks
+            sources = sources + int(_ranks(held[k], np.array([patch.source[k]]))[0]) * held_stride
+            held_stride *= width(held[k])
+            continue
+        d = dims[k]
+        intervals, step = common[k], target_strides[d]
+        unit = 1
+        if joined:
+            unit = math.gcd(*(b - a for a, b in intervals))
+            joined = unit == width(held[k]) == width(wanted[d])
+            if step != held_stride:  # a dimension of the target lies between
+                unit, joined = 1, False
+            run *= unit
+        index = np.concatenate([np.arange(a, b, unit, dtype=np.int64) for a, b in intervals])
+        sources = (_ranks(held[k], index) * held_stride)[:, None] + sources[None, :]
+        targets = (_ranks(wanted[d], index + shifts[k]) * step)[:, None] + targets[None, :]
+        sources, targets = sources.reshape(-1), targets.reshape(-1)
+        held_stride *= width(held[k])
+    for d, own in enumerate(patch.dims):
+        if own is None:
+            targets = targets + int(_ranks(wanted[d], np.array([patch.at[d]]))[0]) * target_strides[d]
+    yield from _windowed(piece, patch.entry.dtype, slot, run, sources - piece.start, targets - slot.start)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return strides
+
+
+def _ranks(intervals: tuple[tuple[int, int], ...], index: Any) -> Any:
+    """The place of each index among those that the intervals hold."""
+    import numpy as np
+
+    starts = np.array([a for a, _ in intervals], dtype=np.int64)
+    before = np.concatenate([[0], np.cumsum([b - a for a, b in intervals])[:-1]]).astype(np.int64)
+    which = np.searchsorted(starts, index, side="right") - 1
+    return before[which] + index - starts[which]
+
+
+def _windowed(piece: Piece, dtype: DType, slot: Slot, run: int, sources: Any, targets: Any) -> Iterator[Reads]:
+    """Cut runs to what the piece holds and the slot wants, and join runs that lie together on both sides."""
+    import numpy as np
+
+    low = np.maximum(0, np.maximum(-sources, -targets))
+    high = np.minimum(run, np.minimum(piece.numel - sources, slot.numel - targets))
+    full = (low == 0) & (high == run)
+    for i in np.flatnonzero(~full & (low < high)):  # at most two at each end
+        yield Reads(piece, dtype, slot, int(high[i] - low[i]), sources[i : i + 1] + low[i], targets[i : i + 1] + low[i])
+    sources, targets = sources[full], targets[full]
+    if len(sources) > 1 and bool((np.diff(sources) == run).all() and (np.diff(targets) == run).all()):
+        yield Reads(piece, dtype, slot, run * len(sources), sources[:1], targets[:1])
+    elif len(sources):
+        yield Reads(piece, dtype, slot, run, sources, targets)
+
+
+class Filling:
+    """Carries out reads with ``workers`` threads. ``overflowed`` counts finite values that became infinite in a
+    cast.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        progress: Callable[[int], None] | None = None,
+        buffer: Callable[[int], Any] = bytearray,
+    ) -> None:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+        self.workers = workers or default_workers(
+            int(ranks) if ranks.isdecimal() and int(ranks) else 1
+        )  # the others load too
+        self.progress = progress
+        self.buffer = buffer  # makes the memory that blocks pass through
+        self.bytes_read = 0
+        self.overflowed = 0
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+
+    def run(self, reads: Iterable[Reads]) -> None:
+        """Fill all slots, or raise the first error once every worker has stopped. Raises MalformedError."""
+        ordered = sorted(
+            reads, key=lambda r: (str(r.piece.extent.record.path), r.piece.extent.offset_bytes + int(r.sources[0]))
+        )
+        jobs = iter([job for read in ordered for job in _jobs(read)])
+        threads = [threading.Thread(target=self._work, args=(jobs,), daemon=True) for _ in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self, jobs: Iterator[Reads]) -> None:
+        try:
+            room = memoryview(self.buffer(BLOCK_BYTES))
+            caster = Caster()
+            with Sources() as sources:
+                while self._error is None:
+                    with self._lock:
+                        job = next(jobs, None)
+                    if job is None:
+                        return
+                    read, overflowed = _carry_out(job, sources, room, caster)
+                    with self._lock:
+                        self.bytes_read += read
+                        self.overflowed += overflowed
+                    if self.progress is not None:
+                        self.progress(job.nbytes)
+        except BaseException as error:  # noqa: BLE001 - raised again by run()
+            with self._lock:
+                self._error = self._error or error
+
+
+def _jobs(reads: Reads) -> Iterator[Reads]:
+    """The same reads in parts of at most a block."""
+    room = max(1, BLOCK_BYTES // reads.dtype.itemsize)
+    if reads.run > room:
+        for source, target in zip(reads.sources, reads.targets, strict=True):
+            for at in range(0, reads.run, room):
+                step = min(room, reads.run - at)
+                yield replace(reads, run=step, sources=source[None] + at, targets=target[None] + at)
+        return
+    step = room // reads.run
+    for at in range(0, len(reads.sources), step):
+        yield replace(reads, sources=reads.sources[at : at + step], targets=reads.targets[at : at + step])
+
+
+def _carry_out(job: Reads, sources: Sources, room: memoryview, caster: Caster) -> tuple[int, int]:
+    """(bytes read, values that overflowed) of one job of at most a block."""
+    slot, itemsize, run_bytes = job.slot, job.dtype.itemsize, job.run * job.dtype.itemsize
+    direct = slot.view is not None and slot.dtype == job.dtype and job.piece.strides is None
+    if direct and (run_bytes >= SHORT_RUN_BYTES or len(job.sources) == 1):
+        assert slot.view is not None
+        path, base = job.piece.extent.record.path, job.piece.extent.offset_bytes
+        offsets, places = (base + job.sources * itemsize).tolist(), (job.targets * itemsize).tolist()
+        if len(offsets) == 1:
+            sources.read_into(path, offsets[0], slot.view[places[0] : places[0] + run_bytes])
+        else:
+            sources.read_runs(path, offsets, run_bytes, slot.view, places)
+        return job.nbytes, 0
+    data, read = _collect(job, sources, room)
+    overflowed = 0
+    if slot.dtype != job.dtype:
+        data, overflowed = caster.cast(data, job.dtype, slot.dtype)
+    _deliver(job, data)
+    return read, overflowed
+
+
+def _collect(job: Reads, sources: Sources, room: memoryview) -> tuple[memoryview, int]:
+    """The job's elements, run after run, and the number of bytes that were read for them."""
+    import numpy as np
+
+    extent, itemsize = job.piece.extent, job.dtype.itemsize
+    run_bytes = job.run * itemsize
+    path = extent.record.path
+    if (
+        job.piece.strides is not None
+    ):  # saved as a non-contiguous view: read whole, the one exception to the block's bound
+        raw = memoryview(bytearray(extent.nbytes))
+        sources.read_into(path, extent.offset_bytes, raw)
+        return _pick(gather_view(raw, job.piece, itemsize), 0, job, room), extent.nbytes
+    if run_bytes < SHORT_RUN_BYTES and len(job.sources) > 1:
+        low, high = int(job.sources.min()), int(job.sources.max()) + job.run
+        if (high - low) * itemsize <= 8 * job.nbytes:  # so dense that one read with the gaps is less work
+            raw = memoryview(bytearray((high - low) * itemsize))
+            sources.read_into(path, extent.offset_bytes + low * itemsize, raw)
+            return _pick(raw, low, job, room), len(raw)
+    data = room[: job.nbytes]
+    if len(job.sources) > 1 and bool((np.diff(job.sources) == job.run).all()):
+        sources.read_into(path, extent.offset_bytes + int(job.sources[0]) * itemsize, data)
+        return data, job.nbytes
+    offsets = (extent.offset_bytes + job.sources * itemsize).tolist()
+    sources.read_runs(path, offsets, run_bytes, data, range(0, job.nbytes, run_bytes))
+    return data, job.nbytes
+
+
+def _pick(raw: Any, low: int, job: Reads, room: memoryview) -> memoryview:
+    """The runs out of ``raw``, the piece's elements from ``low`` on."""
+    import numpy as np
+
+    values = np.frombuffer(raw, dtype=UNITS[job.dtype.itemsize])
+    data = room[: job.nbytes]
+    out = np.frombuffer(data, dtype=values.dtype).reshape(-1, job.run)
+    np.take(values, (job.sources - low)[:, None] + np.arange(job.run), out=out)
+    return data
+
+
+def _deliver(job: Reads, data: memoryview) -> None:
+    """Put the runs of ``data``, in the slot's dtype, where they belong."""
+    import numpy as np
+
+    slot, itemsize = job.slot, job.slot.dtype.itemsize
+    run_bytes = job.run * itemsize
+    if len(job.targets) == 1 or bool((np.diff(job.targets) == job.run).all()):
+        slot.write(data, int(job.targets[0]) * itemsize)
+    elif slot.view is not None:
+        out = np.frombuffer(slot.view, dtype=UNITS[itemsize])
+        put_runs(out, job.targets, np.frombuffer(data, dtype=out.dtype).reshape(-1, job.run))
+    else:
+        for number, target in enumerate(job.targets.tolist()):
+            slot.write(data[number * run_bytes : (number + 1) * run_bytes], target * itemsize)

@@ -1,0 +1,66 @@
+"""Copies that are made as they are run, file by file: for layouts of so many pieces that a list of them would not fit.
+
+A list can be sorted by place and looked through for what lies between the pieces; here the layout knows both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dsconv.checkpoint.map.dtypes import BY_NAME, DType
+from dsconv.checkpoint.map.tensors import FileGroup, ProvenLayout, Record, TensorEntry
+from dsconv.checkpoint.transfer.checksums import RunningChecksum
+from dsconv.checkpoint.transfer.copy import Copy, CopyRun, Target, copies_of, source_checks
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tensors that lie in the same files, in the order in which they lie in each."""
+
+    group: FileGroup
+    members: Sequence[tuple[ProvenLayout, DType, Target]]
+
+    def checks(self) -> dict[Record, RunningChecksum]:
+        """Running checksums of the files' records, which ``copies`` complete."""
+        records = (record for number in range(self.group.file_count) for record in self.group.records(number))
+        return {record: RunningChecksum(record.nbytes) for record in records if record.crc32 is not None}
+
+    def copies(self) -> Iterator[Copy]:
+        """All of each file's records, one file after the other: what no tensor wants too, since the check is of
+        whole records.
+        """
+        raw = BY_NAME["uint8"]
+        for number in range(self.group.file_count):
+            ends = {record: record.offset_bytes for record in self.group.records(number)}
+            for layout, dtype, target in self.members:
+                for piece in layout.pieces_in(number):
+                    record, at = piece.extent.record, piece.extent.offset_bytes
+                    if ends[record] < at and record.crc32 is not None:
+                        yield Copy(record, ends[record], at - ends[record], raw)
+                    yield Copy(record, at, piece.extent.nbytes, dtype, target, piece.start)
+                    ends[record] = at + piece.extent.nbytes
+            for record, at in ends.items():
+                if at < record.offset_bytes + record.nbytes and record.crc32 is not None:
+                    yield Copy(record, at, record.offset_bytes + record.nbytes - at, raw)
+
+
+def run_all(pairs: Iterable[tuple[TensorEntry, Target]], run: CopyRun) -> None:
+    """Fill each target from its tensor, checking source records on the way. Raises what ``CopyRun`` raises."""
+    grouped: dict[FileGroup, list[tuple[ProvenLayout, DType, Target]]] = {}
+    others: list[tuple[TensorEntry, Target]] = []
+    for entry, target in pairs:
+        layout = entry.layout
+        if isinstance(layout, ProvenLayout) and layout.group is not None:
+            grouped.setdefault(layout.group, []).append((layout, entry.dtype, target))
+        else:
+            others.append((entry, target))
+    streams = [Stream(group, sorted(members, key=lambda member: member[0].begin)) for group, members in grouped.items()]
+    copies = [copy for entry, target in others for copy in copies_of(entry, target)]
+    checks, padding = source_checks(copies)
+    run.checks.update(checks)
+    for stream in streams:
+        run.checks.update(stream.checks())
+    casts = any(target.dtype != dtype for stream in streams for _, dtype, target in stream.members)
+    run.run([*copies, *padding], (copy for stream in streams for copy in stream.copies()), casts)
+    run.check_records()

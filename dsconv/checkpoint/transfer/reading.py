@@ -1,0 +1,187 @@
+"""Reading tensors, or parts of them, through a tensor map into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsconv.checkpoint.map.regions import count_before, scatter
+from dsconv.checkpoint.map.tensors import Piece, Record, TensorEntry
+from dsconv.checkpoint.storage.local import OpenFile, open_for_reading
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Sources:
+    """Open files by path, the most recently used ones kept; a context manager that closes them. Of one thread."""
+
+    LIMIT = 64  # a checkpoint may have thousands of files; a process may often open 1,024
+
+    def __init__(self) -> None:
+        self._open: dict[Path, OpenFile] = {}
+        self._ahead: dict[tuple[Path, int, int], bytes] = {}
+
+    def file(self, path: Path) -> OpenFile:
+        file = self._open.pop(path, None)
+        if file is None:
+            while len(self._open) >= self.LIMIT:
+                self._open.pop(next(iter(self._open))).close()
+            file = open_for_reading(path)
+        self._open[path] = file
+        return file
+
+    def read_into(self, path: Path, offset_bytes: int, view: memoryview) -> None:
+        """Fill ``view`` from the file; raises MalformedError when the file ends before or cannot be read."""
+        ahead = self._ahead.pop((path, offset_bytes, len(view)), None)
+        if ahead is not None:
+            view[:] = ahead
+        else:
+            self.file(path).read_into(offset_bytes, view)
+
+    def read_runs(
+        self, path: Path, offsets: Sequence[int], run_bytes: int, view: memoryview, places: Sequence[int]
+    ) -> None:
+        """``OpenFile.read_runs`` of the file."""
+        self.file(path).read_runs(offsets, run_bytes, view, places)
+
+    def read_ahead(self, spans: Iterable[tuple[Path, int, int]]) -> None:
+        """Have the bytes of (path, offset, number) at hand for ``read_into``: of a store, they come all at once."""
+        by_path: dict[Path, list[tuple[int, int]]] = {}
+        for path, offset, nbytes in spans:
+            by_path.setdefault(path, []).append((offset, nbytes))
+        for path, wanted in by_path.items():
+            for (offset, nbytes), data in zip(wanted, self.file(path).read_many(wanted), strict=True):
+                self._ahead[path, offset, nbytes] = data
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def gather_view(raw: memoryview, piece: Piece, itemsize: int) -> bytearray:
+    """The elements of a non-contiguous piece in row-major order. ``raw`` is the extent's bytes."""
+    import torch
+
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    assert piece.strides is not None
+    flat = torch.frombuffer(raw, dtype=kinds[itemsize])
+    out = bytearray(piece.numel * itemsize)
+    torch.frombuffer(out, dtype=kinds[itemsize]).view(piece.shape).copy_(flat.as_strided(piece.shape, piece.strides))
+    return out
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [first, first + numel) of what a piece fills: its share of a run of the tensor. ``first`` counts as
+    ``start`` does.
+    """
+
+    piece: Piece
+    first: int
+    numel: int
+
+    def span(self, itemsize: int) -> tuple[int, int]:
+        """(offset, number) of the bytes to read; of a non-contiguous piece, all."""
+        extent = self.piece.extent
+        if self.piece.strides is not None:
+            return extent.offset_bytes, extent.nbytes
+        return extent.offset_bytes + (self.first - self.piece.start) * itemsize, self.numel * itemsize
+
+    def place(
+        self, raw: memoryview, block: memoryview, block_start: int, shape: tuple[int, ...], itemsize: int
+    ) -> None:
+        """Put the bytes of ``span`` where they belong in ``block``, the tensor's elements from ``block_start`` on."""
+        piece = self.piece
+        if piece.strides is not None:
+            skip = (self.first - piece.start) * itemsize
+            raw = memoryview(gather_view(raw, piece, itemsize))[skip : skip + self.numel * itemsize]
+        if piece.region is not None:
+            scatter(block, block_start, raw, self.first, piece.region, shape, itemsize)
+        else:
+            block[(self.first - block_start) * itemsize : (self.first - block_start + self.numel) * itemsize] = raw
+
+
+def parts_of(pieces: Iterable[Piece], shape: tuple[int, ...], start: int, stop: int) -> Iterator[Part]:
+    """What elements [start, stop) of a tensor of ``shape`` are made of."""
+    for piece in pieces:
+        low, high = start, stop
+        if piece.region is not None:
+            low, high = count_before(piece.region, shape, start), count_before(piece.region, shape, stop)
+        low, high = max(low, piece.start), min(high, piece.start + piece.numel)
+        if low < high:
+            yield Part(piece, low, high - low)
+
+
+def read_flat_into(
+    entry: TensorEntry,
+    start: int,
+    view: memoryview,
+    sources: Sources,
+    pieces: tuple[Piece, ...] | None = None,
+    seen: Callable[[Record, int, memoryview], None] | None = None,
+) -> None:
+    """Fill ``view`` with the elements of ``entry`` from flat element ``start`` on, in row-major order.
+
+    ``seen`` is called with each run of bytes that was read, its record, and where in its file it begins.
+    """
+    itemsize = entry.dtype.itemsize
+    for part in parts_of(entry.pieces if pieces is None else pieces, entry.shape, start, start + len(view) // itemsize):
+        offset, nbytes = part.span(itemsize)
+        record = part.piece.extent.record
+        in_place = part.piece.region is None and part.piece.strides is None
+        raw = view[(part.first - start) * itemsize :][:nbytes] if in_place else memoryview(bytearray(nbytes))
+        sources.read_into(record.path, offset, raw)
+        if seen is not None:
+            seen(record, offset, raw)
+        if not in_place:
+            part.place(raw, view, start, entry.shape, itemsize)
+
+
+def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:
+    """``entry`` as a new CPU tensor, or the part ``index`` of it. See ``TensorEntry.read``."""
+    import torch
+
+    first, rest = (index[0], index[1:]) if isinstance(index, tuple) and index else (index, ())
+    rows = entry.shape[0] if entry.shape else 1
+    if isinstance(first, slice) and entry.shape and (first.step or 1) > 0:
+        low, high, step = first.indices(rows)
+        high = max(low, high)
+        remaining: Any = (slice(None, None, step), *rest)
+    elif isinstance(first, int) and not isinstance(first, bool) and entry.shape:
+        if not -rows <= first < rows:
+            raise IndexError(f"{entry.name!r} has {rows} rows; row {first} is out of range")
+        low = first % rows
+        high, remaining = low + 1, (0, *rest)
+    else:
+        low, high, remaining = 0, rows, index
+    shape = (high - low, *entry.shape[1:]) if entry.shape else ()
+    row_numel = entry.numel // rows if rows else 0
+    tensor = torch.empty(shape, dtype=getattr(torch, entry.dtype.name))
+    if tensor.numel():
+        with Sources() as sources:
+            read_flat_into(entry, low * row_numel, tensor_bytes(tensor), sources)
+    return tensor if remaining is None else tensor[remaining]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes."""
+    import ctypes
+
+    array = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")
+
+
+def blocks(entry: TensorEntry, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, numel) of the consecutive flat blocks of ``entry`` of at most ``block_bytes``."""
+    step = max(1, block_bytes // entry.dtype.itemsize)
+    for start in range(0, entry.numel, step):
+        yield start, min(step, entry.numel - start)
