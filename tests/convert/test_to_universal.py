@@ -23,10 +23,11 @@ from dsconv.errors import (
 )
 from tests.cli.running import dsconv as command
 from tests.fixtures import gloo, universal
+from tests.fixtures.session import DATA
 from tests.fixtures.universal import PATTERNS
 from tests.trained import Trained, load_safetensors, raw, same
 
-OLD = Path(__file__).parents[1] / "data" / "old_releases"
+OLD = DATA / "old_releases"
 NAMES = list(universal.CASES)
 
 

@@ -20,6 +20,7 @@ from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import DsconvError, MalformedError, UnsafeError
 from tests.checkpoint.building import call, glob, load_raw, number, stack_glob, text, whole, write_pt
 from tests.fixtures.cases import ALL
+from tests.fixtures.session import DATA
 from tests.trained import Trained
 
 PLACES = [
@@ -174,7 +175,7 @@ def test_real_checkpoints_of_every_release_are_accepted(trained: Callable[[str],
     """Nothing that DeepSpeed 0.9 to today has written here is taken for an attack, or refused for what its files
     name.
     """
-    kept = sorted(path.parent for path in (Path(__file__).parent.parent / "data").rglob("truth.json"))
+    kept = sorted(path.parent for path in DATA.rglob("truth.json"))
     folders = [Trained(folder) for folder in kept] + [trained(case.name) for case in ALL]
     refused = []
     for made in folders:

@@ -32,6 +32,7 @@ from tests.checkpoint.building import (
     write_pt,
     zip_bytes,
 )
+from tests.fixtures.session import DATA
 
 
 def saved(folder: Path, value: Any, **options: Any) -> TorchFile:
@@ -419,7 +420,7 @@ def test_contiguity_is_what_torch_says(shape: tuple[int, ...]) -> None:
 
 
 def test_real_files_of_older_releases_are_accepted() -> None:
-    data = Path(__file__).parents[1] / "data" / "old_releases"
+    data = DATA / "old_releases"
     files = sorted(data.rglob("*.pt"))
     assert len(files) > 50
     for path in files:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import dsconv
+from tests.fixtures.session import DATA
 from tests.trained import Trained, load_safetensors
 
-DATA = Path(__file__).parent.parent / "data" / "old_releases"
-FOLDERS = sorted(path.parent for path in DATA.glob("*/*/truth.json"))
+OLD = DATA / "old_releases"
+FOLDERS = sorted(path.parent for path in OLD.glob("*/*/truth.json"))
 
 
 def test_all_releases_are_there() -> None:

@@ -16,6 +16,7 @@ from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
 from tests.fixtures import gloo
 from tests.fixtures.autotp import CASES
+from tests.fixtures.session import DATA
 from tests.trained import Trained, load_safetensors, same
 
 
@@ -365,9 +366,7 @@ def test_without_rules_fused_projections_are_refused(damaged: Callable[[str], Pa
     error(tag, UnsupportedError, "qkv_proj", "any order", "config.json")
 
 
-OLD = sorted(
-    path.parent for path in (Path(__file__).parent.parent / "data" / "old_tensor_parallel").glob("*/*/truth.json")
-)
+OLD = sorted(path.parent for path in (DATA / "old_tensor_parallel").glob("*/*/truth.json"))
 
 
 @pytest.mark.parametrize("folder", OLD, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
