@@ -66,8 +66,10 @@ after_open = peak()
 report = dsconv.merge(checkpoint, sys.argv[2], dry_run=True)
 planned = time.perf_counter()
 done.set()
-print(json.dumps({"open_seconds": opened - imported, "open_peak_bytes": after_open, "plan_seconds": planned - opened, "peak_bytes": peak(),
-                  "open_files": most, "tensors": report.tensors, "parameters": report.parameters, "output_bytes": report.nbytes,
+print(json.dumps({"open_seconds": opened - imported, "open_peak_bytes": after_open, "plan_seconds": planned - opened,
+                  "peak_bytes": peak(),
+                  "open_files": most, "tensors": report.tensors, "parameters": report.parameters,
+                  "output_bytes": report.nbytes,
                   "shards": len(report.files), "pieces": sum(row["pieces"] for row in report.plan)}))
 """
 

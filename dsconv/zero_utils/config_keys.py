@@ -35,32 +35,35 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 STAGE3 = _words(
-    """prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters max_reuse_distance
-    gather_16bit_weights_on_model_save module_granularity_threshold use_all_reduce_for_fetch_params allgather_sequential"""
+    """prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters
+    max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold
+    use_all_reduce_for_fetch_params allgather_sequential"""
 )  # each of them has the alias stage3_…, which is how they are written
 
 SECTIONS: dict[str, Section] = {
     "": _section(
         "runtime/config.py, runtime/constants.py; sequence_parallel_size, data_parallel_size: deepspeed/__init__.py",
-        """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
-        steps_per_print dump_state disable_python_gc disable_allgather wall_clock_breakdown memory_breakdown log_level
-        communication_data_type seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor
-        gradient_allreduce_op gradient_clipping zero_optimization allgather_size zero_allow_untested_optimizer
-        zero_force_ds_cpu_optimizer fp16 bf16 bfloat16 torch_autocast data_types optimizer scheduler activation_checkpointing
-        comms_logger tensorboard wandb csv_monitor comet flops_profiler autotuning hybrid_engine pipeline data_efficiency
-        checkpoint aio dataloader_drop_last datastates_ckpt weight_quantization compile timers tensor_parallel expert_parallel
-        use_data_before_expert_parallelism vocabulary_size sequence_parallel_size data_parallel_size""",
+        """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps
+        managed_gradient_accumulation steps_per_print dump_state disable_python_gc disable_allgather
+        wall_clock_breakdown memory_breakdown log_level communication_data_type
+        seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op
+        gradient_clipping zero_optimization allgather_size zero_allow_untested_optimizer
+        zero_force_ds_cpu_optimizer fp16 bf16 bfloat16 torch_autocast data_types optimizer scheduler
+        activation_checkpointing comms_logger tensorboard wandb csv_monitor comet flops_profiler autotuning
+        hybrid_engine pipeline data_efficiency checkpoint aio dataloader_drop_last datastates_ckpt
+        weight_quantization compile timers tensor_parallel expert_parallel use_data_before_expert_parallelism
+        vocabulary_size sequence_parallel_size data_parallel_size""",
     ),
     "zero_optimization": _section(
         "runtime/zero/config.py DeepSpeedZeroConfig",
-        f"""stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions
-        allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights elastic_checkpoint offload_param
-        offload_optimizer zenflow sub_group_size cpu_offload_param cpu_offload_use_pin_memory cpu_offload
-        {" ".join(STAGE3)} {" ".join(f"stage3_{key}" for key in STAGE3)} stage3_gather_fp16_weights_on_model_save
-        ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment zero_hpz_partition_size
-        zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
-        pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
-        save_muon_momentum_buffer_in_memory leaf_module""",
+        f"""stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
+        allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
+        elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size cpu_offload_param
+        cpu_offload_use_pin_memory cpu_offload {" ".join(STAGE3)} {" ".join(f"stage3_{key}" for key in STAGE3)}
+        stage3_gather_fp16_weights_on_model_save ignore_unused_parameters legacy_stage1 round_robin_gradients
+        parameter_alignment zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights
+        zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint override_module_apply
+        log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory leaf_module""",
         strict=True,
     ),
     "zero_optimization.offload_param": _section(
@@ -70,13 +73,14 @@ SECTIONS: dict[str, Section] = {
     ),
     "zero_optimization.offload_optimizer": _section(
         "runtime/zero/offload_config.py DeepSpeedZeroOffloadOptimizerConfig",
-        "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload cpuadam_cores_perc",
+        "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload"
+        " cpuadam_cores_perc",
         strict=True,
     ),
     "zero_optimization.zenflow": _section(
         "runtime/zenflow/zenflow_config.py ZenFlowConfig",
-        """topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio full_warm_up_rounds
-        pt_reserved_cores_perc steps_per_epoch""",
+        """topk_ratio select_strategy select_interval update_interval overlap_step offload auto_ratio
+        full_warm_up_rounds pt_reserved_cores_perc steps_per_epoch""",
         strict=True,
     ),
     "zero_optimization.leaf_module": _section(
@@ -84,8 +88,8 @@ SECTIONS: dict[str, Section] = {
     ),
     "fp16": _section(
         "runtime/precision_config.py DeepSpeedFP16Config",
-        """enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis min_loss_scale
-        fp16_master_weights_and_grads""",
+        """enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+        min_loss_scale fp16_master_weights_and_grads""",
         strict=True,
     ),
     "bf16": _section(
@@ -93,16 +97,26 @@ SECTIONS: dict[str, Section] = {
         "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states",
         strict=True,
     ),
-    "torch_autocast": _section("runtime/config.py get_torch_autocast_enabled …", "enabled dtype lower_precision_safe_modules"),
-    "data_types": _section("runtime/config.py _initialize_params", "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+    "torch_autocast": _section(
+        "runtime/config.py get_torch_autocast_enabled …",
+        "enabled dtype lower_precision_safe_modules",
+    ),
+    "data_types": _section(
+        "runtime/config.py _initialize_params",
+        "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
+    ),
     "optimizer": _section("runtime/config.py get_optimizer_name …", "type params legacy_fusion"),
     "scheduler": _section("runtime/config.py get_scheduler_name …", "type params"),
     "activation_checkpointing": _section(
         "runtime/activation_checkpointing/config.py",
-        """partition_activations number_checkpoints contiguous_memory_optimization synchronize_checkpoint_boundary profile
-        cpu_checkpointing""",
+        """partition_activations number_checkpoints contiguous_memory_optimization
+        synchronize_checkpoint_boundary profile cpu_checkpointing""",
     ),
-    "comms_logger": _section("comm/config.py CommsLoggerConfig", "enabled prof_all prof_ops verbose debug", strict=True),
+    "comms_logger": _section(
+        "comm/config.py CommsLoggerConfig",
+        "enabled prof_all prof_ops verbose debug",
+        strict=True,
+    ),
     "tensorboard": _section("monitor/config.py TensorBoardConfig", "enabled output_path job_name", strict=True),
     "wandb": _section("monitor/config.py WandbConfig", "enabled group team project", strict=True),
     "csv_monitor": _section("monitor/config.py CSVConfig", "enabled output_path job_name", strict=True),
@@ -134,14 +148,16 @@ SECTIONS: dict[str, Section] = {
     ),
     "data_efficiency": _section("runtime/data_pipeline/config.py", "enabled seed data_sampling data_routing"),
     "data_efficiency.data_sampling": _section(
-        "runtime/data_pipeline/config.py", "enabled num_epochs num_workers pin_memory curriculum_learning dynamic_batching"
+            "runtime/data_pipeline/config.py",
+            "enabled num_epochs num_workers pin_memory curriculum_learning dynamic_batching",
     ),
     "data_efficiency.data_sampling.curriculum_learning": _section(
         "runtime/data_pipeline/config.py, data_sampling/data_sampler.py", "enabled data_cluster_path curriculum_metrics"
     ),
     "data_efficiency.data_sampling.dynamic_batching": _section(
         "runtime/data_pipeline/config.py, data_sampling/variable_batch_size_and_lr.py",
-        "enabled lr_scaling_method min_batch_size max_batch_size sequence_picking_order max_tokens verbose metrics_path",
+        "enabled lr_scaling_method min_batch_size max_batch_size sequence_picking_order max_tokens verbose"
+        " metrics_path",
     ),
     "data_efficiency.data_routing": _section("runtime/data_pipeline/config.py", "enabled random_ltd"),
     "checkpoint": _section(
@@ -154,7 +170,8 @@ SECTIONS: dict[str, Section] = {
         "type io_buffer_size io_buffer_double show_statistics data_parallel decoupled io_multiplier",
     ),
     "aio": _section(
-        "runtime/swap_tensor/aio_config.py", "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"
+            "runtime/swap_tensor/aio_config.py",
+            "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds",
     ),
     "weight_quantization": _section(
         "inference/config.py WeightQuantConfig",
@@ -170,11 +187,16 @@ SECTIONS: dict[str, Section] = {
         strict=True,
     ),
     "timers": _section("utils/config.py", "throughput"),
-    "timers.throughput": _section("utils/config.py DeepSpeedThroughputTimerConfig", "enabled synchronized", strict=True),
+    "timers.throughput": _section(
+        "utils/config.py DeepSpeedThroughputTimerConfig",
+        "enabled synchronized",
+        strict=True,
+    ),
     "tensor_parallel": _section(
         "runtime/tensor_parallel/config.py TPTrainingConfig",
         """dtype autotp_size tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tensor_parallel tp
-        injection_policy_tuple partition_config preset_model keep_module_on_host replace_with_kernel_inject kernel_inject""",
+        injection_policy_tuple partition_config preset_model keep_module_on_host replace_with_kernel_inject
+        kernel_inject""",
         strict=True,
     ),
     "tensor_parallel.tp": _section(
@@ -238,9 +260,10 @@ RENAMED = {
 # Keys that are read at stage 3 only (runtime/engine.py _configure_zero_optimizer,
 # runtime/zero/partition_parameters.py), and at stages 1 and 2 only.
 ONLY_STAGE3 = _words(
-    f"""{" ".join(STAGE3)} {" ".join(f"stage3_{key}" for key in STAGE3)} stage3_gather_fp16_weights_on_model_save sub_group_size
-    zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
-    memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
+    f"""{" ".join(STAGE3)} {" ".join(f"stage3_{key}" for key in STAGE3)}
+    stage3_gather_fp16_weights_on_model_save sub_group_size zero_hpz_partition_size zero_quantized_weights
+    zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
+    pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
     save_muon_momentum_buffer_in_memory leaf_module"""
 )
 ONLY_STAGES_1_2 = _words(
@@ -287,9 +310,9 @@ SCHEDULER_PARAMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         ),
         (
             "OneCycle",
-            """cycle_min_lr cycle_max_lr decay_lr_rate cycle_first_step_size cycle_second_step_size cycle_first_stair_count
-            cycle_second_stair_count decay_step_size cycle_momentum cycle_min_mom cycle_max_mom decay_mom_rate
-            last_batch_iteration""",
+            """cycle_min_lr cycle_max_lr decay_lr_rate cycle_first_step_size cycle_second_step_size
+            cycle_first_stair_count cycle_second_stair_count decay_step_size cycle_momentum cycle_min_mom
+            cycle_max_mom decay_mom_rate last_batch_iteration""",
             "cycle_min_lr cycle_max_lr",
         ),
         ("WarmupLR", _WARMUP + "warmup_min_lr warmup_max_lr", ""),

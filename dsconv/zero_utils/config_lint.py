@@ -147,9 +147,9 @@ def _values(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 # Where "auto" is a value of DeepSpeed's own, or is filled by accelerate 1.15 (utils/dataclasses.py DeepSpeedPlugin).
 _AUTO_IS_A_VALUE = frozenset(
-    f"""pipeline.stages data_types.keep_in_fp32_modules expert_parallel {ZERO}.zenflow {ZERO}.stage {ZERO}.offload_param.device
-    {ZERO}.offload_optimizer.device {ZERO}.offload_param.nvme_path {ZERO}.offload_optimizer.nvme_path
-    {ZERO}.stage3_gather_16bit_weights_on_model_save""".split()
+    f"""pipeline.stages data_types.keep_in_fp32_modules expert_parallel {ZERO}.zenflow {ZERO}.stage
+    {ZERO}.offload_param.device {ZERO}.offload_optimizer.device {ZERO}.offload_param.nvme_path
+    {ZERO}.offload_optimizer.nvme_path {ZERO}.stage3_gather_16bit_weights_on_model_save""".split()
 )
 
 

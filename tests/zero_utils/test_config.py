@@ -222,7 +222,8 @@ for name in ("torch", "deepspeed", "transformers", "accelerate", "numpy", "hjson
 from dsconv.zero_utils.config import DSConfig
 from dsconv.zero_utils.config_auto import TrainingValues
 config = DSConfig.read('{"train_batch_size": "auto", "zero_optimizations": {"stage": 2}}')
-print([finding.fix for finding in config.lint()], config.resolved(TrainingValues(2, 2, 2)).to_dict()["train_batch_size"])
+resolved = config.resolved(TrainingValues(2, 2, 2)).to_dict()
+print([finding.fix for finding in config.lint()], resolved["train_batch_size"])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "['Write zero_optimization.'] 8\n"

@@ -125,8 +125,10 @@ def _numbering(folder: Path, files: list[Path]) -> list[str]:
     gaps = sorted(set(range(1, max(ranks) + 1)) - ranks)
     if gaps:
         return [
-            f"no shard {gaps[0]:05d} is there: that rank wrote nothing, or its file is lost with the tensors that it"
-            " alone held"
+            (
+                f"no shard {gaps[0]:05d} is there: that rank wrote nothing, or its file is lost with the tensors"
+                " that it alone held"
+            )
         ]
     return []
 
@@ -146,8 +148,10 @@ def _ends(folder: Path, shapes: dict[str, Sizes], config_folder: Path | None) ->
     if compared:
         return []
     return [
-        "the shards do not record full shapes, and no config.json names a size to compare: a lost last shard would not"
-        " be seen"
+        (
+            "the shards do not record full shapes, and no config.json names a size to compare: a lost last shard would"
+            " not be seen"
+        )
     ]
 
 

@@ -26,7 +26,7 @@ MAX_CONFIG_BYTES = 8 << 20
 
 
 def read_architecture(config: Path) -> tuple[str, str] | None:
-    """Return the first of ``architectures`` and the ``model_type`` of a config.json; None where it does not say both."""
+    """Return the first of ``architectures`` and the ``model_type`` of a config.json; None where it lacks one."""
     try:
         if config.stat().st_size > MAX_CONFIG_BYTES:
             return None
@@ -74,7 +74,7 @@ def class_literal(node: ast.ClassDef, name: str) -> Any:
 
 
 def tied_weights_keys(config: Path | None) -> Any:
-    """Return ``_tied_weights_keys`` of the architecture: a list or, from transformers 5 on, a dict; () where unknown."""
+    """Return ``_tied_weights_keys`` of the architecture: a list, or a dict from transformers 5 on; () where unknown."""
     named = read_architecture(config) if config is not None else None
     if named is None:
         return ()

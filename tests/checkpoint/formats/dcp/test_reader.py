@@ -225,7 +225,7 @@ def test_a_root_prefix_stays_where_no_config_disowns_it(tmp_path: Path) -> None:
         ([("model", "_orig_mod.w"), ("model", "w")], ["_orig_mod.w", "w"]),
         ([("model", "base_model.model.q.lora_A.default.weight")], ["base_model.model.q.lora_A.default.weight"]),
     ],
-)  # fmt: skip
+)
 def test_names(paths: list[tuple[str, ...]], expected: list[str]) -> None:
     flat = {".".join(path): path for path in paths}
     assert sorted(choose(flat, (), flat, Path("x"), None).chosen.values()) == sorted(expected)
@@ -302,7 +302,11 @@ UP = "model.up.weight"
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda m: place(m, UP, relative_path="../outside.distcp"), UnsafeError, r"a chunk lies in '\.\./outside\.distcp', outside"),
+        (
+            lambda m: place(m, UP, relative_path="../outside.distcp"),
+            UnsafeError,
+            r"a chunk lies in '\.\./outside\.distcp', outside",
+        ),
         (lambda m: place(m, UP, relative_path="/etc/passwd"), UnsafeError, "outside the folder"),
         (lambda m: place(m, UP, relative_path="a/../../b"), UnsafeError, "outside the folder"),
         (lambda m: place(m, UP, relative_path=7), MalformedError, "not the name of a file"),
@@ -310,11 +314,23 @@ UP = "model.up.weight"
         (lambda m: place(m, UP, relative_path="x" * 300), MalformedError, "a name longer than any file has"),
         (lambda m: place(m, UP, relative_path="x/" * 3000 + "x"), MalformedError, "a name longer than any file has"),
         (unhashable, MalformedError, "storage_data has the key 'model.up.weight' at"),
-        (lambda m: place(m, UP, relative_path="gone.distcp"), MissingShardError, "names are not there, the first 'gone.distcp'"),
-        (lambda m: place(m, UP, offset=10**9), MalformedError, "truncated: the chunk of 'model.up.weight' should end at"),
+        (
+            lambda m: place(m, UP, relative_path="gone.distcp"),
+            MissingShardError,
+            "names are not there, the first 'gone.distcp'",
+        ),
+        (
+            lambda m: place(m, UP, offset=10**9),
+            MalformedError,
+            "truncated: the chunk of 'model.up.weight' should end at",
+        ),
         (lambda m: place(m, UP, offset=-1), MalformedError, "is stored in .* bytes at -1"),
         (lambda m: place(m, UP, length=700), MalformedError, "no zip directory.*in the chunk of 'model.up.weight'"),
-        (lambda m: place(m, UP, offset=m.storage_data[MetadataIndex("model.row", [0, 0])].offset), MalformedError, "share byte"),
+        (
+            lambda m: place(m, UP, offset=m.storage_data[MetadataIndex("model.row", [0, 0])].offset),
+            MalformedError,
+            "share byte",
+        ),
         (lambda m: place(m, UP, transform_descriptors=["stream.lz4/1"]), UnsupportedError, "transformed by .*lz4"),
         (lambda m: place(m, UP, transform_descriptors=["stream.zstd/1"]), MalformedError, "not a zstd frame"),
         (moved, InconsistentCheckpointError, "__1_0.distcp: an overlap at element 12"),
@@ -327,7 +343,7 @@ UP = "model.up.weight"
         (lambda m: setattr(m, "storage_data", None), MalformedError, "no storage_data"),
         (lambda m: m.state_dict_metadata.update({"x": 3}), MalformedError, "expected .*TensorStorageMetadata, found 3"),
     ],
-)  # fmt: skip
+)
 def test_bad_metadata_is_refused(
     change: Callable[[Metadata], None], error: type[DsconvError], words: str, broken: Callable[[str], Path]
 ) -> None:

@@ -105,15 +105,37 @@ BAD: dict[str, tuple[str, Callable[[Path], None], type[DsconvError], str]] = {
     "no_settings": (Z2, lose("zero/optimizer_state.pt"), MissingShardError, "not finished"),
     "no_model_states": (Z2, lose("mp_rank_00_model_states.pt"), MissingShardError, "expected mp_rank_00"),
     "no_model_states_of_rank_0": (Z2, second_rank, MissingShardError, "found mp_rank_01"),
-    "no_model_states_at_stage_3": (Z3, lose("zero_pp_rank_0_mp_rank_00_model_states.pt"), MissingShardError, "zero_pp_rank_0"),
-    "no_frozen_weights": (FROZEN3, lose("zero_pp_rank_1_mp_rank_00_model_states.pt"), MissingShardError, "zero_pp_rank_1"),
-    "another_shape": (Z2, edit(f"zero/{NORM}/fp32.pt", lambda v: {"param": v["param"][:-1].clone()}), InconsistentCheckpointError, NORM),
-    "another_shape_at_stage_3": (Z3, edit("zero/seven/fp32.pt", lambda v: v[:-1].clone()), InconsistentCheckpointError, "seven"),
+    "no_model_states_at_stage_3": (
+        Z3,
+        lose("zero_pp_rank_0_mp_rank_00_model_states.pt"),
+        MissingShardError,
+        "zero_pp_rank_0",
+    ),
+    "no_frozen_weights": (
+        FROZEN3,
+        lose("zero_pp_rank_1_mp_rank_00_model_states.pt"),
+        MissingShardError,
+        "zero_pp_rank_1",
+    ),
+    "another_shape": (
+        Z2,
+        edit(f"zero/{NORM}/fp32.pt", lambda v: {"param": v["param"][:-1].clone()}),
+        InconsistentCheckpointError,
+        NORM,
+    ),
+    "another_shape_at_stage_3": (
+        Z3,
+        edit("zero/seven/fp32.pt", lambda v: v[:-1].clone()),
+        InconsistentCheckpointError,
+        "seven",
+    ),
     "no_tensor": (Z2, edit(f"zero/{NORM}/fp32.pt", lambda v: {"param": 3}), MalformedError, NORM),
     "a_number": (Z2, edit(f"zero/{NORM}/fp32.pt", lambda v: 3), MalformedError, NORM),
     "vocabulary_of_other_width": (
-        "odd-z2-fp32-w2-patterns", edit("zero/embed.weight/fp32.pt", lambda v: v | {"param": v["param"][:, 1:].clone()}),
-        InconsistentCheckpointError, "embed.weight",
+        "odd-z2-fp32-w2-patterns",
+        edit("zero/embed.weight/fp32.pt", lambda v: v | {"param": v["param"][:, 1:].clone()}),
+        InconsistentCheckpointError,
+        "embed.weight",
     ),
     "a_path_as_a_name": (Z2, edit("mp_rank_00_model_states.pt", rename(NORM, "../../evil")), UnsafeError, "evil"),
     "an_absolute_path": (Z2, edit("mp_rank_00_model_states.pt", rename(NORM, "/etc")), UnsafeError, "etc"),
@@ -125,7 +147,7 @@ BAD: dict[str, tuple[str, Callable[[Path], None], type[DsconvError], str]] = {
     "latest_names_nothing": (Z2, bad_latest("gone"), CheckpointNotFoundError, "gone"),
     "latest_leaves_the_folder": (Z2, bad_latest("../x"), CheckpointNotFoundError, "no universal checkpoint"),
     "truncated": (Z2, truncate, MalformedError, NORM),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
