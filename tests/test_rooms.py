@@ -90,7 +90,7 @@ def test_formats_know_no_destination_and_destinations_no_format() -> None:
                 )
             elif room in ("convert", "loaders", "cli", "engine"):
                 shared = (
-                    "dsconv.checkpoint.formats.huggingface.safetensors",  # the names of files that the writer writes too
+                    "dsconv.checkpoint.formats.huggingface.safetensors",  # names of files that are written too
                     "dsconv.checkpoint.formats.huggingface.transformers_source",
                 )
                 assert not module.startswith("dsconv.checkpoint.formats") or module.startswith(shared), (

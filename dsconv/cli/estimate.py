@@ -14,10 +14,11 @@ from dsconv.cli.console import Size
 if TYPE_CHECKING:
     from dsconv.zero_utils.estimate import Report, Row
 
-NOTES = """Ideal is the model states of a rank, wherever they lie (ZeRO paper). DeepSpeed is what its own estimators say
-of a GPU (16-bit training, no activations). The other columns are what DeepSpeed 0.19.8 allocates under AdamW; activations
-are an estimate. Peak is the larger of backward (gradients, buffers, activations) and the optimizer's step. CUDA's context,
-workspaces and fragmentation are not counted. docs/estimate.md has the formulas."""
+NOTES = """Ideal is the model states of a rank, wherever they lie (ZeRO paper). DeepSpeed is what its own
+estimators say of a GPU (16-bit training, no activations). The other columns are what DeepSpeed 0.19.8 allocates
+under AdamW; activations are an estimate. Peak is the larger of backward (gradients, buffers, activations) and
+the optimizer's step. CUDA's context, workspaces and fragmentation are not counted. docs/estimate.md has the
+formulas."""
 
 
 @click.command(epilog="""\b
