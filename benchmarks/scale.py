@@ -28,7 +28,7 @@ from zlib_ng import zlib_ng
 from benchmarks.measure import machine, median
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.training import SmallTensor
-from dsconv.checkpoint.pickles.allowlist import Instance
+from dsconv.checkpoint.pickles.values import Instance
 from dsconv.convert.torch_writer import Streamed, TorchArchive
 from dsconv.zero_utils.partition import group_numel, share_numel
 

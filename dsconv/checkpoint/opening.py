@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dsconv.checkpoint.map.tensors import Checkpoint, prove_tiling
-from dsconv.checkpoint.pickles.allowlist import MAX_NUMEL, safe_repr
+from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage import hub
 from dsconv.checkpoint.storage.local import as_path, stamp
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError

@@ -19,7 +19,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.dtypes import STORAGE_CLASSES, DType
 from dsconv.checkpoint.map.training import SmallTensor
-from dsconv.checkpoint.pickles.allowlist import Instance
+from dsconv.checkpoint.pickles.values import Instance
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.errors import UnsupportedError
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
 from dsconv.checkpoint.map.training import ShardRule, SubParams
-from dsconv.checkpoint.pickles.allowlist import Instance, safe_repr
+from dsconv.checkpoint.pickles.values import Instance, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
 
 SUBPARAM = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"

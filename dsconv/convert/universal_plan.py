@@ -20,7 +20,7 @@ from typing import Any
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.map.training import Training
-from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.convert.torch_writer import Streamed, TorchArchive
 from dsconv.convert.universal_patterns import written_form
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError

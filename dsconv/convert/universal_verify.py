@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, read_extent
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import CASTABLE

@@ -9,7 +9,7 @@ import torch
 
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.map.training import SmallTensor, Training
-from dsconv.checkpoint.pickles.allowlist import Instance
+from dsconv.checkpoint.pickles.values import Instance
 from dsconv.convert.universal_plan import training_of
 from dsconv.errors import InconsistentCheckpointError, UnsupportedError
 

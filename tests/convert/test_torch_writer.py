@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dsconv.checkpoint.map.dtypes import BY_NAME, STORAGE_CLASSES
 from dsconv.checkpoint.map.training import SmallTensor
-from dsconv.checkpoint.pickles.allowlist import Instance, TensorRef
+from dsconv.checkpoint.pickles.values import Instance, TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.convert.torch_writer import FULL32, MAX_DEPTH, Streamed, TorchArchive

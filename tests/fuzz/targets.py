@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from attacks.places import copies
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.pickles import machine
-from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.torchfile.legacy import storage_of
 from tests.fuzz.judging import OTHER, SAME, Failure, Tensors, tensors_of
 from tests.fuzz.mutations import damaged, forged_json, forged_pickle, forged_zip

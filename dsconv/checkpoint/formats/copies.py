@@ -6,7 +6,7 @@ from functools import partial
 
 from dsconv.checkpoint.map.pieces import pieces_of
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 

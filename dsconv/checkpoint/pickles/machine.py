@@ -6,7 +6,7 @@ lets a file call only the functions of ``allowlist.CONSTRUCTORS``. It is written
 and hashes what a file nests, before a ``find_class`` hook sees anything.
 
 Cost: about 1 µs an opcode; the pickle of one rank of a model of 300 tensors takes some 10 ms. What a file makes the
-constructors and the dictionaries do on top is bounded by ``allowlist.WorkBudget``.
+constructors and the dictionaries do on top is bounded by ``budget.WorkBudget``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.pickles import allowlist
-from dsconv.checkpoint.pickles.allowlist import Instance, Opaque, OpaqueClass, safe_repr
-from dsconv.checkpoint.pickles.opcodes import OPERATIONS, BadPickle
+from dsconv.checkpoint.pickles.budget import WorkBudget
+from dsconv.checkpoint.pickles.errors import BadArguments, BadPickle, Refused, UnsupportedGlobal
+from dsconv.checkpoint.pickles.kept_classes import KEPT
+from dsconv.checkpoint.pickles.opcodes import OPERATIONS
+from dsconv.checkpoint.pickles.values import Instance, Opaque, OpaqueClass, safe_repr
 from dsconv.errors import DsconvError, MalformedError, UnsafeError, UnsupportedError
 
 MAX_PICKLE_BYTES = 256 << 20  # 100,000 tensors need some 20 MB
@@ -62,7 +65,7 @@ class Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.work = allowlist.WorkBudget(len(data))
+        self.work = WorkBudget(len(data))
 
     def run(self) -> Any:
         data = self.data
@@ -84,11 +87,11 @@ class Machine:
             raise
         except BadPickle as error:
             raise MalformedError(f"{self.path}: {self.what} {error} at its byte {self.position}") from None
-        except allowlist.BadArguments as error:
+        except BadArguments as error:
             raise MalformedError(f"{self.path}: {self.what} holds {error}, at its byte {self.position}") from None
-        except allowlist.Refused as error:
+        except Refused as error:
             raise self.refuse(str(error)) from None
-        except allowlist.UnsupportedGlobal as error:
+        except UnsupportedGlobal as error:
             raise UnsupportedError(f"{self.path}: {self.what} holds {error}, at its byte {self.position}") from None
         except (IndexError, struct.error, ValueError, TypeError, OverflowError) as error:
             raise MalformedError(
@@ -148,7 +151,7 @@ class Machine:
         if not isinstance(args, tuple):
             raise BadPickle("calls something without a tuple of arguments")
         if isinstance(function, OpaqueClass):
-            if function.makes_objects and args and isinstance(args[0], OpaqueClass):
+            if allowlist.makes_objects(function) and args and isinstance(args[0], OpaqueClass):
                 return self.make(args[0], args[1:])
             raise self.refuse(f"calls {function}{safe_repr(args)}")
         if not callable(function):
@@ -158,8 +161,8 @@ class Machine:
 
     def make(self, cls: OpaqueClass, args: Any) -> Opaque | Instance:
         """An object of a class, its __init__ not run: data, whatever the class."""
-        if cls.makes_objects:
+        if allowlist.makes_objects(cls):
             raise self.refuse(f"makes an object of {cls}, which is a function")
-        if cls.is_kept:
+        if (cls.module, cls.name) in KEPT:
             return Instance(str(cls), args if isinstance(args, tuple) else ())
         return Opaque(str(cls))

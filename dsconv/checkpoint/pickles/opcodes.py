@@ -7,8 +7,8 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dsconv.checkpoint.pickles import allowlist
-from dsconv.checkpoint.pickles.allowlist import Opaque, OpaqueClass
+from dsconv.checkpoint.pickles.errors import BadPickle
+from dsconv.checkpoint.pickles.values import FragmentAddress, Instance, Opaque, OpaqueClass
 
 if TYPE_CHECKING:
     from dsconv.checkpoint.pickles.machine import Machine
@@ -23,10 +23,6 @@ _I32 = struct.Struct("<i")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _F64 = struct.Struct(">d")
-
-
-class BadPickle(Exception):
-    """The pickle breaks its own grammar; the machine turns it into MalformedError with the file's name."""
 
 
 def _mark(m: Machine) -> None:
@@ -297,9 +293,9 @@ def _build(m: Machine) -> None:
     state = m.stack.pop()
     if not m.stack:
         raise BadPickle("sets the state of nothing")
-    if isinstance(m.stack[-1], allowlist.FragmentAddress):
+    if isinstance(m.stack[-1], FragmentAddress):
         m.stack[-1].set_state(state)
-    elif isinstance(m.stack[-1], allowlist.Instance):
+    elif isinstance(m.stack[-1], Instance):
         m.stack[-1].state = state
     # Any other state is dropped: __setstate__ and attributes are code's, and dsconv needs none of them.
 

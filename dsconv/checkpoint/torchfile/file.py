@@ -8,12 +8,11 @@ from typing import Any
 
 from dsconv.checkpoint.map.tensors import Extent, Piece
 from dsconv.checkpoint.pickles import machine
-from dsconv.checkpoint.pickles.allowlist import StorageRef, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import StorageRef, TensorRef, safe_repr
 from dsconv.checkpoint.storage.local import OpenFile, Span, open_for_reading
 from dsconv.checkpoint.torchfile import legacy
-from dsconv.checkpoint.torchfile import zip as zipfile_reader
 from dsconv.checkpoint.torchfile.legacy import storage_of
-from dsconv.checkpoint.torchfile.zip import Archive
+from dsconv.checkpoint.torchfile.zip import Archive, open_archive
 from dsconv.errors import MalformedError, UnsupportedError
 
 MAX_KNOWN = 4096  # pickles of a few hundred bytes each
@@ -51,7 +50,7 @@ class TorchFile:
 
     def _open(self, file: OpenFile) -> None:
         path = self.path
-        self.archive = zipfile_reader.open_archive(file)
+        self.archive = open_archive(file)
         data = self._read(file, "data.pkl")
         if "byteorder" in self.archive.records:
             order = self._read(file, "byteorder")

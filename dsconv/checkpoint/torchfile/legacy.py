@@ -11,7 +11,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.tensors import Record
 from dsconv.checkpoint.pickles import machine
-from dsconv.checkpoint.pickles.allowlist import OpaqueClass, StorageKind, StorageRef, safe_repr
+from dsconv.checkpoint.pickles.values import OpaqueClass, StorageKind, StorageRef, safe_repr
 from dsconv.checkpoint.storage.local import OpenFile
 from dsconv.checkpoint.torchfile.zip import Archive
 from dsconv.errors import MalformedError, UnsupportedError

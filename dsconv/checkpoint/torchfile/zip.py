@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dsconv.checkpoint.map.tensors import Record
-from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.storage.local import EDGE_BYTES, OpenFile
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
 

@@ -15,7 +15,7 @@ from attacks.payload import CANARY_MODULE, CANARY_SOURCE, SYSTEM, touch
 from attacks.places import Place, places
 from attacks.table import HOSTILE, TECHNIQUES
 from dsconv import open_checkpoint
-from dsconv.checkpoint.pickles.allowlist import Opaque, OpaqueClass
+from dsconv.checkpoint.pickles.values import Opaque, OpaqueClass
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import DsconvError, MalformedError, UnsafeError
 from tests.checkpoint.building import call, glob, load_raw, number, stack_glob, text, whole, write_pt

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsconv.checkpoint.map.dtypes import BY_NAME
-from dsconv.checkpoint.pickles import allowlist, machine, opcodes
-from dsconv.checkpoint.pickles.allowlist import Opaque, OpaqueClass, safe_repr
+from dsconv.checkpoint.pickles import machine, opcodes
+from dsconv.checkpoint.pickles.values import Opaque, OpaqueClass, StorageRef, safe_repr
 from dsconv.errors import DsconvError, MalformedError, UnsafeError
 from tests.checkpoint.building import (
     call,
@@ -242,8 +242,8 @@ def test_opcodes_are_those_that_python_knows() -> None:
 # Pickles made to exhaust the reader
 
 
-def _float_storage(pid: Any) -> allowlist.StorageRef:
-    return allowlist.StorageRef("0", BY_NAME["float32"], 4)
+def _float_storage(pid: Any) -> StorageRef:
+    return StorageRef("0", BY_NAME["float32"], 4)
 
 
 def _timed(data: bytes) -> tuple[float, str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dsconv.checkpoint.map.dtypes import BY_NAME
-from dsconv.checkpoint.pickles.allowlist import Opaque, TensorRef
+from dsconv.checkpoint.pickles.values import Opaque, TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extent
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsafeError, UnsupportedError
 from tests.checkpoint.building import (

@@ -17,9 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsconv.checkpoint.storage.local import open_for_reading
-from dsconv.checkpoint.torchfile import zip as zipfile_reader
 from dsconv.checkpoint.torchfile.file import TorchFile
-from dsconv.checkpoint.torchfile.zip import Archive
+from dsconv.checkpoint.torchfile.zip import Archive, open_archive
 from dsconv.errors import DsconvError, MalformedError, UnsafeError, UnsupportedError
 from tests.checkpoint.building import Rec, names_file_and_is_short, pt_records, tensor, whole, zip_bytes
 
@@ -29,7 +28,7 @@ SOUND = pt_records(PICKLE, _0=b"0123456789abcdef", _1=b"")
 
 def opened(path: Path) -> Archive:
     with open_for_reading(path) as file:
-        return zipfile_reader.open_archive(file)
+        return open_archive(file)
 
 
 def written(folder: Path, data: bytes) -> Path:
@@ -316,7 +315,7 @@ def test_a_zip64_end_that_lies_is_refused(tmp_path: Path, real: bytes) -> None:
 
 
 def test_a_huge_directory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zipfile_reader, "MAX_DIRECTORY_BYTES", 100)
+    monkeypatch.setattr("dsconv.checkpoint.torchfile.zip.MAX_DIRECTORY_BYTES", 100)
     assert "the limit is 100" in refused(tmp_path, zip_bytes(SOUND))
 
 
@@ -376,7 +375,7 @@ def _structures(data: bytes) -> list[int]:
 
 
 def _read_all(path: Path) -> None:
-    from dsconv.checkpoint.pickles.allowlist import TensorRef
+    from dsconv.checkpoint.pickles.values import TensorRef
 
     file = TorchFile(path)
     pending = [file.root]

@@ -23,7 +23,7 @@ from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.pieces import arranged
 from dsconv.checkpoint.map.regions import Sizes
 from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.storage.local import OpenFile, Span, open_for_reading
 from dsconv.checkpoint.torchfile.file import KnownPickles, TorchFile
 from dsconv.errors import (

@@ -21,7 +21,7 @@ from dsconv.checkpoint.formats.huggingface.index import MAX_NAME_BYTES
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.regions import Sizes
 from dsconv.checkpoint.pickles import machine
-from dsconv.checkpoint.pickles.allowlist import MAX_NUMEL, Instance, safe_repr
+from dsconv.checkpoint.pickles.values import MAX_NUMEL, Instance, safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading
 from dsconv.errors import (
     InconsistentCheckpointError,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsconv.checkpoint.formats.huggingface.transformers_source import children_of
-from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import UnsupportedError
 
 Parts = tuple[str, ...]

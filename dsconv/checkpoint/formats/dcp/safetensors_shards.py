@@ -20,7 +20,7 @@ from typing import Any
 from dsconv.checkpoint.formats.huggingface.index import parse_json
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, read_file_and_metadata
 from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import MAX_NUMEL, safe_repr
+from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
 
 SHARD = re.compile(r"shard-(?P<rank>\d{5,})-model-(?P<part>\d{5,})-of-(?P<parts>\d{5,})\.safetensors")

@@ -9,7 +9,7 @@ from typing import Any
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import FragmentAddress, TensorRef
+from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extent, read_extents
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.zero_utils import files

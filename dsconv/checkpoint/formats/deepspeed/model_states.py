@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.pickles.allowlist import Instance, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import MalformedError, MissingShardError, UnsupportedError
 

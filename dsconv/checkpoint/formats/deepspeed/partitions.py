@@ -16,7 +16,7 @@ from dsconv.checkpoint.formats.deepspeed.model_states import (
 )
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
 from dsconv.zero_utils.files import TagFolder

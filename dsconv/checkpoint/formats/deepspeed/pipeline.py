@@ -25,7 +25,7 @@ from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import match_masters
 from dsconv.checkpoint.map.renaming import renamed
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError

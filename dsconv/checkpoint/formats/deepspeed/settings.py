@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.training import SmallTensor
-from dsconv.checkpoint.pickles.allowlist import Instance, Opaque, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import MalformedError, UnsupportedError
 

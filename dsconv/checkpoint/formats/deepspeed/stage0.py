@@ -17,7 +17,7 @@ from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import match_masters
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import MalformedError, MissingShardError
 from dsconv.zero_utils.files import TagFolder

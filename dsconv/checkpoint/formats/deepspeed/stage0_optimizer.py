@@ -26,7 +26,7 @@ from dsconv.checkpoint.formats.deepspeed.unnamed_masters import agrees, row_majo
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training, whole_rows
-from dsconv.checkpoint.pickles.allowlist import Instance, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder
 

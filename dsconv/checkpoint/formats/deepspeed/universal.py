@@ -20,7 +20,7 @@ from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
 from dsconv.checkpoint.formats.deepspeed.partitions import frozen_entry
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import (
     CheckpointNotFoundError,

@@ -18,7 +18,7 @@ from dsconv.checkpoint.formats.deepspeed.name_patterns import Patterns
 from dsconv.checkpoint.formats.deepspeed.shards import Join, along, concatenated, in_parts, replicated
 from dsconv.checkpoint.map.regions import Interval, Shape
 from dsconv.checkpoint.map.training import ShardRule, SubParams
-from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 
 MAP_VERSION = 1  # AFFINE_MAP_FORMAT_VERSION, checkpoint/affine.py

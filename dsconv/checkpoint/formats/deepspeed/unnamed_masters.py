@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extent
 
 Weights = Mapping[str, tuple[TorchFile, TensorRef]]

@@ -30,7 +30,7 @@ from dsconv.checkpoint.formats.deepspeed.partitions import (
 )
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.pickles.allowlist import FragmentAddress, TensorRef
+from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import share_numel

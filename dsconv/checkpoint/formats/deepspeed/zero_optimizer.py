@@ -19,7 +19,7 @@ from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, plain
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import SmallTensor, Training, whole_rows
-from dsconv.checkpoint.pickles.allowlist import TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder

@@ -17,7 +17,7 @@ from dsconv.checkpoint.formats.huggingface import index as shard_index
 from dsconv.checkpoint.formats.huggingface.index import parse_json
 from dsconv.checkpoint.map import dtypes
 from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import MAX_NUMEL, safe_repr
+from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading
 from dsconv.errors import MalformedError, UnsupportedError
 

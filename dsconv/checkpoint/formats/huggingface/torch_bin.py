@@ -15,7 +15,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats.huggingface import index as shard_index
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import Instance, Opaque, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
 from dsconv.zero_utils import files as deepspeed_files

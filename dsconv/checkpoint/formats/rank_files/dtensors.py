@@ -18,7 +18,7 @@ from typing import Any
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.placements import Placements, Replicate, Shard
 from dsconv.checkpoint.map.regions import Region, box, shape_of
-from dsconv.checkpoint.pickles.allowlist import Instance, Opaque, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
 
 MAX_RANKS = 1 << 20

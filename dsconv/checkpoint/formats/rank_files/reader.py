@@ -24,7 +24,7 @@ from dsconv.checkpoint.formats.rank_files.dtensors import DTensor, Mesh, Reader,
 from dsconv.checkpoint.map.placements import local_region, region_in_order
 from dsconv.checkpoint.map.regions import Region, is_whole, numel_of, shape_of, show
 from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import Instance, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
 

@@ -29,7 +29,7 @@ from dsconv.checkpoint.formats.deepspeed.partitions import Partition, frozen_ent
 from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.regions import box
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import safe_repr
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.config_keys import lookup
 from dsconv.zero_utils.files import TagFolder

@@ -21,7 +21,7 @@ from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.regions import Region
 from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.files import EXPERT, TagFolder

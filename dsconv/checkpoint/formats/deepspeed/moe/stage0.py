@@ -27,7 +27,7 @@ from dsconv.checkpoint.formats.deepspeed.moe.experts import (
 )
 from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extent
 from dsconv.errors import MissingShardError
 from dsconv.zero_utils.files import TagFolder

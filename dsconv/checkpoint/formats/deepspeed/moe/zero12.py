@@ -45,7 +45,7 @@ from dsconv.checkpoint.formats.deepspeed.partitions import (
 )
 from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.pickles.allowlist import TensorRef
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.errors import InconsistentCheckpointError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.config_keys import lookup
 from dsconv.zero_utils.files import TagFolder
