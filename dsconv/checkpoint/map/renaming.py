@@ -1,16 +1,73 @@
-"""A checkpoint, its optimizer's states too, under other names."""
+"""A checkpoint under other names: renamed as a whole, or freed of the names that wrappers put into it.
+
+``torch.compile``, activation checkpointing, FSDP, Lightning and DDP wrap a module in another one, whose attribute then
+stands in every name: ``_orig_mod.model.norm.weight``. The model itself has no such part, so a loader of the plain model
+would not find the weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.map.training import Training
 
+# The attribute under which each wrapper keeps the module: torch 2.13 ``torch/_dynamo/eval_frame.py``
+# ``OptimizedModule``, ``torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py``,
+# ``torch/distributed/fsdp/_common_utils.py``; Lightning 2.5 ``lightning/fabric/wrappers.py``.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+# DDP's attribute is a plain word that a model may use too: it is a wrapper's only where every name begins with it, the
+# rule of torch's ``consume_prefix_in_state_dict_if_present`` (torch 2.13 ``torch/nn/modules/utils.py``).
+OUTER = "module."
+
+
+@dataclass(frozen=True)
+class Unwrapped:
+    """The names of a model without those of its wrappers.
+
+    ``names`` maps each name that changes to its new one; ``removed`` are the parts that were taken out, each with its
+    dot.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+
+    def __call__(self, name: str) -> str:
+        """Return the unwrapped name of ``name``, which is ``name`` itself where no wrapper is in it."""
+        return self.names.get(name, name)
+
+
+def unwrap(names: Iterable[str]) -> Unwrapped:
+    """Find the parts of ``names`` that only wrappers put there.
+
+    A wrapper's own attribute is taken out wherever it stands in a name, ``module.`` only where all names begin with it.
+    Nothing is taken out where two names would become one.
+
+    Args:
+        names: All tensor names of one model.
+    """
+    given = list(dict.fromkeys(names))
+    current = {name: name for name in given}
+    inner = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in given}
+    removed: list[str] = []
+    if all(inner.values()) and len(set(inner.values())) == len(given):
+        found = {part for name in given for part in name.split(".") if part in WRAPPERS}
+        removed = [f"{part}." for part in WRAPPERS if part in found]
+        current = inner
+    if current and all(name.startswith(OUTER) and name != OUTER for name in current.values()):
+        current = {name: short.removeprefix(OUTER) for name, short in current.items()}
+        removed.append(OUTER)
+    return Unwrapped({name: short for name, short in current.items() if name != short}, tuple(removed))
+
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """``checkpoint`` with each tensor that ``names`` has under its new name, {old: new}; others and tied names stay."""
+    """Return ``checkpoint`` with some of its tensors, and their optimizer states, under other names.
+
+    Args:
+        checkpoint: The checkpoint; it is not changed.
+        names: The new name of each tensor that gets one, by its old name. Aliases (tied names) stay as they are.
+    """
 
     def named(entry: TensorEntry) -> TensorEntry:
         return replace(entry, name=names.get(entry.name, entry.name))
@@ -28,18 +85,18 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         warnings=checkpoint.warnings,
         sources=checkpoint.sources,
         is_deepspeed=checkpoint.is_deepspeed,
-        training=(lambda: _training(training(), names)) if training is not None else None,
+        training=(lambda: _renamed_training(training(), names)) if training is not None else None,
         no_training=checkpoint.no_training,
     )
 
 
-def _training(training: Training, names: Mapping[str, str]) -> Training:
+def _renamed_training(training: Training, names: Mapping[str, str]) -> Training:
     old = {new: name for name, new in names.items()}
     states = {
         names.get(name, name): {
-            state: replace(entry, name=f"{names.get(name, name)}/{state}") for state, entry in of.items()
+            state: replace(entry, name=f"{names.get(name, name)}/{state}") for state, entry in of_name.items()
         }
-        for name, of in training.states.items()
+        for name, of_name in training.states.items()
     }
     return replace(
         training,

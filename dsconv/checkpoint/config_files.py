@@ -1,0 +1,41 @@
+"""Where the configuration of a checkpoint's model is looked for: one rule for every format and destination.
+
+Trainers put ``config.json`` beside the weights, one level up (the Trainer's run folder, the folder of a DeepSpeed tag),
+or in a folder inside: verl writes ``huggingface/`` and NeMo Automodel ``.hf_metadata/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+CONFIG = "config.json"
+INSIDE = ("huggingface", ".hf_metadata")
+
+
+def find_config(folders: Iterable[Path], names: str | Iterable[str] = CONFIG) -> Path | None:
+    """Return the first of the files ``names`` that lies in or near ``folders``.
+
+    Each folder is searched in turn, itself first and then its folders ``INSIDE``; the parent of the last one comes at
+    the end.
+
+    Args:
+        folders: The folders to search, the most likely one first.
+        names: One file name, or several of which any will do.
+
+    Returns:
+        The path of the file, or None where there is none.
+    """
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    return next(
+        (folder / name for folder in config_folders(folders) for name in wanted if (folder / name).is_file()), None
+    )
+
+
+def config_folders(folders: Iterable[Path]) -> list[Path]:
+    """Return the folders that ``find_config`` searches for ``folders``, in its order and without repetition."""
+    given = list(folders)
+    searched = [near for folder in given for near in (folder, *(folder / name for name in INSIDE))]
+    if given:
+        searched.append(given[-1].absolute().parent)
+    return list(dict.fromkeys(searched))
