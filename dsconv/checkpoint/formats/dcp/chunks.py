@@ -1,10 +1,9 @@
-"""The chunks of a ``.distcp`` file: each is what torch.save writes, a zip of its own, one after another without
-alignment.
+"""Read the chunks of a ``.distcp`` file: zips of torch.save, one after another without alignment.
 
-torch 2.13 ``torch/distributed/checkpoint/filesystem.py`` ``_write_item``. A chunk is opened as any ``.pt`` is and must
-hold one tensor of the dtype and size that the metadata gives it. With the ZStandard extension (``_extension.py``) a
-chunk is a zstd frame of that zip: what is needed is decompressed once, into a file without a name that ends with the
-checkpoint.
+The layout is that of torch 2.13 ``torch/distributed/checkpoint/filesystem.py`` ``_write_item``. A chunk is opened as
+any ``.pt`` is, and must hold one tensor of the dtype and size that the metadata gives it. With the ZStandard extension
+(``_extension.py``) a chunk is a zstd frame of such a zip. Those that are needed are decompressed once, into an unnamed
+file that disappears with the checkpoint.
 """
 
 from __future__ import annotations
@@ -39,12 +38,13 @@ ZSTD = "stream.zstd"
 ZSTD_VERSION = "1"
 MAX_AROUND_BYTES = 1 << 20  # what a zip may add to its tensor's bytes
 BLOCK_BYTES = 4 << 20
-ZSTD_STEP_BYTES = 2048  # become at most 64 MB in memory, a block of 128 kB for each 4 bytes, before they are counted
+# So many bytes become at most 64 MB before they are counted: each 4 of them can stand for a block of 128 kB.
+ZSTD_STEP_BYTES = 2048
 TRAILING = "a zstd frame that does not end where the chunk does"
 
 
 class ChunkFiles:
-    """Opens chunks, one file after another; a context manager that closes what is open."""
+    """Opens chunks, one file after another. It is a context manager that closes the file that is open."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,10 +68,18 @@ class ChunkFiles:
         return self._file
 
     def piece(self, name: str, dtype: DType, sizes: Sizes, stored: Stored) -> Piece:
-        """The one piece that the chunk is: it fills ``sizes`` elements, all of them, from 0.
+        """Return the one piece that a chunk is; it fills its own ``sizes`` from element 0 on.
 
-        Raises MalformedError (truncated, not a tensor), InconsistentCheckpointError (another dtype or size than the
-        metadata says), UnsupportedError (a transform that dsconv does not know, a tensor of a kind it does not read).
+        Args:
+            name: The tensor, for messages.
+            dtype: The dtype that the metadata gives the tensor.
+            sizes: The shape of the chunk, in elements.
+            stored: Where the chunk lies.
+
+        Raises:
+            MalformedError: The chunk is cut short or is not a file of torch.save.
+            InconsistentCheckpointError: Its dtype or size is not what the metadata says.
+            UnsupportedError: It was transformed in a way that dsconv does not know, or is not a plain tensor.
         """
         file = self._seek(stored.file)
         path, end = file.path, stored.offset_bytes + stored.nbytes
@@ -80,12 +88,11 @@ class ChunkFiles:
                 f"{path}: truncated: the chunk of {safe_repr(name)} should end at byte {end}, the file has"
                 f" {file.nbytes}. Copy it again"
             )
+        unpacked = self._unpacked() if stored.transforms else None
         with _in_chunk(name, stored):
-            if stored.transforms:
-                if self.unpacked is None:
-                    self.unpacked = Unpacked()
+            if unpacked is not None:
                 limit = math.prod(sizes) * dtype.itemsize + MAX_AROUND_BYTES
-                span = self.unpacked.add(file, stored, limit)
+                span = unpacked.add(file, stored, limit)
             else:
                 span = Span(file, stored.offset_bytes, stored.nbytes)
             chunk = TorchFile(path, span, self._known)
@@ -100,15 +107,16 @@ class ChunkFiles:
                     " files of two saves"
                 )
             (piece,) = chunk.pieces(tensor)
-        if stored.transforms:
-            assert self.unpacked is not None
-            piece = self.unpacked.moved(piece, name, path)
-        return piece
+        return piece if unpacked is None else unpacked.moved(piece, name, path)
+
+    def _unpacked(self) -> Unpacked:
+        self.unpacked = self.unpacked or Unpacked()
+        return self.unpacked
 
 
 @contextlib.contextmanager
 def _in_chunk(name: str, stored: Stored) -> Iterator[None]:
-    """Errors name the chunk; the offsets that they speak of are counted from its start."""
+    """Add the chunk to errors, whose offsets are counted from its start."""
     try:
         yield
     except DsconvError as error:
@@ -119,7 +127,7 @@ def _in_chunk(name: str, stored: Stored) -> Iterator[None]:
 
 
 class Unpacked:
-    """A file without a name that chunks are decompressed into; it is gone when nothing refers to this object.
+    """An unnamed file that chunks are decompressed into. It disappears when nothing refers to this object any more.
 
     It takes as much room in the folder for temporary files as the tensors have bytes, and no memory.
     """
@@ -133,7 +141,18 @@ class Unpacked:
             self.path = Path(f"/dev/fd/{self._file.fileno()}")
 
     def add(self, file: OpenFile, stored: Stored, limit_bytes: int) -> Span:
-        """Decompress one chunk; ``limit_bytes`` is more than it can rightly become."""
+        """Decompress one chunk and return where it lies now.
+
+        Args:
+            file: The file that holds the chunk.
+            stored: Where it lies there.
+            limit_bytes: The size that a sound chunk cannot exceed.
+
+        Raises:
+            MalformedError: It is not one whole zstd frame, or becomes larger than ``limit_bytes``.
+            UnsupportedError: It was transformed by something else, or the package zstandard is not installed.
+            OutputError: The folder for temporary files is full.
+        """
         path = file.path
         _require_zstd(path, stored.transforms)
         import zstandard
@@ -172,7 +191,7 @@ class Unpacked:
             view, self._end = view[count:], self._end + count
 
     def moved(self, piece: Piece, name: str, path: Path) -> Piece:
-        """The piece, read from here; its record's name says where it came from."""
+        """Return the piece as it lies in this file; its record's name says where it came from."""
         record = replace(piece.extent.record, path=self.path, name=f"{name} of {path}, decompressed")
         return replace(piece, extent=Extent(record, piece.extent.offset_bytes, piece.extent.nbytes))
 
@@ -182,7 +201,7 @@ def _require_zstd(path: Path, transforms: Sequence[str]) -> None:
         name, _, version = descriptor.partition("/")
         if name != ZSTD or version.partition(".")[0] != ZSTD_VERSION or len(transforms) > 1:
             raise UnsupportedError(
-                f"{path}: transformed by {safe_repr(tuple(transforms))}; dsconv knows torch's own {ZSTD}/{ZSTD_VERSION}"
+                f"{path}: transformed by {safe_repr(tuple(transforms))}; dsconv reads torch's own {ZSTD}/{ZSTD_VERSION}"
             )
     try:
         import zstandard  # noqa: F401
@@ -192,23 +211,34 @@ def _require_zstd(path: Path, transforms: Sequence[str]) -> None:
         ) from None
 
 
-def checksum_of(piece: Piece) -> Any:
-    """What two copies of a chunk must share."""
+def _checksum_of(piece: Piece) -> Any:
+    """Return what two copies of a chunk must share."""
     return piece.extent.record.crc32, piece.extent.nbytes
 
 
 def files_of(metadata: Metadata, chosen: Mapping[str, str]) -> list[str]:
-    """The files in which the chunks of the chosen tensors are stored."""
+    """Return the names of the files that hold the chunks of the chosen tensors."""
     return sorted(
         {s.file for name in chosen for _, _, places in metadata.tensors[name].chunks.values() for s in places}
     )
 
 
 def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
-    """The entries of the tensors in ``chosen`` (flat name → name), all of their chunks opened, and warnings.
+    """Open every chunk of the chosen tensors.
 
-    Raises MissingShardError where a file is not there, UnsupportedError for a dtype that is not known, and what chunks
-    raise.
+    Args:
+        metadata: What ``read_metadata`` returned.
+        chosen: {flat name in the metadata: name in the map}.
+        folder: The folder with the ``.distcp`` files.
+
+    Returns:
+        The entries by their names in the map, and warnings.
+
+    Raises:
+        MissingShardError: A file that the metadata names is not there.
+        UnsupportedError: A tensor has a dtype that dsconv does not know.
+        InconsistentCheckpointError: Two tensors would have one name, or a chunk belongs to another save.
+        MalformedError: A chunk is damaged.
     """
     missing = [file for file in files_of(metadata, chosen) if not (folder / file).is_file()]
     if missing:
@@ -216,12 +246,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
             f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first"
             f" {safe_repr(missing[0], 255)}: copy the files of all ranks"
         )
-    unknown = next((name for name in chosen if metadata.tensors[name].dtype is None), None)
-    if unknown is not None:
-        meta = metadata.tensors[unknown]
-        raise UnsupportedError(
-            f"{meta.path}: {safe_repr(unknown)} is of dtype {meta.dtype_name}, which dsconv does not read"
-        )
+    dtypes = {name: _dtype(name, metadata.tensors[name]) for name in chosen}
     found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in chosen}
     differing: set[str] = set()
     todo = [
@@ -230,11 +255,10 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
     todo.sort(key=lambda item: (item[0][0].file, item[0][0].offset_bytes))  # as they lie on disk
     with ChunkFiles(folder) as files, ChunkFiles(folder) as others:
         for (first, *copies), name, (offsets, sizes) in todo:
-            dtype = _dtype(metadata.tensors[name])
-            piece = files.piece(name, dtype, sizes, first)
+            piece = files.piece(name, dtypes[name], sizes, first)
             found[name].append((offsets, sizes, piece))
             for copy in copies:
-                if checksum_of(others.piece(name, dtype, sizes, copy)) != checksum_of(piece):
+                if _checksum_of(others.piece(name, dtypes[name], sizes, copy)) != _checksum_of(piece):
                     differing.add(name)
         unpacked = files.unpacked
     warnings = []
@@ -245,7 +269,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
         )
     if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
         warnings.append(
-            "the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen"
+            "the chunks were saved without checksums (torch.serialization.set_crc32_options), so damage cannot be seen"
         )
     entries: dict[str, TensorEntry] = {}
     owners: dict[tuple[Any, ...], str] = {}
@@ -259,15 +283,18 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
             entries[owner] = replace(entries[owner], aliases=(*entries[owner].aliases, name))
             continue
         entries[name] = TensorEntry(
-            name, _dtype(meta), meta.shape, partial(_layout, arranged(found[flat], meta.shape), unpacked)
+            name, dtypes[flat], meta.shape, partial(_layout, arranged(found[flat], meta.shape), unpacked)
         )
     return entries, warnings
 
 
-def _dtype(meta: TensorMeta) -> DType:
-    assert meta.dtype is not None
+def _dtype(name: str, meta: TensorMeta) -> DType:
+    if meta.dtype is None:
+        raise UnsupportedError(
+            f"{meta.path}: {safe_repr(name)} is of dtype {meta.dtype_name}, which dsconv does not read"
+        )
     return meta.dtype
 
 
 def _layout(pieces: tuple[Piece, ...], unpacked: Unpacked | None) -> tuple[Piece, ...]:
-    return pieces  # and ``unpacked``, the file that they lie in, is there as long as they can be asked for
+    return pieces  # ``unpacked``, the file that they lie in, lives as long as a layout refers to it

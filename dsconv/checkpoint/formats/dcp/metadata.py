@@ -1,12 +1,12 @@
-"""The ``.metadata`` of a torch.distributed.checkpoint directory: which tensors there are and where their chunks lie.
+"""Read the ``.metadata`` of a torch.distributed.checkpoint directory: its tensors and where their chunks lie.
 
 It is a bare pickle of ``Metadata`` (torch 2.13 ``torch/distributed/checkpoint/metadata.py``): ``state_dict_metadata``
-says the dtype, the full shape and the chunks of each tensor; ``storage_data`` maps ``MetadataIndex(fqn, offset)`` to a
+gives the dtype, the full shape and the chunks of each tensor; ``storage_data`` maps ``MetadataIndex(fqn, offset)`` to a
 span of a file (``_StorageInfo`` of ``filesystem.py``); ``planner_data`` maps each flat name to the path it had in the
-nested state dict, the only safe way back. Nothing in it is believed before it is checked here.
+nested state dict, which is the only safe way back. Everything is checked here before it is used.
 
-A save without collectives writes ``__R.metadata`` on each rank R, of that rank's chunks alone; what all ranks hold is
-then stored by each of them.
+A save without collectives writes ``__R.metadata`` on each rank R, with that rank's chunks alone. Each rank then stores
+its own copy of what all ranks hold.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from dsconv.errors import (
     UnsafeError,
 )
 
+METADATA = ".metadata"
+FIRST_RANK_METADATA = "__0.metadata"
 RANK_METADATA = re.compile(r"__(?P<rank>\d+)\.metadata")
 RANK_FILE = re.compile(r"__(?P<rank>\d+)_\d+\.distcp")
 PACKAGE = "torch.distributed.checkpoint"
@@ -39,9 +41,7 @@ MAX_PATH_CHARS = 1000
 
 @dataclass(frozen=True)
 class Stored:
-    """Where an item lies: ``nbytes`` bytes from ``offset_bytes`` of a file of the directory, as transformed on the
-    way.
-    """
+    """Where an item lies: ``nbytes`` bytes from ``offset_bytes`` on in ``file``, after ``transforms`` were applied."""
 
     file: str
     offset_bytes: int
@@ -51,8 +51,13 @@ class Stored:
 
 @dataclass
 class TensorMeta:
-    """A tensor: ``dtype`` is None where dsconv does not know it, ``chunks`` are (offsets, sizes, places it is
-    stored) by ``_key``.
+    """A tensor of the metadata.
+
+    Attributes:
+        dtype: None where dsconv does not know it; ``dtype_name`` has the name in any case.
+        shape: The full shape, in elements.
+        chunks: (offsets, sizes, the places where it is stored) of each chunk, by ``_key`` of offsets and sizes.
+        path: The metadata file that names it.
     """
 
     dtype: DType | None
@@ -64,7 +69,15 @@ class TensorMeta:
 
 @dataclass
 class Metadata:
-    """What all metadata files of a directory say together; ``paths`` are planner_data's."""
+    """What all metadata files of a directory say together.
+
+    Attributes:
+        tensors: By flat name.
+        objects: Items that are not tensors, by flat name.
+        paths: planner_data: the path of each flat name in the nested state dict.
+        files: The metadata files.
+        stored: (offset, bytes, flat name) of each item in each file, both in bytes.
+    """
 
     tensors: dict[str, TensorMeta] = field(default_factory=dict)
     objects: dict[str, Stored | None] = field(default_factory=dict)
@@ -76,13 +89,15 @@ class Metadata:
 
     @property
     def ranks(self) -> int:
-        """How many ranks wrote."""
+        """The number of ranks that wrote files."""
         return len({match["rank"] for name in self.stored if (match := RANK_FILE.fullmatch(name))})
 
 
 def metadata_files(folder: Path) -> list[Path]:
-    """``.metadata``, or without it those of the ranks, in order. Raises MissingShardError where a rank's is not
-    there.
+    """Return ``.metadata``, or without it the ranks' own metadata files in order.
+
+    Raises:
+        MissingShardError: The metadata file of a rank is not there.
     """
     if (folder / METADATA).is_file():
         return [folder / METADATA]
@@ -97,8 +112,13 @@ def metadata_files(folder: Path) -> list[Path]:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Raises MalformedError, InconsistentCheckpointError, MissingShardError, or UnsafeError (code, a path that
-    leaves the folder).
+    """Read and check all metadata files of a directory.
+
+    Raises:
+        MalformedError: A file is damaged, or was not written by torch.
+        InconsistentCheckpointError: Files of two saves lie there.
+        MissingShardError: The metadata file of a rank is not there.
+        UnsafeError: The pickle calls something, or a chunk's file lies outside the folder.
     """
     whole = Metadata()
     for path in metadata_files(folder):
@@ -106,8 +126,7 @@ def read_metadata(folder: Path) -> Metadata:
     for file, items in whole.stored.items():
         items.sort()
         for (start, nbytes, name), (following, length, other) in pairwise(items):
-            # A tied weight may be stored once under all of its names, as to-dcp does; anything else that is shared is
-            # damage.
+            # A tied weight may be stored once under all of its names, as to-dcp does. Any other overlap is damage.
             if following < start + nbytes and (following, length) != (start, nbytes):
                 raise MalformedError(
                     f"{whole.files[0]}: {safe_repr(name)} and {safe_repr(other)} share byte {following} of"
@@ -125,7 +144,7 @@ def _load(path: Path) -> Any:
 
 
 def _no_storage(pid: Any) -> Any:
-    raise ValueError("a persistent id, which metadata has no use for")
+    raise ValueError("a persistent id, which metadata does not use")
 
 
 def _add(whole: Metadata, path: Path) -> None:
@@ -179,9 +198,7 @@ def _instance(value: Any, name: str, path: Path) -> Instance:
 
 
 def _key(*sizes: Sizes | None) -> str:
-    """Sizes as a dictionary's key: the hash of text is secret, that of numbers is not, and a file can choose some
-    that collide.
-    """
+    """Return sizes as the key of a dictionary: as text, because a file can choose numbers whose hashes collide."""
     return str(sizes)
 
 
@@ -212,7 +229,7 @@ def _places(storage: dict[Any, Any], path: Path) -> dict[tuple[str, str], Stored
 def _inside(file: str, path: Path) -> str:
     parts = PurePosixPath(file)
     if not file or parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file or not parts.name:
-        raise UnsafeError(f"{path}: a chunk lies in {safe_repr(file, 255)}, outside the folder; refused")
+        raise UnsafeError(f"{path}: a chunk lies in {safe_repr(file, 255)}, outside the folder; refused to read it")
     if (
         any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in parts.parts)
         or len(file) > MAX_PATH_CHARS
@@ -255,9 +272,3 @@ def _tensor(name: str, meta: Instance, places: dict[tuple[str, str], Stored], pa
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, tuple) and all(type(n) is int and 0 <= n < MAX_NUMEL for n in value)
-
-
-METADATA = ".metadata"
-
-
-FIRST_RANK_METADATA = "__0.metadata"

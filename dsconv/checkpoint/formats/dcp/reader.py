@@ -1,9 +1,9 @@
-"""Directories of torch.distributed.checkpoint (DCP): ``.metadata`` and ``__R_N.distcp``.
+"""Read directories of torch.distributed.checkpoint (DCP): ``.metadata`` and ``__R_N.distcp``.
 
-That is what FSDP1 (sharded state dicts), FSDP2, HSDP, tensor parallelism and any mesh of these write, through
+FSDP1 (sharded state dicts), FSDP2, HSDP, tensor parallelism and any mesh of these are saved in this form, by
 ``dcp.save``, accelerate and the Trainer (``pytorch_model_fsdp_0/``), torchtitan (``step-N/``) and others. A chunk is a
-box of its tensor, also where FSDP2 and TP cut one dimension (``_StridedShard``): DCP writes the box that a rank's share
-is, and refuses to save one that is no box (torch 2.13 ``default_planner.py`` ``_validate_global_plan``).
+box of its tensor, even where FSDP2 and TP both cut one dimension (``_StridedShard``): DCP writes the box that a rank's
+share is, and refuses to save a share that is not a box (torch 2.13 ``default_planner.py`` ``_validate_global_plan``).
 """
 
 from __future__ import annotations
@@ -14,30 +14,35 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.formats.dcp.metadata import FIRST_RANK_METADATA, METADATA
-from dsconv.checkpoint.formats.huggingface import safetensors
+from dsconv.checkpoint.formats.huggingface.config_files import find_config, find_model_folder
+from dsconv.checkpoint.formats.huggingface.safetensors import detect as holds_safetensors
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.errors import CheckpointNotFoundError
 
 STEP = re.compile(r"(?:step|checkpoint)-(?P<step>\d+)")
 # accelerate 1.15 utils/constants.py FSDP_MODEL_NAME; 0 is the first model that was prepared
 NESTED = re.compile(r"pytorch_model_fsdp_\d+")
-CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def detect(path: Path, tag: str | None) -> bool:
-    """Whether the folder is a DCP directory, or holds ``pytorch_model_fsdp_0`` or ``step-N`` and no weights of its
-    own.
-    """
+    """Return whether the folder is a DCP directory, or holds one (a model or steps) and no weights of its own."""
     if not path.is_dir():
         return False
     if tag is not None:
         return STEP.fullmatch(tag) is not None and bool(_steps(path))
-    return _is_dcp(path) or (not safetensors.detect(path) and bool(_model_folders(path) or _steps(path)))
+    return _is_dcp(path) or (not holds_safetensors(path) and bool(_model_folders(path) or _steps(path)))
 
 
 def read(path: Path, tag: str | None) -> Checkpoint:
-    """Raises CheckpointNotFoundError (which step, which model?) and what ``read_metadata``, ``choose`` and chunks
-    raise.
+    """Read the map of a DCP directory.
+
+    Args:
+        path: The directory, or a folder around it: a step, a run's folder of steps.
+        tag: The step to take (``step-N``, ``checkpoint-N``); by default the newest.
+
+    Raises:
+        CheckpointNotFoundError: There is no such step, or the folder holds several models.
+        DsconvError: What ``read_metadata``, ``choose`` and ``entries_of`` raise.
     """
     from dsconv.checkpoint.formats.dcp.chunks import entries_of, files_of
     from dsconv.checkpoint.formats.dcp.metadata import read_metadata
@@ -62,12 +67,8 @@ def read(path: Path, tag: str | None) -> Checkpoint:
         raise CheckpointNotFoundError(f"{top} holds {len(folders)} models: give one of them, such as {folders[0]}")
     folder = folders[0]
     near = list(dict.fromkeys([top, folder, *_outer(folder)]))
-    config_folder = next((f for f in near if any((f / name).is_file() for name in CONFIGS)), None)
-    config = (
-        config_folder / "config.json"
-        if config_folder is not None and (config_folder / "config.json").is_file()
-        else None
-    )
+    config_folder = find_model_folder(near)
+    config = find_config([config_folder] if config_folder is not None else [])
     metadata = read_metadata(folder)
     names = choose(metadata.tensors, metadata.objects, metadata.paths, folder, config)
     entries, more = entries_of(metadata, names.chosen, folder)
@@ -94,7 +95,7 @@ def _is_dcp(folder: Path) -> bool:
 
 
 def _model_folders(path: Path) -> list[Path]:
-    """The folder itself, or the models that accelerate has put into it."""
+    """Return the folder itself, or the models that accelerate has put into it."""
     if _is_dcp(path):
         return [path]
     return sorted(p for p in path.iterdir() if NESTED.fullmatch(p.name) and _is_dcp(p)) if path.is_dir() else []
@@ -109,7 +110,7 @@ def _steps(path: Path) -> dict[int, Path]:
 
 
 def _outer(folder: Path) -> list[Path]:
-    """The folders around one, as long as a name says that it is part of something larger."""
+    """Return the folders around one, as long as its name says that it is part of something larger."""
     found, inner = [], folder.absolute()
     while STEP.fullmatch(inner.name) or NESTED.fullmatch(inner.name):
         inner = inner.parent

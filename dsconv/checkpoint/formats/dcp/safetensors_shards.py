@@ -1,24 +1,29 @@
-"""Shards of safetensors that DCP's HuggingFaceStorageWriter writes: ``shard-RRRRR-model-PPPPP-of-NNNNN.safetensors``.
+"""Read shards that DCP's HuggingFaceStorageWriter writes: ``shard-RRRRR-model-PPPPP-of-NNNNN.safetensors``.
 
-torch 2.13 ``torch/distributed/checkpoint/hf_storage.py`` and ``filesystem.py`` ``_write_files_from_queue``; also
-transformers 5.24 ``save_pretrained(distributed_checkpoint=True)`` and, in a folder ``sharded/``, torchtitan and torch
-with ``enable_consolidation``. Each rank R writes its chunk of each tensor, those of part P in one file, with where they
-begin (``saved_offsets``) in ``__metadata__``.
+The writers are torch 2.13 ``torch/distributed/checkpoint/hf_storage.py`` and ``filesystem.py``
+``_write_files_from_queue``, transformers 5.24 ``save_pretrained(distributed_checkpoint=True)`` and, in a folder
+``sharded/``, torchtitan and torch with ``enable_consolidation``. Each rank R writes its chunk of each tensor, the
+chunks of part P in one file; ``__metadata__`` says where each chunk begins (``saved_offsets``).
 
-The full shape of a tensor is written nowhere. It is where its chunks end: without the last rank's file a tensor only
-looks smaller. A hole is found always; a lost end is found where config.json, an index or the shards of other ranks tell
-of it.
+The full shape of a tensor is not recorded. It is taken from where the chunks end, so without the last rank's file a
+tensor only looks smaller. A hole is always found; a lost end is found where config.json, an index or the shards of
+other ranks disagree with it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface.index import parse_json
+from dsconv.checkpoint.formats.huggingface.config_files import find_config
+from dsconv.checkpoint.formats.huggingface.config_sizes import too_small
+from dsconv.checkpoint.formats.huggingface.index import MAX_INDEX_BYTES, parse_json
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, read_file_and_metadata
+from dsconv.checkpoint.map.pieces import arranged
+from dsconv.checkpoint.map.regions import Sizes
 from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
@@ -26,18 +31,25 @@ from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingSh
 SHARD = re.compile(r"shard-(?P<rank>\d{5,})-model-(?P<part>\d{5,})-of-(?P<parts>\d{5,})\.safetensors")
 SHARDED = "sharded"  # torch 2.13 _hf_utils.py SHARDED_DIR_NAME
 INFO = "DCP_SHARDING_INFO"
-Sizes = tuple[int, ...]
-MAX_INDEX_BYTES = 100_000_000
 
 
 def detect(path: Path, tag: str | None) -> bool:
+    """Return whether the folder, or ``sharded/`` in it, holds such shards."""
     return path.is_dir() and tag is None and bool(_shards(path) or _shards(path / SHARDED))
 
 
 def read(path: Path, tag: str | None) -> Checkpoint:
-    """Raises MalformedError, InconsistentCheckpointError (shards of two saves), MissingShardError."""
-    from dsconv.checkpoint.map.pieces import arranged
+    """Read the map of a folder of such shards.
 
+    Args:
+        path: The folder, or the one that holds ``sharded/``.
+        tag: Not used: such a folder holds one model.
+
+    Raises:
+        MalformedError: A header is damaged, or does not say where the chunks begin.
+        InconsistentCheckpointError: The shards are of two saves.
+        MissingShardError: A part, or the end of a tensor, is not there.
+    """
     folder = path if _shards(path) else path / SHARDED
     files = _shards(folder)
     chunks: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {}
@@ -59,8 +71,8 @@ def read(path: Path, tag: str | None) -> Checkpoint:
                 for end, offset, size in zip(ends.get(name, (0,) * len(offsets)), offsets, entry.shape, strict=True)
             )
             chunks.setdefault(name, []).extend((offsets, entry.shape, piece) for piece in entry.pieces)
-    config_folder = next((f for f in (folder, path, path.absolute().parent) if (f / "config.json").is_file()), None)
-    warnings = [*_numbering(folder, files), *_ends(folder, ends, config_folder)]
+    config = find_config((folder, path, path.absolute().parent))
+    warnings = [*_numbering(folder, files), *_ends(folder, ends, config)]
     _against_index(folder, path, first, ends)
     whole = {
         name: TensorEntry(name, entry.dtype, ends[name], partial(tuple, arranged(chunks.get(name, []), ends[name])))
@@ -72,7 +84,7 @@ def read(path: Path, tag: str | None) -> Checkpoint:
         path,
         "DCP (safetensors)",
         whole,
-        folder=config_folder or path,
+        folder=config.parent if config is not None else path,
         world={"ranks": len(ranks)},
         info=info,
         warnings=tuple(warnings),
@@ -107,9 +119,7 @@ def _offsets(file: Path, metadata: dict[str, str], entries: dict[str, TensorEntr
 
 
 def _numbering(folder: Path, files: list[Path]) -> list[str]:
-    """Raise where the files' own numbers say that some are missing; a rank that wrote nothing at all is only a
-    warning.
-    """
+    """Raise where the files' own numbers say that some are missing. A rank without any file is only a warning."""
     matches = [match for file in files if (match := SHARD.fullmatch(file.name))]
     parts = {int(match["parts"]) for match in matches}
     if len(parts) > 1:
@@ -133,16 +143,15 @@ def _numbering(folder: Path, files: list[Path]) -> list[str]:
     return []
 
 
-def _ends(folder: Path, shapes: dict[str, Sizes], config_folder: Path | None) -> list[str]:
-    from dsconv.checkpoint.formats.huggingface.config_sizes import too_small
-
+def _ends(folder: Path, shapes: dict[str, Sizes], config: Path | None) -> list[str]:
+    """Raise where config.json names a larger size than the chunks reach; warn where it names none."""
     compared = 0
-    if config_folder is not None:
-        compared, problem = too_small(config_folder / "config.json", shapes)
+    if config is not None:
+        compared, problem = too_small(config, shapes)
         if problem is not None:
             name, expected = problem
             raise MissingShardError(
-                f"{folder}: {safe_repr(name)} ends at {list(shapes[name])}, and {config_folder / 'config.json'} says"
+                f"{folder}: {safe_repr(name)} ends at {list(shapes[name])}, and {config} says"
                 f" {list(expected)}: the last rank's shards are not there; copy the files of all ranks"
             )
     if compared:
@@ -158,8 +167,9 @@ def _ends(folder: Path, shapes: dict[str, Sizes], config_folder: Path | None) ->
 def _against_index(
     folder: Path, path: Path, first: dict[str, tuple[TensorEntry, Path]], ends: dict[str, Sizes]
 ) -> None:
-    """An index beside the shards, or of the consolidated files above them, names every tensor and may say how many
-    bytes.
+    """Raise where an index names a tensor, or a number of bytes, that the shards do not have.
+
+    It lies beside the shards, or beside the consolidated files above them.
     """
     for index in dict.fromkeys((folder / INDEX, path / INDEX)):
         if not index.is_file() or index.stat().st_size > MAX_INDEX_BYTES:
@@ -174,15 +184,8 @@ def _against_index(
             )
         about = content.get("metadata")
         total = about.get("total_size") if isinstance(about, dict) else None
-        nbytes = sum(_numel(ends[name]) * entry.dtype.itemsize for name, (entry, _) in first.items())
+        nbytes = sum(math.prod(ends[name]) * entry.dtype.itemsize for name, (entry, _) in first.items())
         if type(total) is int and nbytes < total:
             raise MissingShardError(
                 f"{folder}: the shards hold {nbytes} bytes of weights, {index} says {total}: files are missing"
             )
-
-
-def _numel(shape: Sizes) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel

@@ -1,23 +1,30 @@
 """The sizes that a config.json names, for formats that do not record the full shapes of tensors.
 
-Only names and keys that decoder models of transformers share are known, and only a tensor that is too small is a
-problem: embeddings are often padded beyond ``vocab_size``.
+The tables know only the names and keys that decoder models of transformers share. A tensor that is too small is a
+problem; one that is too large is not, because embeddings are often padded beyond ``vocab_size``.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_CONFIG_BYTES = 8 << 20
-Sizes = tuple[int, ...]
+from dsconv.checkpoint.formats.huggingface.config_files import read_config
+from dsconv.checkpoint.map.regions import Sizes
 
 
 def too_small(config: Path, shapes: Mapping[str, Sizes]) -> tuple[int, tuple[str, Sizes] | None]:
-    """(how many tensors could be compared, the first that is smaller than it should be and what it should be)."""
+    """Look for a tensor that is smaller than its config.json says.
+
+    Args:
+        config: The config.json.
+        shapes: {tensor: its shape as far as the files tell}.
+
+    Returns:
+        How many tensors could be compared, and the first one that is too small with the shape it should have.
+    """
     table = _table(config)
     compared = 0
     for name, shape in shapes.items():
@@ -30,12 +37,9 @@ def too_small(config: Path, shapes: Mapping[str, Sizes]) -> tuple[int, tuple[str
 
 
 def _table(config: Path) -> list[tuple[re.Pattern[str], Sizes]]:
-    try:
-        data = json.loads(config.read_bytes()) if config.stat().st_size <= MAX_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return []
+    data = read_config(config)
     # Models of several parts, and those whose embeddings are narrower than the rest, give these keys another meaning.
-    if not isinstance(data, dict) or any(
+    if data is None or any(
         key.endswith("_config") and isinstance(v, dict) and "hidden_size" in v for key, v in data.items()
     ):
         return []
@@ -82,7 +86,7 @@ LAYERS = {
 
 
 def sizes_of(config: dict[str, Any]) -> dict[str, int]:
-    """The sizes that ``LAYERS`` names and others that dimensions have; 0 where the config does not tell."""
+    """Return the sizes that ``LAYERS`` names and a few more; 0 where the config does not tell."""
     text = config.get("text_config")
     data = config | text if isinstance(text, dict) else config
 

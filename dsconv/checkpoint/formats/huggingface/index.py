@@ -1,4 +1,4 @@
-"""Indexes: which file of a Hugging Face folder holds which tensor (``weight_map``), and the strict reading of JSON."""
+"""Read an index, which says which file of a Hugging Face folder holds which tensor, and read JSON strictly."""
 
 from __future__ import annotations
 
@@ -18,12 +18,21 @@ MAX_INTEGER_DIGITS = 19
 MAX_NAME_BYTES = 255  # of a file, on any file system of Linux
 
 
-def read_all(
+def read_indexed(
     index: Path, read_file: Callable[[Path], dict[str, TensorEntry]]
 ) -> tuple[dict[str, TensorEntry], list[Path], list[str]]:
-    """The entries of all files that ``index`` names, those files, and warnings.
+    """Read all files that an index names.
 
-    Raises MissingShardError where a file or a tensor is not there, and what ``weight_map_of`` and ``read_file`` raise.
+    Args:
+        index: The ``*.index.json``; the files lie beside it.
+        read_file: Reads the entries of one file.
+
+    Returns:
+        The entries, the files in the order in which the index first names them, and warnings.
+
+    Raises:
+        MissingShardError: A file or a tensor that the index names is not there.
+        DsconvError: Whatever ``weight_map_of`` and ``read_file`` raise.
     """
     weight_map = weight_map_of(index)
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
@@ -53,7 +62,12 @@ def read_all(
 
 
 def weight_map_of(path: Path) -> dict[str, str]:
-    """{tensor: file name} of an index. Raises MalformedError, or UnsafeError for a name that leaves the folder."""
+    """Return {tensor: file name} of an index.
+
+    Raises:
+        MalformedError: It is not an index, or is larger than ``MAX_INDEX_BYTES``.
+        UnsafeError: A file name leaves the folder.
+    """
     with open_for_reading(path) as file:
         if file.nbytes > MAX_INDEX_BYTES:
             raise MalformedError(f"{path}: an index of {file.nbytes} bytes; the limit is {MAX_INDEX_BYTES}")
@@ -74,8 +88,17 @@ def weight_map_of(path: Path) -> dict[str, str]:
 
 
 def parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object, held to what serde_json takes: Python's parser guesses encodings, and allows NaN, -0 and half
-    surrogates.
+    """Parse a JSON object as strictly as serde_json does.
+
+    Python's own parser guesses encodings and accepts NaN, -0, repeated keys and half surrogates.
+
+    Args:
+        raw: The bytes.
+        path: The file that errors name.
+        what: What errors call it, such as ``the header``.
+
+    Raises:
+        MalformedError: It is not JSON, or not an object.
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_not_json)

@@ -1,8 +1,8 @@
 """Hugging Face folders of safetensors: one ``model.safetensors``, or shards under an index.
 
-The header is read and held to the rules of safetensors 0.8 (``safetensors/src/tensor.rs``): at most 100 MB of JSON that
-starts with ``{``, offsets that leave no hole and do not overlap, sizes that follow from dtype and shape. What it
-refuses is refused here; beyond that, a name given twice and an unknown field are refused too, where readers may differ.
+The header must follow the rules of safetensors 0.8 (``safetensors/src/tensor.rs``): at most 100 MB of JSON that starts
+with ``{``, offsets that leave no hole and do not overlap, sizes that follow from dtype and shape. dsconv also refuses a
+name given twice and an unknown field, because readers may differ on them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface import index as shard_index
-from dsconv.checkpoint.formats.huggingface.index import parse_json
-from dsconv.checkpoint.map import dtypes
+from dsconv.checkpoint.formats.huggingface.index import parse_json, read_indexed
+from dsconv.checkpoint.map.dtypes import BY_SAFETENSORS, DType
 from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading
@@ -29,19 +28,29 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def detect(path: Path, tag: str | None = None) -> bool:
+    """Return whether ``path`` is a safetensors file or a folder with a model or an adapter in safetensors."""
     if path.is_file():
         return path.suffix == ".safetensors"
     return any((path / name).is_file() for name in (INDEX, SINGLE, ADAPTER))
 
 
 def read(path: Path, tag: str | None = None) -> Checkpoint:
-    """Raises MalformedError, MissingShardError, UnsupportedError or UnsafeError (a weight_map that leaves the
-    folder).
+    """Read the map of a safetensors file or folder.
+
+    Args:
+        path: The file or folder.
+        tag: Not used: such a folder holds one model.
+
+    Raises:
+        MalformedError: A header or the index breaks the rules.
+        MissingShardError: A file that the index names is not there.
+        UnsupportedError: A tensor has a dtype that dsconv does not know.
+        UnsafeError: The index names a file outside the folder.
     """
     if path.is_file():
         return _checkpoint(path, path.parent, read_file(path), [path])
     if (path / INDEX).is_file() and not (path / SINGLE).is_file():
-        return _checkpoint(path, path, *shard_index.read_all(path / INDEX, read_file))
+        return _checkpoint(path, path, *read_indexed(path / INDEX, read_file))
     file = path / (SINGLE if (path / SINGLE).is_file() else ADAPTER)
     warnings = []
     if (path / INDEX).is_file():  # transformers 5.24 modeling_utils.py looks for the single file first
@@ -59,12 +68,17 @@ def _checkpoint(
 
 
 def read_file(path: Path) -> dict[str, TensorEntry]:
-    """The entries of one safetensors file."""
+    """Read the entries of one safetensors file; raises what ``read_file_and_metadata`` raises."""
     return read_file_and_metadata(path)[0]
 
 
 def read_file_and_metadata(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """The entries of one safetensors file, and its ``__metadata__``."""
+    """Read the entries of one safetensors file, and its ``__metadata__``.
+
+    Raises:
+        MalformedError: The file is cut short, or its header breaks a rule.
+        UnsupportedError: A tensor has a dtype that dsconv does not know.
+    """
     with open_for_reading(path) as file:
         size = file.nbytes
         header_bytes = struct.unpack("<Q", file.read(0, 8))[0]
@@ -112,11 +126,11 @@ def _check_metadata(path: Path, metadata: Any) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise MalformedError(f"{path}: __metadata__ maps something else than text to text: {safe_repr(metadata)}")
+        raise MalformedError(f"{path}: __metadata__ should map text to text, found {safe_repr(metadata)}")
     try:
         "".join(metadata.values()).encode()
     except UnicodeEncodeError:
-        raise MalformedError(f"{path}: __metadata__ holds half of a surrogate pair, which is no text") from None
+        raise MalformedError(f"{path}: __metadata__ holds half of a surrogate pair, which is not text") from None
 
 
 def _pieces(record: Record, itemsize: int) -> tuple[Piece, ...]:
@@ -127,7 +141,7 @@ def _pieces(record: Record, itemsize: int) -> tuple[Piece, ...]:
     )
 
 
-def _item(path: Path, name: str, item: Any) -> tuple[dtypes.DType, tuple[int, ...], int, int]:
+def _item(path: Path, name: str, item: Any) -> tuple[DType, tuple[int, ...], int, int]:
     try:
         if not isinstance(item, dict) or item.keys() != FIELDS:
             raise ValueError
@@ -140,15 +154,13 @@ def _item(path: Path, name: str, item: Any) -> tuple[dtypes.DType, tuple[int, ..
         raise MalformedError(
             f"{path}: the header's entry of {safe_repr(name)} is malformed: {safe_repr(item, 120)}"
         ) from None
-    if dtype not in dtypes.BY_SAFETENSORS:
+    if dtype not in BY_SAFETENSORS:
         raise UnsupportedError(f"{path}: {safe_repr(name)} is of dtype {safe_repr(dtype)}, which dsconv does not read")
-    return dtypes.BY_SAFETENSORS[dtype], tuple(shape), begin, end
+    return BY_SAFETENSORS[dtype], tuple(shape), begin, end
 
 
-def _nbytes(path: Path, name: str, dtype: dtypes.DType, shape: tuple[int, ...]) -> int:
-    """The product, in the order in which safetensors multiplies: [2**40, 2**40, 0] overflows there, though nothing
-    is left.
-    """
+def _nbytes(path: Path, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
+    """Multiply in the order in which safetensors does: [2**40, 2**40, 0] overflows there, though it has no elements."""
     nbytes = dtype.itemsize
     for size in shape:
         nbytes *= size

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface import index as shard_index
+from dsconv.checkpoint.formats.huggingface.index import read_indexed
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
-from dsconv.zero_utils import files as deepspeed_files
+from dsconv.zero_utils.files import MODEL, OPTIMIZER, ZERO3_MODEL
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -32,14 +32,24 @@ UNCHECKED = (
 
 
 def detect(path: Path, tag: str | None = None) -> bool:
+    """Return whether ``path`` is a file of torch.save by its suffix, or a folder of ``.bin`` weights."""
     if path.is_file():
         return path.suffix in SUFFIXES
     return any((path / name).is_file() for name in (SINGLE, INDEX, ADAPTER)) or bool(_shards(path))
 
 
 def read(path: Path, tag: str | None = None) -> Checkpoint:
-    """Raises MalformedError, MissingShardError, UnsupportedError, or UnsafeError (a pickle that calls something, a
-    weight_map that leaves the folder).
+    """Read the map of a state dict, of one file or of several.
+
+    Args:
+        path: The file or folder.
+        tag: Not used: such a folder holds one model.
+
+    Raises:
+        MalformedError: A file is damaged, or holds something else than a state dict.
+        MissingShardError: One of several files is not there.
+        UnsupportedError: The file holds a pickled module, or tensors that dsconv does not read.
+        UnsafeError: A pickle calls a function, or the index names a file outside the folder.
     """
     opened: dict[Path, StateDict] = {}
 
@@ -55,7 +65,7 @@ def read(path: Path, tag: str | None = None) -> Checkpoint:
             warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")
         entries = entries_of(path / SINGLE)
     elif (path / INDEX).is_file():
-        entries, _, warnings = shard_index.read_all(path / INDEX, entries_of)
+        entries, _, warnings = read_indexed(path / INDEX, entries_of)
     elif shards := _shards(path):
         entries = _joined(path, shards, entries_of)
         warnings.append(f"{path} has no {INDEX}: took the {len(shards)} files by their names")
@@ -86,12 +96,13 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _joined(folder: Path, shards: list[Path], entries_of: Any) -> dict[str, TensorEntry]:
-    """All shards of a folder that has no index; their names say how many there must be."""
+    """Read all shards of a folder that has no index; their names say how many there must be."""
     found = {int(match["number"]): match for shard in shards if (match := SHARD.fullmatch(shard.name))}
     counts = {int(match["count"]) for match in found.values()}
     if len(counts) != 1 or len(found) != len(shards):
         raise InconsistentCheckpointError(
-            f"{folder}: {shards[0].name} … are not of one save, and there is no {INDEX} to say which count"
+            f"{folder}: {shards[0].name} and the other shards are not of one save, and there is no {INDEX} that says"
+            " which ones belong together"
         )
     count = counts.pop()
     missing = sorted(set(range(1, count + 1)) - set(found))
@@ -104,17 +115,27 @@ def _joined(folder: Path, shards: list[Path], entries_of: Any) -> dict[str, Tens
         for name, entry in entries_of(folder / found[number][0]).items():
             if name in entries:
                 raise InconsistentCheckpointError(
-                    f"{folder}: {safe_repr(name)} is in two of the files, and there is no {INDEX} to say which counts"
+                    f"{folder}: {safe_repr(name)} is in two of the files, and there is no {INDEX} that says which one"
+                    " to take"
                 )
             entries[name] = entry
     return entries
 
 
 class StateDict:
-    """One file's state dict. ``under`` is the key it lies under, ``kind`` what the file is."""
+    """The state dict of one file.
+
+    Attributes:
+        file: The opened file.
+        tensors: {name: value} as stored.
+        under: The key that the state dict lies under; "" for the file's own top level.
+        kind: What the file is, in words.
+        step: The training step that the file names, or None.
+        warnings: What the user should know of it.
+    """
 
     def __init__(self, path: Path) -> None:
-        for pattern in (deepspeed_files.MODEL, deepspeed_files.ZERO3_MODEL, deepspeed_files.OPTIMIZER):
+        for pattern in (MODEL, ZERO3_MODEL, OPTIMIZER):
             if pattern.fullmatch(path.name):
                 raise UnsupportedError(f"{path}: one file of a DeepSpeed checkpoint; give its folder, {path.parent}")
         self.file = TorchFile(path)
@@ -133,7 +154,7 @@ class StateDict:
                 " torch.save(model.state_dict(), …)"
             )
         if not isinstance(root, dict):
-            raise MalformedError(f"{path}: holds a {type(root).__name__}; expected a state dict, of names and tensors")
+            raise MalformedError(f"{path}: holds a {type(root).__name__}; expected a state dict of names and tensors")
         own = [key for key, value in root.items() if isinstance(value, TensorRef)]
         nested = [key for key, value in root.items() if isinstance(value, dict) and _holds_tensors(value)]
         usual = [key for key in nested if key in NESTED]
@@ -159,7 +180,7 @@ class StateDict:
         return root, ""
 
     def entries(self) -> dict[str, TensorEntry]:
-        """{name: entry}; names of one view of one storage are one entry, under the first of them."""
+        """Return {name: entry}. Names of one view of one storage become one entry, under the first of them."""
         names_of: dict[Any, list[str]] = {}
         left_out = []
         for name, value in self.tensors.items():
@@ -173,7 +194,7 @@ class StateDict:
                 isinstance(value, Opaque) and value.cls.startswith("torch._utils._rebuild")
             ):
                 raise UnsupportedError(
-                    f"{where} is a {value.cls}, whose values the file does not hold as a plain tensor's"
+                    f"{where} is a {value.cls}, whose values the file does not store as a plain tensor's"
                 )
             elif isinstance(value, dict) and _holds_tensors(value):
                 raise MalformedError(f"{where} holds more tensors: not a state dict")
@@ -181,7 +202,7 @@ class StateDict:
                 left_out.append(name)
         if left_out:
             self.warnings.append(
-                f"{self.file.path.name}: {len(left_out)} entries are no tensors and were left out, the first"
+                f"{self.file.path.name}: {len(left_out)} entries are not tensors and were left out, the first"
                 f" {safe_repr(left_out[0])}"
             )
         entries = {}

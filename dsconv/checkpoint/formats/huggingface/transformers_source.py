@@ -15,25 +15,23 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.formats.huggingface.config_files import read_config
+
 MAX_SOURCE_BYTES = 4 << 20
-MAX_CONFIG_BYTES = 8 << 20
 
 
 def read_architecture(config: Path) -> tuple[str, str] | None:
     """Return the first of ``architectures`` and the ``model_type`` of a config.json; None where it lacks one."""
-    try:
-        if config.stat().st_size > MAX_CONFIG_BYTES:
-            return None
-        data = json.loads(config.read_bytes())
-        return str(data["architectures"][0]), str(data["model_type"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+    data = read_config(config) or {}
+    named = data.get("architectures")
+    if not isinstance(named, list) or not named or "model_type" not in data:
         return None
+    return str(named[0]), str(data["model_type"])
 
 
 def class_nodes(model_type: str, kind: str = "modeling") -> list[ast.ClassDef]:
@@ -106,7 +104,7 @@ def children_of(config: Path) -> Callable[[str], bool] | None:
 
 
 def _children(node: ast.ClassDef) -> dict[str, str]:
-    """The attributes that ``__init__`` assigns or registers: {name: its class, or "" where that is not plain}."""
+    """Return what ``__init__`` assigns or registers: {attribute: its class, or "" where that is not plain}."""
     found: dict[str, str] = {}
     for function in node.body:
         if not isinstance(function, ast.FunctionDef) or function.name != "__init__":

@@ -1,4 +1,4 @@
-"""What one rank's file says of a tensor that is spread over ranks: a DTensor, or FSDP1's ShardedTensor.
+"""Read what one rank's file says of a tensor that is spread over ranks: a DTensor, or FSDP1's ShardedTensor.
 
 The attributes are those of torch 2.2 to 2.13: ``DTensor._local_tensor`` and ``._spec``
 (``torch/distributed/tensor/_api.py``, ``_dtensor_spec.py``), ``DeviceMesh`` with ``mesh`` and ``_flatten_mesh_list`` to
@@ -28,14 +28,14 @@ PLACEMENTS = "placement_types."
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Ranks in a grid of ``shape``, row-major. Of one save there is one object for each mesh."""
+    """Ranks in a grid of ``shape``, row-major. All files of a save share one object for each mesh."""
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
 
     @cached_property
     def world(self) -> int:
-        """The least number of ranks that there must have been."""
+        """The least number of ranks that the run must have had."""
         return max(self.ranks) + 1
 
     def __str__(self) -> str:
@@ -44,8 +44,12 @@ class Mesh:
 
 @dataclass(frozen=True)
 class DTensor:
-    """``shape`` is that of the full tensor; ``local`` is the share of the rank at ``coordinate``, None for one
-    outside the mesh.
+    """One rank's view of a DTensor.
+
+    Attributes:
+        shape: The shape of the full tensor.
+        coordinate: Where the rank stands in the mesh; None for a rank outside it.
+        local: The rank's share.
     """
 
     dtype: DType
@@ -57,7 +61,7 @@ class DTensor:
 
     @property
     def rank(self) -> int | None:
-        """Which rank says that it wrote this."""
+        """The rank that says it wrote this; None for one outside the mesh."""
         if self.coordinate is None:
             return None
         position = 0
@@ -67,11 +71,12 @@ class DTensor:
 
     @property
     def world(self) -> int:
+        """The least number of ranks that the run must have had."""
         return self.mesh.world
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the files of all ranks must agree on; ``str`` says it."""
+        """What the files of all ranks must agree on; ``str`` shows it."""
         return self.dtype, self.shape, self.placements
 
     def __str__(self) -> str:
@@ -80,7 +85,12 @@ class DTensor:
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """``local`` are this rank's boxes; ``owners`` those of all ranks with the rank that holds each."""
+    """One rank's view of a ShardedTensor.
+
+    Attributes:
+        owners: The boxes of all ranks, each with the rank that holds it; -1 where none is named.
+        local: This rank's boxes and their tensors.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
@@ -91,6 +101,7 @@ class ShardedTensor:
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """What the files of all ranks must agree on; ``str`` shows it."""
         return self.dtype, self.shape, self.owners
 
     def __str__(self) -> str:
@@ -98,8 +109,11 @@ class ShardedTensor:
 
 
 class Reader:
-    """Reads the values of one file; a mesh, which all of its tensors share, is read once. ``meshes`` are those of
-    all files.
+    """Reads the values of one file. A mesh, which all tensors of a file share, is read once.
+
+    Args:
+        path: The file, for messages.
+        meshes: The meshes of all files of the save; new ones are added.
     """
 
     def __init__(self, path: Path, meshes: dict[tuple[Any, ...], Mesh]) -> None:
@@ -108,10 +122,18 @@ class Reader:
         self._read: dict[int, tuple[Mesh, tuple[int, ...] | None]] = {}
 
     def read(self, name: str, value: Any) -> TensorRef | DTensor | ShardedTensor | None:
-        """A tensor, or None for a value that is none.
+        """Read one value of a state dict.
 
-        Raises MalformedError where an attribute is not what torch writes, UnsupportedError for a placement that says no
-        region (``Partial``) and for FSDP1's flat parameters.
+        Args:
+            name: Its key.
+            value: What the pickle holds.
+
+        Returns:
+            The tensor; None for a value that is not a tensor.
+
+        Raises:
+            MalformedError: An attribute is not what torch writes.
+            UnsupportedError: A placement names no region (``Partial``), or the value is a flat parameter of FSDP1.
         """
         if isinstance(value, TensorRef):
             return value
@@ -182,8 +204,9 @@ class Reader:
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """The attributes of a kept object; of one with slots, pickled as (dict or None, slots), both. Empty for anything
-    else.
+    """Return the attributes of a kept object, {} for anything else.
+
+    An object with slots is pickled as (dict or None, slots); both are returned.
     """
     state = value.state if isinstance(value, Instance) else None
     parts = state if isinstance(state, tuple) else (state,)
@@ -191,7 +214,7 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 def _kind(where: str, value: Instance) -> tuple[DType, tuple[int, ...]]:
-    """dtype and full shape: the arguments of ``torch._utils._rebuild_wrapper_subclass``."""
+    """Return dtype and full shape: arguments of ``torch._utils._rebuild_wrapper_subclass``."""
     if len(value.args) < 3 or not isinstance(value.args[1], DType):
         raise MalformedError(f"{where}: a tensor of {safe_repr(value.args[1:2])}, which dsconv does not read")
     return value.args[1], _naturals(where, value.args[2])
@@ -199,12 +222,12 @@ def _kind(where: str, value: Instance) -> tuple[DType, tuple[int, ...]]:
 
 def _naturals(where: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)) or not all(type(n) is int and n >= 0 for n in value):
-        raise MalformedError(f"{where}: {safe_repr(value)} where sizes or ranks belong")
+        raise MalformedError(f"{where}: expected sizes or ranks, found {safe_repr(value)}")
     return tuple(value)
 
 
 def _box(where: str, value: Any, ndim: int) -> tuple[Region, int]:
-    """A ShardMetadata as a region and the rank that holds it; -1 where none is named."""
+    """Return a ShardMetadata as a region and the rank that holds it; -1 where none is named."""
     state = attributes(value)
     offsets, sizes = (_naturals(where, state.get(key)) for key in ("shard_offsets", "shard_sizes"))
     if len(offsets) != ndim or len(sizes) != ndim:
@@ -220,8 +243,8 @@ def _placement(where: str, value: Any, ndim: int) -> Shard | Replicate:
     if kind not in ("Shard", "_StridedShard"):
         label = value.cls if isinstance(value, (Instance, Opaque)) else safe_repr(value)
         raise UnsupportedError(
-            f"{where}: the placement {label.rpartition('.')[2]} ({label}), of which a rank's share is no part of the"
-            " tensor; redistribute it to Shard or Replicate before saving"
+            f"{where}: the placement {label.rpartition('.')[2]} ({label}): a rank's share is not a part of the tensor."
+            " Redistribute it to Shard or Replicate before saving"
         )
     state = attributes(value)
     dim, factor = state.get("dim"), state.get("split_factor", 1)
@@ -239,7 +262,7 @@ def _placement(where: str, value: Any, ndim: int) -> Shard | Replicate:
 
 
 def _mesh(where: str, value: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
-    """Shape, ranks, and the coordinate of the rank that wrote the file."""
+    """Return the shape, the ranks, and the coordinate of the rank that wrote the file."""
     state = attributes(value)
     coordinate = state.get("_coordinate_on_dim")
     if "_layout" in state and "_flatten_rank_map" in state:
@@ -268,10 +291,10 @@ def _mesh(where: str, value: Any) -> tuple[tuple[int, ...], tuple[int, ...], tup
 
 
 def _from_layout(where: str, state: dict[str, Any], coordinate: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and ranks of a mesh kept as a layout: for each dimension, steps in the list of the ranks of its root mesh.
+    """Return shape and ranks of a mesh kept as a layout: for each dimension, steps in the list of its root's ranks.
 
-    torch 2.10 wrote the ranks of the mesh itself too. Later, a mesh cut out of a larger one begins where the writer's
-    own coordinate puts it (``_MeshLayout.remap_to_tensor``).
+    torch 2.10 wrote the ranks of the mesh itself too. In later releases a mesh cut out of a larger one begins where the
+    writer's own coordinate puts it (``_MeshLayout.remap_to_tensor``).
     """
     everyone = _naturals(where, state["_flatten_rank_map"])
     layout = attributes(state["_layout"])
@@ -311,8 +334,9 @@ def _from_layout(where: str, state: dict[str, Any], coordinate: Any) -> tuple[tu
 
 
 def _steps(where: str, size: Any, stride: Any) -> list[int]:
-    """The positions of one dimension's indices, counted from its first; ``size`` is a tuple where it was flattened
-    from several.
+    """Return the positions of one dimension's indices, counted from its first.
+
+    ``size`` is a tuple where the dimension was flattened from several.
     """
     sizes, strides = (value if isinstance(value, tuple) else (value,) for value in (size, stride))
     if (

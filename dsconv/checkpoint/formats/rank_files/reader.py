@@ -1,12 +1,12 @@
-"""Folders with one torch.save a rank, whose tensors are DTensors, FSDP1's ShardedTensors or plain.
+"""Read folders in which each rank saved one file of torch.save, of DTensors, FSDP1's ShardedTensors or plain tensors.
 
-Who writes them: verl (``model_world_size_N_rank_R.pt`` beside ``fsdp_config.json`` and ``huggingface/``; verl 0.6
+verl writes them (``model_world_size_N_rank_R.pt`` beside ``fsdp_config.json`` and ``huggingface/``; verl 0.6
 ``utils/checkpoint/fsdp_checkpoint_manager.py``), accelerate with ``use_dcp=False`` or LOCAL_STATE_DICT
 (``pytorch_model_fsdp_I_rankR.bin``, ``pytorch_model_fsdp_rankR.bin``; accelerate 1.15 ``utils/fsdp_utils.py``), and
 plain scripts (``NAME_rank_R.pt``, ``rank_R.pt``).
 
-Each file says for each tensor on which mesh it lies and how, so that a rank's share follows from the rank
-(``checkpoint/map/placements.py``). What several ranks hold must be the same bytes; the CRC-32s of the files tell.
+Each file says for each tensor on which mesh it lies and how, so a rank's share follows from the rank
+(``checkpoint/map/placements.py``). Copies on several ranks must have the same bytes, which the files' CRC-32s show.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.formats.copies import same_bytes
+from dsconv.checkpoint.formats.huggingface.config_files import find_config
 from dsconv.checkpoint.formats.rank_files.dtensors import DTensor, Mesh, Reader, ShardedTensor
 from dsconv.checkpoint.map.placements import local_region, region_in_order
 from dsconv.checkpoint.map.regions import Region, is_whole, numel_of, shape_of, show
@@ -32,13 +33,13 @@ VERL = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 ACCELERATE = re.compile(r"(pytorch_model_fsdp(?:_\d+)?)_rank(\d+)\.bin")
 PLAIN = re.compile(r"((?:.*[_.-])?)rank[_-]?(\d+)\.(pt|pth|bin)")
 NOT_MODELS = re.compile(r"optim|extra_state|scheduler|rng|random|dataloader|trainer", re.IGNORECASE)
-STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict", "module")  # the first that there is
+STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict", "module")  # the first one found is taken
 MAX_RANK_DIGITS = 7
 
 
 @dataclass(frozen=True)
 class Group:
-    """The files of one save. ``world`` is what their names say, if they do."""
+    """The files of one save. ``world`` is the number of ranks in their names; None where the names have none."""
 
     kind: str
     name: str
@@ -48,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor as the file of one rank holds it: the part of the full tensor, and where its bytes are."""
+    """A tensor as one rank's file holds it: the part of the full tensor (None for all of it), and where it lies."""
 
     rank: int
     file: TorchFile
@@ -57,15 +58,24 @@ class Held:
 
 
 def detect(path: Path, tag: str | None) -> bool:
+    """Return whether ``path`` is a rank's file, or a folder of them (or verl's, with ``actor/`` in it)."""
     if path.is_file():
         return any(path in group.files.values() for group in _groups(path.parent).values())
     return path.is_dir() and _home(path) is not None
 
 
 def read(path: Path, tag: str | None) -> Checkpoint:
-    """``path`` is the folder, or any of the files of one save where a folder holds several.
+    """Read the map of the files of all ranks.
 
-    Raises MissingShardError, InconsistentCheckpointError, MalformedError or UnsupportedError, each naming the file.
+    Args:
+        path: The folder, or any file of the save that is meant where the folder holds several.
+        tag: Not used: such a folder holds one step.
+
+    Raises:
+        MissingShardError: The file of a rank, or a rank's share of a tensor, is not there.
+        InconsistentCheckpointError: The files are not of one save.
+        MalformedError: A file is damaged, or holds no tensors.
+        UnsupportedError: A tensor lies on the ranks in a way that dsconv does not read.
     """
     home = path.parent if path.is_file() else _home(path) or path
     warnings: list[str] = []
@@ -86,15 +96,14 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     entries = _entries(files, found)
     if not all(file.archive.checksummed for file in files.values()):
         warnings.append(
-            "the files were saved without checksums: damage, and copies that differ between ranks, cannot be seen"
+            "the files were saved without checksums, so neither damage nor differing copies on the ranks can be seen"
         )
+    config = find_config((home / "huggingface", home, path))
     return Checkpoint(
         path,
         group.kind,
         entries,
-        folder=next(
-            (folder for folder in (home / "huggingface", home, path) if (folder / "config.json").is_file()), home
-        ),
+        folder=config.parent if config is not None else home,
         step=_step(home),
         world={"ranks": len(ranks)},
         info={"files": group.name},
@@ -104,7 +113,7 @@ def read(path: Path, tag: str | None) -> Checkpoint:
 
 
 def _home(path: Path) -> Path | None:
-    """The folder with the rank files: ``path``, or verl's ``actor`` in its ``global_step_N``."""
+    """Return the folder with the rank files: ``path``, or verl's ``actor`` in its ``global_step_N``."""
     for folder in (path, path / "actor"):
         if folder.is_dir() and _groups(folder):
             return folder
@@ -112,7 +121,7 @@ def _home(path: Path) -> Path | None:
 
 
 def _groups(folder: Path) -> dict[str, Group]:
-    """The rank files of models in a folder, those of one save together."""
+    """Return the rank files of models in a folder, grouped by save."""
     groups: dict[str, Group] = {}
     for path in sorted(folder.iterdir()):
         for pattern, kind in ((VERL, "verl rank files"), (ACCELERATE, "accelerate rank files"), (PLAIN, "rank files")):
@@ -124,7 +133,7 @@ def _groups(folder: Path) -> dict[str, Group]:
             files = groups.setdefault(name, Group(kind, name, {}, world)).files
             if int(match[2]) in files:
                 raise InconsistentCheckpointError(
-                    f"{path} and {files[int(match[2])].name} are both of rank {int(match[2])}; keep one of them"
+                    f"{path} and {files[int(match[2])].name} both claim rank {int(match[2])}; keep one of them"
                 )
             files[int(match[2])] = path
             break
@@ -141,7 +150,7 @@ def _choose(path: Path, groups: dict[str, Group], warnings: list[str]) -> Group:
     if last:
         others = ", ".join(group.name for group in chosen if group is not last[0])
         warnings.append(
-            f"ignored the files of {others}: fsdp_config.json says that the last save was of {recorded} ranks"
+            f"ignored the files of {others}: fsdp_config.json says that {recorded} ranks wrote the last save"
         )
         return last[0]
     raise InconsistentCheckpointError(
@@ -158,7 +167,7 @@ def _verl_world(folder: Path) -> Any:
 
 
 def _step(home: Path) -> int | None:
-    """verl's ``global_step_N/actor`` and the Trainer's ``checkpoint-N``."""
+    """Return the step that verl's ``global_step_N/actor`` or the Trainer's ``checkpoint-N`` names."""
     for part in reversed(home.absolute().parts[-2:]):
         match = re.fullmatch(r"(?:global_step_|checkpoint-)(\d{1,12})", part)
         if match:
@@ -187,8 +196,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> None:
-    """Raise unless every file is of the rank and the run that its name and the others say, and no rank's is missing."""
-    told = 0  # the world, by what the files hold
+    """Raise unless each file was written by the rank in its name, all by one run, and no rank's file is missing."""
+    told = 0  # the number of ranks that the tensors tell
     for tensors in found.values():
         spread = {rank: tensor for rank, tensor in tensors.items() if not isinstance(tensor, TensorRef)}
         first = min(spread, default=0)
@@ -196,16 +205,17 @@ def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dic
             if tensor.rank != rank and (tensor.rank is not None or rank in tensor.mesh.ranks):
                 by = "another rank" if tensor.rank is None else f"rank {tensor.rank}"
                 raise InconsistentCheckpointError(
-                    f"{files[rank].path}: was written by {by}, its name says rank {rank}; files were renamed or swapped"
+                    f"{files[rank].path}: was written by {by}, but its name says rank {rank}; files were renamed or"
+                    " swapped"
                 )
             if group.world and tensor.world > group.world:
                 raise InconsistentCheckpointError(
-                    f"{files[rank].path}: was written on a {_ground(tensor)}, its name says {group.world} ranks"
+                    f"{files[rank].path}: was written on a {_ground(tensor)}, but its name says {group.world} ranks"
                 )
             if _of_other_runs(spread[first], tensor):
                 raise InconsistentCheckpointError(
-                    f"{files[rank].path}: was written on a {_ground(tensor)}, {files[first].path.name} on a"
-                    f" {_ground(spread[first])}: a file of another run lies among these; move it away"
+                    f"{files[rank].path}: was written on a {_ground(tensor)}, but {files[first].path.name} on a"
+                    f" {_ground(spread[first])}: one of them is from another run; move it away"
                 )
             told = max(told, tensor.world)
     world = group.world or max(told, max(files) + 1)
@@ -213,15 +223,15 @@ def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dic
     missing = sorted(set(range(world)) - set(files))
     if missing:
         raise MissingShardError(
-            f"{files[lowest].path.parent}: the save has {world} ranks; missing the files of rank"
-            f" {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}: expected such as"
+            f"{files[lowest].path.parent}: the save has {world} ranks, and the files of rank"
+            f" {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''} are missing, such as"
             f" {_renumbered(files[lowest].path.name, lowest, missing[0])}. Copy them from the nodes that wrote them"
         )
     surplus = max(files)
     if surplus >= (group.world or told or world):
         raise InconsistentCheckpointError(
-            f"{files[surplus].path}: the other files are of {group.world or told} ranks: it was left over from another"
-            " run; move it away"
+            f"{files[surplus].path}: the other files are of a run of {group.world or told} ranks, so this one is left"
+            " over from another run; move it away"
         )
 
 
@@ -230,8 +240,9 @@ def _ground(tensor: DTensor | ShardedTensor) -> str:
 
 
 def _of_other_runs(a: DTensor | ShardedTensor, b: DTensor | ShardedTensor) -> bool:
-    """Whether two ranks' parts of a tensor cannot be of one run: their meshes share ranks and yet differ, or are of
-    other shapes.
+    """Return whether two ranks' parts of a tensor cannot be of one run.
+
+    Their meshes have different shapes, or share ranks without being the same.
     """
     if isinstance(a, DTensor) and isinstance(b, DTensor):
         return a.mesh is not b.mesh and (a.mesh.shape != b.mesh.shape or not set(a.mesh.ranks).isdisjoint(b.mesh.ranks))
@@ -288,7 +299,7 @@ def _said(tensor: TensorRef | DTensor | ShardedTensor) -> str:
 
 
 def _held(name: str, files: dict[int, TorchFile], tensors: dict[int, Any]) -> list[Held]:
-    """All that the ranks hold of a tensor, empty shares left out. A region is None for the whole tensor."""
+    """Return all that the ranks hold of a tensor, except empty shares. A region is None for the whole tensor."""
     if all(isinstance(tensor, ShardedTensor) for tensor in tensors.values()):
         return _boxes(name, files, tensors)
     if all(isinstance(tensor, TensorRef) for tensor in tensors.values()):
@@ -300,24 +311,22 @@ def _held(name: str, files: dict[int, TorchFile], tensors: dict[int, Any]) -> li
             raise MissingShardError(
                 f"{files[lost[0]].path}: lacks {safe_repr(name)}, which the other files say lies on a {mesh}"
             )
-    wrong = None
+    problem = ""
     for rule in (local_region, region_in_order):
         held = []
         for rank, tensor in members.items():
             region = rule(tensor.shape, tensor.mesh.shape, tensor.coordinate or (), tensor.placements)
             if region is None or shape_of(region) != tensor.local.shape:
-                wrong = wrong or (rank, tensor, region)
+                problem = problem or (
+                    f"{files[rank].path}: {safe_repr(name)}, {tensor}, holds a share of {list(tensor.local.shape)} at"
+                    f" {list(tensor.coordinate or ())} of a {tensor.mesh}; expected {list(shape_of(region or ()))}"
+                )
                 break
             if numel_of(region):
                 held.append(Held(rank, files[rank], None if is_whole(region, tensor.shape) else region, tensor.local))
         else:
             return held
-    assert wrong is not None
-    rank, tensor, region = wrong
-    raise InconsistentCheckpointError(
-        f"{files[rank].path}: {safe_repr(name)}, {tensor}, holds a share of {list(tensor.local.shape)} at"
-        f" {list(tensor.coordinate or ())} of a {tensor.mesh}; expected {list(shape_of(region or ()))}"
-    )
+    raise InconsistentCheckpointError(problem)
 
 
 def _boxes(name: str, files: dict[int, TorchFile], tensors: dict[int, ShardedTensor]) -> list[Held]:
@@ -339,14 +348,14 @@ def _boxes(name: str, files: dict[int, TorchFile], tensors: dict[int, ShardedTen
 
 
 def _same_copies(name: str, held: list[Held]) -> None:
-    """Raise InconsistentCheckpointError where two ranks hold other bytes for the same part."""
+    """Raise InconsistentCheckpointError where two ranks hold different bytes for the same part."""
     first: dict[Region | None, Held] = {}
     for part in held:
         original = first.setdefault(part.region, part)
         if original is not part and not same_bytes(original.file, original.tensor, part.file, part.tensor):
             raise InconsistentCheckpointError(
                 f"{part.file.path}: {safe_repr(name)} differs from the copy in {original.file.path.name}, and nothing"
-                " says that it is sharded. The files are of different saves, or each rank has its own (as the running"
+                " says that it is sharded. The files are of different saves, or each rank has its own (like the running"
                 " statistics of BatchNorm): make it the same on all ranks before saving, or leave it out"
             )
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from dsconv.checkpoint import open_checkpoint
-from dsconv.checkpoint.formats.huggingface import index as shard_index
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, SINGLE, detect, read, read_file
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.torchfile.file import read_extent
@@ -230,7 +229,7 @@ def test_a_broken_index_is_malformed(text: bytes, says: str, tmp_path: Path) -> 
 
 
 def test_an_index_over_the_limit_is_not_read(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_index, "MAX_INDEX_BYTES", 10)
+    monkeypatch.setattr("dsconv.checkpoint.formats.huggingface.index.MAX_INDEX_BYTES", 10)
     with pytest.raises(MalformedError, match="the limit is 10"):
         read(sharded)
 
@@ -342,9 +341,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "no data": (file_bytes({"a": item()}), "truncated: the header describes"),
     "bytes after the data": (file_bytes({"a": item()}, bytes(9)), "trailing bytes: the header describes"),
     "data and no tensors": (file_bytes({}, b"x"), "trailing bytes"),
-    "metadata that are a list": (file_bytes({"__metadata__": []}), "__metadata__ maps something else"),
-    "metadata of numbers": (file_bytes({"__metadata__": {"a": 1}}), "__metadata__ maps something else"),
-    "metadata of lists": (file_bytes({"__metadata__": {"a": [[[[1]]]]}}), "__metadata__ maps something else"),
+    "metadata that are a list": (file_bytes({"__metadata__": []}), "__metadata__ should map text to text"),
+    "metadata of numbers": (file_bytes({"__metadata__": {"a": 1}}), "__metadata__ should map text to text"),
+    "metadata of lists": (file_bytes({"__metadata__": {"a": [[[[1]]]]}}), "__metadata__ should map text to text"),
 }
 
 

@@ -233,7 +233,7 @@ def test_what_is_no_tensor_is_left_out_and_said(tmp_path: Path) -> None:
     )
     found = open_checkpoint(tmp_path / "a.bin")
     assert list(found) == ["w"]
-    assert "4 entries are no tensors and were left out, the first '_extra_state'" in found.warnings[0]
+    assert "4 entries are not tensors and were left out, the first '_extra_state'" in found.warnings[0]
 
 
 class Evil:

@@ -127,7 +127,7 @@ def test_a_mesh_cut_out_of_a_larger_one(form_of: str, tmp_path: Path) -> None:
         write(tmp_path, rank, form, FULL[:, row : row + 1])
     assert same(dsconv.open_checkpoint(tmp_path)["w"].read(), FULL)
     (tmp_path / "rank_3.pt").unlink()
-    with pytest.raises(MissingShardError, match=r"missing the files of rank 3: expected such as rank_3.pt"):
+    with pytest.raises(MissingShardError, match=r"the files of rank 3 are missing, such as rank_3.pt"):
         dsconv.open_checkpoint(tmp_path)
 
 
@@ -201,7 +201,7 @@ def test_a_layout_that_is_none(shape: Any, stride: Any, ranks: list[int], more: 
         (
             [("_Partial", {"reduce_op": "sum"})],
             UnsupportedError,
-            "the placement _Partial .*redistribute it to Shard or Replicate",
+            "the placement _Partial .*Redistribute it to Shard or Replicate",
         ),
         ([("InterleavedShard", {"dim": 0})], UnsupportedError, "the placement InterleavedShard"),
     ],
@@ -299,7 +299,7 @@ def test_a_sharded_tensor_in_boxes_of_two_dimensions(tmp_path: Path) -> None:
     fails(
         tmp_path,
         InconsistentCheckpointError,
-        "rank_1.pt: was written on a group of 3 ranks, rank_0.pt on a group of 2 ranks",
+        "rank_1.pt: was written on a group of 3 ranks, but rank_0.pt on a group of 2 ranks",
     )
 
 
@@ -323,7 +323,7 @@ PART = tensor("0", "FloatStorage", (7, 2))
             sharded([local_shard(PART, shard_of([0], [7]))], [WHOLE]),
             r"a shard at \[0\] of \[7\] in a tensor of 2 dimensions",
         ),
-        (sharded([local_shard(PART, shard_of([0, -1], [7, 2]))], [WHOLE]), "where sizes or ranks belong"),
+        (sharded([local_shard(PART, shard_of([0, -1], [7, 2]))], [WHOLE]), "expected sizes or ranks, found"),
     ],
 )
 def test_a_sharded_tensor_that_is_none(pickle: bytes, message: str, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_missing_rank_is_named(name: str, lost: str, example: str, copied: Cop
     folder = copied(name)
     (folder / lost).unlink()
     if example:
-        refused(folder, MissingShardError, "missing the files of rank", example)
+        refused(folder, MissingShardError, "the files of rank", "are missing", example)
     else:
         refused(folder, CheckpointNotFoundError, str(folder))
 
@@ -168,7 +168,7 @@ def test_swapped_files_are_named(name: str, copied: Copy) -> None:
     one.rename(folder / "aside")
     two.rename(one)
     (folder / "aside").rename(two)
-    refused(folder, InconsistentCheckpointError, one.name, "was written by rank 2, its name says rank 1")
+    refused(folder, InconsistentCheckpointError, one.name, "was written by rank 2, but its name says rank 1")
 
 
 def test_a_file_of_another_world_is_named(copied: Copy) -> None:
@@ -186,7 +186,7 @@ def test_a_file_of_another_world_is_named(copied: Copy) -> None:
     refused(three, InconsistentCheckpointError, "ckpt_rank_3.pt", "ckpt_rank_0.pt on a group of 3 ranks", "another run")
     stages = copied("pipeline-w4")
     shutil.copy(one / "rank_0.bin", stages / "rank_2.bin")
-    refused(stages, InconsistentCheckpointError, "rank_2.pt", "rank_2.bin", "both of rank 2")
+    refused(stages, InconsistentCheckpointError, "rank_2.pt", "rank_2.bin", "both claim rank 2")
     (stages / "rank_2.pt").unlink()
     refused(stages, InconsistentCheckpointError, "rank_2.bin", "was written by rank 0")
 
@@ -326,7 +326,7 @@ def test_files_without_checksums_load_with_a_warning(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     checkpoint = dsconv.open_checkpoint(tmp_path)
-    assert "copies that differ between ranks" in checkpoint.warnings[0]
+    assert "differing copies on the ranks" in checkpoint.warnings[0]
 
 
 def test_inspect_names_the_format(made: dict[str, Path]) -> None:
