@@ -96,6 +96,14 @@ class TensorRef:
             numel *= size
         return numel
 
+    @property
+    def view_key(self) -> str:
+        """Return text that is equal for equal views of one storage, to key a dictionary with.
+
+        A file can choose numbers, and so tuples of them, that hash alike. The hashes of text are secret.
+        """
+        return f"{self.dtype.name}{self.shape}{self.strides}{self.offset} {self.storage.key}"
+
 
 @dataclass
 class FragmentAddress:
