@@ -1,4 +1,4 @@
-"""A ``torch.save`` file: its object, of plain data and stand-ins, and where the bytes of its tensors lie."""
+"""Read a ``torch.save`` file: the object in it, as plain data, and where the bytes of its tensors lie."""
 
 from __future__ import annotations
 
@@ -16,24 +16,39 @@ from dsconv.checkpoint.torchfile.zip import Archive, open_archive
 from dsconv.errors import MalformedError, UnsupportedError
 
 MAX_KNOWN = 4096  # pickles of a few hundred bytes each
-MAX_EXPANDED_BYTES = (
-    64 << 20
-)  # of a tensor that repeats its storage (torch's expand): a file of 2 kB can name one of any size
+# The most bytes of a tensor that repeats its storage (torch's expand). A file of 2 kB can name one of any size.
+MAX_EXPANDED_BYTES = 64 << 20
 
 KnownPickles = dict[bytes, tuple[TensorRef, dict[str, int]]]
 
 
 class TorchFile:
-    """An opened ``.pt``, or one that is a span of a larger file: ``root`` is what was saved, ``archive`` its records.
+    """A ``.pt`` file whose pickle has been read. It keeps no file handle.
 
-    No file handle is kept. ``known`` is shared by files of which many hold the same few bytes of pickle: what one of
-    them meant is kept there, and only its storages are looked up again.
+    Attributes:
+        path: The file.
+        root: The object that was saved, of plain data and the classes of ``pickles.values``.
+        archive: The records of the file.
     """
 
     root: Any
     archive: Archive
 
     def __init__(self, path: Path, span: Span | None = None, known: KnownPickles | None = None) -> None:
+        """Read the directory and the pickle of a file.
+
+        Args:
+            path: The file.
+            span: The part of a larger file that is the ``.pt``, such as one item of a ``.distcp``.
+            known: Pickles that were read before. Many small files hold the same pickle: its object is kept there and
+                only the storages of the next file are looked up.
+
+        Raises:
+            CheckpointNotFoundError: There is no such file.
+            MalformedError: The file is empty, truncated, corrupt, or not written by torch.save.
+            UnsupportedError: It is compressed, big-endian, or holds tensors of a kind that dsconv does not read.
+            UnsafeError: It calls what no checkpoint needs, or two readers could read it differently.
+        """
         self.path = path
         self._known = known
         self._storages: dict[str, int] = {}  # key → bytes
@@ -89,7 +104,7 @@ class TorchFile:
         return data
 
     def _persistent(self, pid: Any) -> StorageRef:
-        """A storage from its persistent id (torch 2.13 ``torch/serialization.py`` ``persistent_id``)."""
+        """Return the storage of a persistent id (torch 2.13 ``torch/serialization.py`` ``persistent_id``)."""
         storage = storage_of(pid, self.path)
         self._check_storage(storage.key, storage.numel * (storage.dtype.itemsize if storage.dtype else 1))
         return storage
@@ -105,7 +120,11 @@ class TorchFile:
         self._storages[key] = nbytes
 
     def extent(self, tensor: TensorRef, start: int, numel: int) -> Extent:
-        """The bytes of ``numel`` elements of a contiguous tensor from its element ``start``."""
+        """Return where ``numel`` elements of a contiguous tensor lie, from its element ``start``.
+
+        Raises:
+            MalformedError: The storage is too small for them.
+        """
         record = self.archive.records[f"data/{tensor.storage.key}"]
         itemsize = tensor.dtype.itemsize
         first = (tensor.offset + start) * itemsize
@@ -118,7 +137,12 @@ class TorchFile:
         return Extent(record, record.offset_bytes + first, nbytes)
 
     def pieces(self, tensor: TensorRef) -> tuple[Piece, ...]:
-        """The one piece that fills the tensor, or none when it has no elements."""
+        """Return the one piece that fills the tensor, or none when it has no elements.
+
+        Raises:
+            MalformedError: The storage is too small for the tensor.
+            UnsupportedError: The tensor repeats its storage into more than ``MAX_EXPANDED_BYTES``.
+        """
         if tensor.numel == 0:
             return ()
         if is_contiguous(tensor.shape, tensor.strides):
@@ -134,18 +158,17 @@ class TorchFile:
         return (Piece(self.extent(tensor, 0, span), 0, tensor.numel, tensor.shape, tensor.strides),)
 
     def value(self, tensor: TensorRef) -> bytes:
-        """The bytes of a small contiguous tensor, such as an optimizer's step counter."""
-        extent = self.extent(tensor, 0, tensor.numel)
-        return read_extent(extent)
+        """Read the bytes of a small contiguous tensor, such as an optimizer's step counter."""
+        return read_extent(self.extent(tensor, 0, tensor.numel))
 
 
 def read_extent(extent: Extent) -> bytes:
-    """The bytes of a small extent."""
+    """Read the bytes of a small extent."""
     return read_extents([extent])[0]
 
 
 def read_extents(extents: Sequence[Extent]) -> list[bytes]:
-    """The bytes of small extents, of any files, each of which is opened once."""
+    """Read the bytes of small extents of any files, in their order. Each file is opened once."""
     by_path: dict[Path, list[int]] = {}
     for number, extent in enumerate(extents):
         by_path.setdefault(extent.record.path, []).append(number)
@@ -163,7 +186,12 @@ def read_extents(extents: Sequence[Extent]) -> list[bytes]:
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether elements lie in row-major order without gaps; the stride of a dimension of size 1 does not matter."""
+    """Return whether elements lie in row-major order without gaps.
+
+    Args:
+        shape: The sizes.
+        strides: The strides in elements. That of a dimension of size 1 does not matter.
+    """
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:

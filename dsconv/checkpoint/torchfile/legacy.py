@@ -1,8 +1,8 @@
-"""torch's older file format, without a zip: what torch.save wrote before 1.6, and still writes when asked.
+"""Read torch's older file format, which has no zip. torch.save wrote it before 1.6, and still does when asked.
 
-Read from torch 2.13 ``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``: five pickles follow each other (a
-magic number, the protocol's version, the machine's properties, the object, the keys of its storages in order), then of
-each storage its number of elements, as eight bytes, and its bytes. There are no checksums.
+Five pickles follow each other: a magic number, the protocol's version, the machine's properties, the object, and the
+keys of its storages in order. Then comes each storage: its number of elements in eight bytes, and its bytes. There are
+no checksums (torch 2.13 ``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsconv.checkpoint.torchfile.zip import Archive
 from dsconv.errors import MalformedError, UnsupportedError
 
 MAGIC = 0x1950A86A20F9469CFC6C
-MAGIC_BYTES = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # as a pickle of protocol 2 and above spells it
+MAGIC_BYTES = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # as a pickle of protocol 2 and later spells it
 PROTOCOL = 1001
 HEAD_BYTES = 32  # protocol 4 puts a frame of 11 bytes before it
 FIRST_READ_BYTES = 1 << 20
@@ -25,14 +25,20 @@ MAX_KEY_CHARS = 100  # of a storage's name; torch numbers them
 
 
 def is_legacy(file: OpenFile) -> bool:
-    """Whether the file begins with the magic number's pickle."""
+    """Return whether the file begins with the pickle of the magic number."""
     return MAGIC_BYTES in file.read(0, min(HEAD_BYTES, file.nbytes))
 
 
 def storage_of(pid: Any, path: Any) -> StorageRef:
-    """The storage that a persistent id means, in either format.
+    """Return the storage that a persistent id means, in either format.
 
-    Raises ValueError where it is no storage's, UnsupportedError for a class of storage that dsconv does not read.
+    Args:
+        pid: What the pickle gives as the persistent id.
+        path: The file, for messages.
+
+    Raises:
+        ValueError: ``pid`` is not the id of a storage.
+        UnsupportedError: It names a class of storage that dsconv does not read.
     """
     if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
         raise ValueError("a persistent id that is not a storage's")
@@ -47,10 +53,12 @@ def storage_of(pid: Any, path: Any) -> StorageRef:
 
 
 def read(file: OpenFile) -> tuple[Any, Archive]:
-    """The object, and the storages' records under the names that they have in a zip (``data/KEY``).
+    """Return the object, and the records of the storages under the names that they would have in a zip (``data/KEY``).
 
-    Raises MalformedError (truncated, storages that do not follow each other), UnsupportedError (big-endian, storage
-    views) or UnsafeError.
+    Raises:
+        MalformedError: The file is truncated, or its storages do not follow each other.
+        UnsupportedError: It was saved on a big-endian machine, or holds views of storages.
+        UnsafeError: It calls what no checkpoint needs.
     """
     root, keys, storages, position = _pickles(file)
     records: dict[str, Record] = {}
@@ -85,8 +93,9 @@ def read(file: OpenFile) -> tuple[Any, Archive]:
 
 
 def _pickles(file: OpenFile) -> tuple[Any, Any, dict[str, StorageRef], int]:
-    """(object, keys, storages by key, where the first storage begins). How long the pickles are, only reading them
-    tells.
+    """Return (object, keys, storages by key, where the first storage begins).
+
+    Only reading the pickles tells how long they are, so more of the file is read until they end.
     """
     limit = min(file.nbytes, machine.MAX_PICKLE_BYTES)
     nbytes = min(limit, FIRST_READ_BYTES)
@@ -103,9 +112,7 @@ def _parse(file: OpenFile, data: bytes) -> tuple[Any, Any, dict[str, StorageRef]
     storages: dict[str, StorageRef] = {}
 
     def persistent(pid: Any) -> Any:
-        if (
-            isinstance(pid, tuple) and len(pid) >= 2 and pid[0] == "module"
-        ):  # the class of a module saved whole, and its source
+        if isinstance(pid, tuple) and len(pid) >= 2 and pid[0] == "module":  # a module's class with its source
             return pid[1]
         storage = storage_of(pid, file.path)
         if pid[5:] and pid[5] is not None:

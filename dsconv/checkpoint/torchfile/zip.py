@@ -1,10 +1,10 @@
-"""Where each record of a ``torch.save`` zip lies, and nothing else.
+"""Find where each record of a ``torch.save`` zip lies.
 
 ``torch.save`` writes an uncompressed zip whose records are aligned to 64 bytes (torch 2.13
 ``torch/utils/serialization/config.py``, ``save.storage_alignment``), zip64 when large. The directory at the end is the
-authority; each local header is read too, since its name and extra field may differ in length from the directory's.
-Anything torch.save does not do (compression, encryption, duplicate or odd names, records that overlap, bytes before or
-after the zip, two directories that disagree) is refused: where readers of one file can differ, one of them is deceived.
+authority. Each local header is read too, since its name and extra field may differ in length from the directory's.
+Whatever torch.save does not do is refused: compression, encryption, duplicate or odd names, records that overlap, bytes
+before or after the zip, two directories that disagree. Where readers of one file can differ, one of them is deceived.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ FULL32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Archive:
-    """The records of one zip by their names under the archive's root folder; ``root`` is that folder's name.
+    """The records of one zip.
 
-    ``checksummed`` is False when the file was saved with torch.serialization.set_crc32_options(False), which leaves
-    zeros where the CRC-32s belong (seen with torch 2.13).
+    Attributes:
+        path: The file.
+        root: The name of the folder in which all records lie.
+        records: The records by their names under that folder.
+        checksummed: False when the file was saved with torch.serialization.set_crc32_options(False), which leaves
+            zeros where the CRC-32s belong (seen with torch 2.13).
     """
 
     path: Path
@@ -49,8 +53,12 @@ class Archive:
 def open_archive(file: OpenFile) -> Archive:
     """Read the zip directory of an open file, or of a span of it.
 
-    Raises MalformedError (not a zip, truncated, inconsistent), UnsupportedError (compressed) or UnsafeError (names).
-    Offsets in messages are counted from the span's start, those of the records from the file's.
+    Offsets in messages are counted from the start of the span, those in the records from the start of the file.
+
+    Raises:
+        MalformedError: The file is not a zip, is truncated, or contradicts itself.
+        UnsupportedError: A record is compressed or encrypted, or the file is a TorchScript program.
+        UnsafeError: Names leave the folder or occur twice, records overlap, or readers differ on what the file is.
     """
     path = file.path
     directory, count, directory_offset = _read_directory(file)
@@ -98,21 +106,20 @@ def open_archive(file: OpenFile) -> Archive:
     for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
             raise UnsafeError(f"{path}: zip records {safe_repr(name)} and {safe_repr(other)} overlap; refused")
-    if (
-        spans and spans[0][0]
-    ):  # torch 2.13 serialization.py _is_zipfile looks at a file's first bytes, and unpickles what is no zip
+    # torch 2.13 serialization.py _is_zipfile looks at a file's first bytes, and unpickles what does not begin as a zip.
+    if spans and spans[0][0]:
         raise UnsafeError(
             f"{path}: {spans[0][0]} bytes lie before the zip's first record; refused: readers differ on what such a"
             " file is"
         )
-    checksummed = any(record.crc32 for record in records.values())  # one that is zero among others is damage
+    checksummed = any(record.crc32 for record in records.values())  # a single zero among others is damage
     if not checksummed:
         records = {k: Record(r.path, r.offset_bytes, r.nbytes, None, r.name) for k, r in records.items()}
     return Archive(path, roots.pop() if roots else "", records, checksummed)
 
 
 def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
-    """The bytes of the central directory, the number of its entries, and where it begins."""
+    """Return the bytes of the central directory, the number of its entries, and where it begins."""
     path, size_bytes = file.path, file.nbytes
     for most in (
         EDGE_BYTES,
@@ -169,7 +176,7 @@ def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
 
 
 def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int, int]:
-    """One directory entry: name, CRC-32, data bytes, offset of the local header, position of the next entry."""
+    """Return one entry: name, CRC-32, data bytes, offset of its local header, position of the next entry."""
     if position + CENTRAL.size > len(directory) or directory[position : position + 4] != b"PK\x01\x02":
         raise MalformedError(f"{path}: the zip directory is corrupt at its byte {position}")
     fields = CENTRAL.unpack_from(directory, position)
@@ -185,12 +192,14 @@ def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int
     except UnicodeDecodeError:
         raise MalformedError(f"{path}: a record's name is not UTF-8") from None
     if fields[13] not in (0, FULL16):
-        raise MalformedError(f"{path}: record {safe_repr(name)} is of a zip of several volumes; torch.save writes one")
+        raise MalformedError(
+            f"{path}: record {safe_repr(name)} belongs to a zip of several volumes; torch.save writes one"
+        )
     if flags & FLAG_ENCRYPTED:
         raise UnsupportedError(f"{path}: record {safe_repr(name)} is encrypted; torch.save never does that")
     if method != 0:
         raise UnsupportedError(
-            f"{path}: record {safe_repr(name)} is compressed (method {method}); torch.save stores records as they are. "
+            f"{path}: record {safe_repr(name)} is compressed (method {method}); torch.save does not compress. "
             "The file was re-zipped: unzip it and load and save it again with torch"
         )
     nbytes, packed, header_offset = _zip64(directory[extra_at : extra_at + extra_bytes], nbytes, packed, header_offset)
@@ -202,7 +211,7 @@ def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int
 
 
 def _zip64(extra: bytes, nbytes: int, packed: int, header_offset: int) -> tuple[int, int, int]:
-    """Replace the sizes and the offset that do not fit in 32 bits by those of the zip64 extra field (id 1)."""
+    """Return the sizes and the offset, those that do not fit in 32 bits from the zip64 extra field (id 1)."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
@@ -220,7 +229,7 @@ def _zip64(extra: bytes, nbytes: int, packed: int, header_offset: int) -> tuple[
 
 
 def _split_name(name: str, path: Path) -> tuple[str, str]:
-    """('root', 'data/0') of 'root/data/0'; a name that could leave a folder is refused."""
+    """Return ('root', 'data/0') of 'root/data/0', and refuse a name that could leave a folder."""
     root, slash, inner = name.partition("/")
     if not slash or "\\" in name or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise UnsafeError(
@@ -230,7 +239,7 @@ def _split_name(name: str, path: Path) -> tuple[str, str]:
 
 
 def _header_bytes(header: bytes, path: Path, header_offset: int, name: str, nbytes: int) -> int:
-    """The length of a record's own header, which must agree with the directory so far as it says anything."""
+    """Return the length of a record's own header, which must agree with the directory as far as it says anything."""
     encoded = name.encode()
     fields = LOCAL.unpack_from(header)
     if fields[0] != b"PK\x03\x04":
