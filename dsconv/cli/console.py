@@ -17,6 +17,22 @@ LOG_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 QUICK_BYTES = 64 << 20  # work below this is over before a bar is drawn
 
 Progress = Callable[[str, int, int], None]
+Decorator = Callable[[Any], Any]
+
+JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+QUIET: Decorator = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+DEBUG: Decorator = click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
+
+
+def with_options(*options: Decorator) -> Decorator:
+    """Return a decorator that adds ``options`` to a command, in the order in which --help shows them."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only

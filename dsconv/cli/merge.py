@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from dsconv.cli import console
-from dsconv.cli.console import Repo, Size
+from dsconv.cli.console import Repo, Size, with_options
 
-CHECKPOINT = click.argument("checkpoint", type=click.Path(), metavar="CKPT")
-OUTPUT = click.argument("output", type=click.Path(), required=False, metavar="[OUT]")
-OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take (default: what the file 'latest' names)."),
+# Each option is a keyword of ``dsconv.merge``. They are grouped as --help shows them.
+ARGUMENTS = (
+    click.argument("checkpoint", type=click.Path(), metavar="CKPT"),
+    click.argument("output", type=click.Path(), required=False, metavar="[OUT]"),
+)
+SOURCE_OPTIONS = (
+    click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names)."),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main)."),
+)
+TENSOR_OPTIONS = (
     click.option(
         "--dtype",
         type=click.Choice(["fp32", "bf16", "fp16"]),
         help="Cast floats, once, to nearest even (default: as stored).",
     ),
     click.option(
-        "--max-shard-size",
-        "--max_shard_size",
-        type=Size(),
-        default="5GB",
-        show_default=True,
-        help="Largest output file.",
-    ),
-    click.option(
         "--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."
     ),
-    click.option("--adapter", is_flag=True, help="Write only the LoRA/PEFT adapter, as a folder that PeftModel loads."),
+    click.option("--adapter", is_flag=True, help="Write only the LoRA/PEFT adapter, as a folder for PeftModel."),
+)
+OUTPUT_OPTIONS = (
+    click.option(
+        "--max-shard-size", "--max_shard_size", type=Size(), default="5GB", show_default=True, help="Largest file."
+    ),
     click.option(
         "--config-from",
         type=click.Path(file_okay=False),
@@ -42,35 +43,19 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--verify", "verify_output", is_flag=True, help="Read the output back and compare every byte."),
     click.option("--force", is_flag=True, help="Replace a model that OUT already holds."),
-    click.option(
-        "--fsync/--no-fsync",
-        default=None,
-        help="Have the output on the disk before it counts as written (default: yes).",
-    ),
-    click.option("--sha256", is_flag=True, help="Put the sha256 of each file in the manifest."),
+    click.option("--fsync/--no-fsync", default=None, help="Flush the output to the disk (default: yes)."),
+    click.option("--sha256", is_flag=True, help="Put the sha256 of each file into the manifest."),
     click.option(
         "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."
     ),
     click.option(
-        "--push-to-hub",
-        type=Repo(),
-        metavar="REPO",
-        help="Push OUT to org/model on the Hugging Face Hub (see dsconv push).",
+        "--push-to-hub", type=Repo(), metavar="REPO", help="Push OUT to org/model on the Hub (see dsconv push)."
     ),
-    click.option("--private", is_flag=True, help="With --push-to-hub: as of dsconv push."),
-    click.option(
-        "--safe_serialization", is_flag=True, hidden=True, help="Of the old script; the output is always safetensors."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
-    click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback."),
+    click.option("--private", is_flag=True, help="With --push-to-hub, create REPO as private."),
+    click.option("--safe_serialization", is_flag=True, hidden=True, help="Ignored: the output is always safetensors."),
 )
-
-
-def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for decorate in (*reversed(OPTIONS), OUTPUT, CHECKPOINT):
-        function = decorate(function)
-    return function
+DISPLAY_OPTIONS = (console.JSON, console.QUIET, console.DEBUG)
+ALL_OPTIONS = (*ARGUMENTS, *SOURCE_OPTIONS, *TENSOR_OPTIONS, *OUTPUT_OPTIONS, *DISPLAY_OPTIONS)
 
 
 @click.command("zero-to-fp32", epilog="""\b
@@ -80,12 +65,12 @@ Example:
 
 OUT defaults to CKPT/<tag>-fp32. The spellings of DeepSpeed's zero_to_fp32.py
 (--max_shard_size, --exclude_frozen_parameters, -t, -d) work too.""")  # fmt: skip
-@_with_options
+@with_options(*ALL_OPTIONS)
 def zero_to_fp32(**options: Any) -> None:
     """Merge a DeepSpeed ZeRO checkpoint into safetensors.
 
     CKPT is a save folder, a tag folder (global_step100/) or a Trainer's checkpoint-N. The weights are the optimizer's
-    fp32 masters; frozen weights and buffers keep the dtype they were stored in.
+    fp32 masters; frozen weights and buffers keep their stored dtype.
     """
     _run(options)
 
@@ -95,12 +80,12 @@ Example:
   dsconv merge checkpoints/ merged/
   dsconv merge merged/ small/ --dtype bf16 --max-shard-size 2GB
   dsconv merge org/model s3://bucket/model --dtype bf16""")  # fmt: skip
-@_with_options
+@with_options(*ALL_OPTIONS)
 def merge(**options: Any) -> None:
-    """Merge a checkpoint of any format that dsconv reads into safetensors.
+    """Merge a checkpoint of any format into safetensors.
 
-    The format is detected. Tensors keep their stored dtype unless --dtype is given; of a ZeRO checkpoint the fp32
-    masters are taken.
+    The format is detected. Tensors keep their stored dtype unless --dtype is given. A ZeRO checkpoint gives its fp32
+    masters.
     """
     _run(options)
 
@@ -112,7 +97,7 @@ def _run(options: dict[str, Any]) -> None:
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     del options["safe_serialization"], options["debug"]
     if options["private"] and options["push_to_hub"] is None:
-        raise click.UsageError("--private is of the repository that --push-to-hub names")
+        raise click.UsageError("--private needs --push-to-hub REPO")
     console.quiet_downloads(quiet or as_json)
     began = time.monotonic()
     with console.progress(quiet or as_json) as progress:
@@ -137,8 +122,8 @@ def _run(options: dict[str, Any]) -> None:
         click.echo(f"with {', '.join(report.sidecars)}")
     elif not options["adapter"]:
         click.echo(
-            "no config.json was found beside the checkpoint: name the model's folder with --config-from to make OUT"
-            " loadable",
+            "No config.json was found beside the checkpoint. Name the model's folder with --config-from to make OUT"
+            " loadable.",
             err=True,
         )
     if report.pushed is not None:

@@ -13,7 +13,7 @@ from dsconv.errors import EXIT_MISMATCH
 if TYPE_CHECKING:
     from dsconv.engine.validation_report import Cell, ValidationReport
 
-SABOTAGES = ["drop-exp-avg", "reset-rng", "skip-batch", "swap-shards", "stale-latest"]
+FAULTS = ["drop-exp-avg", "reset-rng", "skip-batch", "swap-shards", "stale-latest"]
 
 
 @click.command(epilog="""\b
@@ -39,9 +39,7 @@ Example:
 )
 @click.option("--quick", is_flag=True, help="A few rows: ZeRO-1, ZeRO-3, AutoTP and native.")
 @click.option("--cells", metavar="ROW,…", help="These rows only, such as zero3-bf16.")
-@click.option(
-    "--sabotage", type=click.Choice(SABOTAGES), help="Break each resumed run on purpose: validation must fail."
-)
+@click.option("--sabotage", type=click.Choice(FAULTS), help="Break each resumed run on purpose: validation must fail.")
 @click.option(
     "--steps",
     type=int,

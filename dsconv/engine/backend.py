@@ -1,4 +1,4 @@
-"""What a backend is to the loop: an engine that takes steps, saves and loads."""
+"""The contract between the training loop and an engine that takes steps, saves and loads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import torch
 
 @dataclass
 class StepResult:
-    """Of one step on one rank. ``loss`` is this rank's mean over its samples, ``grad_norm`` global, before clipping.
+    """The result of one step on one rank.
 
-    ``comm_seconds``: in collectives, where the backend measures that.
+    Attributes:
+        loss: This rank's mean over its samples.
+        grad_norm: The norm of the whole gradient before clipping.
+        lr: The learning rate of the step.
+        comm_seconds: Seconds in collectives, if the backend measures them.
     """
 
     loss: float
@@ -24,29 +28,32 @@ class StepResult:
 
 
 class Backend(Protocol):
-    """One rank's part of an engine. All ranks call each method together."""
+    """One rank's part of an engine. All ranks call each method together, in the same order."""
 
     dp_rank: int
-    stream: int  # ranks with the same one draw the same random numbers
+    stream: int  # ranks of the same stream draw the same random numbers
 
     def step(self, rows: torch.Tensor) -> StepResult:
-        """One optimizer step on this data-parallel rank's samples, [accumulation × micro_batch, seq_len]."""
+        """Take one optimizer step on this rank's samples, of shape [accumulation × micro_batch, seq_len]."""
 
     def save(self, folder: Path, tag: str) -> None:
         """Write ``folder``/``tag``."""
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from what ``save`` wrote in the same layout; or, where the backend was made for it, in another."""
+        """Restore what ``save`` wrote in this layout, or in another if the backend was made for that."""
 
     def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(parameter's name in the transformers model, state, this rank's part of it without padding).
+        """Yield (name of the parameter in the transformers model, state, this rank's part without padding).
 
         States are ``weight`` (what the model computes with), ``fp32`` (the master) and the optimizer's, such as
         ``exp_avg``.
         """
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """Of whole rows, [batch, seq_len, vocabulary], fp32, without dropout; None where the layout computes none."""
+        """Return fp32 logits of whole rows without dropout, of shape [batch, seq_len, vocabulary].
+
+        Returns None if the layout does not compute them.
+        """
 
     def close(self) -> None:
-        """End the engine."""
+        """Release the engine."""

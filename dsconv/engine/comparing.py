@@ -1,4 +1,4 @@
-"""What validation compares: digests of states, checkpoints by their maps, logits."""
+"""Compare what validation must find equal: digests of states, tensors of checkpoints, logits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ SHOWN = 5
 
 
 def compare_states(first: Path, second: Path, kinds: tuple[str, ...] | None = None) -> list[str]:
-    """Where the digests of two probes differ, as ``rank 1: exp_avg of model.norm.weight``; at most a few, and how
-    many more.
+    """Return where two folders of digests differ, as ``rank 1: exp_avg of model.norm.weight``.
+
+    Only the first few differences are listed, then their number. ``kinds`` restricts the comparison to some states.
     """
     a, b = read_states(first), read_states(second)
     if len(a) != len(b):
@@ -42,8 +43,12 @@ def _few(found: list[str]) -> list[str]:
 
 
 def compare_checkpoints(run: Path, step: int, resaved: Path) -> tuple[int, list[str]]:
-    """(tensors compared, those that differ): masters, and optimizer states where both formats' maps have them, bit
-    for bit.
+    """Compare a step's checkpoint with one that was saved from what another run loaded, bit for bit.
+
+    Masters are compared, and optimizer states if dsconv reads those of both formats.
+
+    Returns:
+        The number of tensors that were compared, and the names of those that differ.
     """
     first, second = open_checkpoint(run / FOLDER / tag_of(step)), open_checkpoint(resaved)
     count, differing = _compare(dict(first), dict(second))
@@ -55,7 +60,7 @@ def compare_checkpoints(run: Path, step: int, resaved: Path) -> tuple[int, list[
 
 
 def _optimizer(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """{parameter/state: its entry}; none of a format whose optimizer dsconv does not read."""
+    """Return the states as {parameter/state: entry}; empty if dsconv does not read the format's optimizer."""
     try:
         training = training_of(checkpoint)
     except UnsupportedError:
@@ -83,13 +88,14 @@ def _compare(first: dict[str, TensorEntry], second: dict[str, TensorEntry]) -> t
     return compared, differing
 
 
-def compare_logits(probe: Path, merged: Path, dtype: str) -> dict[str, Any]:
-    """How far the logits of the merged model are from the trained one's, as a part of the largest; 0 is equal bit
-    for bit.
+def compare_logits(digests: Path, merged: Path, dtype: str) -> dict[str, Any]:
+    """Return how far the merged model's logits are from the trained model's, as a part of the largest logit.
+
+    0 means that they are equal bit for bit.
     """
-    found = read_logits(probe)
+    found = read_logits(digests)
     if found is None:
-        return {"logits": "not computed: each rank has a part of every sequence"}
+        return {"logits": "not computed: each rank has only a part of every sequence"}
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -1,7 +1,7 @@
-"""Samples in an order that depends on nothing but the seed, and the place in it, which is a run's to keep.
+"""Training samples in an order that depends only on the seed, and a run's position in that order.
 
-A step takes the next ``batch_size`` samples of the epoch's shuffled order, over all ranks, whatever their number; so a
-run that goes on with another layout sees the data that it would have seen.
+A step takes the next ``batch_size`` samples of the epoch's shuffled order over all ranks, however many there are. A run
+that is resumed in another layout therefore sees the same data.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ SYNTHETIC_SAMPLES = 512  # an epoch of synthetic data
 
 @dataclass
 class Position:
-    """Where in the data a run is: ``taken`` samples of epoch ``epoch``. Steps end on gradient accumulation
-    boundaries.
-    """
+    """A run's position in the data: it has taken ``taken`` samples of epoch ``epoch``."""
 
     epoch: int = 0
     taken: int = 0
 
 
 class Data:
-    """Rows of ``seq_len`` token ids, int64, and an order of them for each epoch."""
+    """Rows of ``seq_len`` token ids (int64), with an order for each epoch."""
 
     def __init__(self, samples: torch.Tensor, seed: int) -> None:
         self.samples = samples
@@ -36,15 +34,16 @@ class Data:
         self._orders: dict[int, torch.Tensor] = {}
 
     def order(self, epoch: int) -> torch.Tensor:
-        """The permutation of an epoch, made by a generator of its own."""
+        """Return the permutation of an epoch, which its own generator draws."""
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
             self._orders = {epoch: torch.randperm(len(self.samples), generator=generator)}
         return self._orders[epoch]
 
     def take(self, position: Position, count: int) -> torch.Tensor:
-        """The next ``count`` samples, [count, seq_len], after which ``position`` is behind them; epochs follow each
-        other.
+        """Return the next ``count`` samples, of shape [count, seq_len], and advance ``position`` past them.
+
+        An epoch that ends is followed by the next.
         """
         rows = []
         while count:
@@ -59,18 +58,27 @@ class Data:
 
 
 def open_data(spec: str, seq_len: int, vocab_size: int, seed: int, model_folder: Path | None) -> Data:
-    """``synthetic``, a text file, or token ids as an ``.npy`` array.
+    """Open a run's data.
 
-    Text is split by the tokenizer in the model's folder; without one its bytes are the tokens. Raises
-    CheckpointNotFoundError, UsageError where there is less than one sample, MalformedError for ids outside the
-    vocabulary.
+    Args:
+        spec: ``synthetic``, a text file, or an ``.npy`` array of token ids. The tokenizer in the model's folder splits
+            text; without one its bytes are the tokens.
+        seq_len: Tokens of a sample.
+        vocab_size: The number of token ids that the model knows.
+        seed: The seed of the order.
+        model_folder: The folder of the model, if it has one.
+
+    Raises:
+        CheckpointNotFoundError: The file does not exist.
+        UsageError: The file has less than one sample.
+        MalformedError: The file has token ids outside the vocabulary, or cannot be read.
     """
     if spec == "synthetic":
         return Data(_synthetic(seq_len, vocab_size, seed), seed)
     path = Path(spec)
     if not path.is_file():
         raise CheckpointNotFoundError(
-            f"--data {spec}: there is no such file; give a text file, an .npy array of token ids, or 'synthetic'"
+            f"--data {spec}: no such file; give a text file, an .npy array of token ids, or 'synthetic'"
         )
     ids = _array(path) if path.suffix == ".npy" else _text(path, vocab_size, model_folder)
     rows = len(ids) // seq_len
@@ -78,15 +86,13 @@ def open_data(spec: str, seq_len: int, vocab_size: int, seed: int, model_folder:
         raise UsageError(f"--data {spec} has {len(ids)} tokens, fewer than one sample of --seq-len {seq_len}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise MalformedError(
-            f"{spec} has token ids from {int(ids.min())} to {int(ids.max())}: the model's vocabulary has {vocab_size}"
+            f"{spec} has token ids from {int(ids.min())} to {int(ids.max())}: the model has {vocab_size}"
         )
     return Data(ids[: rows * seq_len].reshape(rows, seq_len), seed)
 
 
 def _synthetic(seq_len: int, vocab_size: int, seed: int) -> torch.Tensor:
-    """Sequences that can be learned: from a random start each token is the last one plus a step of the sequence's
-    own.
-    """
+    """Return sequences that can be learned: each starts at random and counts on by a random stride of its own."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(0, vocab_size, (SYNTHETIC_SAMPLES, 1), generator=generator)
     stride = torch.randint(1, 8, (SYNTHETIC_SAMPLES, 1), generator=generator)
@@ -102,7 +108,7 @@ def _array(path: Path) -> torch.Tensor:
         raise MalformedError(f"{path} is not an .npy array: {error}") from None
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise MalformedError(
-            f"{path} is an array of {found.ndim} dimensions of {found.dtype}: token ids are one row of integers"
+            f"{path} is an array of {found.dtype} with {found.ndim} dimensions; expected one dimension of integers"
         )
     return torch.from_numpy(found.astype(numpy.int64))
 

@@ -1,4 +1,4 @@
-"""Runs on DeepSpeed's engine: ZeRO 0 to 3, offload, AutoTP, Ulysses."""
+"""Train on DeepSpeed's engine: ZeRO 0 to 3, offload, AutoTP, Ulysses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsconv.loaders.stream import stream_into
 
 
 def ds_config(options: RunOptions) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: what the options say, with ``options.ds_config`` laid over it."""
+    """Return the DeepSpeed configuration of a run: from its options, with ``options.ds_config`` laid over it."""
     layout = options.layout
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": options.micro_batch,
@@ -51,11 +51,11 @@ def ds_config(options: RunOptions) -> dict[str, Any]:
     if options.offload != "none":
         zero = config["zero_optimization"]
         pinned = {"pin_memory": torch.cuda.is_available()}
-        zero["offload_optimizer"] = {"device": "cpu", **pinned}  # never NVMe: ``running.NVME_OPTIMIZER``
+        zero["offload_optimizer"] = {"device": "cpu", **pinned}  # never NVMe: see ``running.NVME_OPTIMIZER``
         if layout.zero_stage == 3:
             path = {"nvme_path": str(options.nvme_path)} if options.offload == "nvme" else {}
             zero["offload_param"] = {"device": options.offload, **path, **pinned}
-        if not torch.cuda.is_available():  # torch's Adam: DeepSpeed's own would be compiled first
+        if not torch.cuda.is_available():  # torch's Adam, since DeepSpeed's own would be compiled first
             config["zero_force_ds_cpu_optimizer"] = False
             config["optimizer"]["params"]["torch_adam"] = True
     if "comms" in options.monitor:
@@ -68,7 +68,14 @@ def ds_config(options: RunOptions) -> dict[str, Any]:
 
 
 class DeepSpeedBackend:
-    """``universal``: ``load`` will be given a universal checkpoint, of any layout; ``fresh``: it will not be called."""
+    """One rank of DeepSpeed's engine.
+
+    Args:
+        options: The run.
+        source: The model.
+        fresh: Whether the run starts from the model's weights; ``load`` is not called then.
+        universal: Whether ``load`` is given a universal checkpoint, of any layout.
+    """
 
     def __init__(self, options: RunOptions, source: Source, *, fresh: bool, universal: bool) -> None:
         import deepspeed
@@ -95,7 +102,7 @@ class DeepSpeedBackend:
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=self._mpu)
         self.module = self.engine.module
         if fresh and source.checkpoint is not None and layout.tp == 1 and options.dtype != "fp32":
-            # The masters too, at the checkpoint's precision: DeepSpeed makes them of the 16-bit weights.
+            # Fill the masters at the checkpoint's precision; DeepSpeed made them from the 16-bit weights.
             if layout.zero_stage:
                 stream_into(self.engine, source.checkpoint, strict=False)
             else:
@@ -107,9 +114,9 @@ class DeepSpeedBackend:
             self._group = groups._get_sequence_parallel_group()
             averaged = layout.zero_stage == 3 and self.engine.optimizer.reduce_scatter
             self._share_scale = layout.sp if averaged else 1
-            self._share_of_mean = layout.sp // self._share_scale  # to the mean over all ranks
+            self._share_of_mean = layout.sp // self._share_scale  # scales a share to the mean over all ranks
         self.dp_rank = rank // (layout.tp * layout.sp)
-        # Tensor-parallel ranks hold the same activations, so they must drop the same ones.
+        # Tensor-parallel ranks hold the same activations, so their dropout must be the same.
         self.stream = rank // layout.tp
 
     def step(self, rows: torch.Tensor) -> StepResult:
@@ -128,8 +135,9 @@ class DeepSpeedBackend:
         return StepResult(torch.stack(losses).double().mean().item(), norm, lr, self._communication())
 
     def _communication(self) -> float | None:
-        """Seconds in collectives since the last step, by DeepSpeed's own logger (0.19.8 ``utils/comms_logging.py``;
-        in ms).
+        """Return the seconds in collectives since the last step, from DeepSpeed's logger.
+
+        DeepSpeed 0.19.8 ``utils/comms_logging.py`` counts milliseconds.
         """
         if "comms" not in self.options.monitor:
             return None
@@ -140,8 +148,9 @@ class DeepSpeedBackend:
         return float(spent) / 1000
 
     def _keep_plain_norm(self) -> None:
-        """Without ZeRO and in fp32 the engine clips and forgets the norm (0.19.8 ``engine.py``
-        ``clip_fp32_gradients``).
+        """Keep the gradient's norm, which the engine forgets without ZeRO in fp32.
+
+        See DeepSpeed 0.19.8 ``engine.py`` ``clip_fp32_gradients``.
         """
         from deepspeed.runtime.utils import clip_grad_norm_
 
@@ -155,13 +164,12 @@ class DeepSpeedBackend:
         engine.clip_fp32_gradients = clip
 
     def _sequence_loss(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of the part of each sequence that this rank has (Ulysses, arXiv 2309.14509): its share of the mean over all
-        tokens.
+        """Return this rank's share of the mean loss over all tokens, from its part of each sequence.
 
-        DeepSpeed adds gradients up over the sequence-parallel ranks and averages them over the data-parallel ones
-        (0.19.8 ``stage_1_and_2.py``, "dp_world_size / float(self.sequence_parallel_size)"), so shares are what it
-        wants. Stage 3 with ``reduce_scatter`` averages over all of them (``stage3.py`` ``__avg_scatter_grads``), which
-        a factor undoes.
+        This is Ulysses (arXiv 2309.14509). DeepSpeed sums gradients over the sequence-parallel ranks and averages them
+        over the data-parallel ones (0.19.8 ``stage_1_and_2.py``,
+        "dp_world_size / float(self.sequence_parallel_size)"), so each rank must give its share. Stage 3 with
+        ``reduce_scatter`` averages over all ranks (``stage3.py`` ``__avg_scatter_grads``), which a factor undoes.
         """
         size, mine = dist.get_world_size(self._group), dist.get_rank(self._group)
         length = rows.shape[1] // size
@@ -182,14 +190,14 @@ class DeepSpeedBackend:
         if new.zero_stage == 0 and (old.zero_stage, old.tp, old.pp) != (0, new.tp, new.pp):
             if new.tp * new.pp > 1:
                 raise UnsupportedError(
-                    f"{checkpoint}: {new.label()} cannot take over the state of other ranks, since DeepSpeed without"
-                    " ZeRO loads no universal checkpoint; take --zero-stage 1, which computes the same"
+                    f"{checkpoint}: {new.label()} cannot resume from another layout, since DeepSpeed without ZeRO loads"
+                    " no universal checkpoint; use --zero-stage 1, which computes the same"
                 )
             take_over(self.engine, open_checkpoint(checkpoint))
             return
         path, _ = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
-            raise RunFailedError(f"{checkpoint}: DeepSpeed did not load it")
+            raise RunFailedError(f"DeepSpeed did not load {checkpoint}")
 
     def local_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         return local_states(self.engine)
@@ -224,9 +232,7 @@ def _causal(source: Source) -> Any:
 
 
 def _ulysses(model: Any, options: RunOptions) -> Any:
-    """DeepSpeed's attention over the sequence-parallel group in place of transformers' "sdpa" (0.19.8
-    ``ulysses_sp.py``).
-    """
+    """Replace transformers' "sdpa" by DeepSpeed's sequence-parallel attention (0.19.8 ``ulysses_sp.py``)."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     text = model.config.get_text_config()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Write files that are whole or absent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dsconv.errors import OutputError
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace ``path`` in one step, on the disk when this returns. Raises OutputError."""
+    """Replace ``path`` in one step; the data is on the disk when this returns. Raises OutputError."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -18,13 +18,14 @@ def write_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         fresh.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,4 @@
-"""Starts the ranks of a job in this machine, by torchrun's elastic agent; or is one of them, under torchrun and its
-like.
-"""
+"""Start the ranks of a job on this machine with torchrun's elastic agent, or be one of them under torchrun."""
 
 from __future__ import annotations
 
@@ -25,19 +23,27 @@ import dsconv.errors
 from dsconv.engine.worker import STOP, Job, Outcome, run_rank
 from dsconv.errors import DsconvError, RunFailedError
 
-PRELOAD = ["dsconv.engine.warm"]
+# What the server that forks the ranks imports once for all of them; it ignores what is not installed.
+PRELOAD = ["dsconv.engine.worker", "deepspeed", "transformers.models.auto.modeling_auto"]
 
 
 def launched() -> bool:
-    """Whether torchrun, the deepspeed launcher or the like has started this process as one rank of several."""
+    """Return whether torchrun, the deepspeed launcher or a similar one started this process as one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def run_job(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
-    """Run it on ``job.options.layout.nproc`` ranks, or as this one. ``waiting`` is called now and then meanwhile.
+    """Run ``job`` on new ranks, or, under torchrun, as the rank that this process is.
 
-    SIGTERM and SIGINT make the ranks save after the step that they are in. Raises the DsconvError of the rank that
-    failed, RunFailedError for any other end.
+    SIGTERM and SIGINT make the ranks save after the current step and end.
+
+    Args:
+        job: What to run; ``job.options.layout.nproc`` is the number of ranks.
+        waiting: Called several times a second while the ranks run.
+
+    Raises:
+        DsconvError: The error of the rank that failed first.
+        RunFailedError: The ranks ended in any other way.
     """
     if not launched():
         return launch(job, waiting)
@@ -46,7 +52,7 @@ def run_job(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
 
 
 def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
-    """Run it on ranks of its own; their output goes to RUN/logs."""
+    """Run ``job`` on new ranks, as ``run_job`` does; their output goes to RUN/logs."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -69,7 +75,7 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
     def agent() -> None:
         try:
             ended.append(elastic_launch(config, _entry)(replace(job, launcher=os.getpid())))
-        except BaseException as error:  # noqa: BLE001 - told by the thread that waits
+        except BaseException as error:  # noqa: BLE001 - the waiting thread raises it
             ended.append(error)
 
     thread = threading.Thread(target=agent, name="agent", daemon=True)
@@ -80,12 +86,15 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
             if waiting is not None:
                 waiting()
     if isinstance(ended[0], BaseException):
-        raise _told(ended[0], logs) from None
+        raise rank_error(ended[0], logs) from None
     return Outcome(**ended[0][0])
 
 
 def _entry(job: Job) -> dict[str, Any]:
-    """A rank. Its result goes to the agent, for which it then waits: forever, if the launcher was killed."""
+    """Run one rank and return its outcome to the agent.
+
+    Returning waits for the agent. That would last forever if the launcher was killed, so the rank exits instead.
+    """
     outcome = run_rank(job)
     if not _alive(job.launcher):
         os._exit(0)
@@ -93,7 +102,7 @@ def _entry(job: Job) -> dict[str, Any]:
 
 
 def _alive(pid: int | None) -> bool:
-    """Whether the process has not ended; one that nobody has waited for has."""
+    """Return whether the process still runs; a zombie does not."""
     if pid is None:
         return False
     try:
@@ -103,9 +112,9 @@ def _alive(pid: int | None) -> bool:
 
 
 def _start_server() -> None:
-    """The server that forks the ranks, deaf to SIGTERM, as the ranks are until they have a handler of their own.
+    """Start the server that forks the ranks, with SIGTERM ignored; ranks ignore it too until they set their handler.
 
-    A scheduler signals every process of a job: what was importing would die, and with it the save.
+    A scheduler signals every process of a job. A rank that is still importing would die, and nothing would be saved.
     """
     from multiprocessing.forkserver import ensure_running
 
@@ -119,10 +128,13 @@ def _start_server() -> None:
 
 
 def prepare() -> None:
-    """The environment of the ranks, and the server that forks them, which has imported once what all of them need."""
+    """Set the environment of the ranks and start the server that forks them.
+
+    The server imports once what all of them need.
+    """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")  # ranks that another's failure leaves waiting
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; sums in one order
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")  # ends ranks that wait for one that failed
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; keeps the order of sums fixed
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         multiprocessing.set_forkserver_preload(PRELOAD)
@@ -131,9 +143,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def _signals_forwarded(run: Path) -> Iterator[None]:
-    """SIGTERM and SIGINT make the ranks save and end, by RUN/.stop, which they look for; a second one ends them at
-    once.
-    """
+    """Turn SIGTERM and SIGINT into RUN/.stop, on which the ranks save and end; a second signal kills them at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -157,8 +167,8 @@ def _signals_forwarded(run: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _told(error: BaseException, logs: Path) -> BaseException:
-    """The first rank's own error, of its own class where it is dsconv's."""
+def rank_error(error: BaseException, logs: Path) -> BaseException:
+    """Return the error of the rank that failed first, as its own class if it is one of dsconv's."""
     failures = getattr(error, "failures", None)
     if not failures:
         return RunFailedError(f"the ranks could not be started: {error}") if isinstance(error, Exception) else error

@@ -153,7 +153,7 @@ class RunOptions:
         if self.dtype == "fp16" and self.layout.backend == "native":
             raise UsageError("--dtype fp16 needs a loss scaler, which --backend native has not: take bf16")
 
-    def relaid(self, layout: Layout) -> RunOptions:
+    def resharded(self, layout: Layout) -> RunOptions:
         """The same run on other ranks, with the micro-batch that fits them best if its own does not."""
         options = replace(self, layout=layout)
         if layout.dp and options.batch_size % (options.micro_batch * layout.dp) and options.batch_size % layout.dp == 0:

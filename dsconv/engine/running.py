@@ -84,7 +84,7 @@ def resume(
         options = replace(options, **changes)
     checkpoint = checkpoints.latest(folder)
     state = checkpoints.read_state(checkpoint)
-    options = options.relaid(layout or state.layout)
+    options = options.resharded(layout or state.layout)
     options.check()
     _lint(options)
     if options.layout.backend != state.layout.backend:

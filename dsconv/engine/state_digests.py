@@ -1,4 +1,4 @@
-"""What validation compares: digests of every state that a rank holds, and logits of rows that were not trained on."""
+"""Write and read what validation compares: digests of every state that a rank holds, and the logits of a few rows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ROWS = 2
 
 
 def write_states(folder: Path, backend: Backend) -> None:
-    """FOLDER/states-rank-R.json: {state: {parameter: sha256 of this rank's part}}."""
+    """Write FOLDER/states-rank-R.json: {state: {parameter: sha256 of this rank's part}}."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"states-rank-{dist.get_rank()}.json").write_text(json.dumps(digests(backend), indent=1))
 
 
 def write_logits(folder: Path, backend: Backend, data: Data) -> None:
-    """FOLDER/logits.safetensors, by rank 0, where the layout computes any."""
+    """Write FOLDER/logits.safetensors on rank 0, if the layout computes logits."""
     from safetensors.torch import save_file
 
     logits = backend.logits(data.samples[:ROWS])
@@ -35,21 +35,22 @@ def write_logits(folder: Path, backend: Backend, data: Data) -> None:
 
 
 def digests(backend: Backend) -> dict[str, dict[str, str]]:
+    """Return {state: {parameter: sha256 of this rank's part}}."""
     found: dict[str, dict[str, str]] = {}
     for name, state, tensor in backend.local_states():
-        held = tensor.cpu().contiguous()  # a name, so that it lives while its bytes are read
+        held = tensor.cpu().contiguous()  # bound to a name, so that it lives while its bytes are read
         found.setdefault(state, {})[name] = hashlib.sha256(tensor_bytes(held)).hexdigest()
     return found
 
 
 def read_states(folder: Path) -> list[dict[str, dict[str, str]]]:
-    """By rank."""
+    """Return what ``write_states`` wrote, in the order of the ranks."""
     count = len(list(folder.glob("states-rank-*.json")))
     return [json.loads((folder / f"states-rank-{rank}.json").read_text()) for rank in range(count)]
 
 
 def read_logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(rows, logits), where the layout computed any."""
+    """Return (rows, logits); None if the layout computed no logits."""
     from safetensors.torch import load_file
 
     path = folder / "logits.safetensors"

@@ -1,4 +1,4 @@
-"""What validation leaves to read: report.json, a page, and the curves laid over each other."""
+"""Write the report of a validation: report.json, a page, and a picture of the curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARKS = {True: "✓", False: "✗", None: "–"}
 
 
 def write_report(folder: Path, report: ValidationReport) -> None:
-    """REPORT/report.json, report.md and, with matplotlib, curves.png."""
+    """Write REPORT/report.json, report.md and, with matplotlib, curves.png."""
     plotted = _plot(folder / CURVES, report)
     write_file(folder / "report.json", json.dumps(report.to_dict(), indent=1).encode() + b"\n")
     write_file(folder / "report.md", _page(report, plotted).encode())
@@ -42,21 +42,19 @@ def _page(report: ValidationReport, plotted: bool) -> str:
     lines += ["", "## What was compared", ""]
     for cell in report.cells:
         lines += [f"### {MARKS[cell.passed]} {cell.name}", "", f"Level: {cell.level}. {cell.seconds:.1f} s.", ""]
-        lines += [f"- {key}: {_shown(value)}" for key, value in cell.evidence.items()]
+        lines += [f"- {key}: {_text(value)}" for key, value in cell.evidence.items()]
         lines.append("")
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) if value else "none"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _plot(path: Path, report: ValidationReport) -> bool:
-    """A panel a row: how far each resumed curve lies from the uninterrupted one would be invisible, so the curves
-    themselves.
-    """
+    """Draw the curves, one panel for each row; return False if there is nothing to draw or no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -90,8 +88,8 @@ def _plot(path: Path, report: ValidationReport) -> bool:
     for panel in panels[count:]:
         panel.set_visible(False)
     figure.suptitle(
-        "Losses; the vertical line is where runs were stopped. With dropout: uninterrupted, in place; without: the"
-        " others",
+        "Losses. The vertical line marks where runs were stopped. The uninterrupted run and the one resumed in place"
+        " have dropout, the others have none.",
         fontsize=9,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +99,7 @@ def _plot(path: Path, report: ValidationReport) -> bool:
 
 @dataclass
 class Cell:
-    """One row and column. ``passed`` is None where the column does not apply, and ``evidence`` says why."""
+    """The result of one row and column. ``passed`` is None if the column does not apply; ``evidence`` says why."""
 
     name: str
     row: str
@@ -116,7 +114,11 @@ class Cell:
 
 @dataclass
 class ValidationReport:
-    """What was run and how it went. ``curves``: {row: {run: losses}}, for the picture."""
+    """What was run, and the results.
+
+    ``sabotage`` is the fault that was injected, if any; the field keeps the name that report.json has always had.
+    ``curves`` maps row to run to losses, for the picture.
+    """
 
     model: str
     nproc: int

@@ -1,4 +1,4 @@
-"""One rank of a run: build the engine, go on from where the run was, take steps, save."""
+"""One rank of a run: build the engine, restore its state, take steps, save."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dsconv.engine.models import Source, keep_source, open_source
 from dsconv.engine.options import RunOptions
 from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
 from dsconv.engine.state_digests import write_logits, write_states
-from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, UsageError
+from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, RunFailedError, UsageError
 from dsconv.loaders.agreement import agreement
 
 METRICS = "metrics.jsonl"
@@ -34,25 +34,30 @@ STOP = ".stop"
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks of one launch do. ``checkpoint``: go on from it; ``relaid``: it is of ranks laid out otherwise.
+    """What the ranks of one launch do.
 
-    ``stop_after``: the last step to take, saved; ``probe``: a folder for the states and logits at the end, for
-    validation; ``sabotage``: what validation breaks on purpose. ``launcher``: the process that started the ranks, if
-    one did.
+    Attributes:
+        options: The run.
+        stop_after: The last step to take; it is saved.
+        checkpoint: The checkpoint to resume from; None starts a new run.
+        resharded: Whether the checkpoint was written in another layout.
+        digests: A folder for the digests and logits that validation compares.
+        fault: The fault that validation injects.
+        launcher: The id of the process that started the ranks, if one did.
     """
 
     options: RunOptions
     stop_after: int
     checkpoint: Path | None = None
-    relaid: bool = False
-    probe: Path | None = None
-    sabotage: str | None = None
+    resharded: bool = False
+    digests: Path | None = None
+    fault: str | None = None
     launcher: int | None = None
 
 
 @dataclass
 class Outcome:
-    """How a launch ended, the same on every rank."""
+    """How a launch ended. It is the same on every rank."""
 
     step: int
     checkpoint: str | None
@@ -61,7 +66,10 @@ class Outcome:
 
 
 def run_rank(job: Job) -> Outcome:
-    """Called on every rank, with RANK, WORLD_SIZE and MASTER_ADDR in the environment. Raises DsconvError."""
+    """Run ``job`` as the rank that this process is.
+
+    Every rank calls it, with RANK, WORLD_SIZE and MASTER_ADDR in the environment. Raises DsconvError.
+    """
     began = time.monotonic()
     stop = _StopFlag(Path(job.options.output_dir), job.launcher)
     _start_group(job.options)
@@ -83,15 +91,15 @@ def run_rank(job: Job) -> Outcome:
         backend = _backend(job, source)
         try:
             _restore(job, backend, state, source)
-            if job.probe is not None and job.checkpoint is not None:
-                write_states(job.probe / "start", backend)
-                if job.relaid:
-                    backend.save(job.probe, "resaved")
+            if job.digests is not None and job.checkpoint is not None:
+                write_states(job.digests / "start", backend)
+                if job.resharded:
+                    backend.save(job.digests, "resaved")
             loop = _Loop(job, backend, state, data, stop)
             loop.run()
-            if job.probe is not None:
-                write_states(job.probe / "end", backend)
-                write_logits(job.probe, backend, data)
+            if job.digests is not None:
+                write_states(job.digests / "end", backend)
+                write_logits(job.digests, backend, data)
             return Outcome(state.step, loop.saved, loop.interrupted, time.monotonic() - began)
         finally:
             backend.close()
@@ -102,9 +110,11 @@ def run_rank(job: Job) -> Outcome:
 def _check_world(options: RunOptions) -> None:
     world = dist.get_world_size()
     if world != options.layout.nproc:
-        raise UsageError(f"there are {world} ranks, and the run is laid out for {options.layout.nproc}")
+        raise UsageError(
+            f"the launcher started {world} ranks, but the run needs {options.layout.nproc}: give --nproc {world}"
+        )
     if options.dtype == "fp16" and not torch.cuda.is_available():
-        raise UsageError("--dtype fp16 needs a GPU: DeepSpeed trains in it on no CPU; take bf16")
+        raise UsageError("--dtype fp16 needs a GPU, since DeepSpeed does not train in fp16 on a CPU; use --dtype bf16")
 
 
 def _start_group(options: RunOptions) -> None:
@@ -113,7 +123,7 @@ def _start_group(options: RunOptions) -> None:
     if options.layout.backend == "deepspeed":
         import deepspeed
 
-        if not torch.cuda.is_available():  # gloo for every collective: the other would be compiled first
+        if not torch.cuda.is_available():  # gloo for every collective; the alternative would be compiled first
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     else:
@@ -121,7 +131,7 @@ def _start_group(options: RunOptions) -> None:
 
 
 def _end_group() -> None:
-    with contextlib.suppress(Exception):  # another rank's failure is the error to tell, not that it left
+    with contextlib.suppress(Exception):  # report the failure of the other rank, not its absence
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -142,14 +152,15 @@ def _backend(job: Job, source: Source) -> Backend:
 
 
 def _converts(job: Job) -> bool:
-    """Whether the checkpoint must be made universal first. DCP reshards by itself; DeepSpeed without ZeRO loads no
-    universal one.
+    """Return whether the checkpoint must be converted to a universal one first.
+
+    DCP reshards by itself, and DeepSpeed without ZeRO does not load universal checkpoints.
     """
-    return job.relaid and job.options.layout.backend == "deepspeed" and job.options.layout.zero_stage > 0
+    return job.resharded and job.options.layout.backend == "deepspeed" and job.options.layout.zero_stage > 0
 
 
 def _state(job: Job, source: Source) -> State:
-    """Where to go on; raises InconsistentCheckpointError for a checkpoint of another model."""
+    """Return the state to start from. Raises InconsistentCheckpointError if the checkpoint is another model's."""
     identity = source.identity()
     if job.checkpoint is None:
         return State(0, Position(), job.options.layout, identity)
@@ -161,13 +172,13 @@ def _state(job: Job, source: Source) -> State:
             if state.model.get(key) != value
         ]
         raise InconsistentCheckpointError(
-            f"{job.checkpoint} is of another model than {job.options.model}: {', '.join(differing)}"
+            f"{job.checkpoint} was saved from another model than {job.options.model}: {', '.join(differing)}"
         )
     return replace(state, layout=job.options.layout)
 
 
 def _restore(job: Job, backend: Backend, state: State, source: Source) -> None:
-    """The engine's state, then the random generators': loading draws numbers of its own."""
+    """Restore the engine's state, then the random generators, since loading draws random numbers."""
     options, rank = job.options, dist.get_rank()
     if job.checkpoint is None:
         seed_everything(options.seed, backend.stream)
@@ -177,13 +188,13 @@ def _restore(job: Job, backend: Backend, state: State, source: Source) -> None:
             backend.load(converted)
     else:
         backend.load(job.checkpoint)
-    if job.relaid:  # other ranks: there is no state of theirs to go on with
+    if job.resharded:  # no generator states were saved for these ranks
         seed_everything(options.seed + state.step, backend.stream)
-    elif job.sabotage == "reset-rng":
+    elif job.fault == "reset-rng":
         seed_everything(options.seed, backend.stream)
     else:
         restore_randomness(checkpoints.randomness_path(job.checkpoint, rank))
-    if job.sabotage == "drop-exp-avg":
+    if job.fault == "drop-exp-avg":
         for _, name, tensor in backend.local_states():
             if name == "exp_avg":
                 tensor.zero_()
@@ -191,12 +202,13 @@ def _restore(job: Job, backend: Backend, state: State, source: Source) -> None:
 
 @contextlib.contextmanager
 def _universal(job: Job, rank: int, source: Source) -> Iterator[Path]:
-    """The checkpoint as a universal one, made by rank 0 and taken away after."""
+    """Yield the checkpoint as a universal one, which rank 0 makes and removes afterwards."""
     import shutil
 
     from dsconv.engine.reshaping import write_universal
 
-    assert job.checkpoint is not None
+    if job.checkpoint is None:
+        raise RunFailedError("there is no checkpoint to convert to a universal one")
     folder = Path(job.options.output_dir) / checkpoints.FOLDER / ".universal" / job.checkpoint.name
     with agreement("to-universal"):
         if rank == 0:
@@ -211,8 +223,9 @@ def _universal(job: Job, rank: int, source: Source) -> Iterator[Path]:
 
 
 class _StopFlag:
-    """SIGTERM, SIGINT, or RUN/.stop, which the launcher makes, or its end: the run saves after the step in hand, and
-    ends well.
+    """Whether the run must save after the current step and end.
+
+    SIGTERM, SIGINT, the file RUN/.stop that the launcher makes, and the launcher's end raise it.
     """
 
     def __init__(self, run: Path, launcher: int | None) -> None:
@@ -233,8 +246,9 @@ class _StopFlag:
         return self._signalled or self._file.exists() or self._orphaned()
 
     def _orphaned(self) -> bool:
-        """The server that forked the ranks lives as long as they do, so nothing ends them when their launcher is
-        killed.
+        """Return whether the launcher was killed.
+
+        The server that forked the ranks lives as long as they do, so nothing else would end them.
         """
         return self._launcher is not None and bool(select.select([self._launcher], [], [], 0)[0])
 
@@ -250,11 +264,12 @@ class _Loop:
         self._ended = time.monotonic()
 
     def run(self) -> None:
-        """Steps up to ``job.stop_after``; a checkpoint at each multiple of ``save_every``, at the end, and when told
-        to stop.
+        """Take steps up to ``job.stop_after``.
+
+        A checkpoint is saved at each multiple of ``save_every``, at the end, and when the run is told to stop.
         """
         with self._metrics() as metrics:
-            if self.job.sabotage == "skip-batch" and self.job.checkpoint is not None:
+            if self.job.fault == "skip-batch" and self.job.checkpoint is not None:
                 self.data.take(self.state.position, self.options.batch_size)
             while self.state.step < self.job.stop_after and not self.interrupted:
                 line = self._step()
@@ -268,7 +283,10 @@ class _Loop:
                     self._ended = time.monotonic()
 
     def _step(self) -> dict[str, Any]:
-        """``seconds`` is since the last step ended, or its save: all that a step costs."""
+        """Take one step and return its line of metrics.
+
+        ``seconds`` counts from the end of the step before, or of its save: it is the whole cost of a step.
+        """
         rows = self.data.take(self.state.position, self.options.batch_size)
         share = len(rows) // self.options.layout.dp
         result = self.backend.step(rows[self.backend.dp_rank * share : (self.backend.dp_rank + 1) * share])
@@ -290,8 +308,9 @@ class _Loop:
         }
 
     def _reduced(self, loss: float) -> tuple[float, bool, int]:
-        """One exchange a step: the mean loss, in rank order; whether any rank was told to stop; the worst rank's
-        memory.
+        """Return the mean loss, whether any rank was told to stop, and the largest memory of a rank, in one exchange.
+
+        The mean is taken in the order of the ranks.
         """
         mine = torch.tensor([loss, float(self.stop.raised), float(_memory_bytes())], dtype=torch.float64)
         mine = mine.cuda() if torch.cuda.is_available() else mine
@@ -301,14 +320,14 @@ class _Loop:
         return table[:, 0].mean().item(), bool(table[:, 1].any()), int(table[:, 2].max())
 
     def _save(self) -> None:
-        """All ranks write; rank 0 puts it in place. A disk that fills leaves the checkpoint before."""
+        """Write a checkpoint on all ranks and commit it on rank 0. A full disk leaves the one before in place."""
         tag = checkpoints.tag_of(self.state.step)
         partial = self.run_folder / checkpoints.FOLDER / checkpoints.PARTIAL
         try:
             with agreement("save"):
                 if self.rank == 0:
                     checkpoints.begin(self.run_folder)
-            with _disk_errors(partial):  # the ranks talk to each other in it, so one that fails must end, not wait
+            with _disk_errors(partial):  # ranks communicate here: one that fails must end, not wait
                 self.backend.save(partial, tag)
             with agreement("save"), _disk_errors(partial):
                 save_randomness(checkpoints.randomness_path(partial / tag, self.rank))
@@ -323,7 +342,7 @@ class _Loop:
 
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[Any]:
-        """RUN/metrics.jsonl on rank 0, without the lines of steps that will be taken again."""
+        """Open RUN/metrics.jsonl on rank 0, without the lines of steps that will be taken again."""
         if self.rank != 0:
             yield None
             return
@@ -336,20 +355,20 @@ class _Loop:
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """What torch and DeepSpeed raise when the disk is full, in our words."""
+    """Turn what torch and DeepSpeed raise on a full disk into OutputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         if isinstance(error, DsconvError) or (isinstance(error, RuntimeError) and "inline_container" not in str(error)):
-            # only torch.save's writer says so of a file; others are of connections that another rank's end has closed
+            # only torch.save's writer names a file so; others concern connections that a dead rank has closed
             raise
         raise OutputError(
-            f"{folder}: the checkpoint cannot be written: {error}; `latest` names the one before"
+            f"{folder}: the checkpoint cannot be written: {error}; `latest` still names the one before"
         ) from error
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl; one that a killed run left half written is not one."""
+    """Return the lines of RUN/metrics.jsonl, without one that a killed run left half written."""
     found = []
     with contextlib.suppress(FileNotFoundError):
         for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
@@ -359,7 +378,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _memory_bytes() -> int:
-    """The peak so far: the device's where there is one, else of the process."""
+    """Return the peak so far: of the device if there is one, else of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

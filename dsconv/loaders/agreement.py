@@ -1,4 +1,4 @@
-"""All ranks of a load end together: where one fails, all raise, naming it."""
+"""All ranks of a load end together: if one fails, all raise an error that names it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from dsconv.errors import RankFailedError
 
 @contextmanager
 def agreement(what: str) -> Iterator[None]:
-    """Run the body on every rank, then tell each other how it went.
+    """Run the body on every rank, then exchange the outcomes.
 
-    The one exchange of a load. A rank that failed raises its own error, the others RankFailedError with its message. A
-    rank that died ends the exchange itself with torch's error, in seconds on gloo and at NCCL's timeout there.
+    A rank that failed raises its own error, and the others raise RankFailedError with its message. If a rank died, the
+    exchange itself fails with torch's error: within seconds on gloo, after the timeout on NCCL.
+
+    Args:
+        what: The name of the operation, for the message.
+
+    Raises:
+        RankFailedError: Another rank failed.
     """
     import torch.distributed as dist
 
     error: BaseException | None = None
     try:
         yield
-    except Exception as caught:  # noqa: BLE001 - raised again once the others know
+    except Exception as caught:  # noqa: BLE001 - raised again after the exchange
         error = caught
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         messages: list[str | None] = [None] * dist.get_world_size()
@@ -34,4 +40,4 @@ def agreement(what: str) -> Iterator[None]:
 
 
 def _others(failed: dict[int, str]) -> str:
-    return f" ({len(failed)} ranks did)" if len(failed) > 1 else ""
+    return f" ({len(failed)} ranks failed)" if len(failed) > 1 else ""

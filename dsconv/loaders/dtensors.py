@@ -1,4 +1,4 @@
-"""What of a DTensor's full tensor lies on this rank."""
+"""The region of a DTensor's full tensor that lies on this rank."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from dsconv.errors import UnsupportedError
 
 
 def region_of(tensor: Any, name: str) -> Region:
-    """The region of a live DTensor on this rank, its padding aside.
+    """Return the region of a live DTensor that lies on this rank, without padding.
 
-    FSDP2 shares out what tensor parallelism left, which for uneven sizes is not what its placements say
-    (``checkpoint/map/placements.py``): of the two readings the one that has the local tensor's shape is taken. Raises
-    UnsupportedError for Partial, whose shards are no part of the tensor, and where neither reading fits.
+    FSDP2 shards what tensor parallelism left, which for uneven sizes differs from what its placements say
+    (``checkpoint/map/placements.py``). Of the two readings, the one with the local tensor's shape is right.
+
+    Args:
+        tensor: The DTensor.
+        name: Its name, for messages.
+
+    Raises:
+        UnsupportedError: A placement is Partial, so the shards are terms of a sum, or neither reading fits.
     """
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
@@ -25,7 +31,7 @@ def region_of(tensor: Any, name: str) -> Region:
     for placement in tensor.placements:
         if placement.is_partial():
             raise UnsupportedError(
-                f"{name} is placed {placement}: its shards are parts of a sum, which cannot be loaded"
+                f"{name} is placed {placement}: its shards are terms of a sum, which cannot be loaded"
             )
         if placement.is_replicate():
             placements.append(Replicate())
@@ -37,6 +43,6 @@ def region_of(tensor: Any, name: str) -> Region:
         if region is not None and shape_of(region) == local:
             return region
     raise UnsupportedError(
-        f"{name} of shape {list(shape)} is placed {list(tensor.placements)} and has {list(local)} on this rank, which"
-        " does not fit"
+        f"{name} has shape {list(shape)} and placements {list(tensor.placements)}, which do not fit its local shape"
+        f" {list(local)}"
     )

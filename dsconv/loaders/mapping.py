@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint make which tensors of a model.
+"""Match the tensors of a checkpoint with those of a model.
 
-For a transformers model the names and the conversions are transformers' own (5.24 ``conversion_mapping.py``
-``get_model_conversion_mapping``, ``core_model_loading.py`` ``rename_source_key``), run on tensors that are not read
-yet.
+For a transformers model, names and conversions are transformers' own (5.24 ``conversion_mapping.py``
+``get_model_conversion_mapping``, ``core_model_loading.py`` ``rename_source_key``). They run on tensors that are not yet
+read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dsconv.loaders.symbolic import NotBoxes, Unread
 
 @dataclass
 class Computed:
-    """Tensors that a conversion must compute from whole tensors; each rank reads ``entries`` in full, one group at a
-    time.
+    """Tensors that a conversion computes from whole tensors.
+
+    Each rank reads ``entries`` in full, one group at a time. ``why`` names the operation that needs them whole.
     """
 
     entries: list[TensorEntry]
@@ -32,13 +33,21 @@ class Computed:
     why: str
 
     def values(self) -> dict[str, torch.Tensor]:
+        """Read the entries and return the computed tensors by their names in the model."""
         tensors = load_tensors(self.entries)
         return {name: value.contiguous() for name, value in self.compute(tensors).items()}
 
 
 @dataclass
 class Matched:
-    """``sources`` maps names of the model to patches, or to the group that computes them; the rest did not match."""
+    """How a checkpoint's tensors match a model's.
+
+    Attributes:
+        sources: What makes each tensor of the model: patches, or the group that computes it.
+        missing: Names of the model that the checkpoint lacks.
+        unexpected: Names of the checkpoint that the model lacks.
+        mismatched: (shape in the checkpoint, shape in the model) of names whose shapes differ.
+    """
 
     sources: dict[str, tuple[Patch, ...] | Computed] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
@@ -47,14 +56,15 @@ class Matched:
 
 
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape before ZeRO-3 or DTensor cut it up."""
+    """Return the shape of the full tensor, which ZeRO-3 or DTensor may have sharded."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def match(model: torch.nn.Module, checkpoint: Checkpoint) -> Matched:
-    """Find what makes each tensor of the model's state dict. Reads nothing but, for computed ones, shapes.
+    """Find what makes each tensor of the model's state dict, without reading data.
 
-    ``mismatched`` gives (shape in the checkpoint, shape in the model).
+    Raises:
+        UnsupportedError: transformers' conversion of a group of tensors fails.
     """
     wanted = {
         name: full_shape(tensor)
@@ -80,7 +90,7 @@ def match(model: torch.nn.Module, checkpoint: Checkpoint) -> Matched:
 
 
 def leave_out_ties(model: torch.nn.Module, matched: Matched) -> None:
-    """Leave a name that is tied to another of the same tensor to ``tie_weights``, so that its bytes are read once."""
+    """Leave tied names to ``tie_weights``, so that the bytes of a tied tensor are read once."""
     tied = getattr(model, "all_tied_weights_keys", {})
     for name, owner in tied.items():
         source = matched.sources.get(name)
@@ -122,7 +132,7 @@ def _match_transformers(
 
 
 class Shapes:
-    """Stands for the model where a conversion asks for a parameter's full shape."""
+    """Stand in for the model when a conversion asks for a parameter's full shape."""
 
     def __init__(self, model: Any, wanted: dict[str, tuple[int, ...]]) -> None:
         self._model = model
@@ -138,7 +148,7 @@ class Shapes:
 def _convert(
     model: Any, target: str, converter: Any, collected: dict[str, list[TensorEntry]], wanted: dict[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """{name of the model: Unread or Computed} of one group of tensors that a conversion takes together."""
+    """Return {name in the model: Unread or Computed} for one group of tensors that a conversion takes together."""
 
     def run(tensors: dict[str, list[Any]]) -> dict[str, Any]:
         for operation in converter.operations:
@@ -146,7 +156,7 @@ def _convert(
                 tensors, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns,
                 full_layer_name=target, model=Shapes(model, wanted), config=model.config, missing_keys=None,
             )  # fmt: skip
-        # The results carry target patterns; what surrounds the pattern in the target's name is the same for all.
+        # The results are keyed by target patterns. What surrounds the pattern in the target's name is the same for all.
         name = target.replace("*.", "0.")
         known = next((pattern for pattern in tensors if pattern in name), None)
         before, _, after = name.partition(known) if known is not None else ("", "", "")
@@ -162,7 +172,7 @@ def _convert(
         why = str(error)
     except (ValueError, RuntimeError, IndexError) as error:
         raise UnsupportedError(
-            f"{target!r} cannot be made of {sorted(collected)} by transformers' {converter.operations}: {error}"
+            f"transformers cannot make {target!r} from {sorted(collected)} with {converter.operations}: {error}"
         ) from None
     flat = [entry for entries in collected.values() for entry in entries]
 

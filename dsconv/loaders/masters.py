@@ -1,5 +1,6 @@
-"""The fp32 masters of a model that ``deepspeed.initialize`` has wrapped: a load must set them too, or the first step
-undoes it.
+"""The fp32 masters of a model that ``deepspeed.initialize`` has wrapped.
+
+A load must set them too, or the first step of the optimizer undoes it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dsconv.loaders.memory import slot_of
 
 
 def master_slots(name: str, parameter: Any) -> Iterator[Slot]:
-    """The parts of a parameter's fp32 master that this rank's optimizer keeps; none where there is no optimizer.
+    """Yield the parts of a parameter's fp32 master that this rank's optimizer keeps; none without an optimizer.
 
     ZeRO-3: the partition, as the parameter's own (DeepSpeed 0.19.8 ``runtime/zero/stage3.py``
     ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: the fragment that ``_hp_mapping`` names

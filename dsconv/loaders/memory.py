@@ -1,4 +1,4 @@
-"""A tensor's memory as the slots that a load fills, on the CPU or on a device."""
+"""Present a tensor's memory, on the CPU or a device, as slots that a load fills."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from dsconv.checkpoint.transfer.reading import tensor_bytes
 
 
 def slot_of(memory: torch.Tensor, shape: tuple[int, ...], start: int = 0, region: Region | None = None) -> Slot:
-    """A slot for elements [start, start + memory.numel()) of ``region`` of a tensor of ``shape``.
+    """Return a slot for elements [start, start + memory.numel()) of ``region`` of a tensor.
 
-    ``memory`` must be contiguous. On the CPU bytes are read straight into it; on a device they pass through a block.
+    On the CPU, bytes are read straight into the memory. On a device they pass through a block.
+
+    Args:
+        memory: The memory to fill, which must be contiguous.
+        shape: The shape of the full tensor.
+        start: The first element, counted within the region.
+        region: The region; None stands for the whole tensor.
     """
     dtype = BY_NAME[str(memory.dtype).removeprefix("torch.")]
     if memory.numel() == 0:
@@ -30,7 +36,7 @@ def slot_of(memory: torch.Tensor, shape: tuple[int, ...], start: int = 0, region
 
 
 def _to_nowhere(data: memoryview, offset_bytes: int) -> None:
-    raise AssertionError("an empty slot was written to")
+    raise RuntimeError("an empty slot was written to")
 
 
 def _to_view(view: memoryview, data: memoryview, offset_bytes: int) -> None:
@@ -41,7 +47,7 @@ _streams = threading.local()
 
 
 def _to_device(flat: torch.Tensor, data: memoryview, offset_bytes: int) -> None:
-    """Copy a block to the device on this worker's own stream, so that one worker reads while another's copy runs."""
+    """Copy a block to the device on this worker's own stream, so that other workers read meanwhile."""
     source = torch.frombuffer(data, dtype=torch.uint8)
     target = flat[offset_bytes : offset_bytes + len(data)]
     if flat.device.type != "cuda":
@@ -52,11 +58,11 @@ def _to_device(flat: torch.Tensor, data: memoryview, offset_bytes: int) -> None:
         stream = _streams.stream = torch.cuda.Stream(flat.device)
     with torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)
-    stream.synchronize()  # the block is the worker's next read's
+    stream.synchronize()  # the worker's next read reuses the block
 
 
 def block_maker(devices: set[str]) -> Any:
-    """What makes the blocks that bytes pass through: pinned memory where a CUDA device is filled."""
+    """Return the function that makes blocks: in pinned memory if a CUDA device is filled."""
     if "cuda" in devices and torch.cuda.is_available():
         return _pinned
     return bytearray

@@ -1,4 +1,4 @@
-"""Which transformers model a checkpoint is of."""
+"""Find the transformers configuration and class of a checkpoint's model."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 
 
 def config_folder(checkpoint: Checkpoint) -> Path | None:
-    """The folder whose config.json describes the checkpoint's model: its own, or the parent."""
+    """Return the folder whose config.json describes the checkpoint's model: its own, the parent, or None."""
     near = (checkpoint.path, checkpoint.folder, checkpoint.folder.parent)
     return next((folder for folder in near if (folder / "config.json").is_file()), None)
 
 
 def read_config(checkpoint: Checkpoint, folder: Path | None) -> Any:
-    """The transformers configuration in ``folder``; raises CheckpointNotFoundError where there is none."""
+    """Return the transformers configuration in ``folder``. Raises CheckpointNotFoundError if ``folder`` is None."""
     from transformers import AutoConfig
 
     if folder is None:
         raise CheckpointNotFoundError(
-            f"{checkpoint.path}: no config.json there or in the parent: pass config=AutoConfig.from_pretrained(…)"
+            f"{checkpoint.path}: neither it nor its parent has a config.json: pass config=AutoConfig.from_pretrained(…)"
         )
     return AutoConfig.from_pretrained(str(folder))
 
 
 def refuse_quantized(config: Any, checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedError where the configuration says that the weights are quantized: their bytes are not the
-    model's values.
+    """Raise UnsupportedError if the configuration says that the weights are quantized.
+
+    The bytes of quantized weights are not the model's values.
 
     transformers 5.24 ``quantizers/auto.py`` ``get_hf_quantizer`` goes by the same field.
     """
@@ -38,16 +39,19 @@ def refuse_quantized(config: Any, checkpoint: Checkpoint) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     raise UnsupportedError(
         f"{checkpoint.path}: the configuration says that the weights are quantized"
-        f" ({getattr(method, 'value', method)}), which is not loaded: use from_pretrained, or, where the weights are"
-        " not quantized, pass config= without its quantization_config"
+        f" ({getattr(method, 'value', method)}), and quantized weights cannot be loaded here: use from_pretrained. If"
+        " they are not quantized, pass config= without its quantization_config"
     )
 
 
 def model_class_of(model_class: Any, config: Any) -> Any:
-    """The class to build: given, chosen by an Auto class, or named by the configuration.
+    """Return the class to build: the given one, an Auto class's choice, or the one that the configuration names.
 
-    A configuration that names none, as one that was never saved with a model, is a language model's where its kind has
+    A configuration that was never saved with a model names no class. It gives its family's language model, if there is
     one.
+
+    Raises:
+        UnsupportedError: transformers does not have the class.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 partitions: giving a parameter an empty one, and what of the full parameter it holds."""
+"""ZeRO-3 partitions: allocate an empty one, and tell which part of the full parameter it holds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from dsconv.loaders.swapping import move_to_nvme
 
 
 def allocate_partition(init: Any, param: Any) -> None:
-    """Give a parameter its empty ``ds_tensor`` where ``_partition_param`` (0.19.8) would put it, and hpZ's second one.
+    """Give a parameter empty partitions, hpZ's too, where ``_partition_param`` (0.19.8) would put them.
 
-    Raises UnsupportedError for what the swapper's buffers cannot hold, OutputError where NVMe cannot be written.
+    Raises:
+        UnsupportedError: The partition is larger than a buffer of the swapper.
+        OutputError: NVMe cannot be written.
     """
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -49,14 +51,15 @@ def allocate_partition(init: Any, param: Any) -> None:
 
 
 def held_numel(param: Any) -> int:
-    """How many elements of a ZeRO-3 parameter this rank's partition holds, without its padding."""
+    """Return how many elements of a ZeRO-3 parameter this rank's partition holds, without padding."""
     start = param.ds_zero_partition_rank * param.ds_tensor.ds_numel
     return int(max(0, min(param.ds_tensor.ds_numel, param.ds_numel - start)))
 
 
 def partition_slots(param: Any) -> Iterator[Slot]:
-    """The slots of a ZeRO-3 parameter on this rank: its partition and, with hpZ, the secondary one; padding becomes
-    zero.
+    """Yield a ZeRO-3 parameter's slots on this rank: its partition and, with hpZ, the secondary one.
+
+    Padding is set to zero.
     """
     shape = tuple(param.ds_shape)
     start = param.ds_zero_partition_rank * param.ds_tensor.ds_numel

@@ -1,4 +1,4 @@
-"""What a load did."""
+"""The report of a load, and the check of what a strict load requires."""
 
 from __future__ import annotations
 
@@ -14,8 +14,20 @@ SHOWN = 10
 
 @dataclass
 class LoadReport:
-    """``bytes_read`` is what this rank read; ``missing`` were initialised as transformers does, ``computed`` read in
-    full.
+    """What a load did on this rank.
+
+    Attributes:
+        source: The checkpoint.
+        format: Its format.
+        loaded: Tensors of the model that were filled.
+        bytes_read: Bytes that this rank read.
+        seconds: How long the load took.
+        missing: Tensors that the checkpoint lacks; they were initialised as transformers does.
+        unexpected: Tensors that the model lacks; they were not read.
+        mismatched: (shape in the checkpoint, shape in the model) of tensors whose shapes differ.
+        computed: Tensors that were computed from whole ones, which every rank read in full, and why.
+        overflowed: Values that became infinite in a cast.
+        warnings: What else was noticed.
     """
 
     source: str
@@ -34,13 +46,13 @@ class LoadReport:
         return asdict(self)
 
     def summary(self) -> str:
-        """As it is printed: what was loaded, and by name what did not match."""
+        """Return the text that is printed: what was loaded, and the names that did not match."""
         read = f"this rank read {self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
         lines = [f"loaded {self.loaded} tensors of {self.source} ({self.format}): {read}"]
         for what, names in (
             ("missing, initialised anew", self.missing),
-            ("unexpected, left aside", self.unexpected),
-            ("of another shape", [f"{name} {list(a)} for {list(b)}" for name, (a, b) in self.mismatched.items()]),
+            ("unexpected, not read", self.unexpected),
+            ("with another shape", [f"{name} {list(a)} for {list(b)}" for name, (a, b) in self.mismatched.items()]),
         ):
             if names:
                 lines.append(f"  {len(names)} {what}: {_some(names)}")
@@ -55,7 +67,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def check_strict(matched: Matched, missing: Iterable[str], unexpected: Iterable[str], where: str) -> None:
-    """Raise InconsistentCheckpointError, with the names, where the checkpoint is not the model's."""
+    """Raise InconsistentCheckpointError, with the names, unless the checkpoint fits the model."""
     problems = []
     if matched.mismatched:
         shapes = [

@@ -1,5 +1,6 @@
-"""The sizes of a model's parameters, from its configuration: the model is built on the meta device, and no weight is
-read.
+"""The sizes of a model's parameters, from its configuration alone.
+
+The model is built on the meta device; no weight is read.
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ from dsconv.zero_utils.memory import ModelSizes
 
 
 def model_sizes(source: str, revision: str | None = None) -> ModelSizes:
-    """The sizes of ``source``: a config.json, a folder that has one (or whose parent has), or the id of a model on the
-    Hub.
+    """Return the sizes of a model's parameters.
 
-    Of the Hub only the config.json is downloaded. Raises CheckpointNotFoundError, UnsupportedError (an architecture
-    that transformers does not have, a configuration that it cannot build) and RemoteError.
+    Args:
+        source: A config.json, a folder that has one (or whose parent has), or the id of a model on the Hub. Only the
+            config.json is downloaded from the Hub.
+        revision: A branch, tag or commit of the model on the Hub.
+
+    Raises:
+        CheckpointNotFoundError: There is no config.json.
+        UnsupportedError: transformers cannot build a model of this configuration.
+        RemoteError: The Hub cannot be read.
     """
     try:
         from transformers import AutoConfig
         from transformers.utils import logging
     except ImportError:
-        raise UnsupportedError("transformers is needed to build the model: pip install 'dsconv[train]'") from None
+        raise UnsupportedError("building the model needs transformers: pip install 'dsconv[train]'") from None
     logging.set_verbosity_error()
     path = _config_path(source, revision)
     try:
@@ -36,7 +43,7 @@ def model_sizes(source: str, revision: str | None = None) -> ModelSizes:
             model = model_class_of(None, config)(config)
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {error}") from None
-    except Exception as error:  # noqa: BLE001 - whatever a configuration makes of transformers
+    except Exception as error:  # noqa: BLE001 - transformers fails in many ways on a bad configuration
         said = " ".join(str(error).split())[:300]
         raise UnsupportedError(
             f"{path}: transformers cannot build a model of this configuration: {type(error).__name__}: {said}"
@@ -45,11 +52,11 @@ def model_sizes(source: str, revision: str | None = None) -> ModelSizes:
 
 
 def sizes_of(model: Any, name: str) -> ModelSizes:
-    """The sizes of a transformers model.
+    """Return the sizes of a transformers model's parameters.
 
-    AutoTP (DeepSpeed 0.19.8 ``module_inject/auto_tp.py``) cuts matrices of linear layers, the output head's among them,
-    and an embedding only where it is tied to the head. The few biases that it cuts are taken for whole, and every cut
-    for even.
+    AutoTP (DeepSpeed 0.19.8 ``module_inject/auto_tp.py``) shards the matrices of linear layers, including the output
+    head's, and an embedding only if it is tied to the head. The few biases that it shards are counted as whole, and
+    every shard as even.
     """
     cut = {id(p) for m in model.modules() if not isinstance(m, torch.nn.Embedding) for p in m.parameters(recurse=False)}
     parameters = tuple((p.numel(), p.dim() > 1 and id(p) in cut) for p in model.parameters())
@@ -95,7 +102,7 @@ def _config_path(source: str, revision: str | None) -> Path:
     if path.is_file():
         if path.suffix != ".json":
             raise UnsupportedError(
-                f"{path}: not a configuration: give a config.json, the folder that holds it, or a Hub id"
+                f"{path} is not a configuration: give a config.json, the folder that holds it, or a Hub id"
             )
         return path
     if not path.is_dir():
@@ -103,6 +110,4 @@ def _config_path(source: str, revision: str | None) -> Path:
     for folder in (path, path.absolute().parent):
         if (folder / "config.json").is_file():
             return folder / "config.json"
-    raise CheckpointNotFoundError(
-        f"{path}: no config.json there or in the parent, and the model's sizes follow from it"
-    )
+    raise CheckpointNotFoundError(f"{path}: neither it nor its parent has a config.json, which gives the model's sizes")

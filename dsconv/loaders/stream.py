@@ -1,4 +1,4 @@
-"""``stream_into``: a checkpoint into a model that exists, whatever its parameters are."""
+"""``stream_into``: fill an existing model from a checkpoint, however its parameters are sharded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ from dsconv.loaders.report import LoadReport, check_strict
 from dsconv.loaders.swapping import batches, in_buffers, is_swapped
 
 
+@dataclass(frozen=True)
+class FillOptions:
+    """How a model is filled; the fields are the keywords of the public loaders."""
+
+    strict: bool
+    ignore_mismatched_sizes: bool
+    workers: int | None = None
+    progress: Callable[[str, int, int], None] | None = None
+
+
 def stream_into(
     model: torch.nn.Module,
     source: str | os.PathLike[str] | Checkpoint,
@@ -37,35 +48,44 @@ def stream_into(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LoadReport:
-    """Fill ``model`` from any checkpoint that ``open_checkpoint`` reads; each rank reads the bytes that it holds, once.
+    """Fill ``model`` from any checkpoint that ``open_checkpoint`` reads.
 
-    Parameters may be plain, ZeRO-3 partitions (``zero.Init``), or DTensors of any placements but Partial; buffers are
-    filled too. Where ``model`` is a DeepSpeed engine, or the model of one, the optimizer's fp32 masters are filled from
-    the checkpoint as well, at their own precision. Every rank that holds a part of the model must call it. With
-    ``strict`` a tensor that is missing, unexpected or of another shape raises InconsistentCheckpointError before
-    anything is changed; without, what fits is loaded. Raises UnsupportedError, RankFailedError, and what
-    ``open_checkpoint`` raises.
+    Each rank reads the bytes that it holds, once. Every rank that holds a part of the model must call this. Parameters
+    may be plain, ZeRO-3 partitions (``zero.Init``), or DTensors of any placement but Partial; buffers are filled too. A
+    DeepSpeed engine, or its model, also has the optimizer's fp32 masters filled from the checkpoint, at their own
+    precision.
+
+    Args:
+        model: The model, a DeepSpeed engine or DistributedDataParallel.
+        source: A path, a URL, the id of a model on the Hub, or an open checkpoint.
+        strict: Require every tensor to match; without it, what fits is loaded.
+        tag: The checkpoint to read, if ``source`` holds several.
+        workers: Reading threads; by default as many as the machine has use for.
+        progress: Called with ("load", bytes done, bytes in all), from any thread.
+
+    Returns:
+        The report of this rank, which rank 0 prints too.
+
+    Raises:
+        InconsistentCheckpointError: ``strict``, and a tensor is missing, unexpected or of another shape. Nothing has
+            been changed then.
+        UnsupportedError: The model has parameters that cannot be filled, or the checkpoint cannot be read.
+        RankFailedError: Another rank failed.
+        DsconvError: ``open_checkpoint`` failed.
     """
     began = time.monotonic()
     model = _unwrapped(model)
     with agreement("stream_into"):
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
-        report = fill_model(
-            model,
-            checkpoint,
-            match(model, checkpoint),
-            strict=strict,
-            ignore_mismatched_sizes=not strict,
-            workers=workers,
-            progress=progress,
-        )
+        how = FillOptions(strict, ignore_mismatched_sizes=not strict, workers=workers, progress=progress)
+        report = fill_model(model, checkpoint, match(model, checkpoint), how)
     report.seconds = time.monotonic() - began
     print_once(report)
     return report
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside a DeepSpeed engine or DistributedDataParallel, whose names are the checkpoint's."""
+    """Return the module inside a DeepSpeed engine or DistributedDataParallel; its names are the checkpoint's."""
     if type(model).__name__ in ("DeepSpeedEngine", "DeepSpeedHybridEngine", "DistributedDataParallel"):
         return model.module
     return model
@@ -75,17 +95,13 @@ def fill_model(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
     matched: Matched,
-    *,
-    strict: bool,
-    ignore_mismatched_sizes: bool,
-    workers: int | None,
-    progress: Callable[[str, int, int], None] | None,
+    how: FillOptions,
 ) -> LoadReport:
-    """Check, and read what ``matched`` says. Ranks do not talk to each other here."""
+    """Check ``matched`` and read what it says. Ranks do not communicate here."""
     missing, unexpected = _adjusted(model, matched)
-    if strict:
+    if how.strict:
         check_strict(matched, missing, unexpected, str(checkpoint.path))
-    elif matched.mismatched and not ignore_mismatched_sizes:
+    elif matched.mismatched and not how.ignore_mismatched_sizes:
         check_strict(matched, (), (), str(checkpoint.path))
     report = LoadReport(
         str(checkpoint.path),
@@ -120,7 +136,7 @@ def fill_model(
     total = sum(job.nbytes for job in jobs) + sum(
         held_numel(tensor) * made_of[0].entry.dtype.itemsize for tensor, made_of in swapped
     )
-    filling = Filling(workers, _counter(progress, total), block_maker(devices))
+    filling = Filling(how.workers, _counter(how.progress, total), block_maker(devices))
     filling.run(jobs)
     for batch in batches(swapped):
         with in_buffers([tensor for tensor, _ in batch]):
@@ -152,20 +168,19 @@ def fill_model(
 def _slots(
     name: str, tensor: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], devices: set[str]
 ) -> Iterator[Slot]:
-    """What of a tensor of the model is in this rank's memory; ``copies`` gains (target, its contiguous stand-in)
-    where one is needed.
+    """Yield the slots of a model's tensor in this rank's memory.
+
+    ``copies`` gains (target, contiguous copy) for memory that is not contiguous, and ``devices`` the devices in use.
     """
     if hasattr(tensor, "ds_tensor"):
         if hasattr(tensor.ds_tensor, "ds_quant_scale"):
             raise UnsupportedError(
-                f"{name} has a quantized partition (zero_quantized_nontrainable_weights), which is not made here"
+                f"{name} has a quantized partition (zero_quantized_nontrainable_weights), which cannot be filled"
             )
         if not is_swapped(tensor):
             devices.add(tensor.ds_tensor.device.type)
             yield from partition_slots(tensor)
-        if (
-            tensor.ds_status.name == "AVAILABLE"
-        ):  # gathered, as persistent parameters stay after a step: this is the copy in use
+        if tensor.ds_status.name == "AVAILABLE":  # gathered, as persistent parameters stay after a step
             devices.add(tensor.device.type)
             yield slot_of(tensor.detach(), full_shape(tensor))
         yield from master_slots(name, tensor)
@@ -176,9 +191,7 @@ def _slots(
 
         local, region = tensor.to_local().detach(), region_of(tensor, name)
     if local.device.type == "meta":
-        raise UnsupportedError(
-            f"{name} is on the meta device: give the model memory first, with model.to_empty(device=…)"
-        )
+        raise UnsupportedError(f"{name} is on the meta device: allocate memory first, with model.to_empty(device=…)")
     devices.add(local.device.type)
     yield from master_slots(name, tensor)
     if not local.is_contiguous():
@@ -188,20 +201,20 @@ def _slots(
 
 
 def _check_cast(name: str, dtype: torch.dtype, made_of: tuple[Patch, ...] | Computed) -> None:
-    """Raise UnsupportedError where a cast would take quantized values for numbers, or numbers for quantized values."""
+    """Raise UnsupportedError if a cast would mistake quantized values for numbers, or the reverse."""
     wanted = BY_NAME[str(dtype).removeprefix("torch.")]
     for entry in made_of.entries if isinstance(made_of, Computed) else [patch.entry for patch in made_of]:
         stored = entry.dtype
         if stored == wanted or {stored.name, wanted.name} <= CASTABLE or not (stored.floating or wanted.floating):
             continue
         raise UnsupportedError(
-            f"{name} is {wanted} in the model, and {entry.name} is stored as {stored}: quantized weights are neither"
-            " made nor unpacked here"
+            f"{name} is {wanted} in the model, and {entry.name} is stored as {stored}: weights are neither"
+            " quantized nor dequantized here"
         )
 
 
 def _fill_from(full: torch.Tensor, slot: Slot) -> None:
-    """A slot from the whole tensor in memory."""
+    """Fill a slot from the whole tensor in memory."""
     if slot.numel == 0:
         return
     for dim, intervals in enumerate(slot.region or ()):
@@ -226,8 +239,9 @@ def _counter(progress: Callable[[str, int, int], None] | None, total: int) -> Ca
 
 
 def _adjusted(model: Any, matched: Matched) -> tuple[set[str], set[str]]:
-    """What is really missing and unexpected: not what is tied to something that is there, nor what transformers
-    ignores.
+    """Return the names that are really missing and unexpected.
+
+    Tensors that are tied to one that is present do not count, nor do those that transformers ignores.
     """
     tensors = model.state_dict(keep_vars=True)
     there = {id(tensor) for name, tensor in tensors.items() if name in matched.sources}
@@ -256,8 +270,9 @@ def _info(missing: set[str], unexpected: set[str]) -> Any:
 def finish_transformers(
     model: Any, matched: Matched, folder: Path | None, device_map: dict[str, Any] | None = None
 ) -> None:
-    """What ``from_pretrained`` does after the weights (5.24 ``_finalize_model_loading``): missing weights, ties,
-    generation.
+    """Finish a load as ``from_pretrained`` does (transformers 5.24 ``_finalize_model_loading``).
+
+    Missing weights are initialised, weights are tied, and the generation configuration is read.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in matched.sources:
@@ -276,7 +291,7 @@ def finish_transformers(
 
 
 def print_once(report: LoadReport) -> None:
-    """On rank 0, and only where there is something to say."""
+    """Print the report on rank 0."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:

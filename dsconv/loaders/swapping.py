@@ -1,8 +1,8 @@
-"""Partitions that ``offload_param`` keeps on NVMe: filled in the swapper's own buffers and written out by DeepSpeed.
+"""Partitions that ``offload_param`` keeps on NVMe: a load fills the swapper's own buffers and DeepSpeed writes them.
 
-DeepSpeed 0.19.8 ``runtime/swap_tensor/partitioned_param_swapper.py``. A rank's swapper has ``buffer_count`` buffers of
-``buffer_size`` elements; that is the memory a load takes, whatever the size of the model. Its writes say nothing of a
-disk that is full: space is reserved before, and files are measured after.
+The rules are those of DeepSpeed 0.19.8 ``runtime/swap_tensor/partitioned_param_swapper.py``. A rank's swapper has
+``buffer_count`` buffers of ``buffer_size`` elements. That is the memory a load takes, whatever the size of the model.
+The swapper's writes do not report a full disk, so space is reserved before and file sizes are checked after.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from dsconv.errors import OutputError, UnsupportedError
 
 
 def check_nvme(nvme_path: str) -> None:
-    """Raise OutputError where the folder cannot be made, UnsupportedError where DeepSpeed's async_io op cannot be
-    loaded.
+    """Check that partitions can be kept in the folder ``nvme_path``.
 
-    The op is compiled when it is first used, for minutes.
+    DeepSpeed's async_io op is compiled on first use, which takes minutes.
+
+    Raises:
+        OutputError: The folder cannot be created.
+        UnsupportedError: The op cannot be loaded.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     try:
         (Path(nvme_path) / "zero_stage_3").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{nvme_path}: offload_param's nvme_path cannot be made a folder: {error.strerror}") from None
+        raise OutputError(f"{nvme_path}: offload_param's nvme_path cannot be created: {error.strerror}") from None
     try:
-        if not AsyncIOBuilder().is_compatible():  # asked first: load() compiles another op before it asks
+        if not AsyncIOBuilder().is_compatible():  # asked first, since load() compiles another op before it asks
             raise RuntimeError("async_io is not compatible")
         AsyncIOBuilder().load(verbose=False)
-    except Exception as error:  # noqa: BLE001 - the compiler's, the linker's and the loader's are of many kinds
+    except Exception as error:  # noqa: BLE001 - compilers, linkers and loaders fail in many ways
         raise UnsupportedError(
             "offload_param to nvme needs DeepSpeed's async_io op, which cannot be loaded here: install libaio with its"
             " headers (Debian, Ubuntu: libaio-dev; RHEL: libaio-devel), ninja and a C++ compiler, or use device cpu."
@@ -41,9 +44,11 @@ def check_nvme(nvme_path: str) -> None:
 
 
 def move_to_nvme(param: Any) -> None:
-    """Put an empty partition of ``ds_numel`` elements on NVMe: a file of zeros, which is what the checkpoint may lack.
+    """Put a partition of ``ds_numel`` zeros on NVMe. Tensors that the checkpoint lacks keep them.
 
-    Raises UnsupportedError where it is larger than a buffer, OutputError where the disk has no room for it.
+    Raises:
+        UnsupportedError: The partition is larger than a buffer of the swapper.
+        OutputError: The disk has no room for it.
     """
     from deepspeed.runtime.zero.config import OffloadDeviceEnum
 
@@ -73,7 +78,7 @@ def _file_bytes(param: Any) -> int:
 
 
 def is_swapped(tensor: Any) -> bool:
-    """Whether a tensor of a model is a ZeRO-3 parameter whose partition's place is on NVMe."""
+    """Return whether a tensor of a model is a ZeRO-3 parameter whose partition is kept on NVMe."""
     return (
         getattr(tensor, "ds_tensor", None) is not None and getattr(tensor.ds_tensor, "final_location", None) == "nvme"
     )
@@ -81,8 +86,9 @@ def is_swapped(tensor: Any) -> bool:
 
 @contextmanager
 def in_buffers(params: Sequence[Any]) -> Iterator[None]:
-    """Partitions on NVMe are buffers of the swapper in here; what these then hold is written to NVMe. Raises
-    OutputError.
+    """Hold partitions that are kept on NVMe in the swapper's buffers, and write the buffers to NVMe at the end.
+
+    Raises OutputError.
     """
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
@@ -105,7 +111,7 @@ def in_buffers(params: Sequence[Any]) -> Iterator[None]:
 
 
 def batches(swapped: Sequence[tuple[Any, Any]]) -> Iterator[Sequence[tuple[Any, Any]]]:
-    """(Parameter, anything) in groups of as many as the swapper has free buffers for."""
+    """Yield the (parameter, anything) pairs in groups for which the swapper has free buffers."""
     at = 0
     while at < len(swapped):
         free = max(1, swapped[at][0].nvme_swapper.available_swap_in_buffers())

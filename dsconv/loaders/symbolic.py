@@ -1,8 +1,8 @@
-"""Tensors that are not read yet, on which transformers' weight conversions run as on real ones.
+"""Unread tensors, on which transformers' weight conversions run as on real ones.
 
-A conversion (transformers 5.24 ``core_model_loading.py``) fuses experts, splits fused projections, stacks and joins. Of
-these, what only moves boxes around is carried out here on the boxes, so that a rank can still read just its own bytes.
-Anything else raises ``NotBoxes``, and the caller does it with real tensors.
+A conversion (transformers 5.24 ``core_model_loading.py``) fuses experts, splits fused projections, stacks and joins.
+Operations that only move boxes are carried out on the boxes, so that a rank can still read just its own bytes. Anything
+else raises ``NotBoxes``, and the caller repeats the conversion with real tensors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dsconv.checkpoint.transfer.fill import Patch, whole
 
 
 class NotBoxes(Exception):
-    """An operation that does not move boxes around; its message names it."""
+    """Raised by an operation that does more than move boxes; the message names it."""
 
 
 class Unread:
-    """A tensor of ``shape`` made of patches of a checkpoint's entries."""
+    """An unread tensor of ``shape``, made of patches of a checkpoint's entries."""
 
     def __init__(self, shape: Sequence[int], patches: Sequence[Patch]) -> None:
         self.shape = torch.Size(shape)
@@ -117,7 +117,7 @@ def _put(values: Sequence[Any], dim: int, value: Any) -> tuple[Any, ...]:
 
 
 def join(tensors: Sequence[Unread], dim: int = 0) -> Unread:
-    """``torch.cat``."""
+    """Do what ``torch.cat`` does."""
     dim = dim % tensors[0].ndim
     patches: list[Patch] = []
     length = 0

@@ -1,4 +1,4 @@
-"""``load_tp``: a transformers model, tensor-parallel by its own plan, each rank reading only its slices."""
+"""``load_tp``: load a transformers model, tensor-parallel by its own plan; each rank reads only its slices."""
 
 from __future__ import annotations
 
@@ -30,12 +30,31 @@ def load_tp(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Any:
-    """A transformers model, sharded as ``from_pretrained(distributed_config=DistributedConfig(tp_plan=…))`` shards it.
+    """Load a transformers model, sharded as ``from_pretrained(distributed_config=…)`` shards it.
 
-    ``source``, ``model_class`` and ``config`` are those of ``load_zero3``. ``device_mesh`` is one-dimensional, or has a
-    dimension named ``tp``; by default it is all ranks. ``tp_plan`` is "auto", the model's own, or a dict that overrides
-    parts of it. ``dtype`` defaults to the configuration's, else the checkpoint's. ``model.load_report`` is the
-    ``LoadReport``. Raises what ``load_zero3`` raises.
+    Every rank of the mesh must call it; each reads only its slices.
+
+    Args:
+        source: A checkpoint, as for ``load_zero3``.
+        device_mesh: A mesh with one dimension, or with one named ``tp``; by default all ranks.
+        tp_plan: "auto" for the model's own plan, or a dict that overrides parts of it.
+        model_class: The class to build, as for ``load_zero3``.
+        config: The configuration, as for ``load_zero3``.
+        dtype: The dtype of the weights; by default the configuration's, else the checkpoint's.
+        strict: Require every tensor to match.
+        ignore_mismatched_sizes: Initialise tensors whose shapes differ, instead of raising.
+        tag: The checkpoint to read, if ``source`` holds several.
+        workers: Reading threads.
+        progress: Called with ("load", bytes done, bytes in all), from any thread.
+
+    Returns:
+        The model in evaluation mode; ``model.load_report`` is the ``LoadReport``.
+
+    Raises:
+        InconsistentCheckpointError: A shape differs, or with ``strict`` a tensor is missing or unexpected.
+        UnsupportedError: The model, the mesh or the checkpoint is of an unsupported kind.
+        RankFailedError: Another rank failed.
+        DsconvError: ``open_checkpoint`` failed.
     """
     import torch
     from transformers.distributed import DistributedConfig
@@ -65,20 +84,13 @@ def load_tp(
         if device != "cpu":
             device = torch.device(device, getattr(torch, device).current_device())
         from dsconv.loaders.mapping import leave_out_ties, match
-        from dsconv.loaders.stream import fill_model, finish_transformers, print_once
+        from dsconv.loaders.stream import FillOptions, fill_model, finish_transformers, print_once
 
+        how = FillOptions(strict, ignore_mismatched_sizes, workers, progress)
         matched = match(model, checkpoint)
         leave_out_ties(model, matched)
         _give_memory(model, matched.sources, plan, device)
-        report = fill_model(
-            model,
-            checkpoint,
-            matched,
-            strict=strict,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            workers=workers,
-            progress=progress,
-        )
+        report = fill_model(model, checkpoint, matched, how)
     finish_transformers(model, matched, folder, {"": device})
     report.seconds = time.monotonic() - began
     model.load_report = report
@@ -106,9 +118,7 @@ def _tp_dim(device_mesh: Any) -> int:
 
 
 def _mesh_manager(kind: Any, settings: Any, device_mesh: Any) -> Any:
-    """transformers' own meshes (5.24 ``distributed/utils.py``): those it makes, or the caller's, seen as it sees its
-    own.
-    """
+    """Return transformers' meshes (5.24 ``distributed/utils.py``): its own, or the caller's in the same form."""
     from torch.distributed.device_mesh import DeviceMesh
     from transformers.distributed.utils import TransformersDeviceMesh
 
@@ -123,7 +133,7 @@ def _mesh_manager(kind: Any, settings: Any, device_mesh: Any) -> Any:
 
 
 def _dtype(dtype: Any, config: Any, checkpoint: Checkpoint) -> Any:
-    """What ``from_pretrained`` takes: the given one, the configuration's, that of the checkpoint's first float."""
+    """Return the dtype that ``from_pretrained`` takes: the given, the configuration's, or the first float's."""
     import torch
 
     if dtype is None or dtype == "auto":
@@ -133,9 +143,7 @@ def _dtype(dtype: Any, config: Any, checkpoint: Checkpoint) -> Any:
 
 
 def _give_memory(model: Any, sources: dict[str, Any], plan: dict[str, Any], device: Any) -> None:
-    """Memory, in place of the meta device, for what will be filled: the rank's own shard, in the dtype the plan
-    keeps it in.
-    """
+    """Move what will be filled from the meta device into memory: this rank's shard, in the plan's dtype."""
     import torch
     from transformers.core_model_loading import build_glob_alternation
     from transformers.distributed.sharding_utils import _dtensor_from_local_like

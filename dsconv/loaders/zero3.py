@@ -1,4 +1,4 @@
-"""Weights straight into ZeRO-3 partitions: no full parameter is read, built or sent.
+"""``load_zero3``: load weights straight into ZeRO-3 partitions. No full parameter is read, built or sent.
 
 Under ZeRO-3 a rank keeps ``ds_tensor``, elements [r × n, (r + 1) × n) of the flattened parameter, n = ceil(numel /
 world) (DeepSpeed 0.19.8 ``runtime/zero/partition_parameters.py`` ``_partition_param``): one range of the checkpoint's
@@ -40,25 +40,40 @@ def load_zero3(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Any:
-    """A transformers model whose parameters are ZeRO-3 partitions, for ``deepspeed.initialize(model=model,
-    config=ds_config)``.
+    """Load a transformers model whose parameters are ZeRO-3 partitions.
 
-    ``source`` is any checkpoint that ``open_checkpoint`` reads, with a ``config.json`` in its folder or the parent, or
-    ``config``, a transformers configuration. ``model_class`` defaults to the architecture that the configuration names;
-    an Auto class works too. Every rank of the job must call it; each reads its own bytes only. Missing weights are
-    initialised as ``from_pretrained`` does, unless ``strict``. ``model.load_report`` is the ``LoadReport``.
+    The model is ready for ``deepspeed.initialize(model=model, config=ds_config)``. It is built as transformers builds
+    it under ``HfDeepSpeedConfig``, with the dtype of ``ds_config``. Every rank of the job must call this; each reads
+    only its own bytes. Missing weights are initialised as ``from_pretrained`` does, unless ``strict``.
 
-    The model is built as transformers builds it under ``HfDeepSpeedConfig``, with the same dtype (the one of
-    ``ds_config``; ``dtype`` is that of tensors which ZeRO does not convert). Raises InconsistentCheckpointError (with
-    ``strict``, or a shape that differs), UnsupportedError, RankFailedError where another rank failed, and what
-    ``open_checkpoint`` raises.
+    Args:
+        source: Any checkpoint that ``open_checkpoint`` reads: a path, a URL, the id of a model on the Hub, or an open
+            checkpoint. A ``config.json`` lies in its folder or the parent, unless ``config`` is given.
+        ds_config: The DeepSpeed configuration, with ZeRO stage 3.
+        model_class: The class to build, or an Auto class; by default the architecture that the configuration names.
+        config: A transformers configuration.
+        dtype: The dtype of tensors that ZeRO does not convert.
+        strict: Require every tensor to match.
+        ignore_mismatched_sizes: Initialise tensors whose shapes differ, instead of raising.
+        tag: The checkpoint to read, if ``source`` holds several.
+        workers: Reading threads.
+        progress: Called with ("load", bytes done, bytes in all), from any thread.
+
+    Returns:
+        The model in evaluation mode; ``model.load_report`` is the ``LoadReport``.
+
+    Raises:
+        InconsistentCheckpointError: A shape differs, or with ``strict`` a tensor is missing or unexpected.
+        UnsupportedError: The model, the configuration or the checkpoint is of an unsupported kind.
+        RankFailedError: Another rank failed.
+        DsconvError: ``open_checkpoint`` failed.
     """
     began = time.monotonic()
     settings = DSConfig.read(ds_config)
     if not settings.is_zero3:
         raise UnsupportedError(
-            f"{settings.source} says ZeRO stage {settings.stage}: load_zero3 needs stage 3; for others load with"
-            " from_pretrained"
+            f"{settings.source} has ZeRO stage {settings.stage}: load_zero3 needs stage 3; use from_pretrained for"
+            " other stages"
         )
     _refuse_quantizing(settings)
     with agreement("load_zero3"):
@@ -70,23 +85,16 @@ def load_zero3(
         refuse_quantized(config, checkpoint)
         kind = model_class_of(model_class, config)
     from dsconv.loaders.mapping import leave_out_ties, match
-    from dsconv.loaders.stream import fill_model, finish_transformers, print_once
+    from dsconv.loaders.stream import FillOptions, fill_model, finish_transformers, print_once
 
+    how = FillOptions(strict, ignore_mismatched_sizes, workers, progress)
     with _hf_zero3(settings):
         with agreement("load_zero3"):
             model = _build(kind, config, dtype)
         with agreement("load_zero3"):
             matched = match(model, checkpoint)
             leave_out_ties(model, matched)
-            report = fill_model(
-                model,
-                checkpoint,
-                matched,
-                strict=strict,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                workers=workers,
-                progress=progress,
-            )
+            report = fill_model(model, checkpoint, matched, how)
         finish_transformers(model, matched, folder)
     report.seconds = time.monotonic() - began
     model.load_report = report
@@ -99,12 +107,12 @@ def _refuse_quantizing(settings: DSConfig) -> None:
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "quantized_initialization"):
         if quantizing.get(key):
             raise UnsupportedError(
-                f"ds_config sets {key}: load_zero3 does not quantize; switch it off, or load with from_pretrained"
+                f"ds_config sets {key}: load_zero3 does not quantize; turn it off, or load with from_pretrained"
             )
 
 
 def _check_offload(zero: dict[str, Any]) -> None:
-    """Raise UnsupportedError where partitions are to lie on NVMe and DeepSpeed cannot put them there."""
+    """Raise UnsupportedError if partitions are to be kept on NVMe and DeepSpeed cannot put them there."""
     if (zero.get("offload_param") or {}).get("device") != "nvme":
         return
     if zero.get("zero_hpz_partition_size", 1) > 1:
@@ -118,7 +126,7 @@ def _check_offload(zero: dict[str, Any]) -> None:
 
 @contextmanager
 def _hf_zero3(settings: DSConfig) -> Iterator[None]:
-    """transformers knows of ZeRO-3 while this is open, as it does while a script keeps an ``HfDeepSpeedConfig``."""
+    """Let transformers know of ZeRO-3, as it does while a script keeps an ``HfDeepSpeedConfig``."""
     from transformers.integrations import deepspeed as integration
 
     before = integration._hf_deepspeed_config_weak_ref
@@ -131,9 +139,7 @@ def _hf_zero3(settings: DSConfig) -> Iterator[None]:
 
 
 def _build(kind: Any, config: Any, dtype: Any) -> Any:
-    """The model, as ``from_pretrained`` builds it (5.24 ``modeling_utils.py``), with partitions in place of
-    parameters.
-    """
+    """Build the model as ``from_pretrained`` does (5.24 ``modeling_utils.py``), with partitions for parameters."""
     import copy
 
     import deepspeed
@@ -147,15 +153,15 @@ def _build(kind: Any, config: Any, dtype: Any) -> Any:
         for context in contexts:
             if isinstance(context, deepspeed.zero.Init):
                 context._zero_init_param = _partition_only(context)
-                # The parameters keep the Init: deepspeed.initialize converts with it what is added later, as adapters,
-                # with its values.
+                # The parameters keep the Init: deepspeed.initialize uses it to convert what is added later, such as
+                # adapters, with its values.
                 stack.callback(delattr, context, "_zero_init_param")
             stack.enter_context(context)
         return kind(copy.deepcopy(config))
 
 
 def _partition_only(init: Any) -> Callable[[torch.Tensor], None]:
-    """What replaces ``Init._zero_init_param``, which would broadcast a parameter from rank 0 and cut it up."""
+    """Replace ``Init._zero_init_param``, which would broadcast a parameter from rank 0 and cut it up."""
 
     def dress(param: Any) -> None:
         from deepspeed.runtime.zero.partition_parameters import free_param

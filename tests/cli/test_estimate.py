@@ -80,4 +80,4 @@ def test_bad_input(config: Path, tmp_path: Path) -> None:
     assert (unknown.code, "transformers cannot build a model of this configuration" in unknown.err) == (3, True)
     config.unlink()
     empty = dsconv("estimate", tmp_path)
-    assert (empty.code, "no config.json there or in the parent" in empty.err) == (3, True)
+    assert (empty.code, "neither it nor its parent has a config.json" in empty.err) == (3, True)

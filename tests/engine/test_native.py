@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsconv.engine import Layout, RunOptions, checkpoints, files, resume, train
-from dsconv.engine.matrix import COLUMNS, rows
+from dsconv.engine.matrix import COLUMNS, scenarios
 from dsconv.engine.validation import Validation
 from dsconv.engine.worker import read_metrics
 from dsconv.errors import UsageError
@@ -24,15 +24,15 @@ def options(model: Path, run: Path, layout: Layout, **changes: Any) -> RunOption
 
 
 def test_fsdp_resumes_in_place_as_ddp_and_tensor_parallel_and_converts(tiny_llama: Path, tmp_path: Path) -> None:
-    (row,) = rows(2, False, ("native-fp32",))
+    (scenario,) = scenarios(2, False, ("native-fp32",))
     validation = Validation(
-        tmp_path, RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4), [row]
+        tmp_path, RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4), [scenario]
     )
     validation.run()
     assert [(cell.column, cell.passed) for cell in validation.cells] == [(column, True) for column in COLUMNS], (
         validation.cells
     )
-    assert row.targets["another stage"] == Layout("native", 2, tp=2)
+    assert scenario.targets["another stage"] == Layout("native", 2, tp=2)
 
 
 def test_what_powersgd_remembers_is_part_of_the_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
     with pytest.raises(MalformedError, match="step-00000005"):
         checkpoints.latest(tmp_path)
     (tmp_path / checkpoints.FOLDER / checkpoints.LATEST).write_text("../..")
-    with pytest.raises(MalformedError, match="not there"):
+    with pytest.raises(MalformedError, match="does not exist"):
         checkpoints.latest(tmp_path)
 
 

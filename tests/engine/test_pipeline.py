@@ -12,7 +12,7 @@ import torch
 
 import dsconv
 from dsconv.engine import Layout, RunOptions
-from dsconv.engine.matrix import Row
+from dsconv.engine.matrix import Scenario
 from dsconv.engine.models import open_source
 from dsconv.engine.pipeline_backend import PipelineBackend
 from dsconv.engine.pipeline_layers import Donor, layer_specs, pipeline_names
@@ -80,19 +80,19 @@ def test_a_pipeline_and_zero_go_on_from_each_other(tiny_llama: Path, tmp_path: P
     """What was saved right after the change is what was there before, bit for bit; losses are those of either
     layout.
     """
-    without = Row("zero0", Layout(nproc=2, pp=2), "fp32")
-    there = Row("pp2", PP2, "fp32", {}, {"another stage": ZERO2})
-    back = Row("zero2", ZERO2, "fp32", {}, {"another stage": PP2})
+    without = Scenario("zero0", Layout(nproc=2, pp=2), "fp32")
+    there = Scenario("pp2", PP2, "fp32", {}, {"another stage": ZERO2})
+    back = Scenario("zero2", ZERO2, "fp32", {}, {"another stage": PP2})
     validation = Validation(tmp_path, run_options(tiny_llama, PP2), [there, back])
-    for row, column in ((there, "another stage"), (there, "convert"), (back, "another stage")):
-        validation.check(row, column)
+    for scenario, column in ((there, "another stage"), (there, "convert"), (back, "another stage")):
+        validation.check(scenario, column)
     assert [cell.passed for cell in validation.cells] == [True] * 3, validation.cells
     assert validation.cells[0].evidence["tensors compared"] > 50
-    legs = [validation.legs.whole(row, row.layout, 0.0) for row in (back, there, without)]
-    for leg in legs[1:]:
+    runs = [validation.runs.whole(scenario, scenario.layout, 0.0) for scenario in (back, there, without)]
+    for run in runs[1:]:
         for key in ("loss", "grad_norm", "lr"):
-            assert leg.curve(key) == pytest.approx(legs[0].curve(key), rel=2e-6), key
-    expected, found, _ = (dsconv.open_checkpoint(leg.run / "checkpoints", tag="step-00000001") for leg in legs)
+            assert run.curve(key) == pytest.approx(runs[0].curve(key), rel=2e-6), key
+    expected, found, _ = (dsconv.open_checkpoint(run.run_folder / "checkpoints", tag="step-00000001") for run in runs)
     assert list(found) == list(expected)
     for name in found:  # the first step's learning rate is 0, so these are the weights that a run starts with
         assert torch.equal(found[name].read(), expected[name].read()), name
@@ -101,9 +101,9 @@ def test_a_pipeline_and_zero_go_on_from_each_other(tiny_llama: Path, tmp_path: P
 def test_stages_and_replicas_resume_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
     """With dropout on, and dropped again when activations are computed anew."""
     layout = Layout(nproc=4, pp=2, zero_stage=1)
-    row = Row("row", layout, "fp32", {"activation_checkpointing": True})
-    validation = Validation(tmp_path, run_options(tiny_llama, layout), [row])
-    validation.check(row, "in place")
+    scenario = Scenario("row", layout, "fp32", {"activation_checkpointing": True})
+    validation = Validation(tmp_path, run_options(tiny_llama, layout), [scenario])
+    validation.check(scenario, "in place")
     (cell,) = validation.cells
     assert cell.passed, cell.evidence
     assert cell.evidence["states compared"] > 50

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsconv.engine.matrix import COLUMNS, SABOTAGES, Row, rows
+from dsconv.engine.matrix import COLUMNS, FAULTS, Scenario, scenarios
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.validation import Validation, validate
 from dsconv.errors import UsageError
@@ -28,15 +28,15 @@ def test_zero3_resumes_reshapes_and_converts(tiny_llama: Path, tmp_path: Path) -
 
 def test_each_sabotage_is_caught(tiny_llama: Path, tmp_path: Path) -> None:
     options = RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4)
-    (row,) = rows(2, False, ("zero1-fp32",))
-    validation = Validation(tmp_path, options, [row])
-    validation.check(row, "in place")
-    for sabotage in SABOTAGES:
-        validation.sabotage = sabotage
-        validation.check(row, "in place")
+    (scenario,) = scenarios(2, False, ("zero1-fp32",))
+    validation = Validation(tmp_path, options, [scenario])
+    validation.check(scenario, "in place")
+    for fault in FAULTS:
+        validation.fault = fault
+        validation.check(scenario, "in place")
     passed = [cell.passed for cell in validation.cells]
-    assert passed == [True] + [False] * len(SABOTAGES), validation.cells
-    found = dict(zip(SABOTAGES, validation.cells[1:], strict=True))
+    assert passed == [True] + [False] * len(FAULTS), validation.cells
+    found = dict(zip(FAULTS, validation.cells[1:], strict=True))
     assert found["drop-exp-avg"].evidence["states saved and loaded that differ"][0].startswith("rank 0: exp_avg of ")
     for name in ("reset-rng", "skip-batch"):  # the states are those that were saved; what came after is not
         assert not found[name].evidence["states saved and loaded that differ"]
@@ -49,19 +49,19 @@ def test_parameters_on_nvme_resume_in_place(tiny_llama: Path, tmp_path: Path) ->
             "DeepSpeed's async_io op is not built here, which takes minutes: install libaio-dev, then `make aio`"
         )
     layout = Layout(nproc=2, zero_stage=3)
-    row = Row("nvme", layout, "bf16", {"offload": "nvme", "nvme_path": str(tmp_path / "nvme")})
-    validation = Validation(tmp_path, RunOptions(str(tiny_llama), "", 4, layout, seq_len=16, batch_size=4), [row])
-    validation.check(row, "in place")
+    scenario = Scenario("nvme", layout, "bf16", {"offload": "nvme", "nvme_path": str(tmp_path / "nvme")})
+    validation = Validation(tmp_path, RunOptions(str(tiny_llama), "", 4, layout, seq_len=16, batch_size=4), [scenario])
+    validation.check(scenario, "in place")
     assert [cell.passed for cell in validation.cells] == [True], validation.cells
 
 
 @pytest.mark.parametrize("name", ["tp2-fp32", "sp2-fp32"])
 def test_model_parallel_runs_resume_in_place_and_elsewhere(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     options = RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4)
-    (row,) = rows(2, False, (name,))
-    validation = Validation(tmp_path, options, [row])
+    (scenario,) = scenarios(2, False, (name,))
+    validation = Validation(tmp_path, options, [scenario])
     for column in ("in place", "another stage", "convert", "load back"):
-        validation.check(row, column)
+        validation.check(scenario, column)
     assert [cell.passed for cell in validation.cells] == [True] * 4, validation.cells
 
 

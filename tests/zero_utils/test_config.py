@@ -205,8 +205,8 @@ def test_any_config_is_read_linted_and_resolved(config: dict[str, Any]) -> None:
 
 def test_load_zero3_reads_its_config_here(tmp_path: Path) -> None:
     for source, says in (
-        ({"zero_optimization": {"stage": 2}}, "ds_config says ZeRO stage 2"),
-        ({}, "ds_config says ZeRO stage 0"),
+        ({"zero_optimization": {"stage": 2}}, "ds_config has ZeRO stage 2"),
+        ({}, "ds_config has ZeRO stage 0"),
     ):
         with pytest.raises(UnsupportedError, match=says):
             load_zero3(tmp_path, source)
