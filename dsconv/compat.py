@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
-from dsconv.checkpoint.storage.local import as_path, is_remote
+from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.roots import as_path
 from dsconv.checkpoint.transfer.copy import output_dtype
 from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.convert.merge import merge

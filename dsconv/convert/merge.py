@@ -16,7 +16,8 @@ from dsconv.checkpoint.formats.huggingface.safetensors import ADAPTER, SINGLE
 from dsconv.checkpoint.map.dtypes import DType, parse_dtype
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.storage.local import as_path, is_remote
+from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.roots import as_path
 from dsconv.checkpoint.transfer.checksums import RunningChecksum
 from dsconv.checkpoint.transfer.copy import MAX_DEFAULT_WORKERS, CopyRun, CopyStats, Target, default_workers, write_at
 from dsconv.checkpoint.transfer.ordered import run_all

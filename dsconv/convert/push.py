@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.storage.hub import REPO, TRUE, connection
-from dsconv.checkpoint.storage.local import as_path, is_remote
+from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.roots import as_path
 from dsconv.checkpoint.transfer.copy import default_workers
 from dsconv.convert.hub_errors import explain, status_of
 from dsconv.convert.manifest import MANIFEST

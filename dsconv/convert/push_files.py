@@ -20,6 +20,7 @@ from typing import Any
 from dsconv.checkpoint.formats.huggingface import safetensors
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.convert.manifest import MANIFEST
@@ -65,12 +66,12 @@ def open_model(folder: Path) -> Checkpoint:
         )
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder}: no such folder")
-    if not safetensors.detect(folder):
+    if not safetensors.holds_weights(folder):
         raise CheckpointNotFoundError(
             f"{folder}: holds no safetensors (model.safetensors, its index, or adapter_model.safetensors), which is"
             f" what is pushed; of a checkpoint, dsconv merge {folder} OUT --push-to-hub REPO makes them"
         )
-    return safetensors.read(folder)
+    return safetensors.read(PathRoot(folder), None)
 
 
 def files_of(folder: Path) -> tuple[list[File], list[str]]:

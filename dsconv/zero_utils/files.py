@@ -45,6 +45,12 @@ class TagFolder:
         """The model-parallel ranks that have files here, in order."""
         return sorted({mp for mp, _ in (*self.optimizer, *self.zero3)} | set(self.model))
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that were found."""
+        by_rank = (*self.optimizer.values(), *self.zero3.values(), *self.model.values())
+        return [*by_rank, *self.layers, *self.experts, *self.expert_optimizers.values()]
+
     def of_rank(self, mp: int) -> TagFolder:
         """The files of one model-parallel rank."""
         return TagFolder(

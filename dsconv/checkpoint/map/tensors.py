@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.regions import Region, check_inside, numel_of, prove_cover
@@ -118,6 +118,9 @@ class TensorEntry:
     aliases: tuple[str, ...] = ()
     role: str = "parameter"  # parameter, frozen or buffer
 
+    # How ``read`` reads; ``dsconv.checkpoint.opening`` hands it in, since the map knows where bytes lie and no more.
+    reader: ClassVar[Callable[[TensorEntry, Any], torch.Tensor]]
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -140,9 +143,7 @@ class TensorEntry:
 
         Checksums are not checked: they are of whole records. Raises MalformedError when the file ends early.
         """
-        from dsconv.checkpoint.transfer.reading import read_tensor
-
-        return read_tensor(self, index)
+        return type(self).reader(self, index)
 
 
 def prove_tiling(entry: TensorEntry) -> None:

@@ -1,34 +1,42 @@
-"""Models of the Hugging Face Hub as sources: ``org/model`` is downloaded into the Hub's cache, ``hf://org/model`` is
-read in place.
+"""Repositories of the Hugging Face Hub: ``org/model`` is read through the Hub's cache.
 
-Of a repository come the weights of one kind (safetensors before ``.bin``), their index, configuration and tokenizer,
-and nothing else. What is in the cache is not downloaded again. huggingface_hub 2.4 does the work; it reads
-``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and ``HF_HOME``, the first three of which are given to it here, since
-it looks only when it is imported.
+A repository's root lists what the Hub lists, and a file is downloaded into the cache when somebody opens it. What is in
+the cache is not downloaded again. (``hf://org/model`` is read in place instead, by range requests: ``remote.py``.)
+huggingface_hub 2.4 does the work; it reads ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and ``HF_HOME``. The first
+three are passed to it here as well, since it reads them only when it is imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import re
-from pathlib import Path
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
-from dsconv.errors import CheckpointNotFoundError, RemoteError, UnsupportedError
+from dsconv.checkpoint.storage.local import LocalFile, OpenFile
+from dsconv.checkpoint.storage.paths import SourcePath
+from dsconv.errors import CheckpointNotFoundError, DsconvError, RemoteError, UnsupportedError
 
 REPO = re.compile(r"[a-zA-Z0-9]([\w.-]{0,94}\w)?/[a-zA-Z0-9]([\w.-]{0,94}\w)?", re.ASCII)
 SCHEME = "hf://"
+# What from_pretrained may want beside the weights: configuration, tokenizer, code. Indexes belong to weights.
 BESIDE = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.spm", "*.py", "tokenizer*", "vocab*")
+NOT_BESIDE = "*.index.json"
 MAX_BESIDE_BYTES = 200 << 20
+DOWNLOADS_AT_ONCE = 8  # as many as huggingface_hub's snapshot_download
 TRUE = ("1", "on", "yes", "true")
 
 
 def is_repo(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is not of this disk and is written as a repository is: ``org/model``.
+    """Return whether ``path`` is written as a repository's id (``org/model``) and is nothing on this disk.
 
-    Where ``org`` is a folder here, a name that is not in it was mistyped: the Hub is not asked.
+    Where ``org`` is a folder here, a name that is not in it was mistyped, and the Hub is not asked.
     """
     text = os.fspath(path) if isinstance(path, str) else ""
     if not REPO.fullmatch(text) or "--" in text or ".." in text:
@@ -37,52 +45,223 @@ def is_repo(path: str | os.PathLike[str]) -> bool:
 
 
 def lies_on_hub(path: str) -> bool:
-    """Whether ``path`` is a repository's id or an ``hf://`` URL."""
+    """Return whether ``path`` is a repository's id or an ``hf://`` URL."""
     return path.startswith(SCHEME) or is_repo(path)
 
 
 def with_revision(url: str, revision: str) -> str:
-    """``hf://org/model/…`` at a revision. Raises UnsupportedError for any other path, and where it names one
-    already.
+    """Return the URL ``hf://org/model/…`` at a revision.
+
+    Raises:
+        UnsupportedError: The path is no such URL, or it names a revision already.
     """
     parts = url.removeprefix(SCHEME).split("/")
     if not url.startswith(SCHEME) or len(parts) < 2 or "@" in url:
-        raise UnsupportedError(f"{url}: --revision is of the Hub: give org/model or hf://org/model")
+        raise UnsupportedError(f"{url}: --revision is for the Hub: give org/model or hf://org/model")
     return SCHEME + "/".join([parts[0], f"{parts[1]}@{quote(revision, safe='')}", *parts[2:]])
 
 
 def connection() -> dict[str, Any]:
-    """The endpoint and the token that the environment names."""
+    """Return the endpoint and the token that the environment names."""
     return {"endpoint": os.environ.get("HF_ENDPOINT") or None, "token": os.environ.get("HF_TOKEN") or None}
 
 
-def fetch(repo: str, revision: str | None) -> tuple[Path, list[str]]:
-    """The folder of a repository's snapshot in the cache, completed, and warnings. Its name is the commit.
+@dataclass(frozen=True)
+class HubStat:
+    """What the Hub says of a path; the names are those of ``os.stat_result``."""
 
-    Raises RemoteError where the Hub or the network fails and the cache does not help, CheckpointNotFoundError where
-    there is no such repository or it holds no weights, UnsafeError where its index leaves the folder.
+    st_size: int
+    st_mtime_ns: int = 0
+
+
+class HubPath(SourcePath):
+    """A path in the cache's folder of a repository: the Hub says what is there, and an opened file is downloaded.
+
+    As text it is where the file lies in the cache once it is there, so any program can read it after that.
+    """
+
+    root_of: HubRoot
+
+    def stat(self, *, follow_symlinks: bool = True) -> HubStat:  # type: ignore[override]
+        """Raises CheckpointNotFoundError."""
+        size = self.root_of.sizes.get(self.root_of.name_of(self) or "")
+        if size is None and not self.is_dir():
+            raise CheckpointNotFoundError(f"{self}: no such file in {self.root_of.repo}")
+        return HubStat(size or 0)
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        return self.root_of.name_of(self) in self.root_of.sizes
+
+    def is_dir(self) -> bool:
+        return self.root_of.name_of(self) in self.root_of.folders
+
+    def resolve(self, strict: bool = False) -> HubPath:
+        return self.absolute()
+
+    def iterdir(self) -> Generator[HubPath, None, None]:
+        for name in sorted(self.root_of.folders.get(self.root_of.name_of(self) or "", ())):
+            yield self / name
+
+    def glob(self, pattern: str) -> Iterator[HubPath]:  # type: ignore[override]  # the options of later Pythons
+        """Yield the paths below this one that match; ``**`` is not supported."""
+        first, _, rest = pattern.partition("/")
+        for path in self.iterdir():
+            if fnmatch.fnmatchcase(path.name, first):
+                if not rest:
+                    yield path
+                elif path.is_dir():
+                    yield from path.glob(rest)
+
+    def rglob(self, pattern: str) -> Iterator[HubPath]:  # type: ignore[override]  # the options of later Pythons
+        yield from self.glob(pattern)
+        for path in self.iterdir():
+            if path.is_dir():
+                yield from path.rglob(pattern)
+
+    def read_bytes(self) -> bytes:
+        self.root_of.fetch([self])
+        return super().read_bytes()
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        self.root_of.fetch([self])
+        return super().read_text(encoding, errors)
+
+    def open_for_reading(self) -> OpenFile:
+        """Raises CheckpointNotFoundError, RemoteError."""
+        self.root_of.fetch([self])
+        return LocalFile(self)
+
+
+class HubRoot:
+    """The root of a repository at one commit. It implements ``Root`` (``roots.py``).
+
+    Attributes:
+        repo: The repository's id.
+        path: The commit's folder in the cache, as a ``HubPath``.
+        sizes: {name: size in bytes} of every file of the repository; names are relative, with ``/``.
+        folders: {name: names that lie right in it} of every folder; the top has the name ``.``.
+    """
+
+    def __init__(self, repo: str, revision: str | None, sha: str, sizes: dict[str, int], api: Any) -> None:
+        self.repo = repo
+        self.revision = revision
+        self.path = HubPath(_cache_folder(repo) / "snapshots" / sha)
+        self.path.root_of = self
+        self.info = {"repo": repo, "revision": sha}
+        self.warnings: list[str] = []
+        self.sizes = sizes
+        self.folders: dict[str, set[str]] = {".": set()}
+        for name in sizes:
+            inner = PurePath(name)
+            while inner.name:
+                self.folders.setdefault(str(inner.parent), set()).add(inner.name)
+                inner = inner.parent
+        self._api = api
+        self._note_revision(sha)
+
+    def name_of(self, path: Path) -> str | None:
+        """Return the name of a path within the repository; None where it lies outside."""
+        try:
+            return PurePath(path).relative_to(PurePath(self.path)).as_posix()
+        except ValueError:
+            return None
+
+    def fetch(self, paths: Iterable[Path]) -> None:
+        """Download the files among ``paths`` that the cache does not hold, several at once.
+
+        Raises:
+            RemoteError: The Hub or the network fails.
+        """
+        names = [name for path in paths if (name := self.name_of(path)) in self.sizes and name is not None]
+        wanted = [name for name in dict.fromkeys(names) if not Path(os.fspath(self.path), name).exists()]
+        if not wanted:
+            return
+        try:
+            with ThreadPoolExecutor(min(DOWNLOADS_AT_ONCE, len(wanted))) as pool:
+                list(pool.map(self._download, wanted))
+        except Exception as error:  # noqa: BLE001 - the client's own errors, httpx2's, and the system's
+            raise explain(self.repo, self.revision, error) from None
+
+    def fetch_beside(self, folders: Iterable[Path]) -> None:
+        """Download the configuration, the tokenizer and the code that lie right in ``folders``."""
+        self.fetch(
+            path
+            for folder in folders
+            for path in (self.path / (self.name_of(folder) or "..")).iterdir()
+            if path.is_file()
+            and path.stat().st_size <= MAX_BESIDE_BYTES
+            and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in BESIDE)
+            and not fnmatch.fnmatchcase(path.name, NOT_BESIDE)
+        )
+
+    def nothing_found(self, expected: str) -> DsconvError:
+        return CheckpointNotFoundError(
+            f"{self.repo}: no weights at the top of this repository: {expected}; for a checkpoint in one of its"
+            f" folders, give {SCHEME}{self.repo}/FOLDER"
+        )
+
+    def _download(self, name: str) -> None:
+        self._api.hf_hub_download(self.repo, name, revision=self.path.name)
+
+    def _note_revision(self, sha: str) -> None:
+        """Write into the cache which commit the revision is, as the Hub's client does, for runs without network."""
+        if self.revision == sha:
+            return
+        note = _cache_folder(self.repo) / "refs" / (self.revision or "main")
+        with contextlib.suppress(OSError):  # the cache may be read-only
+            note.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = note.with_name(f"{note.name}.{os.getpid()}")
+            unfinished.write_text(sha)
+            unfinished.replace(note)
+
+
+class CachedRoot:
+    """The root of what the cache holds of a repository, where the Hub cannot be asked. It implements ``Root``."""
+
+    def __init__(self, repo: str, revision: str | None, folder: Path, why: str) -> None:
+        self.repo = repo
+        self.revision = revision
+        self.path = folder
+        self.why = why
+        self.info = {"repo": repo, "revision": folder.name}
+        self.warnings: list[str] = []
+
+    def fetch(self, paths: Iterable[Path]) -> None: ...
+
+    def fetch_beside(self, folders: Iterable[Path]) -> None: ...
+
+    def nothing_found(self, expected: str) -> DsconvError:
+        return _not_cached(self.repo, self.revision, self.why)
+
+
+def open_repo(repo: str, revision: str | None) -> HubRoot | CachedRoot:
+    """Return the root of a repository: what the Hub lists, or what the cache holds where the Hub cannot be asked.
+
+    Raises:
+        RemoteError: The Hub or the network fails and the cache does not help, or there is no such repository.
+        CheckpointNotFoundError: huggingface_hub is not installed.
     """
     api = _api(repo)
     if _offline():
-        return _cached(api, repo, revision, "HF_HUB_OFFLINE is set"), []
+        return _cached(api, repo, revision, "HF_HUB_OFFLINE is set")
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        names = [*_weights(api, repo, revision, sizes), *_beside(sizes)]
-        return Path(
-            api.snapshot_download(repo, revision=revision, allow_patterns=[_literal(name) for name in names])
-        ), []
-    except Exception as error:  # noqa: BLE001 - the client's own, httpx2's, and the system's
-        if isinstance(error, (CheckpointNotFoundError, ValueError)) and not hasattr(error, "response"):
-            raise
-        said = _explain(repo, revision, error)
+    except Exception as error:  # noqa: BLE001 - the client's own errors, httpx2's, and the system's
+        said = explain(repo, revision, error)
         if not _is_of_the_network(error):
             raise said from None
-        return _cached(api, repo, revision, str(said)), [f"{said}; took what the cache has"]
+        root = _cached(api, repo, revision, str(said))
+        root.warnings.append(f"{said}; took what the cache has")
+        return root
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    return HubRoot(repo, revision, info.sha, {name: size for name, size in sizes.items() if _stays_inside(name)}, api)
 
 
 def fetch_config(repo: str, revision: str | None = None) -> Path:
-    """A repository's ``config.json`` in the cache, and nothing else of it; raises as ``fetch`` does."""
+    """Return a repository's ``config.json`` in the cache; nothing else is downloaded. Raises as ``open_repo`` does."""
     api = _api(repo)
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -90,12 +269,29 @@ def fetch_config(repo: str, revision: str | None = None) -> Path:
         return Path(api.hf_hub_download(repo, "config.json", revision=revision, local_files_only=_offline()))
     except LocalEntryNotFoundError as error:  # no answer, and nothing in the cache
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        why = "HF_HUB_OFFLINE is set" if _offline() else str(_explain(repo, revision, cause))
+        why = "HF_HUB_OFFLINE is set" if _offline() else str(explain(repo, revision, cause))
         raise RemoteError(f"{repo}: the cache holds no config.json of {_named(repo, revision)}, and {why}") from None
     except EntryNotFoundError:
         raise CheckpointNotFoundError(f"{_named(repo, revision)} has no config.json") from None
-    except Exception as error:  # noqa: BLE001 - the client's own, httpx2's, and the system's
-        raise _explain(repo, revision, error) from None
+    except Exception as error:  # noqa: BLE001 - the client's own errors, httpx2's, and the system's
+        raise explain(repo, revision, error) from None
+
+
+def explain(repo: str, revision: str | None, error: Exception) -> RemoteError:
+    """Return the error that says, in one sentence, why the Hub did not give what was asked for."""
+    from huggingface_hub import errors
+
+    endpoint = connection()["endpoint"] or "https://huggingface.co"
+    if isinstance(error, errors.GatedRepoError):
+        why = f"is gated: accept its terms at {endpoint}/{repo} and set HF_TOKEN"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = f"has no revision {revision!r} on the Hub ({endpoint})"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        why = f"no such file or folder, and no such repository on the Hub ({endpoint}); if it is private, set HF_TOKEN"
+    else:
+        said = " ".join(str(error).split())[:300]
+        why = f"the Hub ({endpoint}) cannot be reached: {type(error).__name__}: {said}"
+    return RemoteError(f"{repo}: {why}")
 
 
 def _api(repo: str) -> Any:
@@ -112,52 +308,20 @@ def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
 
 
-def _kinds() -> tuple[tuple[str, str], ...]:
-    """The kinds of weights, as they are looked for: (one file, its index)."""
-    from dsconv.checkpoint.formats.huggingface import safetensors, torch_bin
+def _cache_folder(repo: str) -> Path:
+    """Return the folder of a repository in the cache (huggingface_hub 2.3 ``file_download.repo_folder_name``)."""
+    from huggingface_hub import constants
 
-    return (
-        (safetensors.SINGLE, safetensors.INDEX),
-        (torch_bin.SINGLE, torch_bin.INDEX),
-        (safetensors.ADAPTER, ""),
-        (torch_bin.ADAPTER, ""),
-    )
+    return Path(constants.HF_HUB_CACHE).expanduser().absolute() / f"models--{repo.replace('/', '--')}"
 
 
-def _weights(api: Any, repo: str, revision: str | None, sizes: dict[str, int]) -> list[str]:
-    """The names of the weights of one kind, with their index."""
-    from dsconv.checkpoint.formats.huggingface.index import weight_map_of
-
-    for single, index in _kinds():
-        if single in sizes:
-            return [single]
-        if index and index in sizes:
-            weight_map = weight_map_of(Path(api.hf_hub_download(repo, index, revision=revision)))
-            return [index, *dict.fromkeys(weight_map.values())]
-    raise CheckpointNotFoundError(
-        f"{repo}: no weights at the top of this repository (model.safetensors, pytorch_model.bin, adapter_model …); "
-        f"for a checkpoint in it, such as DeepSpeed's, give {SCHEME}{repo}/FOLDER"
-    )
+def _stays_inside(name: str) -> bool:
+    """Return whether a file's name, which the server chose, is a relative path without ``..``."""
+    return name == PurePath(name).as_posix() and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
 
 
-def _beside(sizes: dict[str, int]) -> list[str]:
-    indexes = {index for _, index in _kinds()}
-    return [
-        name
-        for name, nbytes in sizes.items()
-        if "/" not in name
-        and name not in indexes
-        and nbytes <= MAX_BESIDE_BYTES
-        and any(fnmatch.fnmatchcase(name, p) for p in BESIDE)
-    ]
-
-
-def _literal(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
-def _cached(api: Any, repo: str, revision: str | None, why: str) -> Path:
-    """The snapshot in the cache, if it has weights; whether all are there, the format's reader finds."""
+def _cached(api: Any, repo: str, revision: str | None, why: str) -> CachedRoot:
+    """Return the root of the snapshot in the cache. Whether all files are there, the format's reader finds."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
@@ -165,10 +329,12 @@ def _cached(api: Any, repo: str, revision: str | None, why: str) -> Path:
     except IncompleteSnapshotError as error:  # the repository has more files, such as weights of another kind
         folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
-        folder = Path()
-    if folder == Path() or not any((folder / name).exists() for kind in _kinds() for name in kind if name):
-        raise RemoteError(f"{repo}: the cache holds no weights of {_named(repo, revision)}, and {why}")
-    return folder
+        raise _not_cached(repo, revision, why) from None
+    return CachedRoot(repo, revision, folder, why)
+
+
+def _not_cached(repo: str, revision: str | None, why: str) -> RemoteError:
+    return RemoteError(f"{repo}: the cache holds no weights of {_named(repo, revision)}, and {why}")
 
 
 def _named(repo: str, revision: str | None) -> str:
@@ -176,22 +342,6 @@ def _named(repo: str, revision: str | None) -> str:
 
 
 def _is_of_the_network(error: Exception) -> bool:
-    """Whether the Hub could not be asked, or was not able to answer; 4xx are answers."""
+    """Return whether the Hub could not be asked, or was not able to answer; 4xx are answers."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return not isinstance(status, int) or status >= 500 or status == 429
-
-
-def _explain(repo: str, revision: str | None, error: Exception) -> RemoteError:
-    from huggingface_hub import errors
-
-    endpoint = connection()["endpoint"] or "https://huggingface.co"
-    if isinstance(error, errors.GatedRepoError):
-        why = f"is gated: accept its terms at {endpoint}/{repo} and set HF_TOKEN"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        why = f"has no revision {revision!r} on the Hub ({endpoint})"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        why = f"no such file or folder, and no such repository on the Hub ({endpoint}); if it is private, set HF_TOKEN"
-    else:
-        said = " ".join(str(error).split())[:300]
-        why = f"the Hub ({endpoint}) cannot be reached: {type(error).__name__}: {said}"
-    return RemoteError(f"{repo}: {why}")

@@ -1,8 +1,8 @@
 """Files that are opened for positioned reads: the one place that knows how bytes are got.
 
-Everything above asks an ``OpenFile`` for bytes at an offset. Of a local file those come by ``os.preadv`` on a
-descriptor; of one in a store (``s3://``, ``https://`` …) by range requests, in ``remote.py``, which is imported when a
-path of that kind is opened and never for a local one.
+Everything above asks an ``OpenFile`` for bytes at an offset. A local file answers with ``os.preadv`` on a descriptor; a
+file in a store (``s3://``, ``https://`` …) with range requests, in ``remote.py``, which is imported only when a path of
+that kind is opened.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import cast
-from urllib.parse import unquote
 
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
 
-EDGE_BYTES = (
-    2048  # at each end of a zip: what torch.save writes around one tensor takes some 600 bytes before and 900 after
-)
+# Read at each end of a zip: what torch.save writes around one tensor takes some 600 bytes before it and 900 after.
+EDGE_BYTES = 2048
 
 
 class OpenFile:
-    """A file of ``nbytes`` bytes. A context manager; reads are exact, and from several threads one file each."""
+    """A file of ``nbytes`` bytes; a context manager that closes it.
+
+    A read returns all the bytes that it was asked for or raises. A file may be read from one thread at a time.
+    """
 
     offset_bytes = 0  # where in the file on disk it begins
 
@@ -30,24 +30,24 @@ class OpenFile:
         self.nbytes = nbytes
 
     def read_into(self, offset_bytes: int, view: memoryview) -> None:
-        """Fill ``view`` from ``offset_bytes`` on; raises MalformedError when the file ends before or cannot be read."""
+        """Fill ``view`` from ``offset_bytes`` on. Raises MalformedError if the file ends early or cannot be read."""
         raise NotImplementedError
 
     def read(self, offset_bytes: int, nbytes: int) -> bytes:
-        """Exactly ``nbytes`` bytes, of a size that the caller has bounded; raises as ``read_into`` does."""
+        """Return exactly ``nbytes`` bytes, a number that the caller has bounded. Raises as ``read_into`` does."""
         self._require(offset_bytes, nbytes)
         data = bytearray(nbytes)
         self.read_into(offset_bytes, memoryview(data))
         return bytes(data)
 
     def read_many(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """``read`` of each (offset, nbytes); a store is asked for all of them at once."""
+        """Read each (offset, nbytes) as ``read`` does; a store is asked for all of them at once."""
         return [self.read(offset, nbytes) for offset, nbytes in spans]
 
     def read_runs(self, offsets: Sequence[int], run_bytes: int, view: memoryview, places: Sequence[int]) -> None:
-        """Fill ``run_bytes`` of ``view`` at each of ``places`` from each of ``offsets``; raises as ``read_into`` does.
+        """Fill ``run_bytes`` of ``view`` at each of ``places`` from each of ``offsets``. Raises as ``read_into`` does.
 
-        A store is asked for all of them at once, and for what lies between those that are near to each other.
+        A store is asked for all of them at once; one request covers those that lie near each other.
         """
         for place, data in zip(places, self.read_many([(offset, run_bytes) for offset in offsets]), strict=True):
             view[place : place + run_bytes] = data
@@ -69,9 +69,7 @@ class OpenFile:
 
 
 class LocalFile(OpenFile):
-    """A descriptor. Raises CheckpointNotFoundError or MalformedError, with the system's reason, when it cannot be
-    opened.
-    """
+    """A file of the local disk, read through a descriptor. The constructor raises as ``open_for_reading`` does."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -119,9 +117,9 @@ class LocalFile(OpenFile):
 class Span(OpenFile):
     """``nbytes`` bytes of an open file from ``offset_bytes``, such as one of the zips that a ``.distcp`` is made of.
 
-    Offsets are counted from the span's start, and no read leaves it. A zip keeps what describes it at its two ends:
-    each is read once, so that opening one of thousands costs two reads. ``path`` is what errors name, where it is not
-    the file's. The file stays the caller's to close.
+    Offsets are counted from the span's start, and no read leaves it. A zip keeps its directory at its end and the first
+    header at its start: both ends are read once, so that opening one zip of thousands costs two reads. Errors name
+    ``path``, or the file's path where none is given. The caller closes the file.
     """
 
     def __init__(self, file: OpenFile, offset_bytes: int, nbytes: int, path: Path | None = None) -> None:
@@ -148,45 +146,37 @@ class Span(OpenFile):
 
 
 def open_for_reading(path: Path) -> OpenFile:
-    """Raises CheckpointNotFoundError or MalformedError, and RemoteError for a file in a store."""
-    if not is_remote(path):
-        return LocalFile(path)
-    from dsconv.checkpoint.storage.remote import open_remote
+    """Open a file for positioned reads.
 
-    return open_remote(path)
+    A path of a store, or of a repository of the Hub, opens itself: its class has a method ``open_for_reading``.
+
+    Args:
+        path: A path of the local disk, or one that a root handed out.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file, or it is not a regular one.
+        MalformedError: The system cannot open it; the message has the system's reason.
+        RemoteError: A store or the Hub cannot be reached.
+    """
+    opens_itself = getattr(path, "open_for_reading", None)
+    opened: OpenFile = opens_itself() if opens_itself is not None else LocalFile(path)
+    return opened
 
 
-def stamp(path: Path) -> tuple[int, int, int] | None:
-    """Size, time of the last change in ns, and inode of a local file; None where it is gone. Of a store, always
-    None.
+def stat_signature(path: Path) -> tuple[int, int, int] | None:
+    """Return size, time of the last change in ns, and inode of a local file, by which a changed file is known.
+
+    None stands for a file that is gone, and for every file of a store.
     """
     if is_remote(path):
         return None
     try:
-        found = path.stat()
+        found = Path(os.fspath(path)).stat()  # of the disk, also where the Hub would answer for the path
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def is_remote(path: object) -> bool:
-    """Whether ``path``, one of ``as_path``, lies in a store."""
+    """Return whether ``path`` lies in a store: every path of the local disk is a ``PurePath``."""
     return not isinstance(path, PurePath)
-
-
-def as_path(path: str | os.PathLike[str]) -> Path:
-    """What a user names, as a path: of the local disk, or, for a URL (``s3://bucket/run``), of a store.
-
-    A ``RemotePath`` does what this package asks of ``pathlib.Path`` and stands in for one. Raises UnsupportedError
-    where nothing that is installed reads such a URL.
-    """
-    if not isinstance(path, str):
-        return cast(Path, path) if hasattr(path, "is_file") else Path(path)
-    protocol, separator, rest = path.partition("://")
-    if not separator or not protocol.isalnum():
-        return Path(path)
-    if protocol == "file":
-        return Path(unquote(rest))
-    from dsconv.checkpoint.storage.remote import RemotePath
-
-    return cast(Path, RemotePath.of(path))

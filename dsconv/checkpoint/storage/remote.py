@@ -13,16 +13,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import total_ordering
 from pathlib import PurePosixPath
-from typing import Any
 from urllib.parse import quote, unquote
 
+from dsconv.checkpoint.storage.http import HttpStore
+from dsconv.checkpoint.storage.hub import connection
 from dsconv.checkpoint.storage.local import OpenFile
-from dsconv.checkpoint.storage.stores import Stat, Store, store_of
-from dsconv.errors import CheckpointNotFoundError, MalformedError
+from dsconv.checkpoint.storage.stores import Stat, Store
+from dsconv.errors import CheckpointNotFoundError, MalformedError, UnsupportedError
 
 READS_AT_ONCE = 16  # small ones, while a checkpoint is opened; a copy has as many in flight as it has workers
 NEAR_BYTES = 64 << 10  # two small reads that lie nearer than this become one
 MAX_JOINED_BYTES = 4 << 20
+EXTRAS = {"s3": "s3", "s3a": "s3", "http": "remote", "https": "remote", "gs": "gs", "gcs": "gs", "hf": "hub"}
 
 
 class Tree:
@@ -187,6 +189,14 @@ class RemotePath:
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
+    def open_for_reading(self) -> RemoteFile:
+        """Raises CheckpointNotFoundError, RemoteError."""
+        found = self.stat()
+        if found.is_dir:
+            raise CheckpointNotFoundError(f"{self}: not a regular file")
+        self.tree.store.require_ranges(str(self))
+        return RemoteFile(self, found.st_size)
+
 
 class RemoteFile(OpenFile):
     """A file in a store: nothing is held open, each read is a request."""
@@ -226,10 +236,17 @@ class RemoteFile(OpenFile):
         return [found[span] for span in spans]
 
 
-def open_remote(path: Any) -> RemoteFile:
-    """A RemotePath, opened. Raises CheckpointNotFoundError or RemoteError."""
-    found = path.stat()
-    if found.is_dir:
-        raise CheckpointNotFoundError(f"{path}: not a regular file")
-    path.tree.store.require_ranges(str(path))
-    return RemoteFile(path, found.st_size)
+def store_of(url: str) -> Store:
+    """The store that serves a URL. Raises UnsupportedError where nothing that is installed does."""
+    protocol = url.partition("://")[0]
+    try:
+        import fsspec
+
+        fs, _ = fsspec.core.url_to_fs(url, **(connection() if protocol == "hf" else {}))
+    except (ImportError, ValueError) as error:
+        extra = EXTRAS.get(protocol)
+        how = f"pip install 'dsconv[{extra}]'" if extra else str(error)
+        raise UnsupportedError(f"{url}: nothing that is installed reads {protocol}:// ({how})") from None
+    if protocol in ("http", "https"):
+        return HttpStore(fs)
+    return Store(fs)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dsconv.errors import DsconvError, RemoteError, UnsupportedError
+from dsconv.errors import DsconvError, RemoteError
 
 T = TypeVar("T")
 FIRST_WAIT_SECONDS = 0.25  # doubled after each try, and varied, so that many workers do not come back at once
@@ -22,7 +22,6 @@ PARTIAL = ".dsconv-partial"  # the folder of what is not whole yet, as on the di
 DEFERS = {"s3", "s3a"}  # stores that show an upload when it is completed, and whose library leaves that to its caller
 PART_BYTES = 16 << 20  # of an upload; each one in flight is held in memory
 MAX_PARTS = 9_000  # S3 takes 10,000
-EXTRAS = {"s3": "s3", "s3a": "s3", "http": "remote", "https": "remote", "gs": "gs", "gcs": "gs", "hf": "hub"}
 PERMANENT = (
     FileNotFoundError,
     PermissionError,
@@ -203,23 +202,3 @@ def _remote_error(url: str, error: BaseException, tries: int) -> RemoteError:
         else ""
     )
     return RemoteError(f"{url}: cannot be reached{f' after {tries} tries' if tries > 1 else ''}: {what}{hint}")
-
-
-def store_of(url: str) -> Store:
-    """The store that serves a URL. Raises UnsupportedError where nothing that is installed does."""
-    protocol = url.partition("://")[0]
-    try:
-        import fsspec
-
-        from dsconv.checkpoint.storage.hub import connection
-
-        fs, _ = fsspec.core.url_to_fs(url, **(connection() if protocol == "hf" else {}))
-    except (ImportError, ValueError) as error:
-        extra = EXTRAS.get(protocol)
-        how = f"pip install 'dsconv[{extra}]'" if extra else str(error)
-        raise UnsupportedError(f"{url}: nothing that is installed reads {protocol}:// ({how})") from None
-    if protocol in ("http", "https"):
-        from dsconv.checkpoint.storage.http import HttpStore
-
-        return HttpStore(fs)
-    return Store(fs)

@@ -18,7 +18,7 @@ from pathlib import Path
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
 from dsconv.checkpoint.map.regions import runs
 from dsconv.checkpoint.map.tensors import Piece, Record, TensorEntry
-from dsconv.checkpoint.storage.local import is_remote, stamp
+from dsconv.checkpoint.storage.local import is_remote, stat_signature
 from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.transfer.reading import Part, Sources, gather_view, parts_of
 from dsconv.errors import MalformedError, OutputError
@@ -166,7 +166,7 @@ class CopyRun:
                     " Restore it from another copy"
                 )
         for path in sorted(self.unchecked):
-            if stamp(path) != self.stamps.get(path, stamp(path)):
+            if stat_signature(path) != self.stamps.get(path, stat_signature(path)):
                 raise MalformedError(
                     f"{path}: it was written to while it was read: run again when nothing writes there"
                 )

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from dsconv import merge, verify
 from dsconv.checkpoint.storage import hub as hub_source
 from dsconv.errors import UnsupportedError
 from tests.cli.running import Ran, dsconv
 from tests.servers.hubserver import Hub, commit, serve_hub
-from tests.trained import load_safetensors, same
+from tests.trained import Trained, load_safetensors, same
 
 STATE = {
     "a.weight": torch.arange(35, dtype=torch.float32).view(7, 5),
     "b": torch.tensor(7),
     "c": torch.ones(9, dtype=torch.bfloat16),
 }
+ZERO2 = "gpt2-z2-bf16-w3"
 OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
 
 
@@ -142,6 +144,55 @@ def test_a_revision_and_weights_of_the_other_kind(
     assert holds(tmp_path / "bin", STATE)
 
 
+def test_checkpoints_of_a_training_open_from_a_repository_like_any_other(
+    trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    """DeepSpeed's and DCP's, at the top of the repository; of the files there, only those that are read are fetched."""
+    deepspeed = Path(shutil.copytree(trained(ZERO2).checkpoint, tmp_path / "deepspeed"))
+    tag = (deepspeed / "latest").read_text()
+    shutil.copytree(deepspeed / tag, deepspeed / "older")
+    (deepspeed / "training.log").write_bytes(b"x" * 100_000)
+    for step in (5, 10):
+        state = {name: tensor * step for name, tensor in STATE.items()}
+        torch.distributed.checkpoint.save(
+            {"model": state}, checkpoint_id=tmp_path / "dcp" / f"step-{step}", no_dist=True
+        )
+    repos = {"org/deepspeed": {"main": deepspeed}, "org/dcp": {"main": tmp_path / "dcp"}}
+    with serve_hub(repos) as server:
+        shell = Shell(server, tmp_path)
+        ran = shell("merge", "org/deepspeed", "out", "--json")
+        assert ran.code == 0, ran.err
+        assert (ran.json["format"], ran.json["source"]) == ("ZeRO-2", "org/deepspeed")
+        trained(ZERO2).check(load_safetensors(tmp_path / "out"))
+        fetched = {request.partition("/resolve/")[2].partition("/")[2] for request in shell.hub.requests}
+        beside = {"config.json", "zero_to_fp32.py", "zero_to_torch.py"}
+        assert fetched - {""} == {"latest", *beside, *(f"{tag}/{path.name}" for path in (deepspeed / tag).iterdir())}
+        shell("merge", "org/deepspeed", "older-out", "--tag", "older")
+        assert {path.name for path in (tmp_path / "older-out").iterdir()} == {
+            path.name for path in (tmp_path / "out").iterdir()
+        }
+
+        ran = shell("merge", "org/dcp", "from-dcp")
+        assert ran.code == 0, ran.err
+        assert holds(tmp_path / "from-dcp", {name: tensor * 10 for name, tensor in STATE.items()})
+        assert not any("step-5" in request for request in shell.hub.requests if "/resolve/" in request)
+        offline = shell("verify", "org/dcp", "from-dcp", "--json", HF_HUB_OFFLINE="1")
+        assert offline.json["equal"]
+        assert shell.hub.requests == []
+
+
+def test_a_repository_is_read_at_one_commit(shell: Shell, repos: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+    """Each download names the commit, so a branch that moves meanwhile cannot mix two models."""
+    assert shell("merge", "org/both", "out").code == 0
+    sha = commit(repos["org/both"]["main"])
+    downloads = [request for request in shell.hub.requests if "/resolve/" in request]
+    assert downloads
+    assert all(f"/resolve/{sha}/" in request for request in downloads)
+    cache = tmp_path / "hf" / "hub" / "models--org--both"
+    assert (cache / "refs" / "main").read_text() == sha
+    assert [path.name for path in (cache / "snapshots").iterdir()] == [sha]
+
+
 def test_hf_urls_are_read_in_place(shell: Shell, repos: dict[str, dict[str, Path]], tmp_path: Path) -> None:
     shown = shell("inspect", "hf://org/bin", "--json")
     assert shown.code == 0, shown.err
@@ -181,7 +232,7 @@ FAILURES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
         6,
         "no weights of org/both, and org/both: the Hub",
     ),
-    "a revision of a folder": ([".", "--revision", "v1"], {}, 3, ".: --revision is of the Hub"),
+    "a revision of a folder": ([".", "--revision", "v1"], {}, 3, ".: --revision is for the Hub"),
     "a mistyped folder": (["here/run"], {}, 3, "here/run: no such file or folder"),
 }
 
@@ -249,7 +300,7 @@ def test_what_looks_like_a_repository(
 def test_revisions_in_urls() -> None:
     assert hub_source.with_revision("hf://org/model/sub", "refs/pr/1") == "hf://org/model@refs%2Fpr%2F1/sub"
     for url in ("hf://org/model@main", "s3://a/b", "hf://org", "/local"):
-        with pytest.raises(UnsupportedError, match="--revision is of the Hub"):
+        with pytest.raises(UnsupportedError, match="--revision is for the Hub"):
             hub_source.with_revision(url, "v1")
 
 

@@ -15,7 +15,8 @@ import torch
 
 from dsconv import merge, open_checkpoint, verify
 from dsconv.checkpoint.storage import stores
-from dsconv.checkpoint.storage.local import as_path, open_for_reading
+from dsconv.checkpoint.storage.local import open_for_reading
+from dsconv.checkpoint.storage.roots import as_path
 from dsconv.errors import (
     CheckpointNotFoundError,
     DsconvError,

@@ -15,8 +15,9 @@ from typing import Any
 
 from dsconv.checkpoint.formats.dcp.metadata import FIRST_RANK_METADATA, METADATA
 from dsconv.checkpoint.formats.huggingface.config_files import find_config, find_model_folder
-from dsconv.checkpoint.formats.huggingface.safetensors import detect as holds_safetensors
+from dsconv.checkpoint.formats.huggingface.safetensors import holds_weights
 from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import CheckpointNotFoundError
 
 STEP = re.compile(r"(?:step|checkpoint)-(?P<step>\d+)")
@@ -24,20 +25,21 @@ STEP = re.compile(r"(?:step|checkpoint)-(?P<step>\d+)")
 NESTED = re.compile(r"pytorch_model_fsdp_\d+")
 
 
-def detect(path: Path, tag: str | None) -> bool:
+def detect(root: Root, tag: str | None) -> bool:
     """Return whether the folder is a DCP directory, or holds one (a model or steps) and no weights of its own."""
+    path = root.path
     if not path.is_dir():
         return False
     if tag is not None:
         return STEP.fullmatch(tag) is not None and bool(_steps(path))
-    return _is_dcp(path) or (not holds_safetensors(path) and bool(_model_folders(path) or _steps(path)))
+    return _is_dcp(path) or (not holds_weights(path) and bool(_model_folders(path) or _steps(path)))
 
 
-def read(path: Path, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None) -> Checkpoint:
     """Read the map of a DCP directory.
 
     Args:
-        path: The directory, or a folder around it: a step, a run's folder of steps.
+        root: The directory, or a folder around it: a step, a run's folder of steps.
         tag: The step to take (``step-N``, ``checkpoint-N``); by default the newest.
 
     Raises:
@@ -48,6 +50,7 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     from dsconv.checkpoint.formats.dcp.metadata import read_metadata
     from dsconv.checkpoint.formats.dcp.names import choose
 
+    path: Path = root.path
     top, warnings = path, []
     if tag is not None:
         top = path / tag
@@ -71,6 +74,7 @@ def read(path: Path, tag: str | None) -> Checkpoint:
     config = find_config([config_folder] if config_folder is not None else [])
     metadata = read_metadata(folder)
     names = choose(metadata.tensors, metadata.objects, metadata.paths, folder, config)
+    root.fetch(folder / name for name in files_of(metadata, names.chosen))
     entries, more = entries_of(metadata, names.chosen, folder)
     info: dict[str, Any] = {"tag": top.name} if top != path else {}
     if names.removed:

@@ -26,6 +26,7 @@ from dsconv.checkpoint.map.pieces import arranged
 from dsconv.checkpoint.map.regions import Sizes
 from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
+from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
 
 SHARD = re.compile(r"shard-(?P<rank>\d{5,})-model-(?P<part>\d{5,})-of-(?P<parts>\d{5,})\.safetensors")
@@ -33,16 +34,17 @@ SHARDED = "sharded"  # torch 2.13 _hf_utils.py SHARDED_DIR_NAME
 INFO = "DCP_SHARDING_INFO"
 
 
-def detect(path: Path, tag: str | None) -> bool:
+def detect(root: Root, tag: str | None) -> bool:
     """Return whether the folder, or ``sharded/`` in it, holds such shards."""
+    path = root.path
     return path.is_dir() and tag is None and bool(_shards(path) or _shards(path / SHARDED))
 
 
-def read(path: Path, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None) -> Checkpoint:
     """Read the map of a folder of such shards.
 
     Args:
-        path: The folder, or the one that holds ``sharded/``.
+        root: The folder, or the one that holds ``sharded/``.
         tag: Not used: such a folder holds one model.
 
     Raises:
@@ -50,8 +52,10 @@ def read(path: Path, tag: str | None) -> Checkpoint:
         InconsistentCheckpointError: The shards are of two saves.
         MissingShardError: A part, or the end of a tensor, is not there.
     """
+    path = root.path
     folder = path if _shards(path) else path / SHARDED
     files = _shards(folder)
+    root.fetch(files)
     chunks: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {}
     first: dict[str, tuple[TensorEntry, Path]] = {}
     ends: dict[str, Sizes] = {}

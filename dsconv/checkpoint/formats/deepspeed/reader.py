@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from dsconv.checkpoint.formats.deepspeed.partitions import (
     read_partitions,
 )
@@ -11,24 +9,26 @@ from dsconv.checkpoint.formats.deepspeed.ranks import of_one_rank
 from dsconv.checkpoint.formats.deepspeed.stage0 import read_rank
 from dsconv.checkpoint.formats.deepspeed.zero import _map_of
 from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import (
     CheckpointNotFoundError,
 )
 from dsconv.zero_utils.files import TagFolder, find_tag_folder
 
 
-def detect(path: Path, tag: str | None) -> bool:
+def detect(root: Root, tag: str | None) -> bool:
     """Raises CheckpointNotFoundError where it is DeepSpeed's and the tag that is meant is not there or not clear."""
-    return path.is_dir() and find_tag_folder(path, tag) is not None
+    return root.path.is_dir() and find_tag_folder(root.path, tag) is not None
 
 
-def read(path: Path, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None) -> Checkpoint:
     """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the
     file.
     """
-    folder = find_tag_folder(path, tag)
+    folder = find_tag_folder(root.path, tag)
     if folder is None:
-        raise CheckpointNotFoundError(f"{path}: no DeepSpeed checkpoint")
+        raise CheckpointNotFoundError(f"{root.path}: no DeepSpeed checkpoint")
+    root.fetch(folder.files)
     if folder.experts:
         from dsconv.checkpoint.formats.deepspeed.moe.zero12 import read_moe
 

@@ -21,6 +21,7 @@ from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_
 from dsconv.checkpoint.formats.deepspeed.partitions import frozen_entry
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
+from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import (
     CheckpointNotFoundError,
@@ -37,18 +38,19 @@ LATEST = "latest_universal"
 SETTINGS = "optimizer_state.pt"
 
 
-def detect(path: Path, tag: str | None) -> bool:
+def detect(root: Root, tag: str | None) -> bool:
     """Raises CheckpointNotFoundError where ``latest_universal`` names a folder that holds none."""
-    return path.is_dir() and _find(path, tag) is not None
+    return root.path.is_dir() and _find(root.path, tag) is not None
 
 
-def read(path: Path, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None) -> Checkpoint:
     """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the
     file.
     """
-    folder = _find(path, tag)
+    folder = _find(root.path, tag)
     if folder is None:
-        raise CheckpointNotFoundError(f"{path}: no universal checkpoint")
+        raise CheckpointNotFoundError(f"{root.path}: no universal checkpoint")
+    root.fetch([*folder.files, *(folder.path / FOLDER).glob("*/fp32.pt")])
     return _read(folder)
 
 

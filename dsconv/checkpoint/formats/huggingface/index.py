@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,13 +19,14 @@ MAX_NAME_BYTES = 255  # of a file, on any file system of Linux
 
 
 def read_indexed(
-    index: Path, read_file: Callable[[Path], dict[str, TensorEntry]]
+    index: Path, read_file: Callable[[Path], dict[str, TensorEntry]], fetch: Callable[[Iterable[Path]], None]
 ) -> tuple[dict[str, TensorEntry], list[Path], list[str]]:
     """Read all files that an index names.
 
     Args:
         index: The ``*.index.json``; the files lie beside it.
         read_file: Reads the entries of one file.
+        fetch: ``Root.fetch``; it is called with the files, before they are read.
 
     Returns:
         The entries, the files in the order in which the index first names them, and warnings.
@@ -41,6 +42,7 @@ def read_indexed(
         raise MissingShardError(
             f"{index} names {len(missing)} files that are not there, the first {safe_repr(missing[0], 255)}"
         )
+    fetch(files)
     entries: dict[str, TensorEntry] = {}
     warnings = []
     held = set()

@@ -18,6 +18,7 @@ from dsconv.checkpoint.map.dtypes import BY_SAFETENSORS, DType
 from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading
+from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import MalformedError, UnsupportedError
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors 0.8 MAX_HEADER_SIZE
@@ -27,18 +28,23 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 
 
-def detect(path: Path, tag: str | None = None) -> bool:
+def detect(root: Root, tag: str | None) -> bool:
+    """Return whether the root is a safetensors file or a folder with a model or an adapter in safetensors."""
+    return holds_weights(root.path)
+
+
+def holds_weights(path: Path) -> bool:
     """Return whether ``path`` is a safetensors file or a folder with a model or an adapter in safetensors."""
     if path.is_file():
         return path.suffix == ".safetensors"
     return any((path / name).is_file() for name in (INDEX, SINGLE, ADAPTER))
 
 
-def read(path: Path, tag: str | None = None) -> Checkpoint:
+def read(root: Root, tag: str | None) -> Checkpoint:
     """Read the map of a safetensors file or folder.
 
     Args:
-        path: The file or folder.
+        root: The file or folder.
         tag: Not used: such a folder holds one model.
 
     Raises:
@@ -47,10 +53,11 @@ def read(path: Path, tag: str | None = None) -> Checkpoint:
         UnsupportedError: A tensor has a dtype that dsconv does not know.
         UnsafeError: The index names a file outside the folder.
     """
+    path = root.path
     if path.is_file():
         return _checkpoint(path, path.parent, read_file(path), [path])
     if (path / INDEX).is_file() and not (path / SINGLE).is_file():
-        return _checkpoint(path, path, *read_indexed(path / INDEX, read_file))
+        return _checkpoint(path, path, *read_indexed(path / INDEX, read_file, root.fetch))
     file = path / (SINGLE if (path / SINGLE).is_file() else ADAPTER)
     warnings = []
     if (path / INDEX).is_file():  # transformers 5.24 modeling_utils.py looks for the single file first

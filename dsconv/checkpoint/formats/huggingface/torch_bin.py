@@ -16,6 +16,7 @@ from typing import Any
 from dsconv.checkpoint.formats.huggingface.index import read_indexed
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
+from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.files import MODEL, OPTIMIZER, ZERO3_MODEL
@@ -31,18 +32,19 @@ UNCHECKED = (
 )
 
 
-def detect(path: Path, tag: str | None = None) -> bool:
+def detect(root: Root, tag: str | None) -> bool:
     """Return whether ``path`` is a file of torch.save by its suffix, or a folder of ``.bin`` weights."""
+    path = root.path
     if path.is_file():
         return path.suffix in SUFFIXES
     return any((path / name).is_file() for name in (SINGLE, INDEX, ADAPTER)) or bool(_shards(path))
 
 
-def read(path: Path, tag: str | None = None) -> Checkpoint:
+def read(root: Root, tag: str | None) -> Checkpoint:
     """Read the map of a state dict, of one file or of several.
 
     Args:
-        path: The file or folder.
+        root: The file or folder.
         tag: Not used: such a folder holds one model.
 
     Raises:
@@ -51,6 +53,7 @@ def read(path: Path, tag: str | None = None) -> Checkpoint:
         UnsupportedError: The file holds a pickled module, or tensors that dsconv does not read.
         UnsafeError: A pickle calls a function, or the index names a file outside the folder.
     """
+    path = root.path
     opened: dict[Path, StateDict] = {}
 
     def entries_of(file: Path) -> dict[str, TensorEntry]:
@@ -65,8 +68,9 @@ def read(path: Path, tag: str | None = None) -> Checkpoint:
             warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")
         entries = entries_of(path / SINGLE)
     elif (path / INDEX).is_file():
-        entries, _, warnings = read_indexed(path / INDEX, entries_of)
+        entries, _, warnings = read_indexed(path / INDEX, entries_of, root.fetch)
     elif shards := _shards(path):
+        root.fetch(shards)
         entries = _joined(path, shards, entries_of)
         warnings.append(f"{path} has no {INDEX}: took the {len(shards)} files by their names")
     else:

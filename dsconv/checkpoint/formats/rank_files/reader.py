@@ -26,6 +26,7 @@ from dsconv.checkpoint.map.placements import local_region, region_in_order
 from dsconv.checkpoint.map.regions import Region, is_whole, numel_of, shape_of, show
 from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
+from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
 
@@ -57,18 +58,19 @@ class Held:
     tensor: TensorRef
 
 
-def detect(path: Path, tag: str | None) -> bool:
+def detect(root: Root, tag: str | None) -> bool:
     """Return whether ``path`` is a rank's file, or a folder of them (or verl's, with ``actor/`` in it)."""
+    path = root.path
     if path.is_file():
         return any(path in group.files.values() for group in _groups(path.parent).values())
     return path.is_dir() and _home(path) is not None
 
 
-def read(path: Path, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None) -> Checkpoint:
     """Read the map of the files of all ranks.
 
     Args:
-        path: The folder, or any file of the save that is meant where the folder holds several.
+        root: The folder, or any file of the save that is meant where the folder holds several.
         tag: Not used: such a folder holds one step.
 
     Raises:
@@ -77,10 +79,12 @@ def read(path: Path, tag: str | None) -> Checkpoint:
         MalformedError: A file is damaged, or holds no tensors.
         UnsupportedError: A tensor lies on the ranks in a way that dsconv does not read.
     """
+    path = root.path
     home = path.parent if path.is_file() else _home(path) or path
     warnings: list[str] = []
     group = _choose(path, _groups(home), warnings)
     ranks = sorted(group.files)
+    root.fetch(group.files.values())
     files = {rank: TorchFile(group.files[rank]) for rank in ranks}
     meshes: dict[tuple[Any, ...], Mesh] = {}
     found: dict[str, dict[int, TensorRef | DTensor | ShardedTensor]] = {}

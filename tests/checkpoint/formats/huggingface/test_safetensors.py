@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from dsconv.checkpoint import open_checkpoint
-from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, SINGLE, detect, read, read_file
+from dsconv.checkpoint.formats.huggingface import safetensors
+from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, SINGLE, read_file
 from dsconv.checkpoint.map.dtypes import BY_NAME
+from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.checkpoint.torchfile.file import read_extent
 from dsconv.errors import (
     CheckpointNotFoundError,
@@ -33,6 +36,14 @@ Header = dict[str, Any]
 FUZZ = settings(
     derandomize=True, deadline=None, database=None, max_examples=700, suppress_health_check=list(HealthCheck)
 )
+
+
+def detect(path: Path) -> bool:
+    return safetensors.detect(PathRoot(path), None)
+
+
+def read(path: Path) -> Checkpoint:
+    return safetensors.read(PathRoot(path), None)
 
 
 def save(tensors: dict[str, Any], path: Path) -> Path:
