@@ -1,28 +1,44 @@
-"""The structure that docs/architecture.md draws: imports run down only, and heavy libraries are imported where they
-are used.
-"""
+"""The structure that docs/architecture.md draws, held by tests: which file imports which, and the limits of style."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import dsconv
 
 ROOT = Path(dsconv.__file__).parent
-# A room may import from its own floor's own room and from the floors below.
+# A room imports from itself and from the floors below. Rooms of one floor do not import each other.
 FLOORS = {
-    "zero_utils": 1,
     "errors": 0,
     "_version": 0,
+    "zero_utils": 1,
     "checkpoint": 2,
     "convert": 3,
     "loaders": 3,
-    "engine": 4,
     "compat": 4,
     "doctor": 4,
+    "engine": 4,
     "cli": 5,
+}
+# The same inside checkpoint/, where a room is a folder (of formats/: a family) or a file.
+FLOORS_OF_CHECKPOINT = {
+    "map": 0,
+    "storage": 0,
+    "config_files": 0,
+    "pickles": 1,
+    "torchfile": 2,
+    "transfer": 2,
+    "formats.copies": 3,
+    "formats.huggingface": 3,
+    "formats.dcp": 4,
+    "formats.deepspeed": 4,
+    "formats.rank_files": 4,
+    "formats.table": 5,
+    "opening": 6,
+    "hidden_size": 6,
 }
 HEAVY = {
     "torch",
@@ -37,17 +53,69 @@ HEAVY = {
     "fsspec",
     "s3fs",
 }
+MAX_LINES = 450
+MAX_PARAMETERS = 8
+# Being taken away: nothing may be added to these.
+OLD_ASSERTS = {
+    "convert.pickling",
+    "convert.merge",
+    "convert.dcp_writer",
+    "convert.universal_verify",
+    "convert.universal_writer",
+}
+OLD_PRIVATE = {"dsconv.checkpoint.formats.deepspeed.zero._map_of"}
+OLD_PARAMETERS = {
+    "dsconv.checkpoint.formats.deepspeed.moe.autoep._read_group",
+    "dsconv.checkpoint.formats.deepspeed.moe.experts.finish",
+    "dsconv.convert.merge._merge_into_store",
+}
+# Functions that users call with keywords; each makes an options object at once.
+PUBLIC_KEYWORDS = {
+    "dsconv.checkpoint.map.tensors.Checkpoint.__init__",
+    "dsconv.cli.config.config",
+    "dsconv.cli.verify.verify",
+    "dsconv.convert.dcp_writer.to_dcp",
+    "dsconv.convert.merge.merge",
+    "dsconv.convert.push.push",
+    "dsconv.convert.universal_writer.to_universal",
+    "dsconv.engine.validation.validate",
+    "dsconv.loaders.tensor_parallel.load_tp",
+    "dsconv.loaders.zero3.load_zero3",
+}
 
 
-def sources() -> Iterator[tuple[str, Path, ast.Module]]:
+@cache
+def modules() -> dict[str, ast.Module]:
+    """{dotted name: the parsed file} of every file of dsconv."""
+    found = {}
     for path in sorted(ROOT.rglob("*.py")):
-        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if room not in ("__init__", "__main__"):
-            yield room, path, ast.parse(path.read_text())
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text())
+    return found
+
+
+def path_of(module: str) -> Path:
+    path = ROOT.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def room_of_checkpoint(module: str) -> str:
+    """The room of a module of checkpoint/; empty for the packages that only hold rooms."""
+    parts = module.split(".")[2:]
+    if parts[:1] == ["formats"]:
+        return ".".join(parts[:2]) if len(parts) > 1 else ""
+    return parts[0] if parts else ""
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """(module, whether at the top of the file) of each import that is not for type checkers only."""
+    """(name, whether at the top of the file) of each import, those inside functions too.
+
+    Blocks under ``if TYPE_CHECKING`` are left out: they never run, and a type may well name a class of a floor above.
+    """
 
     def visit(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -57,59 +125,167 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
                 yield from ((alias.name, top) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, "absolute imports only"
-                module = child.module or ""
-                yield from ((f"{module}.{alias.name}", top) for alias in child.names)
+                yield from ((f"{child.module}.{alias.name}", top) for alias in child.names)
             yield from visit(child, top and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
     return visit(tree, True)
 
 
+def named(tree: ast.AST) -> Iterator[str]:
+    """The modules that a file names as text, as the table of formats does for ``import_module``."""
+    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return (text for text in texts if "." in text and text in modules())
+
+
+def uses(module: str, tree: ast.Module) -> set[str]:
+    """The modules of dsconv that a module imports, or imports by name."""
+    found = set(named(tree))
+    for name, _ in imported(tree):
+        home = name if name in modules() else name.rpartition(".")[0]
+        if home in modules():
+            found.add(home)
+    return found - {module}
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    return {module: uses(module, tree) for module, tree in modules().items()}
+
+
+def circle_in(edges: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle, or none."""
+    done: set[str] = set()
+    for start in edges:
+        path: list[str] = []
+        pending = [(start, iter(sorted(edges[start])))]
+        while pending:
+            module, rest = pending[-1]
+            if module not in path:
+                path.append(module)
+            following = next((other for other in rest if other not in done), None)
+            if following is None:
+                done.add(path.pop())
+                pending.pop()
+            elif following in path:
+                return path[path.index(following) :]
+            else:
+                pending.append((following, iter(sorted(edges[following]))))
+    return []
+
+
+def test_no_file_imports_one_that_imports_it_back() -> None:
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"d", "b"}, "d": set()}) == ["b", "c"]  # the search itself
+    assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert "dsconv.checkpoint.formats.dcp.reader" in graph()["dsconv.checkpoint.formats.table"]
+    assert "dsconv.checkpoint.storage.remote" in graph()["dsconv.checkpoint.storage.roots"]  # inside a function
+    assert circle_in(graph()) == []
+
+
 def test_imports_run_down_only() -> None:
     seen = set()
-    for room, path, tree in sources():
-        assert room in FLOORS, f"{path}: a room that no floor is given for"
-        for module, _ in imported(tree):
-            parts = module.split(".")
-            if parts[0] != "dsconv":
-                continue
-            other = parts[1]
+    for module, others in graph().items():
+        room = room_of(module)
+        if room in ("", "__main__"):
+            continue
+        assert room in FLOORS, f"{module}: a room that no floor is given for"
+        for other in map(room_of, others):
+            assert other, f"{module} imports dsconv itself, which stands above all rooms"
             seen.add((room, other))
-            assert other == room or FLOORS[other] < FLOORS[room], (
-                f"{path} imports {module}: {other} is not below {room}"
-            )
-    assert ("cli", "convert") in seen
-    assert ("convert", "checkpoint") in seen
+            assert other == room or FLOORS[other] < FLOORS[room], f"{module} imports {other}, which is not below {room}"
+    assert {("cli", "convert"), ("convert", "checkpoint"), ("checkpoint", "zero_utils")} <= seen
+
+
+def test_imports_inside_checkpoint_run_down_only() -> None:
+    seen = set()
+    for module, others in graph().items():
+        room = room_of_checkpoint(module)
+        if room_of(module) != "checkpoint" or not room:
+            continue
+        assert room in FLOORS_OF_CHECKPOINT, f"{module}: a room that no floor is given for"
+        for other in (room_of_checkpoint(other) for other in others if room_of(other) == "checkpoint"):
+            seen.add((room, other))
+            below = other in FLOORS_OF_CHECKPOINT and FLOORS_OF_CHECKPOINT[other] < FLOORS_OF_CHECKPOINT[room]
+            assert other == room or below, f"{module} imports {other}, which is not below {room}"
+    assert {("opening", "storage"), ("formats.table", "formats.dcp"), ("torchfile", "pickles")} <= seen
 
 
 def test_formats_know_no_destination_and_destinations_no_format() -> None:
-    for room, path, tree in sources():
-        for module, _ in imported(tree):
-            if "formats" in path.parts:
-                assert not module.startswith(("dsconv.convert", "dsconv.loaders", "dsconv.checkpoint.transfer.copy")), (
-                    f"{path} imports {module}"
-                )
-            elif room in ("convert", "loaders", "cli", "engine"):
-                shared = (
-                    "dsconv.checkpoint.formats.huggingface.safetensors",  # names of files that are written too
-                    "dsconv.checkpoint.formats.huggingface.transformers_source",
-                )
-                assert not module.startswith("dsconv.checkpoint.formats") or module.startswith(shared), (
-                    f"{path} imports {module}"
-                )
+    shared = (
+        "dsconv.checkpoint.formats.huggingface.safetensors",  # names of files that are written too
+        "dsconv.checkpoint.formats.huggingface.transformers_source",
+        "dsconv.checkpoint.formats.huggingface.config_files",
+    )
+    for module, others in graph().items():
+        if module.startswith("dsconv.checkpoint.formats."):
+            assert "dsconv.checkpoint.transfer.copy" not in others, module
+        elif room_of(module) in ("convert", "loaders", "cli", "engine"):
+            formats = {other for other in others if other.startswith("dsconv.checkpoint.formats")}
+            assert formats <= set(shared), f"{module} imports {formats - set(shared)}"
 
 
 def test_heavy_libraries_are_imported_where_they_are_used() -> None:
-    for room, path, tree in sources():
-        heavy = (
-            HEAVY - {"torch"} if room in ("loaders", "engine") else HEAVY
-        )  # rooms that hold live models have imported it
-        for module, top in imported(tree):
-            assert not (top and module.split(".")[0] in heavy), f"{path} imports {module} at its top"
+    for module, tree in modules().items():
+        # The rooms that hold live models have imported torch.
+        heavy = HEAVY - {"torch"} if room_of(module) in ("loaders", "engine") else HEAVY
+        for name, top in imported(tree):
+            assert not (top and name.split(".")[0] in heavy), f"{module} imports {name} at its top"
 
 
-def test_files_are_of_a_length_that_reads_from_top_to_bottom() -> None:
-    for _, path, _tree in sources():
-        assert len(path.read_text().splitlines()) <= 470, path
+def test_private_names_stay_in_their_module() -> None:
+    for module, tree in modules().items():
+        homes = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dsconv":
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}"
+                    fine = not is_private(alias.name) or name in modules() or name in OLD_PRIVATE
+                    assert fine, f"{module} imports {name}"
+                    homes[alias.asname or alias.name] = name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and is_private(node.attr):
+                assert homes.get(node.value.id) not in modules(), f"{module} uses {node.value.id}.{node.attr}"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_check_is_an_assert() -> None:
+    """``python -O`` takes asserts away; those that tell mypy that something is not None check nothing."""
+    for module, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assert):
+                narrows = isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.IsNot)
+                narrows = narrows or module.removeprefix("dsconv.") in OLD_ASSERTS
+                assert narrows, f"{module}:{node.lineno}: raise an error instead of `assert {ast.unparse(node.test)}`"
+
+
+def functions(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
+    """(dotted name, definition, whether a method) of every function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield f"{inside}.{child.name}", child, isinstance(node, ast.ClassDef)
+        name = f"{inside}.{child.name}" if isinstance(child, (ast.ClassDef, ast.FunctionDef)) else inside
+        yield from functions(child, name)
+
+
+def test_functions_take_few_parameters() -> None:
+    many = set()
+    for module, tree in modules().items():
+        for name, function, is_method in functions(tree, module):
+            given = function.args
+            count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+            static = any(ast.unparse(decorator) == "staticmethod" for decorator in function.decorator_list)
+            if count - (is_method and not static) > MAX_PARAMETERS:
+                many.add(name)
+    assert many - OLD_PARAMETERS == PUBLIC_KEYWORDS, "group them into an options object, or take the name off the list"
+
+
+def test_files_read_from_top_to_bottom() -> None:
+    """A file fits a reader's head. (Ruff holds the width of lines.)"""
+    for module in modules():
+        lines = path_of(module).read_text().splitlines()
+        assert len(lines) <= MAX_LINES, f"{module} has {len(lines)} lines"
 
 
 def test_everything_exported_is_there() -> None:
