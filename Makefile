@@ -49,7 +49,7 @@ crash: $(READY) ## kill runs and fail system calls wherever a run changes the di
 	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m tests.crash --count $(POINTS) $(ARGS)
 
 fixtures: $(READY) ## train again the checkpoints that are kept in tests/data (compiles DeepSpeed's native ops)
-	$(BIN)/python -m tests.fixtures.session --native --root tests/data/native_ops
+	$(BIN)/python -m tests.fixtures.gloo native --slim --root tests/data/native_ops
 
 aio: $(READY) ## compile DeepSpeed's async_io op, with which the tests of NVMe run (needs libaio-dev; takes minutes)
 	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'

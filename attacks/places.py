@@ -16,8 +16,7 @@ from pathlib import Path
 
 from dsconv.checkpoint.torchfile import legacy
 from tests.checkpoint.building import Rec, zip_bytes
-from tests.fixtures import gloo, session
-from tests.fixtures.cases import BY_NAME
+from tests.fixtures import gloo
 
 ZERO_CASES = ("odd-z1-bf16-w2", "odd-z2-bf16-w2", "odd-z3-bf16-w2", "odd-z0-fp32-w2")
 GLOO_CASES = (  # maker, case, the folder of it that a user would name
@@ -33,7 +32,7 @@ def copies(folder: Path) -> dict[str, Path]:
     """{name: checkpoint} of small real checkpoints, copied into ``folder``; those that are not there yet are trained
     first.
     """
-    sources = {name: path / "ckpt" for name, path in session.ensure([BY_NAME[name] for name in ZERO_CASES]).items()}
+    sources = {name: path / "ckpt" for name, path in gloo.ensure("zero", ZERO_CASES).items()}
     for maker, name, part in GLOO_CASES:
         sources[maker] = gloo.ensure(maker, [name])[name] / part
     return {name: Path(shutil.copytree(source, folder / name)) for name, source in sources.items()}

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures import session
-from tests.fixtures.cases import ALL
+from tests.fixtures import gloo
 from tests.trained import Trained
 
 pytest_plugins = ["tests.servers.fixtures"]
@@ -22,8 +21,8 @@ def trained() -> Callable[[str], Trained]:
     """``trained(name)``: a checkpoint and its truth. The first use trains whatever is not there yet, all cases at
     once.
     """
-    folders = session.ensure(ALL)
-    return lambda name: Trained(folders[name] if name in folders else session.NATIVE_DATA / name)
+    folders = gloo.ensure("zero")
+    return lambda name: Trained(folders[name] if name in folders else gloo.NATIVE_DATA / name)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.convert import dcp_layout
 from dsconv.errors import InconsistentCheckpointError, MalformedError, OutputError
 from tests.cli.running import dsconv as command
-from tests.fixtures import gloo, rankfiles
+from tests.fixtures import gloo
 from tests.trained import Trained, raw, same
 
 ZOO = {
@@ -64,32 +64,6 @@ def loaded(folder: Path, like: dict[str, torch.Tensor], prefix: str = "") -> dic
 def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name, tensor in expected.items():
         assert same(found[name], tensor), name
-
-
-def test_ranks_load_it_into_plain_fsdp2_and_tp_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: None
-) -> None:
-    """1, 2 and 4 gloo ranks, and accelerate's own loader, which keeps the model under the key ``model``."""
-    torch.manual_seed(3)
-    truth = rankfiles.truth_of(rankfiles.net())
-    (tmp_path / "hf").mkdir()
-    save_file(truth, tmp_path / "hf" / "model.safetensors")
-    save_file(truth, tmp_path / "truth.safetensors")
-    report = dsconv.to_dcp(tmp_path / "hf", tmp_path / "plain", fsync=False)
-    assert len(report.files) == 2
-    dsconv.to_dcp(
-        tmp_path / "hf",
-        tmp_path / "under_model" / "pytorch_model_fsdp_0",
-        fsync=False,
-        prefix="model.",
-        max_shard_size=3000,
-    )
-    for path in (tmp_path / "under_model" / "pytorch_model_fsdp_0").iterdir():  # accelerate takes the folder above
-        (tmp_path / "under_model" / path.name).hardlink_to(path)
-    monkeypatch.setenv("DSCONV_READ", str(tmp_path))
-    for done in gloo.root_of("dcp_reading").glob("*/DONE"):
-        done.unlink()
-    gloo.ensure("dcp_reading")
 
 
 @pytest.mark.parametrize(("prefix", "limit"), [("", "5GB"), ("model.", 2000), ("app.model", 1)])

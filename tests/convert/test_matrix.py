@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import dsconv
-from tests.fixtures.cases import ALL, MATRIX, MODELS, NATIVE, Case
+from tests.fixtures.case import Case
+from tests.fixtures.cases import ALL, MATRIX, MODELS, NATIVE
 from tests.trained import Trained, load_safetensors, same
 
 MERGEABLE = [case for case in ALL + NATIVE if "nvme_swapped" not in case.name]

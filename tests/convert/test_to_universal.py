@@ -23,7 +23,7 @@ from dsconv.errors import (
 )
 from tests.cli.running import dsconv as command
 from tests.fixtures import gloo, universal
-from tests.fixtures.session import DATA
+from tests.fixtures.gloo import DATA
 from tests.fixtures.universal import PATTERNS
 from tests.trained import Trained, load_safetensors, raw, same
 

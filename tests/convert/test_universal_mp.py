@@ -172,6 +172,8 @@ def test_an_engine_over_other_ranks_has_every_bit(
         for name, tensor in expected.items():
             assert same(states[name], tensor), f"{name} ({loaded})"
     before, now = (json.loads((folder / "facts.json").read_text()) for folder in (origin, found))
+    assert now["path"] is not None
+    assert now["epoch"] == 3
     for fact in ("steps", "groups", "global_steps", "loss_scale"):
         assert now[fact] == before[fact], fact
 

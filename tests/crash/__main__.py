@@ -19,8 +19,7 @@ import click
 from tests.crash.faults import ERRORS, failing, kill, kill_halfway, short
 from tests.crash.jobs import KINDS, Broken, Job
 from tests.crash.killing import calls_of, failed, killed
-from tests.fixtures import session
-from tests.fixtures.cases import ALL
+from tests.fixtures import gloo
 from tests.trained import Trained
 
 NEW_CASE, OLD_CASE = "llama_tied-z3-bf16-w3", "llama_tied-z3-fp32-w1"
@@ -43,7 +42,7 @@ def points(job: Job, calls: list[str], seed: int) -> Iterator[Point]:
 
 
 def all_points(folder: Path, seed: int) -> Iterator[tuple[Job, list[Point]]]:
-    made = session.ensure(ALL)
+    made = gloo.ensure("zero", [NEW_CASE, OLD_CASE])
     source, old = Trained(made[NEW_CASE]).checkpoint, Trained(made[OLD_CASE]).checkpoint
     for kind in KINDS:
         for older in (None, old):

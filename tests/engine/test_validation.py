@@ -11,7 +11,7 @@ from dsconv.engine.matrix import COLUMNS, FAULTS, Scenario, scenarios
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.validation import Validation, validate
 from dsconv.errors import UsageError
-from tests.fixtures.loading_zero3 import async_io_is_built
+from tests.loaders.rank_checks_zero3 import async_io_is_built
 
 
 def test_zero3_resumes_reshapes_and_converts(tiny_llama: Path, tmp_path: Path) -> None:

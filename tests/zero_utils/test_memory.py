@@ -5,7 +5,6 @@ activations.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,40 +26,40 @@ from dsconv.zero_utils.partition import overlapping_numel
 from tests.fixtures import gloo, memory
 
 
-def test_real_engines_hold_what_is_estimated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", memory.CASES)
+def test_real_engines_hold_what_is_estimated(name: str) -> None:
     """On each of two ranks, in backward and at the step; and their checkpoints are as large."""
-    gloo.check("memory", memory.CASES, tmp_path)
+    folder = gloo.ensure("memory")[name]
     model = sizes_of(memory.build(), "llama")
-    for name, case in memory.CASES.items():
-        options: memory.Options = case.options
-        job = Job(
-            nproc=2,
-            dtype=options.dtype,
-            fp32_grads=bool(options.extra),
-            seq_len=memory.LENGTH,
-            accumulation=options.accumulation,
-            reduce_bucket_numel=memory.BUCKET_NUMEL,
-            persistence_numel=memory.PERSISTENCE_NUMEL,
-        )
-        setting = Setting(options.stage, options.offload, options.tp)
-        said = held(model, job, setting)
-        states = said.parameters + said.optimizer + said.cpu  # the ranks' GPU is a CPU, so what is offloaded counts too
-        for rank, counted in enumerate(json.loads((tmp_path / name / "counted.json").read_text())):
-            where = f"{name}, rank {rank}"
-            assert counted["step"]["total"] == pytest.approx(states + said.step, rel=0.03), where
-            backward = states + said.gradients + said.buffers
-            if options.stage < 3:
-                assert counted["backward"]["total"] == pytest.approx(backward, rel=0.03), where
-                assert counted["backward"]["parameters"] == pytest.approx(said.parameters, rel=0.01), where
-            else:  # in forward every parameter is gathered, and most are let go before the end of backward
-                gathered = said.buffers - memory.BUCKET_NUMEL * 2
-                item = 2 * (model.numel // 2)
-                assert counted["forward"]["parameters"] == pytest.approx(item + gathered, rel=0.01), where
-                assert counted["backward"]["total"] <= backward * 1.01, where
-            if options.offload == "none":
-                assert counted["step"]["optimizer"] == pytest.approx(said.optimizer, rel=0.01), where
-        files = sum(path.stat().st_size for path in (tmp_path / name / "ckpt").rglob("*.pt"))
-        assert files == pytest.approx(checkpoint_bytes(model, job, setting), rel=0.01), name
+    options: memory.Options = memory.CASES[name].options
+    job = Job(
+        nproc=2,
+        dtype=options.dtype,
+        fp32_grads=bool(options.extra),
+        seq_len=memory.LENGTH,
+        accumulation=options.accumulation,
+        reduce_bucket_numel=memory.BUCKET_NUMEL,
+        persistence_numel=memory.PERSISTENCE_NUMEL,
+    )
+    setting = Setting(options.stage, options.offload, options.tp)
+    said = held(model, job, setting)
+    states = said.parameters + said.optimizer + said.cpu  # the ranks' GPU is a CPU, so what is offloaded counts too
+    for rank, counted in enumerate(json.loads((folder / "counted.json").read_text())):
+        where = f"rank {rank}"
+        assert counted["step"]["total"] == pytest.approx(states + said.step, rel=0.03), where
+        backward = states + said.gradients + said.buffers
+        if options.stage < 3:
+            assert counted["backward"]["total"] == pytest.approx(backward, rel=0.03), where
+            assert counted["backward"]["parameters"] == pytest.approx(said.parameters, rel=0.01), where
+        else:  # in forward every parameter is gathered, and most are let go before the end of backward
+            gathered = said.buffers - memory.BUCKET_NUMEL * 2
+            item = 2 * (model.numel // 2)
+            assert counted["forward"]["parameters"] == pytest.approx(item + gathered, rel=0.01), where
+            assert counted["backward"]["total"] <= backward * 1.01, where
+        if options.offload == "none":
+            assert counted["step"]["optimizer"] == pytest.approx(said.optimizer, rel=0.01), where
+    files = sum(path.stat().st_size for path in (folder / "ckpt").rglob("*.pt"))
+    assert files == pytest.approx(checkpoint_bytes(model, job, setting), rel=0.01)
 
 
 @pytest.mark.parametrize(("nproc", "nodes"), [(1, 1), (8, 1), (8, 4)])

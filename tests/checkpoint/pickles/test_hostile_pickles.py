@@ -20,7 +20,7 @@ from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import DsconvError, MalformedError, UnsafeError
 from tests.checkpoint.building import call, glob, load_raw, number, stack_glob, text, whole, write_pt
 from tests.fixtures.cases import ALL
-from tests.fixtures.session import DATA
+from tests.fixtures.gloo import DATA
 from tests.trained import Trained
 
 PLACES = [

@@ -32,7 +32,7 @@ from tests.checkpoint.building import (
     write_pt,
     zip_bytes,
 )
-from tests.fixtures.session import DATA
+from tests.fixtures.gloo import DATA
 
 
 def saved(folder: Path, value: Any, **options: Any) -> TorchFile:

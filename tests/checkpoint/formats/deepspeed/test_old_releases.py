@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dsconv
-from tests.fixtures.session import DATA
+from tests.fixtures.gloo import DATA
 from tests.trained import Trained, load_safetensors
 
 OLD = DATA / "old_releases"

@@ -16,7 +16,7 @@ from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.errors import DsconvError, InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
 from tests.fixtures import gloo
 from tests.fixtures.autotp import CASES
-from tests.fixtures.session import DATA
+from tests.fixtures.gloo import DATA
 from tests.trained import Trained, load_safetensors, same
 
 

@@ -199,10 +199,10 @@ def test_a_pickle_that_would_run_code_is_refused(copied: Callable[[str], Path]) 
         dsconv.open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["pipeline-z1-bf16-pp2", "autotp-z1-bf16-tp2", "autotp-z2-fp32-tp2"])
+@pytest.mark.parametrize("name", ["pp2-z1-frozen", "pp3-z1-bf16opt", "llama-tp2-z1-bf16opt", "llama-tp2-z2-frozen"])
 def test_model_parallel_runs(name: str, tmp_path: Path) -> None:
     """Full shapes are those of the universal tensors; the names are those of all model-parallel ranks."""
-    made = gloo.ensure("universal_parallel")[name]
+    made = gloo.ensure("universal_mp", [name])[name]
     truth = load_safetensors(made / "truth.safetensors")
     checkpoint = dsconv.open_checkpoint(made / "official")
     assert set(checkpoint) == set(truth)
