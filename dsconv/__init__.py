@@ -1,6 +1,6 @@
-"""dsconv: sharded training checkpoints into safetensors, streaming, exact and safe.
+"""dsconv converts sharded training checkpoints: streaming, exact and safe.
 
-What is exported here is imported when it is first used, so that ``import dsconv`` costs nothing.
+Names are imported when they are first used, so that ``import dsconv`` costs nothing.
 """
 
 from __future__ import annotations

@@ -1,17 +1,22 @@
-"""Every error that dsconv raises on purpose, and the exit code that the command line gives it.
+"""Every error that dsconv raises on purpose, with its exit code on the command line.
 
-An error is one sentence or two that say which file, which tensor, what was expected, what was found and what to do.
-Each class is also the built-in error that fits, so that a caller who catches ``FileNotFoundError`` is served.
+A message is one or two sentences that say which file, which tensor, what was expected, what was found and what to do.
+Each class also derives from the matching built-in, so ``except FileNotFoundError`` works as usual.
+
+Exit codes: 0 ok, 1 a bug of dsconv's or a failed rank, 2 usage, 3 unreadable or malformed, 4 refused as unsafe, 5
+verification mismatch, 6 Hub or network, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
+EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_UNREADABLE = 3
 EXIT_UNSAFE = 4
 EXIT_MISMATCH = 5
 EXIT_HUB = 6
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class DsconvError(Exception):
@@ -24,39 +29,39 @@ class DsconvError(Exception):
 
 
 class UsageError(DsconvError, ValueError):
-    """What was asked for cannot be: settings that contradict each other, or that no engine has."""
+    """The request is impossible: settings contradict each other, or no engine supports them."""
 
     exit_code = EXIT_USAGE
 
 
 class CheckpointNotFoundError(DsconvError, FileNotFoundError):
-    """The path, the tag or the kind of file that makes a checkpoint is not there."""
+    """The path, the tag or the kind of file that makes a checkpoint does not exist."""
 
 
 class MissingShardError(DsconvError, FileNotFoundError):
-    """The checkpoint says that it has more shard files than are there."""
+    """The checkpoint refers to shard files that do not exist."""
 
 
 class MalformedError(DsconvError, ValueError):
-    """A file is truncated, corrupt, or does not hold what its format says."""
+    """A file is truncated, corrupt, or does not follow its format."""
 
 
 class InconsistentCheckpointError(DsconvError, ValueError):
-    """Files that are sound one by one do not belong to one checkpoint."""
+    """The files are sound one by one, but do not belong to one checkpoint."""
 
 
 class UnsupportedError(DsconvError, ValueError):
-    """A real format or feature that this version does not read; the message names it."""
+    """The checkpoint has a format or feature that this version does not support; the message names it."""
 
 
 class UnsafeError(DsconvError, ValueError):
-    """A file asks for code to be run, or for a path outside its folder."""
+    """A file asks to run code, or names a path outside its folder."""
 
     exit_code = EXIT_UNSAFE
 
 
 class OutputError(DsconvError, OSError):
-    """The output cannot be written: it exists, is being written by another run, or the disk is full."""
+    """The output cannot be written: it exists, another run is writing it, or the disk is full."""
 
 
 class RemoteError(DsconvError, OSError):
@@ -70,22 +75,22 @@ class TensorNotFoundError(DsconvError, KeyError):
 
 
 class MismatchError(DsconvError):
-    """Two checkpoints that were to be equal are not."""
+    """Two checkpoints that should be equal differ."""
 
     exit_code = EXIT_MISMATCH
 
 
 class ConfigMismatchError(DsconvError, ValueError):
-    """A DeepSpeed config says something else than the values it was given."""
+    """A DeepSpeed config contradicts the values it was given."""
 
     exit_code = EXIT_MISMATCH
 
 
 class RankFailedError(DsconvError, RuntimeError):
-    """Another rank of a distributed load failed; the message is its own."""
+    """Another rank of a distributed load failed; the message is that rank's."""
 
 
 class RunFailedError(DsconvError, RuntimeError):
-    """A rank of a training run failed; the message is its own."""
+    """A rank of a training run failed; the message is that rank's."""
 
-    exit_code = 1
+    exit_code = EXIT_BUG

@@ -1,4 +1,4 @@
-"""Train, stop, resume, prove: a run on DeepSpeed or on torch's DTensor parallelism that keeps all of its state."""
+"""Train, stop, resume and validate runs on DeepSpeed or torch's DTensor parallelism, keeping all of their state."""
 
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.running import RunReport, resume, train

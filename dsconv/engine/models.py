@@ -1,4 +1,4 @@
-"""The transformers model of a run: a folder, a Hub id or a configuration, of a causal language model."""
+"""Open and build the causal language model of a run, from a folder, a Hub id or a configuration."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 @dataclass
 class Source:
-    """What ``MODEL`` is: its configuration, and a checkpoint of its weights where it has any."""
+    """A model: its configuration, the checkpoint of its weights if it has any, and the folder of its sidecars."""
 
     config: Any
     checkpoint: Checkpoint | None
     folder: Path | None
 
     def identity(self) -> dict[str, Any]:
-        """What tells one model from another when a checkpoint is resumed."""
+        """Return the sizes that must agree when a checkpoint is resumed."""
         text = self.config.get_text_config()
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         return {"model_type": self.config.model_type, **{name: getattr(text, name, None) for name in sizes}}
 
 
 def open_source(options: RunOptions, resumed: bool) -> Source:
-    """``options.model``; of a run that is ``resumed``, the configuration that it keeps: its weights are the
-    checkpoint's.
+    """Open ``options.model``. A run that is ``resumed`` uses the configuration that it keeps, and no weights.
 
-    Raises CheckpointNotFoundError, UnsupportedError, and what ``open_checkpoint`` raises.
+    Raises:
+        CheckpointNotFoundError: There is no config.json.
+        UnsupportedError: The model is not a causal language model, or transformers cannot read its configuration.
+        UsageError: The options do not fit the model.
+        DsconvError: ``open_checkpoint`` failed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,11 +59,13 @@ def open_source(options: RunOptions, resumed: bool) -> Source:
         folder = config_folder(checkpoint)
         if folder is None:
             raise CheckpointNotFoundError(
-                f"{options.model} has no config.json, in it or in its parent: the model cannot be built"
+                f"{options.model}: neither it nor its parent has a config.json, so the model cannot be built"
             )
         config = _read(AutoConfig, str(folder))
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedError(f"{options.model} is a {config.model_type}: the engine trains causal language models")
+        raise UnsupportedError(
+            f"{options.model} is a {config.model_type} model, but the engine trains causal language models only"
+        )
     text = config.get_text_config()
     if options.dropout is not None:
         for name, value in vars(text).items():
@@ -68,13 +73,15 @@ def open_source(options: RunOptions, resumed: bool) -> Source:
                 setattr(text, name, options.dropout)
     longest = getattr(text, "max_position_embeddings", None) or options.seq_len
     if options.seq_len > longest:
-        raise UsageError(f"--seq-len {options.seq_len} is longer than the {longest} positions that {options.model} has")
+        raise UsageError(
+            f"--seq-len {options.seq_len} is longer than {options.model} allows: it has {longest} positions"
+        )
     config.use_cache = False
     return Source(config, checkpoint, folder)
 
 
 def keep_source(source: Source, run: Path) -> None:
-    """The configuration and what goes with it (tokenizer, …) beside the run's checkpoints, which makes them
+    """Write the configuration and its sidecars (tokenizer, …) beside the run's checkpoints, so that they are
     loadable.
     """
     target = run / FOLDER
@@ -104,9 +111,13 @@ def _read(auto: Any, path: str) -> Any:
 
 
 def build(source: Source, seed: int, dtype: torch.dtype, weights: bool) -> Any:
-    """The whole model in memory, with the source's weights, or such as transformers draws them for ``seed``.
+    """Build the whole model in memory. Every rank builds the same.
 
-    ``weights`` False leaves out the source's: a checkpoint of the run comes after. Every rank builds the same.
+    Args:
+        source: The model.
+        seed: The seed of weights that transformers draws.
+        dtype: The dtype of the parameters.
+        weights: Whether to load the source's weights; not if a checkpoint of the run is loaded afterwards.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Runs on torch alone: tensor parallelism by transformers' plans, FSDP2 or DDP, context parallelism, DCP."""
+"""Train on torch alone: tensor parallelism by transformers' plans, FSDP2 or DDP, context parallelism, DCP."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from dsconv.errors import UsageError
 
 
 class NativeBackend:
-    """Ranks are numbered dp × cp × tp, the last fastest; ``fresh``: ``load`` will not be called.
+    """One rank of torch's own parallelism.
 
-    Weights and optimizer states are fp32. bf16 is FSDP2's mixed precision; under plain DDP it is autocast. Plain DDP is
-    for ``layout.fsdp`` False without tensor parallelism, and the one that has communication hooks; with tensor
-    parallelism replicas are FSDP2's, sharded over one rank. Context parallelism needs a GPU and **has not been run on
-    one**.
+    Ranks are numbered dp × cp × tp, the last fastest. Weights and optimizer states are fp32. bf16 is FSDP2's mixed
+    precision, or autocast under plain DDP. Plain DDP is used if ``layout.fsdp`` is False and there is no tensor
+    parallelism; only it has communication hooks. With tensor parallelism, replicas are FSDP2's, sharded over one rank.
+    Context parallelism needs a GPU and **has not been run on one**.
+
+    Args:
+        options: The run.
+        source: The model.
+        fresh: Whether the run starts from the model's weights; ``load`` is not called then.
     """
 
     def __init__(self, options: RunOptions, source: Source, *, fresh: bool) -> None:
@@ -37,10 +42,12 @@ class NativeBackend:
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
         if layout.cp > 1 and self.device.type == "cpu":
-            raise UsageError(f"--cp {layout.cp} needs a GPU: torch's context_parallel has no attention for the CPU")
+            raise UsageError(
+                f"--cp {layout.cp} needs a GPU, since torch's context_parallel has no attention for the CPU"
+            )
         if options.hook == "bf16" and self.device.type == "cpu":
             raise UsageError(
-                "--hook bf16 needs a GPU: torch's DDP sums up bf16 over NCCL only; --hook powersgd works on a CPU"
+                "--hook bf16 needs a GPU, since torch's DDP sums bf16 over NCCL only; --hook powersgd works on a CPU"
             )
         self.hook = None
         self._replicated = layout.tp == 1 and not layout.fsdp
@@ -64,14 +71,15 @@ class NativeBackend:
         )
         self.schedule(0)
         self.dp_rank = rank // (layout.tp * layout.cp)
-        # Tensor-parallel ranks hold the same activations, so they must drop the same ones.
+        # Tensor-parallel ranks hold the same activations, so their dropout must be the same.
         self.stream = rank // layout.tp
         if self._replicated:
             self._settle_buckets()
 
     def schedule(self, taken: int) -> None:
-        """The learning rates after ``taken`` steps: those of DeepSpeed's WarmupDecayLR (0.19.8 ``lr_schedules.py``),
-        bit for bit.
+        """Set the schedule after ``taken`` steps.
+
+        It equals DeepSpeed's WarmupDecayLR (0.19.8 ``lr_schedules.py``) bit for bit.
         """
         steps, warmup = self.options.steps, max(2, self.options.warmup)
 
@@ -96,9 +104,7 @@ class NativeBackend:
         return StepResult(torch.stack(losses).double().mean().item(), norm, lr)
 
     def _accumulate(self, part: torch.Tensor, count: int, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch of ``count``; gradients are averaged over the ranks after the
-        last.
-        """
+        """Run forward and backward of one of ``count`` micro-batches; the last averages gradients over the ranks."""
         with self._syncing(last), self._autocast(), self._context(part) as sequence:
             loss = self._loss(*sequence) if self._cp_mesh is not None else self.model(input_ids=part, labels=part).loss
             with torch.autocast(self.device.type, enabled=False):
@@ -121,8 +127,9 @@ class NativeBackend:
 
     @contextlib.contextmanager
     def _context(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """(ids, labels, positions) cut to this rank's part of the sequence, with ring attention, until after the
-        backward pass.
+        """Yield (ids, labels, positions) of this rank's part of the sequence, with ring attention inside the context.
+
+        Yields an empty tuple without context parallelism.
         """
         if self._cp_mesh is None:
             yield ()
@@ -131,7 +138,7 @@ class NativeBackend:
         from torch.distributed.tensor.experimental._attention import _cp_options
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        # In balanced parts positions are not consecutive, which transformers takes for several sequences in one.
+        # Balanced parts have gaps in their positions, which transformers would take for several sequences in one.
         _cp_options.enable_load_balance = False
         places = torch.arange(rows.shape[1], device=rows.device).repeat(len(rows), 1)
         labels = torch.nn.functional.pad(rows[:, 1:], (0, 1), value=-100)
@@ -145,9 +152,7 @@ class NativeBackend:
             yield tuple(buffers)
 
     def _loss(self, ids: torch.Tensor, labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Such that its mean over the context-parallel ranks is the mean over all tokens of the sequence but the
-        first.
-        """
+        """Return a loss whose mean over the context-parallel ranks is the mean over all tokens but the first."""
         logits = self.model(input_ids=ids, position_ids=places).logits
         total = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
@@ -155,7 +160,7 @@ class NativeBackend:
         return total * self.options.layout.cp / (len(ids) * (self.options.seq_len - 1))
 
     def _clip(self) -> float:
-        """The norm of the whole gradient, over all shards, before it is clipped."""
+        """Clip the gradient and return the norm that it had before, over all shards."""
         from torch.distributed.tensor import DTensor
         from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -170,9 +175,7 @@ class NativeBackend:
         return float(total)
 
     def _settle_buckets(self) -> None:
-        """One pass that is thrown away: DDP lays its buckets out anew after the first, and sums up in another order
-        then.
-        """
+        """Run one pass and discard it: after the first, DDP rebuilds its buckets, which changes the order of sums."""
         rows = torch.zeros(self.options.micro_batch, self.options.seq_len, dtype=torch.int64, device=self.device)
         self._accumulate(rows, 1, last=True)
         self.optimizer.zero_grad()
@@ -208,7 +211,7 @@ class NativeBackend:
 
 
 def _by_mesh(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
-    """Parameters that torch can put through one operation together: those of the same mesh."""
+    """Group parameters by their mesh, since torch's foreach operations take those of one mesh together."""
     groups: dict[Any, list[torch.nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)

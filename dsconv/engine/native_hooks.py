@@ -1,4 +1,4 @@
-"""Compression of DDP's gradients by torch's own communication hooks, and what PowerSGD remembers between steps."""
+"""Compress DDP's gradients with torch's communication hooks, and save what PowerSGD remembers between steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POWERSGD_RANK = 1  # torch's default
 
 
 class Hook:
-    """``options.hook`` on a DDP model. bf16 keeps nothing; PowerSGD does: see ``state``."""
+    """Register ``options.hook`` on a DDP model. Only PowerSGD has a state."""
 
     def __init__(self, model: Any, options: RunOptions) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -25,15 +25,14 @@ class Hook:
             self.powersgd = powerSGD_hook.PowerSGDState(
                 dist.group.WORLD,
                 matrix_approximation_rank=POWERSGD_RANK,
-                start_powerSGD_iter=max(2, options.steps // 10),  # torch advises to leave the first tenth uncompressed
+                start_powerSGD_iter=max(2, options.steps // 10),  # torch advises against compressing the first tenth
             )
             model.register_comm_hook(self.powersgd, powerSGD_hook.powerSGD_hook)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that PowerSGD takes into the next step, this rank's own: errors not yet sent, the last P and Q, its
-        generator.
+        """Return what PowerSGD keeps on this rank for the next step: unsent errors, the last P and Q, its generator.
 
-        torch 2.13 ``powerSGD_hook.py``. Nothing for other hooks.
+        See torch 2.13 ``powerSGD_hook.py``. Other hooks give an empty mapping.
         """
         if self.powersgd is None:
             return {}
@@ -50,7 +49,7 @@ class Hook:
         }
 
     def restore(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
-        """What ``state`` gave on this rank."""
+        """Restore what ``state`` returned on this rank."""
         import numpy
 
         for name in _MEMORIES:

@@ -1,6 +1,4 @@
-"""A transformers model under torch's own parallelism: tensor-parallel by its plan, FSDP2 or DDP over the
-data-parallel ranks.
-"""
+"""Build a transformers model under torch's parallelism: tensor-parallel by its plan, with FSDP2 or DDP."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from dsconv.loaders.stream import stream_into
 
 
 def build_replicated(options: RunOptions, source: Source, fresh: bool, device: torch.device) -> Any:
-    """DistributedDataParallel of a model that every rank has whole."""
+    """Wrap a model that every rank holds whole in DistributedDataParallel."""
     from torch.nn.parallel import DistributedDataParallel
 
     model = build(source, options.seed, torch.float32, fresh).to(device)
@@ -25,12 +23,21 @@ def build_replicated(options: RunOptions, source: Source, fresh: bool, device: t
 
 
 def build_sharded(options: RunOptions, source: Source, fresh: bool, device: torch.device) -> Any:
-    """FSDP2, by layers, of what tensor parallelism leaves of the model on this rank; ``fresh``: with its first weights.
+    """Shard a model with tensor parallelism and then, layer by layer, with FSDP2.
 
-    Weights that are drawn are drawn whole on every rank, so that they do not depend on the layout. Else the model is
-    made on the meta device, and each rank has memory for its own shards only, which dsconv's loader or DCP fills.
-    Without ``layout.fsdp`` FSDP2's shards are whole: replicas, with their gradients averaged. Raises UnsupportedError
-    for a model that its plan does not cut, InconsistentCheckpointError for a checkpoint without all of the weights.
+    Random weights are drawn whole on every rank, so that they do not depend on the layout. Otherwise the model is built
+    on the meta device, and each rank allocates only its own shards, which dsconv's loader or DCP fills. Without
+    ``layout.fsdp`` the shards of FSDP2 are whole replicas, whose gradients are averaged.
+
+    Args:
+        options: The run.
+        source: The model.
+        fresh: Whether the run starts from the model's weights.
+        device: The device of this rank.
+
+    Raises:
+        UnsupportedError: The model's plan cannot shard it.
+        InconsistentCheckpointError: The checkpoint lacks weights of the model.
     """
     layout = options.layout
     whole = fresh and source.checkpoint is None
@@ -46,9 +53,10 @@ def build_sharded(options: RunOptions, source: Source, fresh: bool, device: torc
             lacking = [*report.missing, *report.mismatched]
             if lacking:
                 raise InconsistentCheckpointError(
-                    f"{options.model} lacks {len(lacking)} tensors that the model has, the first {lacking[0]}:"
-                    f" --backend native starts from all of a model's weights, or from none. {layout.label()} cannot"
-                    " draw a part of them"
+                    f"{options.model} lacks {len(lacking)} tensors of the model, the first {lacking[0]}: --backend"
+                    " native"
+                    f" starts from all of a model's weights or from none, since {layout.label()} cannot draw some of"
+                    " them"
                 )
     return model.train()
 
@@ -63,9 +71,7 @@ def _on_meta(source: Source) -> Any:
 
 
 def _meshes(model: Any, options: RunOptions, device: torch.device) -> Any:
-    """Cut the model by its tensor-parallel plan; the mesh that is left for FSDP2, with context parallelism folded
-    in.
-    """
+    """Shard the model by its tensor-parallel plan and return the mesh for FSDP2, which includes context parallelism."""
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed import DistributedConfig, initialize_distributed_mesh
 
@@ -76,20 +82,19 @@ def _meshes(model: Any, options: RunOptions, device: torch.device) -> Any:
     _check_plan(model, options)
     sizes = {"fsdp_size": samples} if layout.fsdp else {"dp_replicate_size": samples}
     _, manager = initialize_distributed_mesh(DistributedConfig(tp_size=layout.tp, **sizes))
-    assert manager is not None
+    if manager is None:
+        raise UnsupportedError(f"--tp {layout.tp}: transformers made no mesh for {options.model}")
     _untie(model)
     try:
         type(model).maybe_distribute_model(model, DistributedConfig(tp_size=layout.tp), manager)
     except ValueError as error:
-        raise UnsupportedError(f"--tp {layout.tp}: transformers cannot cut {options.model}: {error}") from None
+        raise UnsupportedError(f"--tp {layout.tp}: transformers cannot shard {options.model}: {error}") from None
     model.tie_weights()
     return manager.get_mesh("fsdp" if layout.fsdp else ("dp_replicate", "fsdp"))
 
 
 def _untie(model: Any) -> None:
-    """Give each module a parameter of its own, as transformers (5.24 ``apply_tensor_parallelism``) wants it to cut
-    them.
-    """
+    """Give each module its own parameter, which transformers (5.24 ``apply_tensor_parallelism``) needs to shard it."""
     first = {name for name, _ in model.named_parameters()}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name not in first:
@@ -98,9 +103,7 @@ def _untie(model: Any) -> None:
 
 
 def _check_plan(model: Any, options: RunOptions) -> None:
-    """Raise UnsupportedError for what transformers 5.24 (``distributed/tensor_parallel.py``) cuts or sums up
-    wrongly.
-    """
+    """Raise UnsupportedError for what transformers 5.24 (``distributed/tensor_parallel.py``) shards or sums wrongly."""
     layout, text = options.layout, model.config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text, name, None) or layout.tp
@@ -108,14 +111,14 @@ def _check_plan(model: Any, options: RunOptions) -> None:
             raise UnsupportedError(f"--tp {layout.tp} does not divide the model's {heads} {name}")
     styles = set((model.tp_plan or {}).values())
     packed = sorted(style for style in styles if style.startswith("packed"))
-    if packed:  # their shards are no boxes (_StridedShard), which torch 2.13's DCP cannot save
+    if packed:  # torch 2.13's DCP cannot save their strided shards
         raise UnsupportedError(
-            f"--tp {layout.tp}: the plan of a {model.config.model_type} is {packed[0]}, whose shards DCP cannot save"
+            f"--tp {layout.tp}: the plan of a {model.config.model_type} uses {packed[0]}, whose shards DCP cannot save"
         )
     if "replicated_with_grad_allreduce" in styles and options.accumulation > 1:
-        raise UnsupportedError(  # its hook sums up the gradient so far again after each micro-batch
-            f"--tp {layout.tp}: a {model.config.model_type} has norms whose gradients transformers sums over the"
-            " tensor-parallel ranks after each micro-batch, those before included: take --micro-batch"
+        raise UnsupportedError(  # its hook sums the accumulated gradient again after each micro-batch
+            f"--tp {layout.tp}: a {model.config.model_type} has norms whose accumulated gradients transformers sums"
+            " over the tensor-parallel ranks again after each micro-batch: use --micro-batch"
             f" {options.micro_batch * options.accumulation}"
         )
 
@@ -126,7 +129,7 @@ def _checkpoint_activations(model: Any, options: RunOptions) -> None:
 
 
 def _shard(model: Any, mesh: Any, options: RunOptions) -> None:
-    """One FSDP2 group a layer and one for the rest; with bf16 the shards, and the sums of gradients, stay fp32."""
+    """Make one FSDP2 group for each layer and one for the rest. With bf16, shards and sums of gradients stay fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy()
@@ -140,7 +143,9 @@ def _shard(model: Any, mesh: Any, options: RunOptions) -> None:
 
 
 def _compute_buffers(model: Any) -> None:
-    """Buffers that no checkpoint has, which were on the meta device (transformers 5.24 ``distributed/mixin.py``)."""
+    """Compute the buffers that no checkpoint holds, after the meta device (transformers 5.24
+    ``distributed/mixin.py``).
+    """
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
     model.initialize_weights()

@@ -1,6 +1,6 @@
-"""What a native run keeps, as a DCP directory of tensors: model, optimizer, schedule, and a hook's memory.
+"""Save and load a native run as a DCP directory of tensors: model, optimizer, schedule, and a hook's state.
 
-There is no object in it, so loading unpickles nothing but ``.metadata``, and that after dsconv's own reader has.
+It holds no objects, so loading unpickles only ``.metadata``, after dsconv's own reader has checked it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def save(backend: NativeBackend, folder: Path) -> None:
-    """Every rank writes its part. Raises OSError."""
+    """Write this rank's part. Raises OSError."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -32,21 +32,24 @@ def save(backend: NativeBackend, folder: Path) -> None:
     try:
         # The engine syncs the whole folder before it is put in place.
         dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=False))
-    except CheckpointException as error:  # not an Exception
+    except CheckpointException as error:  # a BaseException
         raise OSError(_reason(error)) from None
-    if dist.get_rank() == 0:  # last: the others would wait in DCP for a rank that had failed before it
-        backend.config.save_pretrained(folder)  # `dsconv merge` makes a model of the checkpoint
+    if dist.get_rank() == 0:  # last, since the others would wait in DCP for a rank that failed earlier
+        backend.config.save_pretrained(folder)  # lets `dsconv merge` make a model of the checkpoint
 
 
 def load(backend: NativeBackend, checkpoint: Path) -> None:
-    """Of any layout: DCP reads, of each tensor, what this rank holds. Raises what ``open_checkpoint`` raises, and
-    InconsistentCheckpointError where DCP finds that the checkpoint is of another model.
+    """Load a checkpoint of any layout; DCP reads what this rank holds of each tensor.
+
+    Raises:
+        InconsistentCheckpointError: The checkpoint was saved from another model.
+        DsconvError: ``open_checkpoint`` failed.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-    open_checkpoint(checkpoint)  # refuses a pickle that is no metadata, and finds what is missing or damaged, by name
+    open_checkpoint(checkpoint)  # refuses unsafe metadata, and names what is missing or damaged
     model, optimizer = _states(backend)
     schedule = torch.tensor(0)
     state: dict[str, Any] = {"model": model, "optimizer": _tensors(optimizer), "lr_scheduler": {"last_epoch": schedule}}
@@ -65,13 +68,12 @@ def load(backend: NativeBackend, checkpoint: Path) -> None:
         options=StateDictOptions(flatten_optimizer_state_dict=True, strict=False),
     )
     backend.schedule(int(schedule))
-    if hook:
-        assert backend.hook is not None
+    if hook and backend.hook is not None:
         backend.hook.restore(hook, backend.device)
 
 
 def _states(backend: NativeBackend) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the model, tied weights once; of the optimizer, by the parameters' names, whatever its groups."""
+    """Return the states of the model, tied weights once, and of the optimizer, by the names of parameters."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     model, optimizer = get_state_dict(
@@ -83,12 +85,12 @@ def _states(backend: NativeBackend) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings, which the run's own options give."""
+    """Return the tensors of a state. The settings come from the run's own options."""
     return {key: value for key, value in state.items() if torch.is_tensor(value)}
 
 
 def _hook_space(backend: NativeBackend, metadata: Any) -> dict[str, torch.Tensor]:
-    """Memory for what the hook kept on this rank; none where it kept nothing, or in another world."""
+    """Allocate memory for what the hook kept on this rank; empty if it kept nothing or the number of ranks differs."""
     if backend.hook is None or backend.hook.powersgd is None:
         return {}
     start = "hook.rank-"
@@ -108,6 +110,6 @@ def _hook_space(backend: NativeBackend, metadata: Any) -> dict[str, torch.Tensor
 
 
 def _reason(error: Any) -> str:
-    """The first rank's failure, in a line."""
+    """Return the failure of the lowest rank in one line."""
     rank, (failure, _) = min(error.failures.items())
     return f"rank {rank}: {failure}".splitlines()[0]

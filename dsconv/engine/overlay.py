@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration of the user's, laid over the one that a run makes."""
+"""Lay the user's DeepSpeed configuration over the one that a run makes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ AUTO = "auto"
 
 
 def without_flags(options: RunOptions) -> RunOptions:
-    """``options`` whose ``ds_config`` no longer says what flags say, so that the run can go on in another layout.
+    """Return ``options`` without the entries of ``ds_config`` that flags set, so that the layout can change later.
 
-    Raises UsageError where it says something else than its flag. "auto", which transformers fills in, is left out
-    everywhere.
+    "auto", which transformers fills in, is removed everywhere.
+
+    Raises:
+        UsageError: An entry contradicts its flag.
     """
     layout = options.layout
     if options.ds_config and layout.backend != "deepspeed":
-        raise UsageError(f"--ds-config is DeepSpeed's, and the run is of --backend {layout.backend}")
+        raise UsageError(f"--ds-config needs --backend deepspeed, but the run has --backend {layout.backend}")
     said: dict[tuple[str, ...], tuple[Any, str]] = {
         ("zero_optimization", "stage"): (layout.zero_stage, "--zero-stage"),
         ("tensor_parallel", "autotp_size"): (layout.tp, "--tp"),
@@ -43,8 +45,8 @@ def without_flags(options: RunOptions) -> RunOptions:
                 wanted, flag = said[here]
                 if value != wanted:
                     raise UsageError(
-                        f"--ds-config: {'.'.join(here)} is {value!r}, and by {flag} it is {wanted!r}: leave it out"
-                        f" there, or change {flag}"
+                        f"--ds-config: {'.'.join(here)} is {value!r}, but {flag} makes it {wanted!r}: remove the entry"
+                        f" or change {flag}"
                     )
                 continue
             out[key] = kept(value, here) if isinstance(value, Mapping) else value
@@ -54,7 +56,7 @@ def without_flags(options: RunOptions) -> RunOptions:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``over`` laid over it, key by key at every depth."""
+    """Return ``base`` with ``over`` laid over it, key by key at every depth."""
     out = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)

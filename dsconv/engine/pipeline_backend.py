@@ -1,4 +1,4 @@
-"""Runs on DeepSpeed's pipeline engine: stages of layers × data parallelism, with ZeRO 0 or 1."""
+"""Train on DeepSpeed's pipeline engine: stages of layers × data parallelism, with ZeRO 0 or 1."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from dsconv.zero_utils.files import LAYERS_OF_TRANSFORMERS
 
 
 class PipelineBackend(DeepSpeedBackend):
-    """Every rank builds the whole model, as runs of any layout do, and keeps the layers of its stage.
+    """One rank of DeepSpeed's pipeline engine.
 
-    Gradient accumulation is the pipeline's micro-batches. Each stage has the same number of decoder layers, or one
-    more.
+    Every rank builds the whole model, as in any layout, and keeps the layers of its stage. Gradient accumulation is the
+    pipeline's micro-batches. Stages differ by at most one decoder layer.
     """
 
     def __init__(self, options: RunOptions, source: Source, *, fresh: bool, universal: bool) -> None:
@@ -35,14 +35,12 @@ class PipelineBackend(DeepSpeedBackend):
         paths_of(source.config)
         if layout.pp > source.config.num_hidden_layers:
             raise UsageError(
-                f"--pp {layout.pp}: the model has {source.config.num_hidden_layers} layers, and each stage takes one or"
-                " more"
+                f"--pp {layout.pp}: each stage needs a layer, but the model has {source.config.num_hidden_layers}"
             )
-        if (
-            options.dtype == "bf16" and layout.zero_stage == 0
-        ):  # 0.19.8 `engine.py` `_load_checkpoint` takes no such optimizer's file
+        # 0.19.8 `engine.py` `_load_checkpoint` does not take the file of such an optimizer.
+        if options.dtype == "bf16" and layout.zero_stage == 0:
             raise UsageError(
-                "--pp with --dtype bf16 needs --zero-stage 1: without ZeRO DeepSpeed's pipeline cannot load what it"
+                "--pp with --dtype bf16 needs --zero-stage 1: without ZeRO, DeepSpeed's pipeline cannot load what it"
                 " saves"
             )
         config = ds_config(options)
@@ -70,7 +68,7 @@ class PipelineBackend(DeepSpeedBackend):
         self._plain_norm: float | None = None
         self._keep_plain_norm()
         self.dp_rank = self.engine.grid.get_data_parallel_id()
-        self.stream = dist.get_rank()  # each stage has layers of its own
+        self.stream = dist.get_rank()  # each stage has its own layers
 
     def step(self, rows: torch.Tensor) -> StepResult:
         lr = float(self.engine.get_lr()[0])
@@ -80,10 +78,11 @@ class PipelineBackend(DeepSpeedBackend):
         return StepResult(float(self.engine.dp_group_loss), norm, lr, self._communication())
 
     def _keep_plain_norm(self) -> None:
-        """Without ZeRO and in fp32 the engine forgets the norm, and takes that of the first stage's gradients for it.
+        """Clip by the norm of the whole gradient and keep it, without ZeRO in fp32.
 
-        (0.19.8 ``runtime/utils.py`` ``clip_grad_norm_`` counts gradients of model-parallel rank 0 only, and a
-        pipeline's stages are such ranks.) A tied weight counts once.
+        The engine would forget the norm, and would take the first stage's for the whole: DeepSpeed 0.19.8
+        ``runtime/utils.py`` ``clip_grad_norm_`` counts gradients of model-parallel rank 0 only, and a pipeline's stages
+        are such ranks. A tied weight counts once.
         """
         engine = self.engine
 
@@ -108,7 +107,7 @@ class PipelineBackend(DeepSpeedBackend):
             yield self._names[name], state, tensor
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """Stage after stage, each sending what it made to all of its pipeline."""
+        """Run one stage after another; each broadcasts its output to its pipeline."""
         grid = self.engine.grid
         weight = next(self.module.parameters())
         x: Any = rows.to(weight.device)
@@ -126,7 +125,7 @@ class PipelineBackend(DeepSpeedBackend):
 
 
 class _Loss:
-    """Of one micro-batch's logits, as the model's own; DeepSpeed averages over the micro-batches."""
+    """The model's own loss of one micro-batch's logits; DeepSpeed averages over the micro-batches."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

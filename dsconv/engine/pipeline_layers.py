@@ -1,9 +1,9 @@
 """A causal language model of transformers as the layers of DeepSpeed's PipelineModule.
 
-A layer holds the model's own submodules under their own paths, so a parameter of the pipeline is ``{number of the
-layer}.{its name in transformers}``, and of a tied embedding ``tied_modules.embed.{its name}``. Only hidden states
-travel from stage to stage; positions, rotary embeddings and masks follow from their shape, and each layer makes them
-anew, by the calls of the model's own ``forward`` (transformers 5.24 ``modeling_llama.py``, ``modeling_mistral.py``,
+A layer holds the model's own submodules under their own paths, so a parameter of the pipeline is called ``{number of
+the layer}.{its name in transformers}``; a tied embedding's is ``tied_modules.embed.{its name}``. Only hidden states
+pass from stage to stage. Positions, rotary embeddings and masks follow from their shape: each layer computes them with
+the calls of the model's own ``forward`` (transformers 5.24 ``modeling_llama.py``, ``modeling_mistral.py``,
 ``modeling_qwen2.py``, ``modeling_qwen3.py``, ``modeling_gpt2.py``).
 """
 
@@ -22,9 +22,7 @@ TIED = "embed"
 
 @dataclass(frozen=True)
 class Paths:
-    """Where a family of models has its parts: submodules by their paths; ``places`` is a learned embedding of
-    positions.
-    """
+    """The paths of the submodules of a family of models; ``places`` is a learned embedding of positions."""
 
     embedding: str
     blocks: str
@@ -44,15 +42,16 @@ FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA
 
 @dataclass
 class Donor:
-    """The model that layers take their parts from. A stage takes its own; the rest goes when ``model`` is set to
-    None.
+    """The model from which layers take their parts.
+
+    A stage takes its own parts; the others are freed when ``model`` is set to None.
     """
 
     model: Any
 
 
 class Layer(nn.Module):
-    """Parts of the donor, each under its own path."""
+    """A layer of the donor's parts, each under its own path."""
 
     def __init__(self, donor: Donor, paths: tuple[str, ...]) -> None:
         super().__init__()
@@ -72,14 +71,14 @@ class Layer(nn.Module):
 
 
 class Single(Layer):
-    """The embedding of tokens, the last norm, the head."""
+    """A layer of one part: the embedding of tokens, the last norm, or the head."""
 
     def forward(self, x: Tensor) -> Any:
         return self.part(0)(x)
 
 
 class Places(Layer):
-    """A learned embedding of positions, and the dropout after it."""
+    """A learned embedding of positions and the dropout that follows it."""
 
     def forward(self, hidden: Tensor) -> Any:
         return self.part(1)(hidden + self.part(0)(_positions(hidden)))
@@ -119,18 +118,18 @@ def _as_head(embedding: Layer, hidden: Tensor) -> Tensor:
 
 
 def paths_of(config: Any) -> Paths:
-    """Raises UnsupportedError for a model that is not of a family known here."""
+    """Return the paths of a model's parts. Raises UnsupportedError if its family is not known here."""
     paths = FAMILIES.get(config.model_type)
     if paths is None:
         raise UnsupportedError(
-            f"--pp: the engine cuts the models {', '.join(FAMILIES)} into pipeline stages, and not {config.model_type}:"
-            " shard it with --zero-stage 3, or with --tp"
+            f"--pp: the engine has pipeline stages for {', '.join(FAMILIES)}, but not for {config.model_type}: use"
+            " --zero-stage 3 or --tp"
         )
     return paths
 
 
 def layer_specs(donor: Donor) -> list[Any]:
-    """DeepSpeed's LayerSpecs of the whole model, whose modules take their parts from ``donor`` when they are built."""
+    """Return DeepSpeed's LayerSpecs of the model; the modules take their parts from ``donor`` when they are built."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
     paths = paths_of(donor.model.config)
@@ -157,7 +156,7 @@ def layer_specs(donor: Donor) -> list[Any]:
 
 
 def pipeline_names(config: Any) -> dict[str, str]:
-    """{a parameter's name in transformers: its name in the pipeline}, of a model that takes no memory."""
+    """Return {name of a parameter in transformers: its name in the pipeline}, using no memory for the model."""
     from transformers import AutoModelForCausalLM
 
     paths_of(config)

@@ -1,4 +1,4 @@
-"""Pictures of runs: loss and gradient norm over the steps."""
+"""Draw the loss and gradient norm of a run over its steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str | None:
-    """RUN/loss.png of the metrics; None, and a warning, where matplotlib is not installed."""
+    """Draw RUN/loss.png and return its path; without matplotlib add a warning and return None."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        warnings.append("no loss.png: pip install 'dsconv[plot]'")
+        warnings.append("loss.png needs matplotlib: pip install 'dsconv[plot]'")
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

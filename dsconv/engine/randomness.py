@@ -1,6 +1,4 @@
-"""The random generators of a rank: Python's, NumPy's, torch's on the CPU and on each device, and DeepSpeed's named
-ones.
-"""
+"""Seed, save and restore a rank's random generators: Python's, NumPy's, torch's, and DeepSpeed's named ones."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from dsconv.errors import MalformedError
 
 
 def seed_everything(seed: int, stream: int) -> None:
-    """Every generator, from the run's seed and the number of the rank's stream (``zlib`` keeps neighbours apart)."""
+    """Seed every generator from the run's seed and the rank's stream; CRC-32 keeps neighbouring streams apart."""
     import zlib
 
     import numpy
@@ -28,15 +26,13 @@ def seed_everything(seed: int, stream: int) -> None:
 
 
 def _tracker() -> dict[str, torch.Tensor]:
-    """The states of DeepSpeed's named CUDA generators, which its activation checkpointing makes; without it there
-    are none.
-    """
+    """Return the states of DeepSpeed's named CUDA generators; only its activation checkpointing makes any."""
     checkpointing = sys.modules.get("deepspeed.runtime.activation_checkpointing.checkpointing")
     return dict(checkpointing.get_cuda_rng_tracker().get_states()) if checkpointing is not None else {}
 
 
 def save_randomness(path: Path) -> None:
-    """The state of every generator of this process as a safetensors file: no pickle."""
+    """Write the state of every generator of this process to a safetensors file, without a pickle."""
     import numpy
     from safetensors.torch import save_file
 
@@ -55,7 +51,7 @@ def save_randomness(path: Path) -> None:
 
 
 def restore_randomness(path: Path) -> None:
-    """What ``save_randomness`` wrote. Raises MalformedError for another file."""
+    """Restore what ``save_randomness`` wrote. Raises MalformedError for any other file."""
     import numpy
     from safetensors import SafetensorError, safe_open
 

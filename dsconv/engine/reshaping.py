@@ -1,6 +1,4 @@
-"""A checkpoint of the engine's for ranks laid out otherwise: a universal one, by the names that the new layout's
-parameters have.
-"""
+"""Convert a checkpoint of the engine for another layout: to a universal one with the new layout's names."""
 
 from __future__ import annotations
 
@@ -17,10 +15,11 @@ from dsconv.errors import InconsistentCheckpointError
 
 
 def write_universal(checkpoint: Path, output: Path, layout: Layout, config: Any) -> None:
-    """Convert ``checkpoint`` for ``layout``, which has ZeRO; ``config`` is the model's. Raises what ``to_universal``
-    raises.
+    """Write ``checkpoint`` as a universal one to ``output`` for ``layout``, which has ZeRO.
+
+    ``config`` is the model's configuration. Raises what ``to_universal`` raises.
     """
-    source = open_checkpoint(checkpoint)  # by names in transformers, whatever the layout
+    source = open_checkpoint(checkpoint)  # has the names of transformers in every layout
     if layout.pp > 1:
         source = _for_pipeline(source, config)
     # The engine trains every weight; what is left are second names of tied ones, which no loader looks for.

@@ -1,4 +1,4 @@
-"""``train`` and ``resume``: a run in a folder, its metrics, checkpoints and picture."""
+"""``train`` and ``resume``: make a run in a folder, with its metrics, checkpoints and picture."""
 
 from __future__ import annotations
 
@@ -17,15 +17,29 @@ from dsconv.errors import OutputError, UsageError
 
 Progress = Callable[[str, int, int], None]
 NVME_OPTIMIZER = (
-    "--ds-config: offload_optimizer to nvme: DeepSpeed 0.19.8 saves what it has swapped under names of the process, and"
-    " loads neither that nor the step counts: the run could not be resumed. Write cpu there; --offload nvme keeps the"
-    " optimizer in memory too"
+    "--ds-config: offload_optimizer to nvme: the run could not be resumed, since DeepSpeed 0.19.8 loads neither what it"
+    " has swapped nor the step counts. Set device to cpu; --offload nvme keeps the optimizer in memory too"
 )
 
 
 @dataclass
 class RunReport:
-    """How a run stands. ``finished``: all steps are taken; ``interrupted``: a signal stopped it, after a save."""
+    """The state of a run.
+
+    Attributes:
+        run: The run's folder.
+        step: Steps taken.
+        steps: Steps in all.
+        finished: Whether all steps are taken.
+        interrupted: Whether a signal stopped the run, after a save.
+        loss: The loss of the last step.
+        checkpoint: The last checkpoint.
+        metrics: The file metrics.jsonl.
+        layout: The layout's name.
+        seconds: How long the launch took.
+        plot: The picture of the losses, if it was drawn.
+        warnings: What the user should know.
+    """
 
     run: str
     step: int
@@ -45,20 +59,31 @@ class RunReport:
 
 
 def train(options: RunOptions, *, stop_after: int | None = None, progress: Progress | None = None) -> RunReport:
-    """Start a run in ``options.output_dir``, on ranks of its own, or as one rank of torchrun's.
+    """Start a run in ``options.output_dir``, on new ranks, or as one rank of torchrun's.
 
-    It ends after ``options.steps`` steps, or ``stop_after`` to be resumed, with a checkpoint. ``progress`` is called
-    with ("train", steps taken, steps in all). Raises UsageError, OutputError where the folder already holds a run, and
-    the DsconvError or RunFailedError of a rank that failed.
+    The run ends with a checkpoint.
+
+    Args:
+        options: The run.
+        stop_after: A step after which to stop, to be resumed later; by default ``options.steps``.
+        progress: Called with ("train", steps taken, steps in all).
+
+    Raises:
+        UsageError: The options do not fit together.
+        OutputError: The folder already holds a run.
+        DsconvError: The error of the rank that failed first.
+        RunFailedError: A rank failed in any other way.
     """
     options.check()
     options = without_flags(options)
     _lint(options)
     run = Path(options.output_dir)
     if _leads():
-        if (run / METRICS).exists() or checkpoints.steps(run):  # what failed before its first step may be tried again
+        if (run / METRICS).exists() or checkpoints.steps(
+            run
+        ):  # a run that failed before its first step may be repeated
             raise OutputError(
-                f"{run} already holds a run: go on with `dsconv resume {run}`, or take another --output-dir"
+                f"{run} already holds a run: resume it with `dsconv resume {run}`, or give another --output-dir"
             )
         options.write()
     return _run(Job(options, _last(options, stop_after)), progress)
@@ -72,11 +97,20 @@ def resume(
     changes: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> RunReport:
-    """Go on with a run from its last whole checkpoint, with the same ranks or with ``layout``.
+    """Resume a run from its last whole checkpoint, in the same layout or another.
 
-    Other ranks, stages and parallel degrees get the checkpoint as a universal one, or by DCP's own resharding.
-    ``changes`` are other settings of ``RunOptions`` that may change on the way (``steps``, ``save_every``, ``keep``,
-    …). Raises as ``train`` does.
+    Another layout loads the checkpoint as a universal one, or by DCP's own resharding.
+
+    Args:
+        run: The run's folder.
+        layout: The new layout; by default the checkpoint's.
+        stop_after: A step after which to stop.
+        changes: Other fields of ``RunOptions`` that change (``steps``, ``save_every``, ``keep``, …).
+        progress: Called with ("train", steps taken, steps in all).
+
+    Raises:
+        CheckpointNotFoundError: The folder holds no run or no checkpoint.
+        DsconvError: As ``train``.
     """
     folder = Path(run)
     options = RunOptions.read(folder)
@@ -89,12 +123,12 @@ def resume(
     _lint(options)
     if options.layout.backend != state.layout.backend:
         raise UsageError(
-            f"{checkpoint} is of --backend {state.layout.backend}, and its optimizer's state is not"
-            f" {options.layout.backend}'s: start from its weights with `dsconv merge {checkpoint} OUT` and `dsconv"
+            f"{checkpoint} was saved with --backend {state.layout.backend}, and --backend {options.layout.backend}"
+            f" cannot load its optimizer: start from the weights with `dsconv merge {checkpoint} OUT` and `dsconv"
             " train OUT`"
         )
     last = _last(options, stop_after)
-    if state.step >= last:  # nothing to do, so nothing is started
+    if state.step >= last:  # nothing is left to do
         return _report(options, Outcome(state.step, str(checkpoint), False, 0.0))
     if _leads():
         options.write()
@@ -102,7 +136,7 @@ def resume(
 
 
 def _lint(options: RunOptions) -> None:
-    """Raise UsageError for a DeepSpeed configuration that DeepSpeed would refuse or misread, before any rank starts."""
+    """Raise UsageError, before any rank starts, if DeepSpeed would refuse or misread the configuration."""
     if options.layout.backend != "deepspeed":
         return
     from dsconv.engine.deepspeed_backend import ds_config
@@ -122,7 +156,7 @@ def _leads() -> bool:
 
 def _last(options: RunOptions, stop_after: int | None) -> int:
     if stop_after is not None and not 1 <= stop_after <= options.steps:
-        raise UsageError(f"--stop-after {stop_after}: the run has --steps {options.steps}")
+        raise UsageError(f"--stop-after {stop_after}; expected 1 to {options.steps}, the --steps of the run")
     return stop_after or options.steps
 
 
@@ -156,7 +190,7 @@ def _report(options: RunOptions, outcome: Outcome) -> RunReport:
 
 
 def _follow(run: Path, steps: int, progress: Progress) -> Callable[[], None]:
-    """Tells ``progress`` what metrics.jsonl says, each time that it is called."""
+    """Return a function that reports to ``progress`` what metrics.jsonl says."""
 
     def look() -> None:
         lines = read_metrics(run)

@@ -1,4 +1,4 @@
-"""What a DeepSpeed engine holds on this rank of each parameter: the weight, the fp32 master, the optimizer's states."""
+"""The weight, fp32 master and optimizer states that a DeepSpeed engine holds of each parameter on this rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsconv.errors import InconsistentCheckpointError, UnsupportedError
 
 
 def local_states(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(name, state, this rank's part without padding), in the model's order; see ``Backend.local_states``.
+    """Yield (name, state, this rank's part without padding) in the model's order; see ``Backend.local_states``.
 
     ZeRO-3: partitions (DeepSpeed 0.19.8 ``stage3.py`` ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: fragments of a
     flat partition (``utils/tensor_fragment.py``). Without ZeRO: whole, from the optimizer itself.
@@ -30,7 +30,7 @@ def local_states(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
         yield name, "weight", parameter.detach()
         if getattr(parameter, "_hp_mapping", None) is not None:
             yield from _fragments(name, parameter, _inner(engine).state.get(flats[id(parameter)], {}))
-        elif stage == 0:  # in stages 1 and 2 another rank has it
+        elif stage == 0:  # in stages 1 and 2 another rank holds it
             master = whole.get(id(parameter), parameter)
             if parameter.requires_grad:
                 yield name, "fp32", master.detach()
@@ -40,7 +40,7 @@ def local_states(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
 
 
 def _inner(engine: Any) -> Any:
-    """torch's optimizer, inside whatever DeepSpeed wraps it in."""
+    """Return torch's optimizer inside DeepSpeed's wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -73,7 +73,7 @@ def _fragments(name: str, parameter: Any, states: dict[str, Any]) -> Iterator[tu
 
 
 def _flat_masters(engine: Any) -> dict[int, torch.Tensor]:
-    """The flat partition that holds this rank's part of a parameter's master, by the parameter's id."""
+    """Return, by the id of a parameter, the flat partition that holds this rank's part of its master."""
     optimizer = engine.optimizer
     found: dict[int, torch.Tensor] = {}
     for low, high in (
@@ -86,8 +86,10 @@ def _flat_masters(engine: Any) -> dict[int, torch.Tensor]:
 
 
 def _whole_masters(engine: Any) -> dict[int, torch.Tensor]:
-    """Masters of a 16-bit optimizer without ZeRO, by the id of the module's parameter: one tensor each (0.19.8
-    ``fp16/unfused_optimizer.py``), or views of a group's flat one (``fp16/fused_optimizer.py``).
+    """Return the masters of a 16-bit optimizer without ZeRO, by the id of the parameter.
+
+    They are tensors (DeepSpeed 0.19.8 ``fp16/unfused_optimizer.py``), or views of a group's flat one
+    (``fp16/fused_optimizer.py``).
     """
     optimizer = engine.optimizer
     found: dict[int, torch.Tensor] = {}
@@ -101,7 +103,7 @@ def _whole_masters(engine: Any) -> dict[int, torch.Tensor]:
 
 
 def fill_whole_masters(engine: Any, checkpoint: Checkpoint) -> None:
-    """The masters that a 16-bit optimizer without ZeRO keeps, from a checkpoint of the model's weights."""
+    """Fill the masters of a 16-bit optimizer without ZeRO from a checkpoint of the model's weights."""
     whole = _whole_masters(engine)
     for name, parameter in engine.module.named_parameters():
         if name in checkpoint and id(parameter) in whole:
@@ -110,17 +112,20 @@ def fill_whole_masters(engine: Any, checkpoint: Checkpoint) -> None:
 
 
 def take_over(engine: Any, checkpoint: Checkpoint) -> None:
-    """Go on from ``checkpoint``, of any layout, with an engine without ZeRO, whose every rank holds the whole model.
+    """Load ``checkpoint``, of any layout, into an engine without ZeRO, whose every rank holds the whole model.
 
-    Weights, masters, buffers, the optimizer's states and hyperparameters, the schedule, the loss scaler and the
-    counters: what ``engine.load_checkpoint`` sets (DeepSpeed 0.19.8 ``engine.py`` ``_load_checkpoint``). Raises
-    UnsupportedError where the checkpoint has no optimizer states that could be told, TensorNotFoundError and
-    InconsistentCheckpointError for another model.
+    Sets what ``engine.load_checkpoint`` sets (DeepSpeed 0.19.8 ``engine.py`` ``_load_checkpoint``): weights, masters,
+    buffers, the optimizer's states and hyperparameters, the schedule, the loss scaler and the counters.
+
+    Raises:
+        UnsupportedError: The optimizer's states cannot be assigned to parameters.
+        TensorNotFoundError: The checkpoint lacks a parameter.
+        InconsistentCheckpointError: A parameter has another shape.
     """
     training = training_of(checkpoint)
     if hasattr(engine.optimizer, "fp32_groups_flat"):
         raise UnsupportedError(
-            f"{checkpoint.path}: DeepSpeed's fused optimizer without ZeRO keeps no states of single parameters; take"
+            f"{checkpoint.path}: DeepSpeed's fused optimizer without ZeRO keeps no states of single parameters: use"
             " --zero-stage 1, or torch's AdamW"
         )
     whole, inner = _whole_masters(engine), _inner(engine)
@@ -128,8 +133,9 @@ def take_over(engine: Any, checkpoint: Checkpoint) -> None:
         entry = checkpoint[name]
         if (entry.shape or (1,)) != (tuple(parameter.shape) or (1,)):  # stage 3 has no 0-d parameters
             raise InconsistentCheckpointError(
-                f"{checkpoint.path}: {name!r} has shape {list(entry.shape)} and the model's {list(parameter.shape)}: it"
-                " is of another model"
+                f"{checkpoint.path}: {name!r} has shape {list(entry.shape)}, but {list(parameter.shape)} in the"
+                " model: the"
+                " checkpoint was saved from another model"
             )
         master = whole.get(id(parameter), parameter)
         value = entry.read().reshape(parameter.shape)
@@ -164,7 +170,7 @@ def _take_over_counters(engine: Any, training: Training) -> None:
 
 
 def _number(value: Any) -> Any:
-    """A setting, which some optimizers keep as a tensor of no dimensions."""
+    """Return a setting as a number; some optimizers keep it as a 0-d tensor."""
     if not isinstance(value, SmallTensor):
         return value
     return torch.frombuffer(bytearray(value.data), dtype=getattr(torch, value.dtype.name)).item()
