@@ -51,16 +51,16 @@ def test_a_deepspeed_config_does_not_decide_what_flags_do() -> None:
         ({"tensor_parallel": {"autotp_size": 2}}, "--tp"),
     ):
         with pytest.raises(
-            UsageError, match=rf"--ds-config: .* is .* by {flag} it is .*: leave it out there, or change {flag}"
+            UsageError, match=rf"--ds-config: .* is .* but {flag} makes it .*: remove the entry or change {flag}"
         ):
             without_flags(replace(RUN, ds_config=wrong))
     swapped = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}}
-    with pytest.raises(UsageError, match="loads neither that nor the step counts: the run could not be resumed"):
+    with pytest.raises(UsageError, match="neither what it has swapped nor the step counts"):
         train(replace(RUN, layout=Layout(nproc=2, zero_stage=3), ds_config=swapped))
     for section in (True, None, "nvme"):
         with pytest.raises(UsageError, match=r"--ds-config: zero_optimization is .*; expected an object"):
             train(replace(RUN, ds_config={"zero_optimization": section}))
-    with pytest.raises(UsageError, match="--ds-config is DeepSpeed's"):
+    with pytest.raises(UsageError, match="--ds-config needs --backend deepspeed"):
         without_flags(replace(RUN, layout=Layout("native"), ds_config=said))
 
 
@@ -68,9 +68,9 @@ def test_a_deepspeed_config_does_not_decide_what_flags_do() -> None:
     ("layout", "message"),
     [
         (Layout(nproc=3, tp=2), "multiple of 2"),
-        (Layout(nproc=4, tp=2, pp=2, zero_stage=1), "AutoTP and Ulysses do not cut"),
+        (Layout(nproc=4, tp=2, pp=2, zero_stage=1), "AutoTP and Ulysses do not shard"),
         (Layout(nproc=2, pp=2, zero_stage=2), "stages 0 and 1"),
-        (Layout(nproc=4, tp=2, sp=2), "take one"),
+        (Layout(nproc=4, tp=2, sp=2), "do not combine; give one"),
         (Layout(nproc=2, cp=2), "--backend native"),
         (Layout(nproc=2, sp=2, backend="native"), "--backend deepspeed"),
         (Layout(nproc=2, zero_stage=2, backend="native"), "FSDP2"),
@@ -87,8 +87,8 @@ def test_layouts_that_no_engine_has_are_refused_with_what_would_work(layout: Lay
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 6}, "take 8"),
-        ({"micro_batch": 3}, "take 12"),
+        ({"batch_size": 6}, "use 8"),
+        ({"micro_batch": 3}, "use 12"),
         ({"offload": "cpu", "layout": Layout(nproc=4)}, "needs --zero-stage"),
         ({"offload": "nvme"}, "--nvme-path"),
         ({"hook": "bf16"}, "--no-fsdp"),
@@ -111,7 +111,7 @@ def test_options_survive_their_file(tmp_path: Path) -> None:
 
 
 def test_a_run_file_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match=r"run\.json is not there"):
+    with pytest.raises(CheckpointNotFoundError, match=r"run\.json does not exist"):
         RunOptions.read(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(MalformedError, match="not JSON"):

@@ -118,11 +118,11 @@ def test_what_no_pipeline_can_do_is_refused_by_name(tmp_path: Path) -> None:
 
     GemmaConfig(**SIZES).save_pretrained(tmp_path / "model")
     with pytest.raises(
-        UnsupportedError, match="llama, mistral, qwen2, qwen3, gpt2 into pipeline stages, and not gemma"
+        UnsupportedError, match="pipeline stages for llama, mistral, qwen2, qwen3, gpt2, but not for gemma"
     ):
         start(PP2, dtype="fp32")
     config_of("llama").save_pretrained(tmp_path / "model")
-    with pytest.raises(UsageError, match="--pp 4: the model has 3 layers"):
+    with pytest.raises(UsageError, match="--pp 4: each stage needs a layer, but the model has 3"):
         start(Layout(nproc=4, pp=4, zero_stage=1), dtype="fp32")
     with pytest.raises(UsageError, match="needs --zero-stage 1"):
         start(Layout(nproc=2, pp=2), dtype="bf16")

@@ -243,5 +243,5 @@ def test_a_checkpoint_of_another_model_is_refused(finished: Path, tmp_path: Path
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused(finished: Path) -> None:
-    with pytest.raises(UsageError, match="take 6"):
+    with pytest.raises(UsageError, match="use 6"):
         resume(finished, layout=Layout(nproc=3, zero_stage=2), changes={"steps": 8})
