@@ -18,7 +18,7 @@ from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
 from dsconv.checkpoint.storage.local import is_remote
 from dsconv.checkpoint.storage.roots import as_path
-from dsconv.checkpoint.transfer.copy import output_dtype
+from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.convert.merge import merge
 from dsconv.convert.plan import make_plan, parse_size

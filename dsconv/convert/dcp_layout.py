@@ -1,26 +1,25 @@
 """Where each tensor goes in a DCP directory, and the bytes around it.
 
 A DCP directory (torch 2.13 ``torch/distributed/checkpoint/filesystem.py``) is ``__R_N.distcp`` files of torch.save
-zips, one a chunk of a tensor, and ``.metadata``, a pickle that says which chunk lies where. A reader loads every chunk
-that it needs a part of in full, so tensors are cut into chunks of at most CHUNK_BYTES: a rank then reads little more
-than its share.
+zips, each of which holds a chunk of a tensor, and ``.metadata``, a pickle that says which chunk lies where. A reader
+loads in full every chunk of which it needs a part. Tensors are therefore cut into chunks of at most CHUNK_BYTES, so
+that a rank reads little more than its share.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 
-from dsconv.checkpoint.map.dtypes import STORAGE_CLASSES, DType
+from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.transfer.checksums import crc32
-from dsconv.checkpoint.transfer.copy import output_dtype
-from dsconv.convert.pickling import Call, Made, Name, Pairs, Stored, dump, size
+from dsconv.checkpoint.transfer.casting import output_dtype
+from dsconv.convert.pickling import Call, Made, Name, Pairs, dump, size
+from dsconv.convert.torch_writer import Streamed, TorchArchive
 from dsconv.errors import MalformedError
 
 CHUNK_BYTES = 64 << 20
@@ -29,16 +28,14 @@ METADATA = ".metadata"
 SUFFIX = ".distcp"
 ROOT = "archive"
 VERSION = "1.0.0"  # torch 2.13 filesystem.py CURRENT_DCP_VERSION
-STORAGES = {dtype: name for name, dtype in STORAGE_CLASSES.items()}
-_LOCAL = struct.Struct("<4s5H3L2H")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor that is one run of it: its elements from ``start`` on. ``offset_bytes`` is that of its zip
-    in the file.
+    """A box of a tensor that is one run of it: its elements from ``start`` on.
+
+    ``offset_bytes`` is where its zip begins in the file, ``head_bytes`` what comes before the elements in the zip, and
+    ``nbytes`` the size of the zip.
     """
 
     offsets: tuple[int, ...]
@@ -48,12 +45,12 @@ class Chunk:
     offset_bytes: int
     head_bytes: int
     data_bytes: int
-    nbytes: int  # of the zip
+    nbytes: int
 
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """One tensor of the output, in chunks that follow each other; ``names`` are all that it is found under."""
+    """One tensor of the output, in chunks that follow each other. ``names`` are all names that it is found under."""
 
     names: tuple[str, ...]
     entry: TensorEntry
@@ -65,13 +62,13 @@ class PlacedTensor:
         return [chunk.start for chunk in self.chunks]
 
     def chunk_at(self, element: int) -> int:
-        """The number of the chunk that holds an element."""
+        """Return the number of the chunk that holds an element."""
         return bisect_right(self.starts, element) - 1
 
 
 @dataclass(frozen=True)
 class DcpPlan:
-    """``files`` are names and sizes in bytes."""
+    """All of the output. ``files`` are names and sizes in bytes; ``prefix`` are the keys before every name."""
 
     tensors: tuple[PlacedTensor, ...]
     files: dict[str, int]
@@ -89,11 +86,17 @@ class DcpPlan:
 def make_dcp_plan(
     checkpoint: Checkpoint, *, dtype: DType | None, prefix: str, max_file_bytes: int, extra_names: dict[str, list[str]]
 ) -> DcpPlan:
-    """Lay all tensors out in files of at most ``max_file_bytes`` (but at least one chunk each), in the checkpoint's
-    order.
+    """Lay all tensors out in files, in the checkpoint's order.
 
-    ``prefix`` such as ``model.`` goes before every name; ``extra_names`` are names to find a tensor under besides its
-    own. Raises MalformedError when there is nothing to write or two tensors would have one name.
+    Args:
+        checkpoint: the source.
+        dtype: what floats are cast to; None keeps what is stored.
+        prefix: goes before every name, such as ``model.``.
+        max_file_bytes: the size of a file, which only a file of a single chunk exceeds.
+        extra_names: by tensor, names to find it under besides its own.
+
+    Raises:
+        MalformedError: there is nothing to write, or two tensors would have one name.
     """
     path = tuple(prefix.rstrip(".").split(".")) if prefix else ()
     files: dict[str, int] = {}
@@ -111,12 +114,10 @@ def make_dcp_plan(
         start = 0
         for offsets, sizes in split_chunks(entry.shape, kind.itemsize, CHUNK_BYTES):
             nbytes = math.prod(sizes) * kind.itemsize
-            head, tail = zip_around(data_pickle(kind, sizes), nbytes, 0)
-            if end + len(head) + nbytes + len(tail) > max_file_bytes:
+            archive = chunk_archive(kind, sizes)
+            if end + archive.nbytes > max_file_bytes:
                 filename, end = f"__0_{len(files)}{SUFFIX}", 0
-            chunks.append(
-                Chunk(offsets, sizes, start, filename, end, len(head), nbytes, len(head) + nbytes + len(tail))
-            )
+            chunks.append(Chunk(offsets, sizes, start, filename, end, archive.streamed[0], nbytes, archive.nbytes))
             end += -(-chunks[-1].nbytes // ALIGNMENT) * ALIGNMENT
             files[filename] = chunks[-1].offset_bytes + chunks[-1].nbytes
             start += math.prod(sizes)
@@ -129,7 +130,7 @@ def make_dcp_plan(
 def split_chunks(
     shape: tuple[int, ...], itemsize: int, limit_bytes: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offsets, sizes) of boxes of at most ``limit_bytes`` that follow each other in row-major order.
+    """Yield (offsets, sizes) of boxes of at most ``limit_bytes`` that follow each other in row-major order.
 
     Rows are taken together as far as they fit; a row that does not fit is cut along the next dimension.
     """
@@ -144,54 +145,14 @@ def split_chunks(
             yield (*index, low, *(0 for _ in rest)), (*(1 for _ in index), min(step, shape[dim] - low), *rest)
 
 
-def data_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
-    """``data.pkl`` of a contiguous tensor, as torch.save writes it (torch 2.13 ``torch/_tensor.py``,
-    ``_reduce_ex_internal``).
-    """
-    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-    numel = math.prod(shape)
-    hooks = Call(Name("collections", "OrderedDict"), ())
-    if dtype.name in STORAGES:
-        storage = Stored(("storage", Name("torch", STORAGES[dtype.name]), "0", "cpu", numel))
-        return dump(Call(Name("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, strides, False, hooks)))
-    untyped = Stored(("storage", Name("torch.storage", "UntypedStorage"), "0", "cpu", numel * dtype.itemsize))
-    return dump(
-        Call(
-            Name("torch._utils", "_rebuild_tensor_v3"),
-            (untyped, 0, shape, strides, False, hooks, Name("torch", dtype.name)),
-        )
-    )
-
-
-def zip_around(pickle: bytes, nbytes: int, data_crc32: int) -> tuple[bytes, bytes]:
-    """What makes a zip of the ``nbytes`` of a tensor: the bytes before and after them. Their lengths do not depend
-    on the CRC-32.
-    """
-    head, directory = bytearray(), bytearray()
-    records = [("data.pkl", pickle), ("byteorder", b"little"), ("version", b"3\n"), ("data/0", None)]
-    for name, content in records:
-        path = f"{ROOT}/{name}".encode()
-        crc, length = (data_crc32, nbytes) if content is None else (crc32(content), len(content))
-        extra = b""
-        if content is None:  # torch.save pads with a field called FB too
-            gap = -(len(head) + _LOCAL.size + len(path) + 4) % ALIGNMENT
-            extra = b"FB" + struct.pack("<H", gap) + b"Z" * gap
-        central = _CENTRAL.pack(
-            b"PK\x01\x02", 0, 0, 0, 0, 0, 0, crc, length, length, len(path), 0, 0, 0, 0, 0, len(head)
-        )
-        directory += central + path
-        head += (
-            _LOCAL.pack(b"PK\x03\x04", 0, 0, 0, 0, 0, crc, length, length, len(path), len(extra))
-            + path
-            + extra
-            + (content or b"")
-        )
-    end = _END.pack(b"PK\x05\x06", 0, 0, len(records), len(records), len(directory), len(head) + nbytes, 0)
-    return bytes(head), bytes(directory + end)
+@lru_cache(maxsize=1024)
+def chunk_archive(dtype: DType, shape: tuple[int, ...]) -> TorchArchive:
+    """Return the torch.save file that a chunk is, around its elements."""
+    return TorchArchive(ROOT, Streamed(dtype, shape))
 
 
 def metadata(plan: DcpPlan) -> bytes:
-    """The ``.metadata`` pickle (torch 2.13 ``torch/distributed/checkpoint/metadata.py``)."""
+    """Return the ``.metadata`` pickle (torch 2.13 ``torch/distributed/checkpoint/metadata.py``)."""
     described: dict[str, Made] = {}
     paths: dict[str, tuple[str, ...]] = {}
     stored: list[tuple[Made, Made]] = []

@@ -5,53 +5,44 @@ or absent.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsconv.checkpoint.map.dtypes import parse_dtype
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
-from dsconv.checkpoint.transfer.copy import CopyRun, Target, default_workers, write_at
-from dsconv.checkpoint.transfer.ordered import run_all
-from dsconv.convert import dcp_layout
-from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, PlacedTensor, make_dcp_plan
-from dsconv.convert.flushing import Flusher
+from dsconv.checkpoint.transfer.checksums import crc32
+from dsconv.checkpoint.transfer.copy import Target
+from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, PlacedTensor, chunk_archive, make_dcp_plan, metadata
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
+from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.sidecars import read_json
-from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space, settle
+from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.ties import tied_pairs
-from dsconv.errors import OutputError
+from dsconv.convert.writing import (
+    Destination,
+    FileRange,
+    FillingFile,
+    OutputFile,
+    Progress,
+    WriteOptions,
+    Written,
+    write,
+)
 
 
-@dataclass
-class DcpReport:
-    """What a run did, or with ``dry_run`` would do. Sizes are in bytes; ``ties`` are further names of a tensor, and
-    its own.
+@dataclass(kw_only=True)
+class DcpReport(Report):
+    """What a run did, or with ``dry_run`` would do. Sizes are in bytes.
+
+    ``ties`` are {further name of a tensor: its own}.
     """
 
-    source: str
-    output: str
-    format: str
-    step: int | None
-    tensors: int
-    parameters: int
-    nbytes: int
     files: list[str]
     prefix: str
     ties: dict[str, str]
-    dry_run: bool = False
-    bytes_read: int = 0
-    overflowed: dict[str, int] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    plan: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def to_dcp(
@@ -66,15 +57,33 @@ def to_dcp(
     force: bool = False,
     fsync: bool = True,
     workers: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> DcpReport:
     """Write any checkpoint as a DCP directory, from which plain, FSDP2 and tensor-parallel models of any layout load.
 
-    ``prefix`` is the key that the trainer keeps its model under, such as ``model.``. Tied weights are stored once and
-    found under all of their names, also under those that a safetensors folder left out.
+    Tied weights are stored once and found under all of their names, also under those that a safetensors folder left
+    out.
 
-    Raises DsconvError: see ``open_checkpoint``; OutputError when the output exists (without ``force``), is being
-    written by another run or does not fit the disk. ValueError for a dtype, size or prefix that is none.
+    Args:
+        source: a path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.
+        output: the folder to write.
+        tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
+        dtype: fp32, bf16 or fp16. Every floating tensor of 16 bits or more is cast to it, once, to nearest even.
+        prefix: the key that the trainer keeps its model under, such as ``model.``.
+        max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a file of one chunk exceeds it.
+        dry_run: write nothing, and report the plan.
+        force: replace a DCP checkpoint that ``output`` already holds.
+        fsync: have the output on the disk before it counts as written.
+        workers: the number of copying threads (default: one a core, at most 8).
+        progress: called with (phase, bytes done, bytes in all), from any thread.
+
+    Returns:
+        What was written, or with ``dry_run`` would be.
+
+    Raises:
+        DsconvError: what ``open_checkpoint`` raises; OutputError when the output exists (without ``force``), is being
+            written by another run or does not fit the disk.
+        ValueError: the dtype, the size or the prefix is not one.
     """
     wanted = parse_dtype(dtype) if dtype else None
     max_file_bytes = parse_size(max_shard_size)
@@ -87,23 +96,25 @@ def to_dcp(
     )
     report = _report(checkpoint, target, plan, dry_run)
     if dry_run:
-        report.plan = [_row(tensor) for tensor in plan.tensors]
+        for tensor in plan.tensors:
+            first = tensor.chunks[0]
+            row = tensor_row(
+                tensor.names[0], tensor.entry, tensor.dtype, first.filename, first.offset_bytes + first.head_bytes
+            )
+            report.plan.append({**row, "chunks": len(tensor.chunks)})
         return report
-    settle(target)
-    _existing(target, force)
-    require_space(target, plan.nbytes)
-    with open_staging(target, fsync) as staging:
-        old = _existing(target, force)  # again, now that no other run can write there
-        _write(plan, staging, report, workers or default_workers(), fsync, progress, checkpoint.stamps)
-        staging.write(METADATA, dcp_layout.metadata(plan))
-        staging.commit([*plan.files, METADATA], old)
+    recover_interrupted(target)
+    options = WriteOptions(force=force, fsync=fsync, workers=workers, progress=progress)
+    written = write(DcpOutput(plan), checkpoint, target, options)
+    report.note_copy(written.bytes_read, written.overflowed)
     return report
 
 
 def _tied_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """{name: further names of it that the checkpoint lacks}: a safetensors folder keeps one name of a tied weight.
+    """Return {name: further names of the tensor that the checkpoint lacks}.
 
-    They are those that the model's class ties, and those in the manifest of a merge.
+    A safetensors folder keeps one name of a tied weight. The others are those that the model's class ties, and those
+    in the manifest of a merge.
     """
     manifest = read_json(checkpoint.path / MANIFEST)
     noted = manifest.get("ties") if isinstance(manifest, dict) else None
@@ -118,133 +129,94 @@ def _tied_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return names
 
 
-def _existing(target: Path, force: bool) -> list[str]:
-    """The files of an earlier DCP checkpoint in ``target``, the one that counts first. Raises OutputError without
-    ``force``.
-    """
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file; the output is a folder")
-    names = (
-        sorted(p.name for p in target.iterdir() if p.name == METADATA or p.name.endswith(SUFFIX))
-        if target.is_dir()
-        else []
-    )
-    refuse_existing(target, names, "a DCP checkpoint", force)
-    return names
-
-
 def _report(checkpoint: Checkpoint, target: Path, plan: DcpPlan, dry_run: bool) -> DcpReport:
-    ties = {alias: tensor.names[0] for tensor in plan.tensors for alias in tensor.names[1:]}
-    numel = sum(tensor.entry.numel for tensor in plan.tensors)
     return DcpReport(
-        str(checkpoint.path), str(target), checkpoint.format, checkpoint.step, len(plan.tensors), numel, plan.nbytes,
-        [*plan.files, METADATA], ".".join(plan.prefix), ties, dry_run=dry_run, warnings=list(checkpoint.warnings),
-    )  # fmt: skip
+        source=str(checkpoint.path),
+        output=str(target),
+        format=checkpoint.format,
+        step=checkpoint.step,
+        tensors=len(plan.tensors),
+        parameters=sum(tensor.entry.numel for tensor in plan.tensors),
+        nbytes=plan.nbytes,
+        files=[*plan.files, METADATA],
+        prefix=".".join(plan.prefix),
+        ties={alias: tensor.names[0] for tensor in plan.tensors for alias in tensor.names[1:]},
+        dry_run=dry_run,
+        warnings=list(checkpoint.warnings),
+    )
 
 
-def _row(tensor: PlacedTensor) -> dict[str, Any]:
-    first = tensor.chunks[0]
-    return {
-        "file": first.filename,
-        "name": tensor.names[0],
-        "dtype": str(tensor.dtype),
-        "shape": list(tensor.entry.shape),
-        "stored_dtype": str(tensor.entry.dtype),
-        "offset": first.offset_bytes + first.head_bytes,
-        "bytes": tensor.entry.numel * tensor.dtype.itemsize,
-        "chunks": len(tensor.chunks),
-        "pieces": tensor.entry.piece_count,
-        "role": tensor.entry.role,
-    }
+class DcpOutput(Destination):
+    """The files of a plan, and ``.metadata``, which makes them a checkpoint."""
+
+    what = "a DCP checkpoint"
+
+    def __init__(self, plan: DcpPlan) -> None:
+        self._plan = plan
+        self._chunks: dict[str, list[_ChunkRanges]] = {name: [] for name in plan.files}
+
+    @property
+    def files(self) -> Sequence[OutputFile]:
+        """The ``.distcp`` files."""
+        data_bytes = dict.fromkeys(self._plan.files, 0)
+        for tensor in self._plan.tensors:
+            for chunk in tensor.chunks:
+                data_bytes[chunk.filename] += chunk.data_bytes
+        return [OutputFile(name, nbytes, data_bytes[name]) for name, nbytes in self._plan.files.items()]
+
+    def targets(self, files: Mapping[str, FillingFile]) -> Iterable[tuple[str, TensorEntry, Target]]:
+        """Yield the tensors, each of which is divided into its chunks."""
+        for tensor in self._plan.tensors:
+            chunked = _ChunkRanges(tensor, files)
+            for name in {chunk.filename for chunk in tensor.chunks}:
+                self._chunks[name].append(chunked)
+            target = Target(tensor.names[0], tensor.dtype, chunked.write)
+            yield tensor.chunks[0].filename, tensor.entry, target
+
+    def rest(self, name: str) -> Iterable[tuple[int, bytes]]:
+        """Yield what surrounds each chunk of the file, now that its CRC-32 is known."""
+        for chunked in self._chunks[name]:
+            yield from chunked.around(name)
+
+    def small_files(self, written: Written) -> Mapping[str, bytes]:
+        """Return ``.metadata``."""
+        return {METADATA: metadata(self._plan)}
+
+    @property
+    def commit_order(self) -> Sequence[str]:
+        """``.metadata`` makes the folder a checkpoint."""
+        return [*self._plan.files, METADATA]
+
+    def older(self, target: Path) -> list[str]:
+        """Return the files of an earlier DCP checkpoint in ``target``, ``.metadata`` first."""
+        return sorted(path.name for path in target.iterdir() if path.name == METADATA or path.name.endswith(SUFFIX))
 
 
-class _ChunkedWriter:
-    """Puts the bytes of one tensor into its chunks, and keeps the CRC-32 of each."""
+class _ChunkRanges:
+    """The ranges of one tensor: each of its chunks has its own, and its own CRC-32."""
 
-    def __init__(self, tensor: PlacedTensor, descriptors: dict[str, int]) -> None:
-        self.tensor = tensor
-        self.descriptors = descriptors
-        self.checks = [RunningChecksum(chunk.data_bytes) for chunk in tensor.chunks]
+    def __init__(self, tensor: PlacedTensor, files: Mapping[str, FillingFile]) -> None:
+        self._tensor = tensor
+        self._ranges: list[FileRange] = [
+            files[chunk.filename].range(chunk.offset_bytes + chunk.head_bytes, chunk.data_bytes)
+            for chunk in tensor.chunks
+        ]
 
-    def write(self, data: memoryview, offset_bytes: int) -> None:
-        itemsize = self.tensor.dtype.itemsize
+    def write(self, data: memoryview, offset_bytes: int, crc: int) -> None:
+        """Divide ``data`` among the chunks. Its CRC-32 serves where one chunk takes all of it."""
+        itemsize, whole = self._tensor.dtype.itemsize, len(data)
         while len(data):
-            number = self.tensor.chunk_at(offset_bytes // itemsize)
-            chunk = self.tensor.chunks[number]
+            number = self._tensor.chunk_at(offset_bytes // itemsize)
+            chunk = self._tensor.chunks[number]
             inside = offset_bytes - chunk.start * itemsize
             part = data[: chunk.data_bytes - inside]
-            write_at(self.descriptors[chunk.filename], chunk.offset_bytes + chunk.head_bytes, part, inside)
-            self.checks[number].add(inside, len(part), crc32(part))
+            self._ranges[number].write(part, inside, crc if len(part) == whole else crc32(part))
             data, offset_bytes = data[len(part) :], offset_bytes + len(part)
 
-    def finish(self) -> None:
-        """Write what surrounds each chunk, now that its CRC-32 is known."""
-        for chunk, check in zip(self.tensor.chunks, self.checks, strict=True):
-            assert check.complete, f"not all of {self.tensor.names[0]} was written"
-            head, tail = dcp_layout.zip_around(
-                dcp_layout.data_pickle(self.tensor.dtype, chunk.sizes), chunk.data_bytes, check.value
-            )
-            descriptor = self.descriptors[chunk.filename]
-            write_at(descriptor, chunk.offset_bytes, memoryview(head), 0)
-            write_at(descriptor, chunk.offset_bytes, memoryview(tail), chunk.head_bytes + chunk.data_bytes)
-
-
-def _write(
-    plan: DcpPlan,
-    staging: Staging,
-    report: DcpReport,
-    workers: int,
-    fsync: bool,
-    progress: Callable[[str, int, int], None] | None,
-    stamps: Mapping[Path, object],
-) -> None:
-    descriptors: dict[str, int] = {}
-    done = 0
-    total = plan.data_bytes
-    lock = threading.Lock()
-
-    def advance(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            current = done
-        if progress is not None:
-            progress("copy", current, total)
-
-    try:
-        for filename, nbytes in plan.files.items():
-            descriptors[filename] = staging.create(filename, nbytes)
-        writers = [_ChunkedWriter(tensor, descriptors) for tensor in plan.tensors]
-        targets = [
-            Target(
-                w.tensor.names[0],
-                w.tensor.dtype,
-                w.write,
-                RunningChecksum(w.tensor.entry.numel * w.tensor.dtype.itemsize),
-            )
-            for w in writers
-        ]
-        run = CopyRun(workers, {}, advance, stamps)
-        with Flusher(list(descriptors.values()), lambda: done, fsync):
-            run_all(((tensor.entry, target) for tensor, target in zip(plan.tensors, targets, strict=True)), run)
-            for writer in writers:
-                writer.finish()
-            if fsync:
-                for descriptor in descriptors.values():
-                    os.fsync(descriptor)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept"
-        ) from None
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-    report.bytes_read = run.stats.bytes_read
-    report.overflowed = dict(sorted(run.stats.overflowed.items()))
-    if report.overflowed:
-        report.warnings.append(
-            f"{sum(report.overflowed.values())} values in {len(report.overflowed)} tensors are too large for the dtype"
-            f" and became infinite, first in {next(iter(report.overflowed))!r}"
-        )
+    def around(self, filename: str) -> Iterable[tuple[int, bytes]]:
+        """Yield (offset in the file, bytes) of what surrounds the chunks that lie in ``filename``."""
+        for chunk, filled in zip(self._tensor.chunks, self._ranges, strict=True):
+            if chunk.filename == filename:
+                archive = chunk_archive(self._tensor.dtype, chunk.sizes)
+                for offset, data in archive.fixed([filled.checksum.value]):
+                    yield chunk.offset_bytes + offset, data

@@ -13,7 +13,7 @@ from pathlib import Path
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, MAX_HEADER_BYTES, SINGLE
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.transfer.copy import output_dtype
+from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.ties import stored_name
 from dsconv.errors import MalformedError, UnsupportedError
 

@@ -1,104 +1,143 @@
-"""Output that is whole or absent.
+"""Output on the disk that is whole or absent.
 
-Everything is written to a hidden folder inside the target, synced, and renamed into place, the file that makes the
-folder a model (the index, or the only weights file) last. A run that is killed leaves the hidden folder, which the next
-run takes over; the lock on it is the system's, and goes with the process.
+Everything is written to a hidden folder inside the target, synced, and renamed into place, the commit marker (the file
+that makes the folder an output) last. A run that is killed leaves the hidden folder, which the next run takes over. The
+lock on it belongs to the system, and goes with the process.
 
-Moving begins with one rename, which makes ``STARTED``: of the file that counts of an earlier output, if there is one.
-Before it the earlier output is whole, and what is new is taken away where the run ends. After it the new output is
-whole too, in the hidden folder, and it is the one that stays: the run, or the next one, finishes the renames.
-``MOVING`` says which, and by which marks (inode, size, time) the files are known, so that nothing is touched that
-somebody else has put there.
+Moving begins with one rename, which makes ``STARTED``: of the commit marker of an older output, if there is one. Before
+it the older output is whole, and what is new is taken away when the run ends. After it the new output is whole too, in
+the hidden folder, and is the one that stays: the run, or the next one, finishes the renames. ``MOVING`` says which, and
+by which signatures (inode, size, time) the files are known, so that nothing is touched that somebody else put there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsconv.checkpoint.storage.local import is_remote
+from dsconv.convert.staged_file import StagedFile
 from dsconv.errors import OutputError
 
 STAGING = ".dsconv-partial"
 LOCK = "lock"
 MOVING = "moving.json"
 STARTED = "started"
-Marks = dict[str, list[int] | None]
+Signatures = dict[str, list[int] | None]
 
 
-def _mark(path: Path) -> list[int] | None:
-    """What tells a file, or a folder, from another of its name; None where there is none."""
+def signature(path: Path) -> list[int] | None:
+    """Return what tells a file (inode, size, time) or a folder (inode) from another of its name; None for nothing."""
     try:
         found = path.lstat()
     except OSError:
         return None
-    return (
-        [found.st_ino] if path.is_dir() and not path.is_symlink() else [found.st_ino, found.st_size, found.st_mtime_ns]
-    )
+    return [found.st_ino] if stat.S_ISDIR(found.st_mode) else [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _is_name(name: object) -> bool:
-    """Whether it names something that lies in a folder, and not elsewhere."""
+    """Return whether it names something that lies in a folder, and not elsewhere."""
     return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
 
 
 @dataclass(frozen=True)
 class Move:
-    """``names`` go into the target, the one that counts last; ``gone`` go before, the one that counts first. ``there``:
-    what had a
-    name of ``names`` in the target and is replaced by it.
+    """The renames that put an output into place, by the signatures of the files.
+
+    Attributes:
+        obsolete: what goes before, the commit marker of the older output first.
+        new: what goes into the target, the commit marker last.
+        replaced: what had a name of ``new`` in the target, and is replaced by it.
     """
 
-    gone: Marks
-    names: Marks
-    there: Marks
+    obsolete: Signatures
+    new: Signatures
+    replaced: Signatures
+
+    def to_dict(self) -> dict[str, Signatures]:
+        """Return what ``MOVING`` holds: a later release reads it too, so the keys stay."""
+        return {"gone": self.obsolete, "names": self.new, "there": self.replaced}
 
     @staticmethod
     def read(folder: Path) -> Move | None:
-        """The move that was begun in a hidden folder and not finished; None where there is none, or what says so is
-        not of this program.
+        """Return the move that was begun in a hidden folder and not finished.
+
+        None where there is none, and where what says so was not written by this program.
         """
         try:
             found = json.loads((folder / MOVING).read_bytes())
-            move = Move(**found)
-            for marks in (move.gone, move.names, move.there):
-                for name, mark in marks.items():
-                    if not _is_name(name) or not all(type(number) is int for number in mark or ()):
+            move = Move(found["gone"], found["names"], found["there"])
+            for signatures in (move.obsolete, move.new, move.replaced):
+                for name, written in signatures.items():
+                    if not _is_name(name) or not all(type(number) is int for number in written or ()):
                         return None
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        begun = os.path.lexists(folder / STARTED) and any(os.path.lexists(folder / name) for name in move.names)
+        begun = os.path.lexists(folder / STARTED) and any(os.path.lexists(folder / name) for name in move.new)
         return move if begun else None
 
 
 class Staging:
-    """The hidden folder of one run. Use ``open_staging``."""
+    """The hidden folder of one run, in which an output of the disk is gathered. Use ``open_staging``."""
+
+    in_order = False
 
     def __init__(self, target: Path, sync: bool) -> None:
         self.target = target
         self.folder = target / STAGING
         self.sync = sync
+        self._folders = {self.folder}
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def create(self, name: str, nbytes: int) -> int:
-        """A descriptor of a new file of ``nbytes``. Raises OutputError when it cannot be made."""
+    def create(self, name: str, nbytes: int, keep_open: bool, hashed: bool) -> StagedFile:
+        """Return a file of ``nbytes``, which its ``begin`` makes. With ``keep_open`` its descriptor stays open."""
+        path = self.path(name)
+        if path.parent not in self._folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folders.add(path.parent)
+        return StagedFile(path, nbytes, keep_open, self.sync)
+
+    def digests(self, names: Sequence[str], progress: Callable[[str, int, int], None] | None) -> dict[str, str]:
+        """Return the sha256 of each of the finished files ``names``."""
+        total = sum(self.path(name).stat().st_size for name in names)
+        done = 0
+        found = {}
+        for name in names:
+            digest = hashlib.sha256()
+            with open(self.path(name), "rb", buffering=0) as file:
+                while chunk := file.read(8 << 20):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if progress is not None:
+                        progress("sha256", done, total)
+            found[name] = digest.hexdigest()
+        return found
+
+    def link(self, name: str, existing: str) -> None:
+        """Give a finished file a second name, by a hard link, or by a copy where the file system has none."""
         try:
-            descriptor = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            os.truncate(descriptor, nbytes)
-        except OSError as error:
-            raise OutputError(f"{self.path(name)}: cannot be created with {nbytes} bytes: {error.strerror}") from None
-        return descriptor
+            os.link(self.path(existing), self.path(name))
+        except OSError:
+            self.write(name, b"")
+            with open(self.path(existing), "rb") as source, open(self.path(name), "wb") as target:
+                while data := source.read(8 << 20):
+                    target.write(data)
+                if self.sync:
+                    target.flush()
+                    os.fsync(target.fileno())
 
     def write(self, name: str, data: bytes) -> None:
-        """A small file, whole."""
+        """Write a small file, whole. Raises OutputError."""
         try:
             with open(self.path(name), "wb") as file:
                 file.write(data)
@@ -108,30 +147,44 @@ class Staging:
         except OSError as error:
             raise OutputError(f"{self.path(name)}: cannot be written: {error.strerror}") from None
 
-    def replace(self, name: str, data: bytes, target: Path) -> None:
-        """A small file at ``target``, which may be there already, in one step."""
-        self.write(name, data)
-        self.path(name).replace(target)
+    def replace(self, path: Path, data: bytes) -> None:
+        """Replace a small file anywhere on this file system, in one step. Raises OSError or OutputError."""
+        self.write(f"{path.name}.new", data)
+        self.path(f"{path.name}.new").replace(path)
 
-    def commit(self, names: list[str], obsolete: Iterable[str]) -> None:
+    def commit(
+        self, names: Sequence[str], obsolete: Iterable[str], verify: Callable[[Path], None] | None = None
+    ) -> None:
         """Take away ``obsolete`` files and folders of the target, then move ``names`` into it in their order.
 
-        Of ``names`` the last one counts, of ``obsolete`` the first one: without it they are no output.
+        Args:
+            names: what was written, the commit marker last.
+            obsolete: an older output, its commit marker first.
+            verify: called before with the folder in which everything lies; what it raises ends the commit.
+
+        Raises:
+            OutputError: a folder has one of the names, or the files cannot be moved.
         """
-        gone = {name: _mark(self.target / name) for name in obsolete if os.path.lexists(self.target / name)}
+        if verify is not None:
+            verify(self.folder)
+        if self.sync:
+            for folder in sorted({parent for made in self._folders for parent in (made, *made.parents)}):
+                if folder.is_relative_to(self.folder) and folder != self.folder:
+                    self._sync(folder)
+        old = {name: signature(self.target / name) for name in obsolete if os.path.lexists(self.target / name)}
         for name in names:
-            if name not in gone and (self.target / name).is_dir():
+            if name not in old and (self.target / name).is_dir():
                 raise OutputError(
                     f"{self.target / name} is a folder, and the output has a file of that name: move it, or choose"
                     " another"
                 )
-        there = {name: _mark(self.target / name) for name in names if name not in gone}
-        move = Move(gone, {name: _mark(self.path(name)) for name in names}, there)
+        replaced = {name: signature(self.target / name) for name in names if name not in old}
+        move = Move(old, {name: signature(self.path(name)) for name in names}, replaced)
         try:
-            self.replace(f"{MOVING}.new", json.dumps(asdict(move)).encode(), self.path(MOVING))
+            self.replace(self.path(MOVING), json.dumps(move.to_dict()).encode())
             self._sync(self.folder)
-            if gone:
-                (self.target / next(iter(gone))).replace(self.path(STARTED))
+            if old:
+                (self.target / next(iter(old))).replace(self.path(STARTED))
             else:
                 self.path(STARTED).touch()
         except OutputError:
@@ -144,12 +197,15 @@ class Staging:
             self.finish_or_say(move)
 
     def finish_or_say(self, move: Move) -> None:
-        """``finish``; raises OutputError where it fails, or where somebody has put other files there since: both
-        stay as they are.
+        """Finish ``move``.
+
+        Raises:
+            OutputError: it failed, or somebody has put other files there since. Both stay as they are.
         """
-        for name, mark in move.names.items():
-            now = _mark(self.target / name)
-            if os.path.lexists(self.path(name)) and now not in (None, mark, move.gone.get(name), move.there.get(name)):
+        for name, written in move.new.items():
+            now = signature(self.target / name)
+            known = (None, written, move.obsolete.get(name), move.replaced.get(name))
+            if os.path.lexists(self.path(name)) and now not in known:
                 raise OutputError(
                     f"{self.target}: a run was ended while it put its output in place, from {self.folder}, and since"
                     f" then {name} was put there by another: move one of the two away"
@@ -163,14 +219,14 @@ class Staging:
             ) from None
 
     def finish(self, move: Move) -> None:
-        """What is left to do of ``move`` once ``STARTED`` is there. Raises OSError, and may then be called again."""
-        waiting = [name for name in move.names if os.path.lexists(self.path(name))]
-        if len(waiting) == len(move.names):
-            for name, mark in move.gone.items():
+        """Do what is left of ``move`` once ``STARTED`` is there. Raises OSError, and may then be called again."""
+        waiting = [name for name in move.new if os.path.lexists(self.path(name))]
+        if len(waiting) == len(move.new):
+            for name, written in move.obsolete.items():
                 old = self.target / name
-                if _mark(old) != mark:
+                if signature(old) != written:
                     continue  # gone already
-                if len(mark or ()) == 1:  # a folder: gone in one step; what it holds goes with the hidden folder
+                if len(written or ()) == 1:  # a folder: gone in one step; what it holds goes with the hidden folder
                     old.replace(self.path(f"old-{name}"))
                 else:
                     old.unlink()
@@ -234,7 +290,7 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
                 target.rmdir()  # only when nothing was put there
 
 
-def settle(target: Path) -> None:
+def recover_interrupted(target: Path) -> None:
     """Finish what a killed run had begun to put in place in ``target``, or take away what it left. Another run's is
     let be.
     """

@@ -2,12 +2,13 @@
 
 A ``TorchArchive`` lays the file out: its pickle, its zip records, and where each storage's bytes go. The caller puts
 those there in any order (a ``Streamed`` tensor) and then writes ``fixed``, which is everything else, with the CRC-32s
-that only the finished copy knows. torch is not needed.
+that are known only when the copy is finished. torch is not needed.
 
 The format is that of torch 2.13: ``torch/serialization.py`` (``_save``: data.pkl, byteorder, data/<key>, version;
-persistent ids), ``torch/_utils.py`` (``_rebuild_tensor_v2``), ``caffe2/serialize/inline_container.cc`` (records under
-one root that is the file's stem, stored, aligned to 64 bytes by an extra field; the reader wants ``version``). Sizes
-stand in the records' own headers here, where torch writes them behind the data.
+persistent ids), ``torch/_utils.py`` (``_rebuild_tensor_v2``), ``torch/_tensor.py`` (``_reduce_ex_internal``: a dtype
+without a storage class is written by ``_rebuild_tensor_v3``), ``caffe2/serialize/inline_container.cc`` (records under
+one root, stored, aligned to 64 bytes by an extra field; the reader wants ``version``). Here each record's sizes stand
+before its data; torch writes them behind it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from dsconv.checkpoint.map.dtypes import STORAGE_CLASSES, DType
 from dsconv.checkpoint.map.training import SmallTensor
 from dsconv.checkpoint.pickles.values import Instance
 from dsconv.checkpoint.transfer.checksums import crc32
+from dsconv.convert.pickling import Call, Made, Name, Stored, dump
 from dsconv.errors import UnsupportedError
 
 ALIGNMENT_BYTES = 64
-MAX_PICKLE_BYTES = 64 << 20  # values that share parts are written out in full, which a hostile file can make grow
-MAX_DEPTH = 100
+MAX_PICKLE_BYTES = 64 << 20
 FULL32 = 0xFFFFFFFF
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -34,7 +35,8 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _UTF8 = 0x800
 _DATE = 0x21  # 1 January 1980, as torch writes
-_STORAGES = {dtype: storage for storage, dtype in STORAGE_CLASSES.items()}
+_STORAGES = {dtype: Name("torch", storage) for storage, dtype in STORAGE_CLASSES.items()}
+_NO_HOOKS = Call(Name("collections", "OrderedDict"), ())
 
 
 @dataclass(frozen=True)
@@ -92,38 +94,54 @@ class _Record:
 
 
 class TorchArchive:
-    """The layout of a ``.pt`` that holds ``value``; ``stem`` is the file's name without ``.pt``.
+    """The layout of a ``.pt`` that holds ``value``.
 
-    ``value`` is of None, bools, numbers, text, lists, tuples, dicts, dtypes, SmallTensors, Streamed tensors, and
-    Instances of classes, which torch.load imports when it reads them. ``streamed`` are the offsets of the Streamed
-    ones, in the order of the pickle. Raises UnsupportedError for anything else, and for a value that is too large or
-    too deep.
+    Args:
+        root: the folder of the records within the zip. torch.save takes the file's name without ``.pt``.
+        value: None, bools, numbers, text, lists, tuples, dicts, dtypes, SmallTensors, Streamed tensors, and Instances
+            of classes, which torch.load imports when it reads them.
+
+    Attributes:
+        streamed: the offset in bytes of each Streamed tensor, in the order of the pickle.
+        nbytes: the size of the file.
+
+    Raises:
+        UnsupportedError: the value holds anything else, or is too large or too deep.
     """
 
-    def __init__(self, stem: str, value: Any) -> None:
-        pickler = _Pickler()
-        pickler.write(value)
+    def __init__(self, root: str, value: Any) -> None:
+        self._tensors: list[SmallTensor | Streamed] = []
         small: list[tuple[str, bytes | None, int]] = [
-            ("data.pkl", pickler.finish(), 0),
+            ("data.pkl", dump(value, self._stand_in, MAX_PICKLE_BYTES), 0),
             ("byteorder", b"little", 0),
             ("version", b"3\n", 0),
         ]
         storages = [
             (f"data/{i}", t.data if isinstance(t, SmallTensor) else None, 0 if isinstance(t, SmallTensor) else t.nbytes)
-            for i, t in enumerate(pickler.tensors)
+            for i, t in enumerate(self._tensors)
         ]
         self._records: list[_Record] = []
         offset = 0
         for name, data, nbytes in small + storages:
-            record = _Record(f"{stem}/{name}".encode(), nbytes if data is None else len(data), offset, data)
+            record = _Record(f"{root}/{name}".encode(), nbytes if data is None else len(data), offset, data)
             self._records.append(record)
             offset = record.data_offset + record.nbytes
         self._end = offset
         self.streamed = [record.data_offset for record in self._records if record.data is None]
         self.nbytes = offset + len(self._directory([0] * len(self._records)))
 
+    def _stand_in(self, value: Any) -> Any:
+        if isinstance(value, DType):
+            return Name("torch", value.name)
+        if isinstance(value, Instance):
+            return Made(Name(*value.cls.rsplit(".", 1)), value.state, value.args)
+        if isinstance(value, (SmallTensor, Streamed)):
+            self._tensors.append(value)
+            return _tensor(value, str(len(self._tensors) - 1))
+        raise UnsupportedError(f"a {type(value).__name__} cannot be written into a .pt")
+
     def fixed(self, checksums: Sequence[int] = ()) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) of all but the streamed storages, whose CRC-32s are given in their order."""
+        """Yield (offset, bytes) of all but the streamed tensors, whose CRC-32s are given in their order."""
         given = iter(checksums)
         sums = [next(given) if record.data is None else crc32(record.data) for record in self._records]
         for record, checksum in zip(self._records, sums, strict=True):
@@ -131,7 +149,7 @@ class TorchArchive:
         yield self._end, self._directory(sums)
 
     def whole(self) -> bytes:
-        """The file, when nothing in it is streamed."""
+        """Return the whole file. Nothing in it may be streamed."""
         out = bytearray(self.nbytes)
         for offset, data in self.fixed():
             out[offset : offset + len(data)] = data
@@ -148,91 +166,20 @@ class TorchArchive:
         return entries + wide + _END.pack(b"PK\5\6", 0, 0, *narrow, 0)
 
 
-class _Pickler:
-    """Writes protocol 2, as torch.save does, of the values that TorchArchive lists."""
-
-    def __init__(self) -> None:
-        self._out = bytearray(b"\x80\x02")
-        self.tensors: list[SmallTensor | Streamed] = []
-
-    def finish(self) -> bytes:
-        return bytes(self._out) + b"."
-
-    def write(self, value: Any, depth: int = 0) -> None:
-        out = self._out
-        if depth > MAX_DEPTH or len(out) > MAX_PICKLE_BYTES:
-            raise UnsupportedError(
-                f"a value that is nested over {MAX_DEPTH} deep or takes over {MAX_PICKLE_BYTES} bytes cannot be written"
-            )
-        if value is None or isinstance(value, bool):
-            out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
-        elif isinstance(value, int):
-            self._integer(int(value))
-        elif isinstance(value, float):
-            out += b"G" + struct.pack(">d", value)
-        elif isinstance(value, str):
-            text = value.encode("utf-8", "surrogatepass")
-            out += b"X" + struct.pack("<L", len(text)) + text
-        elif isinstance(value, (tuple, list, dict)):
-            self._container(value, depth)
-        elif isinstance(value, DType):
-            self._name("torch", value.name)
-        elif isinstance(value, (SmallTensor, Streamed)):
-            self._tensor(value, depth)
-        elif isinstance(value, Instance):
-            self._name(*value.cls.rsplit(".", 1))
-            self.write(value.args, depth + 1)
-            out += b"\x81"
-            if value.state is not None:
-                self.write(value.state, depth + 1)
-                out += b"b"
-        else:
-            raise UnsupportedError(f"a {type(value).__name__} cannot be written into a .pt")
-
-    def _integer(self, value: int) -> None:
-        if 0 <= value < 256:
-            self._out += b"K" + bytes([value])
-        elif -(1 << 31) <= value < 1 << 31:
-            self._out += b"J" + struct.pack("<l", value)
-        else:
-            nbytes = value.bit_length() // 8 + 1
-            if nbytes > 255:
-                raise UnsupportedError(f"an integer of {value.bit_length()} bits cannot be written")
-            self._out += b"\x8a" + bytes([nbytes]) + value.to_bytes(nbytes, "little", signed=True)
-
-    def _container(self, value: tuple[Any, ...] | list[Any] | dict[Any, Any], depth: int) -> None:
-        out = self._out
-        if isinstance(value, tuple):
-            out += b"("
-        else:
-            out += b"](" if isinstance(value, list) else b"}("
-        for item in value.items() if isinstance(value, dict) else value:
-            for part in item if isinstance(value, dict) else (item,):
-                self.write(part, depth + 1)
-        out += b"t" if isinstance(value, tuple) else b"e" if isinstance(value, list) else b"u"
-
-    def _name(self, module: str, name: str) -> None:
-        self._out += f"c{module}\n{name}\n".encode()
-
-    def _tensor(self, tensor: SmallTensor | Streamed, depth: int) -> None:
-        storage = _STORAGES.get(tensor.dtype.name)
-        if storage is None:
-            raise UnsupportedError(f"a tensor of {tensor.dtype} cannot be written into a .pt by this version")
-        strides: list[int] = []
-        numel = 1
-        for size in reversed(tensor.shape):
-            strides.insert(0, numel)
-            numel *= size
-        key, position = str(len(self.tensors)), depth + 1
-        self.tensors.append(tensor)
-        self._name("torch._utils", "_rebuild_tensor_v2")
-        self._out += b"(("
-        self.write("storage")
-        self._name("torch", storage)
-        for item in (key, "cpu", numel):
-            self.write(item, position)
-        self._out += b"tQ"
-        for argument in (0, tuple(tensor.shape), tuple(strides), False):
-            self.write(argument, position)
-        self._name("collections", "OrderedDict")
-        self._out += b")RtR"
+def _tensor(tensor: SmallTensor | Streamed, key: str) -> Call:
+    """Return what makes the tensor again out of the storage ``key``."""
+    strides: list[int] = []
+    numel = 1
+    for extent in reversed(tensor.shape):
+        strides.insert(0, numel)
+        numel *= extent
+    layout = (0, tuple(tensor.shape), tuple(strides), False, _NO_HOOKS)
+    storage = _STORAGES.get(tensor.dtype.name)
+    if storage is not None:
+        stored = Stored(("storage", storage, key, "cpu", numel))
+        return Call(Name("torch._utils", "_rebuild_tensor_v2"), (stored, *layout))
+    if isinstance(tensor, SmallTensor):
+        raise UnsupportedError(f"a tensor of {tensor.dtype} cannot be written into a .pt by this version")
+    untyped = Name("torch.storage", "UntypedStorage")
+    stored = Stored(("storage", untyped, key, "cpu", numel * tensor.dtype.itemsize))
+    return Call(Name("torch._utils", "_rebuild_tensor_v3"), (stored, *layout, Name("torch", tensor.dtype.name)))

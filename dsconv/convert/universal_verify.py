@@ -10,8 +10,8 @@ from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, read_extent
+from dsconv.checkpoint.transfer.casting import CASTABLE
 from dsconv.checkpoint.transfer.checksums import crc32
-from dsconv.checkpoint.transfer.copy import CASTABLE
 from dsconv.convert.universal_plan import UniversalPlan
 from dsconv.convert.verify import verify
 from dsconv.errors import MismatchError

@@ -2,38 +2,25 @@
 streaming, whole or absent.
 
 Nothing is extracted first: each byte of the optimizer files is read once and put where it belongs in ``zero/``. A file
-is finished, with its checksum, by the time its last byte arrives.
+is finished, with its checksum, as soon as its last byte has arrived.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Set
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.map.dtypes import BY_NAME
-from dsconv.checkpoint.map.tensors import Checkpoint, Record
+from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.torchfile.file import TorchFile
-from dsconv.checkpoint.transfer.checksums import RunningChecksum
-from dsconv.checkpoint.transfer.copy import (
-    Copy,
-    CopyRun,
-    Gather,
-    Target,
-    copies_of,
-    default_workers,
-    source_checks,
-    write_at,
-)
-from dsconv.convert.staging import Staging, open_staging, refuse_existing, require_space, settle
+from dsconv.checkpoint.transfer.copy import Target
+from dsconv.convert.report import Report
+from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.universal_plan import (
     FOLDER,
     LATEST,
@@ -44,36 +31,30 @@ from dsconv.convert.universal_plan import (
     training_of,
 )
 from dsconv.convert.universal_verify import verify_universal
+from dsconv.convert.writing import (
+    Destination,
+    FileRange,
+    FillingFile,
+    OutputFile,
+    Progress,
+    WriteOptions,
+    Written,
+    write,
+)
 from dsconv.errors import OutputError
 
-FINISHERS = 4  # threads that wait for the disk
 MODEL_STATES = "_model_states.pt"
-Progress = Callable[[str, int, int], None]
 
 
-@dataclass
-class UniversalReport:
-    """What ``to_universal`` did, or with ``dry_run`` would do. Sizes are in bytes."""
+@dataclass(kw_only=True)
+class UniversalReport(Report):
+    """What ``to_universal`` did, or with ``dry_run`` would do. Sizes are in bytes; ``files`` is their number."""
 
-    source: str
-    output: str
-    format: str
-    step: int | None
     stage: int
-    tensors: int
-    parameters: int
     states: list[str]
-    nbytes: int
     files: int
     latest: str
-    dry_run: bool = False
-    bytes_read: int = 0
     verified: bool = False
-    warnings: list[str] = field(default_factory=list)
-    plan: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def to_universal(
@@ -89,19 +70,33 @@ def to_universal(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> UniversalReport:
-    """Convert a checkpoint of DeepSpeed, of any ZeRO stage or none, into a universal one, which any number of ranks and
-    any stage can load.
+    """Convert a checkpoint of DeepSpeed, of any ZeRO stage or none, into a universal one.
 
-    One of tensor-parallel (AutoTP) or pipeline ranks too: other degrees of those can load it.
+    Any number of ranks and any stage can load the result. A checkpoint of tensor-parallel (AutoTP) or pipeline ranks
+    can be loaded at other degrees of those too.
 
-    ``output`` (default: SAVE_DIR/<tag>_universal) becomes a tag folder, as the official tool's ``--output_folder``
-    does: its parent gets a ``latest_universal`` that names it, so ``load_checkpoint(parent)`` finds it;
-    ``load_checkpoint(output)`` works too. With ``exclude_frozen`` the frozen weights and buffers get no files in
-    ``zero/``, where no loader of DeepSpeed's looks for them; they stay in the model states.
+    Args:
+        source: a path, or a checkpoint that is open.
+        output: the folder to write (default: SAVE_DIR/<tag>_universal). It becomes a tag folder, as the
+            ``--output_folder`` of the official tool does: its parent gets a ``latest_universal`` that names it, so
+            both ``load_checkpoint(parent)`` and ``load_checkpoint(output)`` find it.
+        tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
+        exclude_frozen: make no files in ``zero/`` for frozen weights and buffers. No loader of DeepSpeed's looks for
+            them there; they stay in the model states.
+        dry_run: write nothing, and report the plan.
+        verify_output: read the output back and compare every byte, before it counts.
+        force: replace a universal checkpoint that ``output`` already holds.
+        fsync: have the output on the disk before it counts as written.
+        workers: the number of copying threads (default: one a core, at most 8).
+        progress: called with (phase, bytes done, bytes in all), from any thread.
 
-    Raises DsconvError: see ``open_checkpoint``; UnsupportedError for a source without optimizer states of one value a
-    weight; OutputError when the output exists (without ``force``), is being written by another run or does not fit the
-    disk; MismatchError when ``verify_output`` finds a difference.
+    Returns:
+        What was written, or with ``dry_run`` would be.
+
+    Raises:
+        DsconvError: what ``open_checkpoint`` raises; UnsupportedError for a source without optimizer states of one
+            value a weight; OutputError when the output exists (without ``force``), is being written by another run or
+            does not fit the disk; MismatchError when ``verify_output`` finds a difference.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
     training = training_of(checkpoint)
@@ -111,20 +106,17 @@ def to_universal(
     if dry_run:
         report.plan = [*map(_state_row, plan.states), *map(_model_row, plan.models)]
         return report
-    settle(target)
-    _existing(checkpoint, target, force)
-    require_space(target, plan.nbytes)
-    with open_staging(target, fsync) as staging:
-        old = _existing(checkpoint, target, force)  # again, now that no other run can write there
-        report.bytes_read = _write(plan, staging, workers or default_workers(), fsync, progress)
-        _link(plan, staging, fsync)
-        if verify_output:
-            verify_universal(checkpoint, plan, staging.folder, target, progress)
-            report.verified = True
-        staging.write(LATEST, b".")  # DeepSpeed joins the folder and the tag
-        names = [FOLDER, *(model.path for model in plan.models), *plan.links, LATEST]
-        staging.commit(names, old)
-        _point_to(staging, target, report)
+    recover_interrupted(target)
+
+    def check(folder: Path) -> None:
+        verify_universal(checkpoint, plan, folder, target, progress)
+        report.verified = True
+
+    options = WriteOptions(force=force, fsync=fsync, workers=workers, progress=progress)
+    destination = UniversalOutput(checkpoint, plan, target)
+    written = write(destination, checkpoint, target, options, check if verify_output else None)
+    report.note_copy(written.bytes_read, written.overflowed)
+    report.warnings += [f"{text}: load the output's own folder, or name the tag" for text in written.warnings]
     return report
 
 
@@ -133,17 +125,17 @@ def _report(
 ) -> UniversalReport:
     states = sorted({state for of in training.states.values() for state in of})
     return UniversalReport(
-        str(checkpoint.path),
-        str(target),
-        checkpoint.format,
-        checkpoint.step,
-        training.stage,
-        len(training.states),
-        sum(checkpoint[name].numel for name in training.states),
-        ["fp32", *states],
-        plan.nbytes,
-        len(plan.states) + len(plan.models),
-        str(target.resolve().parent / LATEST),
+        source=str(checkpoint.path),
+        output=str(target),
+        format=checkpoint.format,
+        step=checkpoint.step,
+        stage=training.stage,
+        tensors=len(training.states),
+        parameters=sum(checkpoint[name].numel for name in training.states),
+        states=["fp32", *states],
+        nbytes=plan.nbytes,
+        files=len(plan.states) + len(plan.models),
+        latest=str(target.resolve().parent / LATEST),
         dry_run=dry_run,
         warnings=[*checkpoint.warnings, *training.warnings],
     )
@@ -165,203 +157,107 @@ def _model_row(file: ModelFile) -> dict[str, Any]:
     return {"file": file.path, "bytes": file.nbytes, "copied_from": str(file.source)}
 
 
-def _existing(checkpoint: Checkpoint, target: Path, force: bool) -> list[str]:
-    """What of an earlier universal checkpoint lies in ``target``, which ``force`` replaces. Raises OutputError
-    without it.
-    """
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file; the output is a folder")
-    here = target.resolve()
-    if here in (checkpoint.path.resolve(), checkpoint.folder.resolve()):
-        raise OutputError(
-            f"{target} is the checkpoint itself; give the output a folder of its own, such as {here}_universal"
-        )
-    if not target.is_dir():
-        return []
-    found = sorted(p.name for p in target.iterdir() if p.name in (FOLDER, LATEST) or p.name.endswith(MODEL_STATES))
-    refuse_existing(target, found, "a checkpoint", force)
-    others = sorted(p.name for p in target.iterdir() if p.name.endswith("_optim_states.pt"))
-    if others:
-        raise OutputError(f"{target} holds another checkpoint ({others[0]}); give the output a folder of its own")
-    return sorted(found, key=lambda name: name != LATEST)  # what names it goes first
+class UniversalOutput(Destination):
+    """The files of a plan, and ``latest_universal`` in the folder, which makes them a checkpoint, and beside it."""
 
+    what = "a checkpoint"
 
-class _Output:
-    """One file that is being filled. Its descriptor is opened for each write: a checkpoint may have more files than
-    a process.
-    """
+    def __init__(self, checkpoint: Checkpoint, plan: UniversalPlan, target: Path) -> None:
+        self._checkpoint = checkpoint
+        self._plan = plan
+        self._target = target
+        self._states = {file.path: file for file in plan.states}
+        self._ranges: dict[str, FileRange] = {}
 
-    def __init__(self, path: Path, nbytes: int, base_bytes: int) -> None:
-        self.path = path
-        self.base_bytes = base_bytes
-        with self._opened(os.O_CREAT | os.O_EXCL) as descriptor:
-            os.truncate(descriptor, nbytes)
+    @property
+    def files(self) -> Sequence[OutputFile]:
+        """A file for each state of each parameter, and the model states."""
+        states = [OutputFile(file.path, file.nbytes, _data_bytes(file)) for file in self._plan.states]
+        return states + [OutputFile(file.path, file.nbytes, file.nbytes) for file in self._plan.models]
 
-    def write(self, data: memoryview, offset_bytes: int) -> None:
-        with self._opened() as descriptor:
-            write_at(descriptor, self.base_bytes, data, offset_bytes)
+    def targets(self, files: Mapping[str, FillingFile]) -> Iterable[tuple[str, TensorEntry, Target]]:
+        """Yield the states, and the model states as arrays of bytes."""
+        read: set[Record] = set()
+        for file in self._plan.states:
+            if file.entry is not None and file.dtype is not None and _data_bytes(file):
+                read.update(piece.extent.record for piece in file.entry.pieces if piece.region is None)
+                filled = files[file.path].range(file.archive.streamed[0], _data_bytes(file))
+                self._ranges[file.path] = filled
+                yield file.path, file.entry, Target(file.path, file.dtype, filled.write)
+        raw = BY_NAME["uint8"]
+        for model in self._plan.models:
+            filled = files[model.path].range(0, model.nbytes)
+            yield model.path, _bytes_of(model, read), Target(model.path, raw, filled.write)
 
-    def finish(self, fixed: Callable[[], Iterator[tuple[int, bytes]]], fsync: bool) -> None:
-        with self._opened() as descriptor:
-            for offset, data in fixed():
-                write_at(descriptor, 0, memoryview(data), offset)
-            if fsync:
-                os.fsync(descriptor)
+    def rest(self, name: str) -> Iterable[tuple[int, bytes]]:
+        """Return what surrounds the state in its file, now that its CRC-32 is known."""
+        file = self._states.get(name)
+        if file is None:
+            return ()
+        filled = self._ranges.get(name)
+        checksums = [0] * len(file.archive.streamed) if filled is None else [filled.checksum.value]
+        return file.archive.fixed(checksums)
 
-    def _opened(self, flags: int = 0) -> _Descriptor:
-        return _Descriptor(self.path, os.O_RDWR | os.O_CLOEXEC | flags)
+    def small_files(self, written: Written) -> Mapping[str, bytes]:
+        """Return ``latest_universal``, which names the folder itself: DeepSpeed joins the folder and the tag."""
+        return {LATEST: b"."}
 
+    @property
+    def links(self) -> Mapping[str, str]:
+        """The model states under the names that other stages look for."""
+        return self._plan.links
 
-class _Descriptor:
-    def __init__(self, path: Path, flags: int) -> None:
-        try:
-            self._descriptor = os.open(path, flags, 0o666)
-        except OSError as error:
+    @property
+    def commit_order(self) -> Sequence[str]:
+        """``latest_universal`` makes the folder a checkpoint."""
+        return [FOLDER, *(model.path for model in self._plan.models), *self._plan.links, LATEST]
+
+    def older(self, target: Path) -> list[str]:
+        """Return what of an earlier universal checkpoint lies in ``target``, ``latest_universal`` first.
+
+        Raises:
+            OutputError: ``target`` is the source, or holds another checkpoint.
+        """
+        here = target.resolve()
+        if here in (self._checkpoint.path.resolve(), self._checkpoint.folder.resolve()):
             raise OutputError(
-                f"{path}: cannot be opened for writing: {error.strerror}; nothing of the output was kept"
-            ) from None
+                f"{target} is the checkpoint itself; give the output a folder of its own, such as {here}_universal"
+            )
+        names = sorted(path.name for path in target.iterdir())
+        others = [name for name in names if name.endswith("_optim_states.pt")]
+        if others:
+            raise OutputError(f"{target} holds another checkpoint ({others[0]}); give the output a folder of its own")
+        found = [name for name in names if name in (FOLDER, LATEST) or name.endswith(MODEL_STATES)]
+        return sorted(found, key=lambda name: name != LATEST)
 
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
-
-
-class _Completing(RunningChecksum):
-    """A checksum that says when the last byte has been counted."""
-
-    def __init__(self, nbytes: int, completed: Callable[[int], None]) -> None:
-        super().__init__(nbytes)
-        self._completed = completed
-        self._was = False
-
-    def add(self, offset: int, length: int, crc: int) -> None:
-        super().add(offset, length, crc)
-        with self._lock:  # of the last two adders only one may find it complete
-            now, self._was = self.complete and not self._was, self.complete
-        if now:
-            self._completed(self.value)
+    @property
+    def pointers(self) -> Mapping[Path, bytes]:
+        """``latest_universal`` beside the output, as the official tool leaves it."""
+        here = self._target.resolve()
+        return {here.parent / LATEST: os.fsencode(here.name)}
 
 
-def _write(plan: UniversalPlan, staging: Staging, workers: int, fsync: bool, progress: Progress | None) -> int:
-    """Write all files into the staging folder; returns how many bytes were read."""
-    done, total, lock = 0, plan.data_bytes, threading.Lock()
-
-    def advance(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            current = done
-        if progress is not None:
-            progress("copy", current, total)
-
-    try:
-        with ThreadPoolExecutor(FINISHERS) as finishers:
-            finishing: list[Future[None]] = []
-            copies: list[Copy | Gather] = []
-            for folder in dict.fromkeys(staging.path(file.path).parent for file in plan.states):
-                folder.mkdir(parents=True, exist_ok=True)
-            for file in plan.states:
-                copies += _state_copies(file, staging, partial(_submit, finishers, finishing), fsync)
-            # Frozen weights and buffers are read once more, to be cast, and checked then.
-            checked = {copy.record for copy in copies if isinstance(copy, Copy)}
-            for model in plan.models:
-                copies += _model_copies(model, staging, partial(_submit, finishers, finishing), fsync, checked)
-            checks, padding = source_checks(copies)
-            run = CopyRun(workers, checks, advance)
-            run.run(chain(copies, padding))
-            run.check_records()
-        for future in finishing:
-            future.result()
-        expected = len(plan.states) + len(plan.models)
-        assert len(finishing) == expected, f"{len(finishing)} of {expected} files were finished"
-        if fsync:
-            _sync_folders(staging.path(FOLDER))
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"{staging.target}: writing the output failed: {error.strerror}; nothing of it was kept"
-        ) from None
-    return run.stats.bytes_read
+def _data_bytes(file: StateFile) -> int:
+    return 0 if file.entry is None or file.dtype is None else file.entry.numel * file.dtype.itemsize
 
 
-def _submit(finishers: ThreadPoolExecutor, finishing: list[Future[None]], task: Callable[[], None]) -> None:
-    finishing.append(finishers.submit(task))
+def _bytes_of(model: ModelFile, read: set[Record]) -> TensorEntry:
+    """Return the whole file as an array of bytes: its records, whose CRC-32s are checked on the way, and the rest.
 
-
-def _state_copies(
-    file: StateFile, staging: Staging, submit: Callable[[Callable[[], None]], None], fsync: bool
-) -> Iterator[Copy | Gather]:
-    """Make the file and yield the copies that fill it; what has nothing to wait for is finished at once."""
-    archive = file.archive
-    base = archive.streamed[0] if archive.streamed else 0
-    output = _Output(staging.path(file.path), archive.nbytes, base)
-    if file.entry is None or file.dtype is None or not file.entry.numel:
-        submit(partial(output.finish, partial(archive.fixed, [0] * len(archive.streamed)), fsync))
-        return
-    checksum = _Completing(
-        file.entry.numel * file.dtype.itemsize,
-        lambda crc: submit(partial(output.finish, partial(archive.fixed, [crc]), fsync)),
-    )
-    yield from copies_of(file.entry, Target(file.path, file.dtype, output.write, checksum))
-
-
-def _model_copies(
-    model: ModelFile, staging: Staging, submit: Callable[[Callable[[], None]], None], fsync: bool, checked: Set[Record]
-) -> Iterator[Copy]:
-    """The whole file: its records, so that their CRC-32s are checked on the way unless they are elsewhere, and what
-    lies between.
+    A record in ``read`` is read once more here, and was checked there.
     """
-    raw = BY_NAME["uint8"]
-    output = _Output(staging.path(model.path), model.nbytes, 0)
-    checksum = _Completing(model.nbytes, lambda crc: submit(partial(output.finish, lambda: iter(()), fsync)))
-    target = Target(model.path, raw, output.write, checksum)
-    records = sorted(TorchFile(model.source).archive.records.values(), key=lambda record: record.offset_bytes)
-    position = 0
-    for record in (*records, Record(model.source, model.nbytes, 0)):
-        if record.offset_bytes > position:
-            between = Record(model.source, position, record.offset_bytes - position)
-            yield Copy(between, position, between.nbytes, raw, target, position)
-        if record.nbytes:
-            if record in checked:
-                record = Record(record.path, record.offset_bytes, record.nbytes)
-            yield Copy(record, record.offset_bytes, record.nbytes, raw, target, record.offset_bytes)
-        position = record.offset_bytes + record.nbytes
 
+    def pieces() -> Iterator[Piece]:
+        records = sorted(TorchFile(model.source).archive.records.values(), key=lambda record: record.offset_bytes)
+        position = 0
+        for record in (*records, Record(model.source, model.nbytes, 0)):
+            if record.offset_bytes > position:
+                between = Record(model.source, position, record.offset_bytes - position)
+                yield Piece(Extent(between, position, between.nbytes), position, between.nbytes)
+            if record.nbytes:
+                if record in read:
+                    record = Record(record.path, record.offset_bytes, record.nbytes)
+                yield Piece(Extent(record, record.offset_bytes, record.nbytes), record.offset_bytes, record.nbytes)
+            position = record.offset_bytes + record.nbytes
 
-def _link(plan: UniversalPlan, staging: Staging, fsync: bool) -> None:
-    """Second names of the model states: hard links, and copies where the file system has none."""
-    for name, existing in plan.links.items():
-        try:
-            os.link(staging.path(existing), staging.path(name))
-        except OSError:
-            staging.write(name, b"")
-            with open(staging.path(existing), "rb") as source, open(staging.path(name), "wb") as target:
-                while data := source.read(8 << 20):
-                    target.write(data)
-                if fsync:
-                    target.flush()
-                    os.fsync(target.fileno())
-
-
-def _sync_folders(root: Path) -> None:
-    for folder in (root, *(path for path in root.iterdir() if path.is_dir())):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _point_to(staging: Staging, target: Path, report: UniversalReport) -> None:
-    """``latest_universal`` beside the output, as the official tool leaves it, replaced in one step."""
-    latest = target.resolve().parent / LATEST
-    try:
-        staging.replace("pointer", os.fsencode(target.resolve().name), latest)
-    except OSError as error:
-        reason = error.strerror or error
-        report.warnings.append(
-            f"{latest} could not be written ({reason}): load the output's own folder, or name the tag"
-        )
+    return TensorEntry(model.path, BY_NAME["uint8"], (model.nbytes,), lambda: tuple(pieces()))

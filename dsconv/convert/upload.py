@@ -1,10 +1,10 @@
 """Output into a store (``s3://bucket/model``): whole or absent there too, in memory of a few blocks.
 
-Shards go up from their first byte to their last, a few at once, and are not to be seen until all of them are complete
-and every source record has passed its checksum. Then they are put in place, the file that makes the folder a model
-last, as on the disk (``staging.py``). A run that is killed leaves nothing that looks like a model: on S3, parts of an
-upload that was never completed, which a lifecycle rule clears away; elsewhere, files in ``.dsconv-partial/``, which the
-next run removes. Two runs into one folder are not kept apart: stores have no locks.
+Files go up from their first byte to their last, a few at once, and are not to be seen until all of them are complete
+and every source record has passed its checksum. Then they are put into place, the commit marker last, as on the disk
+(``staging.py``). A run that is killed leaves nothing that looks like an output: on S3, parts of an upload that was
+never completed, which a lifecycle rule clears away; elsewhere, files in ``.dsconv-partial/``, which the next run
+removes. Two runs into one folder are not kept apart: stores have no locks.
 """
 
 from __future__ import annotations
@@ -12,193 +12,150 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.map.tensors import Record
-from dsconv.checkpoint.storage.local import is_remote
-from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
-from dsconv.checkpoint.transfer.copy import (
-    BLOCK_BYTES,
-    Caster,
-    CopyRun,
-    CopyStats,
-    Target,
-    copies_of,
-    one_torch_thread,
-    source_checks,
-)
-from dsconv.checkpoint.transfer.reading import Sources, blocks, parts_of, read_flat_into
-from dsconv.convert.plan import Placed, Plan, Shard
 from dsconv.convert.staging import MOVING, STAGING
-from dsconv.errors import OutputError
+from dsconv.errors import MismatchError, OutputError
 
 READ_ONLY = ("http", "https", "hf")
-MAX_STREAMS = 4  # of shards at once: each holds a block, and about two parts of its upload
+
+
+class StoreFile:
+    """A file on its way into a store, which takes bytes from the first to the last."""
+
+    def __init__(self, store: Any, url: str, nbytes: int, hashed: bool) -> None:
+        self.digest = hashlib.sha256() if hashed else None
+        self.position = 0
+        self._store = store
+        self._url = url
+        self._nbytes = nbytes
+        self._writer: Any = None
+
+    def begin(self, head: bytes) -> None:
+        """Begin to send the file, with its first bytes. Raises RemoteError."""
+        self._writer = self._store.create(self._url, self._nbytes)
+        self._send(memoryview(head))
+
+    def write(self, data: memoryview, offset_bytes: int) -> None:
+        """Send ``data``, which must follow what was sent before. Raises RemoteError."""
+        if offset_bytes != self.position:
+            raise OutputError(
+                f"{self._url}: bytes for offset {offset_bytes} came where those for {self.position} were due. This is"
+                " a fault of dsconv: please report it"
+            )
+        self._send(data)
+
+    def start_writeback(self) -> None:
+        """Do nothing: a store is sent the bytes as they come."""
+
+    def finish(self, rest: Iterable[tuple[int, bytes]]) -> None:
+        """Send what is left, so that the store has all bytes. Raises RemoteError."""
+        for offset, data in rest:
+            self.write(memoryview(data), offset)
+        self._writer.finish()
+
+    def commit(self) -> None:
+        """Let the file be seen. Raises RemoteError."""
+        self._writer.commit()
+        self._writer = None
+
+    def close(self) -> None:
+        """Do nothing: what was not committed is discarded when the upload ends."""
+
+    def discard(self) -> None:
+        """Leave nothing of the file in the store, unless it was committed."""
+        if self._writer is not None:
+            self._writer.discard()
+
+    def _send(self, data: memoryview) -> None:
+        self._writer.write(data)
+        self.position += len(data)
+        if self.digest is not None:
+            self.digest.update(data)
 
 
 class Upload:
     """One run's output in the folder ``target`` of a store. Use ``open_upload``."""
 
+    in_order = True
+
     def __init__(self, target: Any) -> None:
         self.target = target
         self.store = target.tree.store
-        self.writers: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._files: dict[str, StoreFile] = {}
+        self._small: dict[str, bytes] = {}
 
     def url(self, name: str) -> str:
+        """Return the URL of a file of the output."""
         return f"{self.target}/{name}"
 
-    def send(
-        self, plan: Plan, workers: int, hashed: bool, advance: Callable[[int], None]
-    ) -> tuple[dict[str, int], dict[str, str], CopyStats]:
-        """Send all shards; returns the CRC-32 of each tensor, the sha256 of each file if ``hashed``, and what was done.
+    def create(self, name: str, nbytes: int, keep_open: bool, hashed: bool) -> StoreFile:
+        """Return a file of ``nbytes``, which its ``begin`` starts to send."""
+        self._files[name] = StoreFile(self.store, self.url(name), nbytes, hashed)
+        return self._files[name]
 
-        Raises RemoteError, and MalformedError where a source record fails its checksum.
-        """
-        targets = {t.name: Target(t.name, t.dtype, _nowhere, RunningChecksum(t.nbytes)) for t in plan.placed}
-        checks, padding = source_checks(chain.from_iterable(copies_of(t.entry, targets[t.name]) for t in plan.placed))
-        run = CopyRun(workers, checks)
-        casts = any(t.dtype != t.entry.dtype for t in plan.placed)
-        digests: dict[str, str] = {}
+    def write(self, name: str, data: bytes) -> None:
+        """Keep a small file until ``commit``."""
+        self._small[name] = data
 
-        def send_one(shard: Shard) -> None:
-            digests[shard.filename] = self._send_shard(shard, targets, run, hashed, advance)
+    def link(self, name: str, existing: str) -> None:
+        """Refuse: a store has no second names for a file."""
+        raise OutputError(f"{self.target}: an output with links cannot be written to a store: write it to a folder")
 
-        with (
-            one_torch_thread() if casts else contextlib.nullcontext(),
-            ThreadPoolExecutor(min(workers, MAX_STREAMS)) as pool,
-        ):
-            try:
-                for future in [pool.submit(send_one, shard) for shard in plan.shards]:
-                    future.result()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        run.run(padding)
-        run.check_records()
-        return {name: target.checksum.value for name, target in targets.items()}, digests if hashed else {}, run.stats
-
-    def _send_shard(
-        self, shard: Shard, targets: dict[str, Target], run: CopyRun, hashed: bool, advance: Callable[[int], None]
-    ) -> str:
-        writer = self.store.create(self.url(shard.filename), shard.nbytes)
-        with self._lock:
-            self.writers[shard.filename] = writer
-        digest = hashlib.sha256()
-        caster = Caster()
-        with Sources() as sources:
-            for data in chain(
-                [memoryview(shard.header)], self._data_of(shard.tensors, targets, run, sources, caster, advance)
-            ):
-                if self._stop.is_set():
-                    return ""
-                writer.write(data)
-                if hashed:
-                    digest.update(data)
-        writer.finish()
-        return digest.hexdigest()
-
-    def _data_of(
-        self,
-        tensors: Iterable[Placed],
-        targets: dict[str, Target],
-        run: CopyRun,
-        sources: Sources,
-        caster: Caster,
-        advance: Any,
-    ) -> Iterator[memoryview]:
-        """The tensors' bytes as they are written, in blocks that are valid until the next one."""
-        buffer = bytearray(BLOCK_BYTES)
-
-        def seen(record: Record, offset_bytes: int, raw: memoryview) -> None:
-            with self._lock:
-                run.stats.bytes_read += len(raw)
-            check = run.checks.get(record)
-            if check is not None:
-                check.add(offset_bytes - record.offset_bytes, len(raw), crc32(raw))
-
-        for batch in _batches(tensors):
-            parts = [
-                part
-                for t, start, numel in batch
-                for part in parts_of(t.entry.pieces, t.entry.shape, start, start + numel)
-            ]
-            spans = [(part.piece.extent.record.path, *part.span(batch[0][0].entry.dtype.itemsize)) for part in parts]
-            if len(spans) > 1 and is_remote(spans[0][0]):
-                sources.read_ahead(spans)
-            for t, start, numel in batch:
-                entry, target = t.entry, targets[t.name]
-                nbytes = numel * entry.dtype.itemsize
-                data = memoryview(buffer if nbytes <= BLOCK_BYTES else bytearray(nbytes))[:nbytes]
-                read_flat_into(entry, start, data, sources, entry.pieces, seen)
-                if t.dtype != entry.dtype:
-                    data, overflowed = caster.cast(data, entry.dtype, t.dtype)
-                    if overflowed:
-                        with self._lock:
-                            run.stats.overflowed[t.name] = run.stats.overflowed.get(t.name, 0) + overflowed
-                target.checksum.add(start * t.dtype.itemsize, len(data), crc32(data))
-                yield data
-                advance(len(data))
+    def digests(self, names: Sequence[str], progress: Callable[[str, int, int], None] | None) -> dict[str, str]:
+        """Return the sha256 of each of the files ``names``, which were computed while they were sent."""
+        return {name: digest.hexdigest() for name in names if (digest := self._files[name].digest) is not None}
 
     def commit(
-        self, small: dict[str, bytes], files: list[str], index: tuple[str, bytes] | None, obsolete: Iterable[str]
+        self, names: Sequence[str], obsolete: Sequence[str], verify: Callable[[Path], None] | None = None
     ) -> None:
-        """Take away ``obsolete``, then put all in place: what is small, the shards, and the index last."""
-        moving, old = f"{STAGING}/{MOVING}", list(obsolete)
-        parts = files if index is not None else files[:-1]  # the last one makes it an output
-        self.store.write(self.url(moving), json.dumps([*old[1:], *small, *parts]).encode())
-        for name in old:
-            self.store.remove(self.url(name))
-        for name, data in small.items():
-            self.store.write(self.url(name), data)
-        for name in files:
-            self.writers[name].commit()
-            del self.writers[name]
-        if index is not None:
-            self.store.write(self.url(index[0]), index[1])
-        self.store.remove(self.url(moving))
+        """Take away ``obsolete``, then put ``names`` into place in their order.
 
-    def withdraw(self, names: Iterable[str]) -> None:
-        """Take away what was put in place."""
+        Args:
+            names: what was sent, the commit marker last.
+            obsolete: an older output, its commit marker first.
+            verify: called with the folder at the end, since a store shows files only when they are in place. On a
+                MismatchError they are taken away again.
+
+        Raises:
+            RemoteError: the store fails.
+        """
+        moving = self.url(f"{STAGING}/{MOVING}")
+        self.store.write(moving, json.dumps([*obsolete[1:], *names[:-1]]).encode())
+        for name in obsolete:
+            self.store.remove(self.url(name))
         for name in names:
-            self.store.remove(self.url(name))
+            if name in self._small:
+                self.store.write(self.url(name), self._small[name])
+            else:
+                self._files[name].commit()
+        self.store.remove(moving)
+        try:
+            if verify is not None:
+                verify(type(self.target).of(str(self.target)))  # as it is now, and not as it was listed before
+        except MismatchError:
+            for name in reversed(names):
+                self.store.remove(self.url(name))
+            raise
 
+    def replace(self, path: Path, data: bytes) -> None:
+        """Refuse: nothing outside of the folder is written."""
+        raise OutputError(f"{path}: cannot be written beside an output in a store")
 
-def _batches(tensors: Iterable[Placed]) -> Iterator[list[tuple[Placed, int, int]]]:
-    """Runs (tensor, start, numel) of tensors in order, in lists of at most BLOCK_BYTES, of one element size."""
-    batch: list[tuple[Placed, int, int]] = []
-    filled = 0
-    for t in tensors:
-        entry = t.entry
-        # A non-contiguous tensor is read whole, as everywhere: in blocks it would be read over and over.
-        step = entry.nbytes if any(piece.strides is not None for piece in entry.pieces) else BLOCK_BYTES
-        for start, numel in blocks(entry, step):
-            nbytes = numel * entry.dtype.itemsize
-            if batch and (filled + nbytes > BLOCK_BYTES or entry.dtype.itemsize != batch[0][0].entry.dtype.itemsize):
-                yield batch
-                batch, filled = [], 0
-            batch.append((t, start, numel))
-            filled += nbytes
-    if batch:
-        yield batch
-
-
-def _nowhere(data: memoryview, offset_bytes: int) -> None:
-    raise AssertionError("what goes to a store is not written at places")
+    def discard(self) -> None:
+        """Leave nothing of what was sent and not put into place."""
+        for file in self._files.values():
+            file.discard()
 
 
 @contextlib.contextmanager
 def open_upload(target: Path) -> Iterator[Upload]:
-    """An upload into a folder of a store; what was sent and not put in place is discarded at the end.
+    """Open an upload into a folder of a store. What was sent and not put into place is discarded at the end.
 
-    Raises OutputError where the store cannot be written to.
+    Raises:
+        OutputError: the store cannot be written to.
     """
     protocol = str(target).partition("://")[0]
     if protocol in READ_ONLY:
@@ -212,5 +169,4 @@ def open_upload(target: Path) -> Iterator[Upload]:
     try:
         yield upload
     finally:
-        for writer in upload.writers.values():
-            writer.discard()
+        upload.discard()

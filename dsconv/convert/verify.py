@@ -10,7 +10,8 @@ from typing import Any
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.hub import lies_on_hub
-from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, CASTABLE, Caster
+from dsconv.checkpoint.transfer.casting import CASTABLE, Caster
+from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 
 

@@ -16,7 +16,7 @@ import torch
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.transfer.copy import CASTABLE
+from dsconv.checkpoint.transfer.casting import CASTABLE
 from dsconv.checkpoint.transfer.fill import Filling, Patch, Reads, Slot, reads_of
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.errors import UnsupportedError

@@ -19,7 +19,8 @@ from dsconv.checkpoint.map.training import SmallTensor
 from dsconv.checkpoint.pickles.values import Instance, TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.checksums import crc32
-from dsconv.convert.torch_writer import FULL32, MAX_DEPTH, Streamed, TorchArchive
+from dsconv.convert.pickling import MAX_DEPTH
+from dsconv.convert.torch_writer import FULL32, Streamed, TorchArchive
 from dsconv.errors import UnsupportedError
 from tests.trained import raw, same
 

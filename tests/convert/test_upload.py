@@ -283,8 +283,8 @@ def test_a_mismatch_takes_the_output_away(
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], type[DsconvError], str, int]] = {
-    "fsync": ("memory://x", {"fsync": True}, OutputError, "memory://x: --fsync and --no-fsync are of local disks", 3),
-    "no fsync": ("memory://x", {"fsync": False}, OutputError, "leave them out", 3),
+    "fsync": ("memory://x", {"fsync": True}, OutputError, "memory://x: --fsync and --no-fsync are for local disks", 3),
+    "no fsync": ("memory://x", {"fsync": False}, OutputError, "Leave them out", 3),
     "a web server": ("http://127.0.0.1:9/x/", {}, OutputError, "http:// is read only here", 3),
     "the Hub": ("hf://org/model", {}, OutputError, "hf:// is read only here", 3),
     "no such bucket": (
@@ -303,7 +303,7 @@ def test_what_a_store_cannot_do_is_refused(
 ) -> None:
     target, options, kind, words, code = REFUSED[name]
     if name == "the Hub":
-        monkeypatch.setattr("dsconv.convert.merge._existing", lambda target, force: [])
+        monkeypatch.setattr("dsconv.convert.writing.older_output", lambda destination, target, force: [])
     with pytest.raises(kind, match=words) as caught:
         merge(trained(ZERO3).checkpoint, target, **options)
     assert caught.value.exit_code == code

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 import dsconv
-from dsconv.convert import merge as merging
-from dsconv.convert import staging
+from dsconv.convert import staging, writing
 from dsconv.errors import OutputError
 from tests.crash.jobs import contents
 from tests.trained import Trained, load_safetensors
@@ -142,11 +141,11 @@ def test_an_output_that_came_while_this_run_waited_is_not_replaced(
     out, real = tmp_path / "out", staging.open_staging
 
     def meanwhile(target: Path, sync: bool) -> Any:
-        monkeypatch.setattr(merging, "open_staging", real)
+        monkeypatch.setattr(writing, "open_staging", real)
         dsconv.merge(trained(OLDER).checkpoint, out, max_shard_size="5KB", fsync=False)
         return real(target, sync)
 
-    monkeypatch.setattr(merging, "open_staging", meanwhile)
+    monkeypatch.setattr(writing, "open_staging", meanwhile)
     with pytest.raises(OutputError, match="already holds a model"):
         dsconv.merge(trained(CASE).checkpoint, out)
     trained(OLDER).check(load_safetensors(out))

@@ -218,7 +218,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.no_training = no_training  # else why not, where the format has something to say
         self.stamps: dict[
             Path, tuple[int, int, int] | None
-        ] = {}  # of the sources, by ``storage.stamp``, when they had been opened
+        ] = {}  # of the sources, by ``stat_signature``, when they had been opened
         self._entries = dict(entries)
         self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
 

@@ -18,7 +18,9 @@ from typing import Any
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.regions import UNITS, Region, intersect, put_runs, shape_of, width
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
-from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, Caster, default_workers
+from dsconv.checkpoint.transfer.casting import Caster
+from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, default_workers
+from dsconv.checkpoint.transfer.pool import Jobs, run_jobs
 from dsconv.checkpoint.transfer.reading import Sources, gather_view
 
 SHORT_RUN_BYTES = 512  # a read of fewer bytes costs more than reading through to the next run
@@ -56,7 +58,7 @@ class Patch:
 
 
 def whole(entry: TensorEntry) -> Patch:
-    """The patch that takes ``entry`` as it is."""
+    """Return the patch that takes ``entry`` as it is."""
     zeros = (0,) * len(entry.shape)
     return Patch(entry, zeros, zeros, entry.shape, tuple(range(len(entry.shape))))
 
@@ -80,7 +82,7 @@ class Reads:
 
 
 def reads_of(patches: Iterable[Patch], slot: Slot) -> Iterator[Reads]:
-    """What must be read to fill a slot of the tensor that the patches make."""
+    """Yield what must be read to fill a slot of the tensor that the patches make."""
     if not slot.numel:
         return
     for patch in patches:
@@ -93,7 +95,7 @@ def reads_of(patches: Iterable[Patch], slot: Slot) -> Iterator[Reads]:
 
 
 def _meet(patch: Patch, piece: Piece, slot: Slot, wanted: Region, inside: Region) -> Iterator[Reads]:
-    """The runs that a piece of the patch's entry and the slot share."""
+    """Yield the runs that a piece of the patch's entry and the slot share."""
     import numpy as np
 
     shape = patch.entry.shape
@@ -150,7 +152,7 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 
 
 def _ranks(intervals: tuple[tuple[int, int], ...], index: Any) -> Any:
-    """The place of each index among those that the intervals hold."""
+    """Return the place of each index among those that the intervals hold."""
     import numpy as np
 
     starts = np.array([a for a, _ in intervals], dtype=np.int64)
@@ -176,8 +178,12 @@ def _windowed(piece: Piece, dtype: DType, slot: Slot, run: int, sources: Any, ta
 
 
 class Filling:
-    """Carries out reads with ``workers`` threads. ``overflowed`` counts finite values that became infinite in a
-    cast.
+    """Carries out reads in a pool of threads. ``overflowed`` counts finite values that became infinite in a cast.
+
+    Args:
+        workers: the number of threads (default: this rank's share of the cores).
+        progress: called from any thread with the number of bytes that were filled.
+        buffer: makes the memory that blocks pass through, of a number of bytes.
     """
 
     def __init__(
@@ -187,53 +193,39 @@ class Filling:
         buffer: Callable[[int], Any] = bytearray,
     ) -> None:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-        self.workers = workers or default_workers(
-            int(ranks) if ranks.isdecimal() and int(ranks) else 1
-        )  # the others load too
+        self.workers = workers or default_workers(int(ranks) if ranks.isdecimal() and int(ranks) else 1)
         self.progress = progress
-        self.buffer = buffer  # makes the memory that blocks pass through
+        self.buffer = buffer
         self.bytes_read = 0
         self.overflowed = 0
         self._lock = threading.Lock()
-        self._error: BaseException | None = None
 
     def run(self, reads: Iterable[Reads]) -> None:
-        """Fill all slots, or raise the first error once every worker has stopped. Raises MalformedError."""
+        """Fill all slots.
+
+        Raises:
+            The first error, once every worker has stopped: MalformedError where a source cannot be read.
+        """
         ordered = sorted(
             reads, key=lambda r: (str(r.piece.extent.record.path), r.piece.extent.offset_bytes + int(r.sources[0]))
         )
-        jobs = iter([job for read in ordered for job in _jobs(read)])
-        threads = [threading.Thread(target=self._work, args=(jobs,), daemon=True) for _ in range(self.workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._error is not None:
-            raise self._error
+        run_jobs((job for read in ordered for job in _jobs(read)), self._work, self.workers)
 
-    def _work(self, jobs: Iterator[Reads]) -> None:
-        try:
-            room = memoryview(self.buffer(BLOCK_BYTES))
-            caster = Caster()
-            with Sources() as sources:
-                while self._error is None:
-                    with self._lock:
-                        job = next(jobs, None)
-                    if job is None:
-                        return
-                    read, overflowed = _carry_out(job, sources, room, caster)
-                    with self._lock:
-                        self.bytes_read += read
-                        self.overflowed += overflowed
-                    if self.progress is not None:
-                        self.progress(job.nbytes)
-        except BaseException as error:  # noqa: BLE001 - raised again by run()
-            with self._lock:
-                self._error = self._error or error
+    def _work(self, jobs: Jobs[Reads]) -> None:
+        room = memoryview(self.buffer(BLOCK_BYTES))
+        caster = Caster()
+        with Sources() as sources:
+            for job in jobs:
+                read, overflowed = _carry_out(job, sources, room, caster)
+                with self._lock:
+                    self.bytes_read += read
+                    self.overflowed += overflowed
+                if self.progress is not None:
+                    self.progress(job.nbytes)
 
 
 def _jobs(reads: Reads) -> Iterator[Reads]:
-    """The same reads in parts of at most a block."""
+    """Yield the same reads in parts of at most a block."""
     room = max(1, BLOCK_BYTES // reads.dtype.itemsize)
     if reads.run > room:
         for source, target in zip(reads.sources, reads.targets, strict=True):
@@ -247,11 +239,10 @@ def _jobs(reads: Reads) -> Iterator[Reads]:
 
 
 def _carry_out(job: Reads, sources: Sources, room: memoryview, caster: Caster) -> tuple[int, int]:
-    """(bytes read, values that overflowed) of one job of at most a block."""
+    """Do one job of at most a block. Returns the number of bytes read, and of values that overflowed."""
     slot, itemsize, run_bytes = job.slot, job.dtype.itemsize, job.run * job.dtype.itemsize
-    direct = slot.view is not None and slot.dtype == job.dtype and job.piece.strides is None
-    if direct and (run_bytes >= SHORT_RUN_BYTES or len(job.sources) == 1):
-        assert slot.view is not None
+    direct = slot.dtype == job.dtype and job.piece.strides is None
+    if slot.view is not None and direct and (run_bytes >= SHORT_RUN_BYTES or len(job.sources) == 1):
         path, base = job.piece.extent.record.path, job.piece.extent.offset_bytes
         offsets, places = (base + job.sources * itemsize).tolist(), (job.targets * itemsize).tolist()
         if len(offsets) == 1:
@@ -268,7 +259,7 @@ def _carry_out(job: Reads, sources: Sources, room: memoryview, caster: Caster) -
 
 
 def _collect(job: Reads, sources: Sources, room: memoryview) -> tuple[memoryview, int]:
-    """The job's elements, run after run, and the number of bytes that were read for them."""
+    """Return the job's elements, run after run, and the number of bytes that were read for them."""
     import numpy as np
 
     extent, itemsize = job.piece.extent, job.dtype.itemsize
@@ -296,7 +287,7 @@ def _collect(job: Reads, sources: Sources, room: memoryview) -> tuple[memoryview
 
 
 def _pick(raw: Any, low: int, job: Reads, room: memoryview) -> memoryview:
-    """The runs out of ``raw``, the piece's elements from ``low`` on."""
+    """Return the runs out of ``raw``, the piece's elements from ``low`` on."""
     import numpy as np
 
     values = np.frombuffer(raw, dtype=UNITS[job.dtype.itemsize])

@@ -1,17 +1,16 @@
-"""Whole tensors of a checkpoint into memory, by the same copy that writes files: several workers, checksums checked."""
+"""Whole tensors of a checkpoint into memory, by the same copy that writes files, with the same checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.transfer.checksums import RunningChecksum
-from dsconv.checkpoint.transfer.copy import CopyRun, Target, copies_of, default_workers, source_checks
+from dsconv.checkpoint.transfer.copy import CopyRun, Target, copies_of, default_workers
 from dsconv.checkpoint.transfer.reading import tensor_bytes
+from dsconv.checkpoint.transfer.record_checks import source_checks
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +21,18 @@ def load_tensors(
     dtype_of: Callable[[TensorEntry], DType] = lambda entry: entry.dtype,
     workers: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """{name: new CPU tensor} of ``entries``, each cast at most once, to what ``dtype_of`` says.
+    """Read tensors into new CPU tensors.
 
-    Raises MalformedError where a file ends early or a record fails its CRC-32.
+    Args:
+        entries: the tensors to read.
+        dtype_of: what each is cast to, at most once.
+        workers: the number of copying threads (default: one a core, at most 8).
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        MalformedError: a file ends early, or a record fails its CRC-32.
     """
     import torch
 
@@ -35,8 +43,7 @@ def load_tensors(
         tensor = torch.empty(entry.shape, dtype=getattr(torch, dtype.name))
         tensors[entry.name] = tensor
         if tensor.numel():
-            checksum = RunningChecksum(entry.numel * dtype.itemsize)
-            targets.append((entry, Target(entry.name, dtype, partial(_fill, tensor_bytes(tensor)), checksum)))
+            targets.append((entry, Target(entry.name, dtype, _into(tensor_bytes(tensor)))))
     copies = [copy for entry, target in targets for copy in copies_of(entry, target)]
     checks, padding = source_checks(copies)
     run = CopyRun(workers or default_workers(), checks)
@@ -45,5 +52,8 @@ def load_tensors(
     return tensors
 
 
-def _fill(view: memoryview, data: memoryview, offset_bytes: int) -> None:
-    view[offset_bytes : offset_bytes + len(data)] = data
+def _into(view: memoryview) -> Callable[[memoryview, int, int], None]:
+    def write(data: memoryview, offset_bytes: int, crc: int) -> None:
+        view[offset_bytes : offset_bytes + len(data)] = data
+
+    return write

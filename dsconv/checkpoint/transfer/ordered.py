@@ -1,4 +1,4 @@
-"""Copies that are made as they are run, file by file: for layouts of so many pieces that a list of them would not fit.
+"""Copies that are made as they are run, file by file, for layouts of so many pieces that a list would not fit.
 
 A list can be sorted by place and looked through for what lies between the pieces; here the layout knows both.
 """
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
 from dsconv.checkpoint.map.tensors import FileGroup, ProvenLayout, Record, TensorEntry
 from dsconv.checkpoint.transfer.checksums import RunningChecksum
-from dsconv.checkpoint.transfer.copy import Copy, CopyRun, Target, copies_of, source_checks
+from dsconv.checkpoint.transfer.copy import Copy, CopyRun, Target, copies_of
+from dsconv.checkpoint.transfer.record_checks import source_checks
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,14 @@ class Stream:
     members: Sequence[tuple[ProvenLayout, DType, Target]]
 
     def checks(self) -> dict[Record, RunningChecksum]:
-        """Running checksums of the files' records, which ``copies`` complete."""
+        """Make the running checksums of the files' records, which ``copies`` complete."""
         records = (record for number in range(self.group.file_count) for record in self.group.records(number))
         return {record: RunningChecksum(record.nbytes) for record in records if record.crc32 is not None}
 
     def copies(self) -> Iterator[Copy]:
-        """All of each file's records, one file after the other: what no tensor wants too, since the check is of
-        whole records.
+        """Yield copies of all of each file's records, one file after the other.
+
+        What no tensor wants is read too, since a check is of a whole record.
         """
         raw = BY_NAME["uint8"]
         for number in range(self.group.file_count):
@@ -46,7 +48,11 @@ class Stream:
 
 
 def run_all(pairs: Iterable[tuple[TensorEntry, Target]], run: CopyRun) -> None:
-    """Fill each target from its tensor, checking source records on the way. Raises what ``CopyRun`` raises."""
+    """Fill each target from its tensor, and check the source records on the way.
+
+    Raises:
+        What ``CopyRun.run`` and ``CopyRun.check_records`` raise.
+    """
     grouped: dict[FileGroup, list[tuple[ProvenLayout, DType, Target]]] = {}
     others: list[tuple[TensorEntry, Target]] = []
     for entry, target in pairs:

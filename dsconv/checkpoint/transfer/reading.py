@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.map.regions import count_before, scatter
-from dsconv.checkpoint.map.tensors import Piece, Record, TensorEntry
+from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.storage.local import OpenFile, open_for_reading
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class Sources:
-    """Open files by path, the most recently used ones kept; a context manager that closes them. Of one thread."""
+    """Open files by path. The most recently used ones are kept open; leaving the context closes them. Each thread has
+    its own.
+    """
 
     LIMIT = 64  # a checkpoint may have thousands of files; a process may often open 1,024
 
@@ -44,11 +46,11 @@ class Sources:
     def read_runs(
         self, path: Path, offsets: Sequence[int], run_bytes: int, view: memoryview, places: Sequence[int]
     ) -> None:
-        """``OpenFile.read_runs`` of the file."""
+        """Fill ``view`` as the file's ``OpenFile.read_runs`` does."""
         self.file(path).read_runs(offsets, run_bytes, view, places)
 
     def read_ahead(self, spans: Iterable[tuple[Path, int, int]]) -> None:
-        """Have the bytes of (path, offset, number) at hand for ``read_into``: of a store, they come all at once."""
+        """Get the bytes of each (path, offset, number of bytes) for ``read_into``. A store is asked for all at once."""
         by_path: dict[Path, list[tuple[int, int]]] = {}
         for path, offset, nbytes in spans:
             by_path.setdefault(path, []).append((offset, nbytes))
@@ -68,11 +70,12 @@ class Sources:
 
 
 def gather_view(raw: memoryview, piece: Piece, itemsize: int) -> bytearray:
-    """The elements of a non-contiguous piece in row-major order. ``raw`` is the extent's bytes."""
+    """Return the elements of a non-contiguous piece in row-major order. ``raw`` is the extent's bytes."""
     import torch
 
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    assert piece.strides is not None
+    if piece.strides is None:
+        raise ValueError("a contiguous piece has nothing to gather")
     flat = torch.frombuffer(raw, dtype=kinds[itemsize])
     out = bytearray(piece.numel * itemsize)
     torch.frombuffer(out, dtype=kinds[itemsize]).view(piece.shape).copy_(flat.as_strided(piece.shape, piece.strides))
@@ -81,16 +84,22 @@ def gather_view(raw: memoryview, piece: Piece, itemsize: int) -> bytearray:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [first, first + numel) of what a piece fills: its share of a run of the tensor. ``first`` counts as
-    ``start`` does.
+    """The share that a piece has of a run of its tensor: elements [first, first + numel) of what the piece fills.
+
+    ``first`` counts as the piece's ``start`` does.
     """
 
     piece: Piece
     first: int
     numel: int
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the part's bytes lie together in the tensor as they do in the file."""
+        return self.piece.region is None and self.piece.strides is None
+
     def span(self, itemsize: int) -> tuple[int, int]:
-        """(offset, number) of the bytes to read; of a non-contiguous piece, all."""
+        """Return the offset in the file and the number of the bytes to read: all bytes of a non-contiguous piece."""
         extent = self.piece.extent
         if self.piece.strides is not None:
             return extent.offset_bytes, extent.nbytes
@@ -111,7 +120,7 @@ class Part:
 
 
 def parts_of(pieces: Iterable[Piece], shape: tuple[int, ...], start: int, stop: int) -> Iterator[Part]:
-    """What elements [start, stop) of a tensor of ``shape`` are made of."""
+    """Yield what elements [start, stop) of a tensor of ``shape`` are made of."""
     for piece in pieces:
         low, high = start, stop
         if piece.region is not None:
@@ -127,27 +136,30 @@ def read_flat_into(
     view: memoryview,
     sources: Sources,
     pieces: tuple[Piece, ...] | None = None,
-    seen: Callable[[Record, int, memoryview], None] | None = None,
 ) -> None:
     """Fill ``view`` with the elements of ``entry`` from flat element ``start`` on, in row-major order.
 
-    ``seen`` is called with each run of bytes that was read, its record, and where in its file it begins.
+    Args:
+        entry: the tensor.
+        start: the first element, counted in row-major order.
+        view: room for a whole number of elements.
+        sources: the open files of this thread.
+        pieces: ``entry.pieces``, where the caller has made them already.
+
+    Raises:
+        MalformedError: a file ends before, or cannot be read.
     """
     itemsize = entry.dtype.itemsize
     for part in parts_of(entry.pieces if pieces is None else pieces, entry.shape, start, start + len(view) // itemsize):
         offset, nbytes = part.span(itemsize)
-        record = part.piece.extent.record
-        in_place = part.piece.region is None and part.piece.strides is None
-        raw = view[(part.first - start) * itemsize :][:nbytes] if in_place else memoryview(bytearray(nbytes))
-        sources.read_into(record.path, offset, raw)
-        if seen is not None:
-            seen(record, offset, raw)
-        if not in_place:
+        raw = view[(part.first - start) * itemsize :][:nbytes] if part.in_place else memoryview(bytearray(nbytes))
+        sources.read_into(part.piece.extent.record.path, offset, raw)
+        if not part.in_place:
             part.place(raw, view, start, entry.shape, itemsize)
 
 
 def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:
-    """``entry`` as a new CPU tensor, or the part ``index`` of it. See ``TensorEntry.read``."""
+    """Return ``entry`` as a new CPU tensor, or the part ``index`` of it. See ``TensorEntry.read``."""
     import torch
 
     first, rest = (index[0], index[1:]) if isinstance(index, tuple) and index else (index, ())
@@ -173,7 +185,7 @@ def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes."""
+    """Return the memory of a contiguous CPU tensor as writable bytes."""
     import ctypes
 
     array = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
@@ -181,7 +193,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def blocks(entry: TensorEntry, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, numel) of the consecutive flat blocks of ``entry`` of at most ``block_bytes``."""
+    """Yield (start, numel) of the consecutive flat blocks of ``entry`` of at most ``block_bytes``."""
     step = max(1, block_bytes // entry.dtype.itemsize)
     for start in range(0, entry.numel, step):
         yield start, min(step, entry.numel - start)

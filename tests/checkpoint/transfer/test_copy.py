@@ -19,6 +19,7 @@ from dsconv.checkpoint.formats.deepspeed.flat import EqualShares, RankFlats, fla
 from dsconv.checkpoint.map import dtypes
 from dsconv.checkpoint.map.tensors import prove_tiling
 from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.checkpoint.transfer import casting
 from dsconv.checkpoint.transfer import copy as copying
 from dsconv.checkpoint.transfer.checksums import RunningChecksum
 from dsconv.checkpoint.transfer.loading import load_tensors
@@ -174,7 +175,7 @@ def test_casts_of_any_bits_equal_torch(bits: list[int], wanted: str) -> None:
     values = torch.tensor(bits, dtype=torch.uint32).view(torch.float32)
     expected = values.to(getattr(torch, wanted))
     data = memoryview(bytearray(values.view(torch.uint8).numpy().tobytes()))
-    out, overflowed = copying.Caster().cast(data, dtypes.BY_NAME["float32"], dtypes.BY_NAME[wanted])
+    out, overflowed = casting.Caster().cast(data, dtypes.BY_NAME["float32"], dtypes.BY_NAME[wanted])
     assert bytes(out) == expected.view(torch.uint8).numpy().tobytes()
     assert overflowed == int((expected.isinf() & values.isfinite()).sum())
 

@@ -1,0 +1,78 @@
+"""The pool of copying threads, which ends as a whole on the first error, or when its caller is interrupted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Jobs(Iterator[T], Generic[T]):
+    """Jobs that several threads take from one iterable. It ends for all of them once ``stop`` has been called."""
+
+    def __init__(self, jobs: Iterable[T]) -> None:
+        self._jobs = iter(jobs)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def __next__(self) -> T:
+        with self._lock:
+            if self._stop.is_set():
+                raise StopIteration
+            return next(self._jobs)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a job that takes long should end early."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """Let no thread take another job."""
+        self._stop.set()
+
+
+def run_jobs(jobs: Iterable[T], worker: Callable[[Jobs[T]], None], count: int) -> None:
+    """Run ``worker`` in ``count`` threads, each of which takes from the same ``jobs``, until all of them have ended.
+
+    Where the system gives fewer threads than asked for, those that it gives do the work, or the calling thread does.
+
+    Args:
+        jobs: what is to be done. It is advanced by one thread at a time.
+        worker: takes jobs until there are none. Buffers and open files that a thread needs are made here.
+        count: the number of threads; at least 1.
+
+    Raises:
+        The first error that a worker raised, or the caller's own interrupt, once every thread has stopped.
+    """
+    shared = Jobs(jobs)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            worker(shared)
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+            shared.stop()
+
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=work, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # "can't start new thread": a limit of the system
+                break
+            threads.append(thread)
+        if not threads:
+            work()
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        shared.stop()
+        for thread in threads:
+            thread.join()
+        raise
+    if errors:
+        raise errors[0]
