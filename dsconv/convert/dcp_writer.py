@@ -15,22 +15,15 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import Target
 from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, PlacedTensor, chunk_archive, make_dcp_plan, metadata
+from dsconv.convert.destination import Destination, FileRange, FillingFile, OutputFile, Written
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
+from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.sidecars import read_json
 from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.ties import tied_pairs
-from dsconv.convert.writing import (
-    Destination,
-    FileRange,
-    FillingFile,
-    OutputFile,
-    Progress,
-    WriteOptions,
-    Written,
-    write,
-)
+from dsconv.convert.writing import WriteOptions, write
 
 
 @dataclass(kw_only=True)

@@ -15,12 +15,13 @@ from dsconv.checkpoint.storage.roots import as_path
 from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
+from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.safetensors_output import SafetensorsOutput
 from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
-from dsconv.convert.writing import Progress, WriteOptions, write
+from dsconv.convert.writing import WriteOptions, write
 from dsconv.errors import MismatchError
 
 

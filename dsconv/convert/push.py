@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dsconv.checkpoint.transfer.copy import default_workers
 from dsconv.convert.hub_errors import explain, status_of
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.model_card import CARD, make_card
+from dsconv.convert.progress import Progress
 from dsconv.convert.push_files import File, check_and_hash, check_names, files_of, open_model, read_manifest
 from dsconv.errors import DsconvError, MismatchError, OutputError, RemoteError, UnsafeError
 
@@ -77,7 +78,7 @@ def push(
     check: bool = True,
     dry_run: bool = False,
     workers: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PushReport:
     """Push a folder of safetensors to the model repository ``repo`` (``org/model``), which is made if need be.
 
@@ -151,9 +152,7 @@ def prepare(repo: str, output: Path) -> None:
     open_api(repo)
 
 
-def push_merged(
-    output: Path, repo: str, private: bool, progress: Callable[[str, int, int], None] | None
-) -> dict[str, Any]:
+def push_merged(output: Path, repo: str, private: bool, progress: Progress | None) -> dict[str, Any]:
     """Push what a merge has put in place; where the Hub fails, say that the merge has not."""
     try:
         return push(output, repo, private=private, progress=progress).to_dict()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.convert.manifest import MANIFEST
+from dsconv.convert.progress import Progress, ProgressCounter
 from dsconv.errors import CheckpointNotFoundError, MalformedError, MismatchError, UnsafeError
 
 # A run's own state, where a model was saved into the folder of a checkpoint: nothing that loading the model needs, and
@@ -170,10 +170,23 @@ def check_and_hash(
     files: list[File],
     manifest: dict[str, Any] | None,
     workers: int,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> dict[str, str]:
-    """The sha256 of each file; raises MismatchError where a checksum of ``manifest`` is another, naming file and
-    tensor.
+    """Compute the sha256 of each file, and check the CRC-32 of each tensor against the manifest in the same pass.
+
+    Args:
+        folder: what messages name.
+        model: the tensors of the folder.
+        files: the files to read.
+        manifest: that of the folder; None checks nothing.
+        workers: the number of threads.
+        progress: called with ("check", bytes done, bytes in all), from any thread.
+
+    Returns:
+        The sha256 by name.
+
+    Raises:
+        MismatchError: a checksum is another than the manifest's. The message names file and tensor.
     """
     spans: dict[Path, list[tuple[int, int, str]]] = {}
     for entry in model.values() if manifest is not None else ():
@@ -181,17 +194,10 @@ def check_and_hash(
             spans.setdefault(piece.extent.record.path, []).append(
                 (piece.extent.offset_bytes, piece.extent.nbytes, entry.name)
             )
-    done, total, lock = 0, sum(file.nbytes for file in files), threading.Lock()
-
-    def advance(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            if progress is not None:
-                progress("check", done, total)
+    counter = ProgressCounter("check", sum(file.nbytes for file in files), progress)
 
     def hash_one(file: File) -> tuple[str, dict[str, int]]:
-        return _hash(file.path, sorted(spans.get(file.path, ())), advance)
+        return _hash(file.path, sorted(spans.get(file.path, ())), counter.add)
 
     with ThreadPoolExecutor(workers) as pool:
         results = dict(zip((file.name for file in files), pool.map(hash_one, files), strict=True))

@@ -11,10 +11,10 @@ from dsconv._version import __version__
 from dsconv.checkpoint.formats.huggingface.safetensors import ADAPTER, SINGLE
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.transfer.copy import Target
+from dsconv.convert.destination import Destination, FileRange, FillingFile, OutputFile, Written
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import Plan
 from dsconv.convert.report import Report
-from dsconv.convert.writing import Destination, FileRange, FillingFile, OutputFile, Written
 
 
 class SafetensorsOutput(Destination):

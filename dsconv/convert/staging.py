@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsconv.checkpoint.storage.local import is_remote
+from dsconv.convert.progress import Progress
 from dsconv.convert.staged_file import StagedFile
 from dsconv.errors import OutputError
 
@@ -107,7 +108,7 @@ class Staging:
             self._folders.add(path.parent)
         return StagedFile(path, nbytes, keep_open, self.sync)
 
-    def digests(self, names: Sequence[str], progress: Callable[[str, int, int], None] | None) -> dict[str, str]:
+    def digests(self, names: Sequence[str], progress: Progress | None) -> dict[str, str]:
         """Return the sha256 of each of the finished files ``names``."""
         total = sum(self.path(name).stat().st_size for name in names)
         done = 0

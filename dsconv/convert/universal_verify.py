@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, read_extent
 from dsconv.checkpoint.transfer.casting import CASTABLE
 from dsconv.checkpoint.transfer.checksums import crc32
+from dsconv.convert.progress import Progress
 from dsconv.convert.universal_plan import UniversalPlan
 from dsconv.convert.verify import verify
 from dsconv.errors import MismatchError
@@ -22,7 +22,7 @@ def verify_universal(
     plan: UniversalPlan,
     folder: Path,
     target: Path,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Raise MismatchError unless the files of ``plan``, in ``folder``, hold what their sources hold.
 
@@ -36,8 +36,8 @@ def verify_universal(
         if file.entry is None or not file.entry.numel:
             continue
         value = opened.root["param"] if isinstance(opened.root, dict) else opened.root
-        assert isinstance(value, TensorRef)
-        assert file.dtype is not None
+        if not isinstance(value, TensorRef) or file.dtype is None:
+            raise MismatchError(f"{target / file.path}: what was written holds no tensor. Nothing of it was kept")
         if file.entry.dtype != file.dtype and file.entry.dtype.name not in CASTABLE:
             record = opened.archive.records[f"data/{value.storage.key}"]
             if crc32(read_extent(Extent(record, record.offset_bytes, record.nbytes))) != record.crc32:

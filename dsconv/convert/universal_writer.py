@@ -19,6 +19,8 @@ from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.copy import Target
+from dsconv.convert.destination import Destination, FileRange, FillingFile, OutputFile, Written
+from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report
 from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.universal_plan import (
@@ -31,16 +33,7 @@ from dsconv.convert.universal_plan import (
     training_of,
 )
 from dsconv.convert.universal_verify import verify_universal
-from dsconv.convert.writing import (
-    Destination,
-    FileRange,
-    FillingFile,
-    OutputFile,
-    Progress,
-    WriteOptions,
-    Written,
-    write,
-)
+from dsconv.convert.writing import WriteOptions, write
 from dsconv.errors import OutputError
 
 MODEL_STATES = "_model_states.pt"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsconv.convert.progress import Progress
 from dsconv.convert.staging import MOVING, STAGING
 from dsconv.errors import MismatchError, OutputError
 
@@ -104,7 +105,7 @@ class Upload:
         """Refuse: a store has no second names for a file."""
         raise OutputError(f"{self.target}: an output with links cannot be written to a store: write it to a folder")
 
-    def digests(self, names: Sequence[str], progress: Callable[[str, int, int], None] | None) -> dict[str, str]:
+    def digests(self, names: Sequence[str], progress: Progress | None) -> dict[str, str]:
         """Return the sha256 of each of the files ``names``, which were computed while they were sent."""
         return {name: digest.hexdigest() for name in names if (digest := self._files[name].digest) is not None}
 

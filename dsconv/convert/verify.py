@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from dsconv.checkpoint.storage.hub import lies_on_hub
 from dsconv.checkpoint.transfer.casting import CASTABLE, Caster
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
+from dsconv.convert.progress import Progress
 
 
 @dataclass
@@ -61,7 +62,7 @@ def verify(
     subset: bool = False,
     revision: str | None = None,
     renamed: Mapping[str, str] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare every tensor of ``a`` and ``b`` as raw bytes, streaming, in two blocks of memory.
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.merge import merge
+from dsconv.convert.progress import Progress
 from dsconv.convert.push import check_repo, open_api, push
 from dsconv.convert.staging import STAGING, remove
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MismatchError, OutputError
@@ -64,7 +65,7 @@ class Watcher:
         self._told: dict[str, str] = {}  # name → why it waits, as was reported
         self._state = self._read_state()
 
-    def look(self, settled: bool = False, progress: Callable[[str, int, int], None] | None = None) -> Iterator[Event]:
+    def look(self, settled: bool = False, progress: Progress | None = None) -> Iterator[Event]:
         """Merge and push what is new, in order; yields what became of each. With ``settled``, without a second look at
         the files.
 
@@ -119,7 +120,7 @@ class Watcher:
         order = sorted(tags, key=lambda tag: times[tag])  # where times are equal, by number
         return order[: order.index(latest) + 1]
 
-    def _take(self, name: str, files: str, progress: Callable[[str, int, int], None] | None) -> Event:
+    def _take(self, name: str, files: str, progress: Progress | None) -> Event:
         wanted = hashlib.sha256(f"{files} {sorted(self.options.items())}".encode()).hexdigest()[:16]
         output = self.home / MERGED / f"{name}-{wanted}"
         tag = None if TRAINER.fullmatch(name) and (self.run / name / "latest").is_file() else name
@@ -187,7 +188,7 @@ def watch(
     interval_seconds: float = 30.0,
     once: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> list[Event]:
     """Watch the save dir ``run`` and push each new checkpoint to ``repo``; with ``once``, what is there, and return.
