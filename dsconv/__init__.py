@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
     from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.merge import MergeReport, merge
-    from dsconv.convert.push import PushReport, push
+    from dsconv.convert.push import push
+    from dsconv.convert.push_upload import PushReport
     from dsconv.convert.universal_writer import UniversalReport, to_universal
     from dsconv.convert.verify import VerifyReport, verify
     from dsconv.errors import DsconvError
@@ -30,7 +31,7 @@ _HOMES = {
     "open_checkpoint": "dsconv.checkpoint",
     "MergeReport": "dsconv.convert.merge",
     "merge": "dsconv.convert.merge",
-    "PushReport": "dsconv.convert.push",
+    "PushReport": "dsconv.convert.push_upload",
     "push": "dsconv.convert.push",
     "UniversalReport": "dsconv.convert.universal_writer",
     "to_universal": "dsconv.convert.universal_writer",

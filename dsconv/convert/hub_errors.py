@@ -12,8 +12,9 @@ MAX_SAID = 300
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that the Hub answered with, also where the client wrapped the error (huggingface_hub 2.4
-    ``_upload_lfs_files``).
+    """Return the HTTP status that the Hub answered with, or None.
+
+    The client may have wrapped the error (huggingface_hub 2.4 ``_upload_lfs_files``).
     """
     response = _response(error)
     status = getattr(response, "status_code", None)
@@ -21,7 +22,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def explain(repo: str, revision: str | None, error: Exception) -> RemoteError:
-    """The error to raise. 401 is also the Hub's answer where there is no such repository, or it is another's."""
+    """Return the error to raise. The Hub also answers 401 for a repository that is not there, or is another user's."""
     endpoint = connection()["endpoint"] or "https://huggingface.co"
     status, said = status_of(error), _said(error)
     if status == 401:
@@ -62,8 +63,9 @@ def _response(error: BaseException) -> Any:
 
 
 def _said(error: BaseException) -> str:
-    """What the server said, else the innermost error's own words; in one line, without the addresses that a
-    signature may be in.
+    """Return what the server said, else the innermost error's own words.
+
+    It is one line, without addresses: a signature may be in them.
     """
     while error.__cause__ is not None and getattr(error, "response", None) is None:
         error = error.__cause__

@@ -37,8 +37,16 @@ def make_card(
     sizes: Mapping[str, int],
     digests: Mapping[str, str],
 ) -> str:
-    """README.md for ``repo``: ``existing`` with what is known of the model put in. ``sizes`` and ``digests`` are of
-    its files.
+    """Return README.md for ``repo``: ``existing`` with what is known of the model put in.
+
+    Args:
+        existing: the card to add to; None makes one.
+        repo: the repository, ``org/model``.
+        folder: the folder that is pushed.
+        model: its tensors.
+        manifest: that of the folder, if it has one.
+        sizes: the size in bytes of each file that is pushed, by name.
+        digests: the sha256 of each file, by name.
     """
     source: Mapping[str, Any] = (manifest or {}).get("source", {})
     base = base_model(folder, source, repo)
@@ -54,8 +62,9 @@ def make_card(
 
 
 def merged(text: str, section: str, metadata: Mapping[str, Any]) -> str:
-    """``text`` with ``section`` in the place of an earlier one, or at its end, and the keys of ``metadata`` that it
-    lacks.
+    """Return ``text`` with ``section`` in place of an earlier one, or at its end, and with the keys of ``metadata``
+    that
+    it lacks.
     """
     newline = "\r\n" if "\r\n" in text else "\n"
     section = section.replace("\n", newline)
@@ -86,8 +95,9 @@ def _with_metadata(text: str, metadata: Mapping[str, Any], newline: str) -> str:
 
 
 def base_model(folder: Path, source: Mapping[str, Any], repo: str) -> str | None:
-    """The repository that the model came from, where the adapter's or model's configuration or the manifest names
-    one.
+    """Return the repository that the model came from.
+
+    The adapter's or model's configuration may name it, or the manifest; None where none does.
     """
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
         config = read_json(folder / name)
@@ -142,7 +152,7 @@ def _section(
 
 
 def dtypes(model: Checkpoint) -> list[DType]:
-    """The element types of the model, that of most bytes first."""
+    """Return the element types of the model, the one with the most bytes first."""
     totals: dict[DType, int] = {}
     for entry in model.values():
         totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.nbytes
@@ -150,7 +160,7 @@ def dtypes(model: Checkpoint) -> list[DType]:
 
 
 def _loading(repo: str, folder: Path, base: str | None, is_adapter: bool, weights: str) -> list[str]:
-    """The lines that load the model, with the class that config.json names."""
+    """Return the lines that load the model, with the class that config.json names."""
     if is_adapter:
         return ["from peft import PeftModel", "from transformers import AutoModel", "",
                 f'base = AutoModel.from_pretrained("{base or "…"}")  # the class that the adapter was trained on',
@@ -172,5 +182,5 @@ def _loading(repo: str, folder: Path, base: str | None, is_adapter: bool, weight
 
 
 def _plain(value: Any) -> str:
-    """Text of a file as one cell of a table, which neither ends it nor is HTML."""
+    """Return text of a file as a cell of a table: it cannot end the cell, and holds no HTML."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")[:200]

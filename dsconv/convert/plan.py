@@ -64,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a merge's output."""
+    """All of a merge's output: the shards, and the name of the index where there are several."""
 
     shards: tuple[Shard, ...]
     index_name: str = INDEX
@@ -82,7 +82,7 @@ class Plan:
         return (tensor for shard in self.shards for tensor in shard.tensors)
 
     def index(self) -> bytes | None:
-        """The index file's bytes; None for a single file, which needs none."""
+        """Return the bytes of the index file; None for a single shard, which needs none."""
         if len(self.shards) == 1:
             return None
         weight_map = {t.name: shard.filename for shard in self.shards for t in shard.tensors}
@@ -94,7 +94,9 @@ class Plan:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of ``5GB`` (decimal), ``5GiB`` or a plain number. Raises ValueError for anything else, and below 1."""
+    """Return the bytes of ``5GB`` (decimal), ``5GiB`` or a plain number. Raises ValueError for anything else, and
+    below 1.
+    """
     if isinstance(text, int):
         value: float = text
     else:
@@ -117,11 +119,23 @@ def make_plan(
     rename: Callable[[str], str | None] | None = None,
     stem: str = "model",
 ) -> Plan:
-    """Lay the tensors of ``checkpoint`` out in shards of at most ``max_shard_bytes`` (a larger tensor gets its own).
+    """Lay the tensors of ``checkpoint`` out in shards.
 
-    ``rename`` may give a tensor another name, or None to leave it out. The order is the checkpoint's; within a shard
-    wider elements come first, so that every tensor is aligned to its element. Raises MalformedError when nothing is
-    left to write, UnsupportedError when a header would exceed safetensors' limit.
+    The order is the checkpoint's. Within a shard wider elements come first, so that every tensor is aligned to its
+    element.
+
+    Args:
+        checkpoint: the source.
+        dtype: what floats are cast to; None keeps what is stored.
+        max_shard_bytes: the size of a shard's data. A larger tensor gets a shard of its own.
+        exclude_frozen: leave out weights that were not trained.
+        dropped_names: patterns of names that transformers drops, by which one name of a tied weight is chosen.
+        rename: gives a tensor another name, or None to leave it out.
+        stem: the beginning of the shards' names.
+
+    Raises:
+        MalformedError: nothing is left to write.
+        UnsupportedError: a header would exceed safetensors' limit.
     """
     chosen: list[tuple[str, TensorEntry, DType]] = []
     for entry in checkpoint.values():
@@ -175,5 +189,5 @@ def _shard(filename: str, group: list[tuple[str, TensorEntry, DType]]) -> Shard:
 
 
 def find_config(folders: Iterable[Path], name: str = "config.json") -> Path | None:
-    """The first ``name`` in ``folders``."""
+    """Return the path of the first ``name`` in ``folders``; None where there is none."""
     return next((folder / name for folder in folders if (folder / name).is_file()), None)

@@ -57,8 +57,10 @@ class File:
 
 
 def open_model(folder: Path) -> Checkpoint:
-    """The model in ``folder``, also where that is the folder of a training checkpoint. Raises what
-    ``open_checkpoint`` raises.
+    """Open the model in ``folder``, which may be the folder of a training checkpoint too.
+
+    Raises:
+        DsconvError: what ``open_checkpoint`` raises; CheckpointNotFoundError where there is no folder of safetensors.
     """
     if is_remote(folder):
         raise CheckpointNotFoundError(
@@ -75,10 +77,11 @@ def open_model(folder: Path) -> Checkpoint:
 
 
 def files_of(folder: Path) -> tuple[list[File], list[str]]:
-    """The files to push, and the names of what is left out: hidden files, and the state of a training run.
+    """Return the files to push, and the names of what is left out: hidden files, and the state of a training run.
 
-    Raises UnsafeError for a link that leaves the folder, unless it leads to the blobs beside a snapshot of the Hub's
-    cache: what it leads to would be published under a name that does not say so.
+    Raises:
+        UnsafeError: a link leaves the folder, and does not lead to the blobs beside a snapshot of the Hub's cache. What
+            it leads to would be published under a name that does not say so.
     """
     inside = folder.resolve()
     blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else None
@@ -115,8 +118,10 @@ def _left_out(path: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """``dsconv.manifest.json``, or None where there is none. Raises MalformedError where it is not what a merge
-    writes.
+    """Read ``dsconv.manifest.json``; None where there is none.
+
+    Raises:
+        MalformedError: it is not what a merge writes.
     """
     path = folder / MANIFEST
     try:
@@ -141,7 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def check_names(folder: Path, model: Checkpoint, files: list[File], manifest: dict[str, Any]) -> None:
-    """Raise MismatchError unless the folder has the files, sizes and tensors that the manifest names, and no other
+    """Raise MismatchError unless the folder has what the manifest names: files, sizes and tensors, and no other
     weights.
     """
     tensors, listed = manifest["tensors"], manifest["files"]
@@ -214,8 +219,9 @@ def check_and_hash(
 
 
 def _hash(path: Path, spans: list[tuple[int, int, str]], advance: Callable[[int], None]) -> tuple[str, dict[str, int]]:
-    """The sha256 of a file and the CRC-32 of each of ``spans`` (offset, bytes, name), which do not overlap, in one
-    pass.
+    """Compute the sha256 of a file, and the CRC-32 of each of ``spans`` in it, in one pass.
+
+    ``spans`` are (offset, bytes, name). They are sorted and do not overlap.
     """
     digest = hashlib.sha256()
     crcs = {name: 0 for _, _, name in spans}

@@ -38,9 +38,10 @@ MAX_SIDECAR_BYTES = 200 << 20  # the largest tokenizer known is 35 MB
 
 
 def find_sidecars(config_from: Path | None, folders: list[Path]) -> list[Path]:
-    """The files to copy: of ``config_from`` when given, else of the first of ``folders`` that has a configuration.
+    """Return the files to copy: those of ``config_from``, or of the first of ``folders`` that has a configuration.
 
-    Raises CheckpointNotFoundError when ``config_from`` has none.
+    Raises:
+        CheckpointNotFoundError: ``config_from`` has none.
     """
     if config_from is not None:
         if not any((config_from / marker).is_file() for marker in MARKERS):
@@ -64,7 +65,7 @@ def _of(folder: Path) -> list[Path]:
 
 
 def _custom_code(config: Path) -> list[str]:
-    """The modules that ``auto_map`` names in the same folder (``modeling_x.XModel`` → ``modeling_x.py``)."""
+    """Return the modules that ``auto_map`` names in the same folder (``modeling_x.XModel`` → ``modeling_x.py``)."""
     data = read_json(config)
     auto_map = data.get("auto_map") if isinstance(data, dict) else None
     values = auto_map.values() if isinstance(auto_map, dict) else ()
@@ -74,7 +75,7 @@ def _custom_code(config: Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """The file's JSON; None where it is not."""
+    """Return the file's JSON; None where it holds none."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -82,10 +83,11 @@ def read_json(path: Path) -> Any:
 
 
 def with_dtype(data: bytes, dtype: DType | None) -> bytes:
-    """A config.json that says the dtype of the weights beside it, so that from_pretrained loads them as they are.
+    """Return a config.json that names the dtype of the weights beside it, so that from_pretrained loads them as they
+    are.
 
-    Only a ``dtype`` or ``torch_dtype`` that is there is changed (also in nested configurations); the rest keeps its
-    bytes' meaning.
+    Only a ``dtype`` or ``torch_dtype`` that is there is changed, also in nested configurations. The rest keeps its
+    meaning.
     """
     if dtype is None:
         return data

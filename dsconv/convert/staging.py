@@ -250,9 +250,10 @@ class Staging:
 
 @contextlib.contextmanager
 def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
-    """A locked, empty hidden folder in ``target``, which is made if need be; all of it is gone at the end.
+    """Open a locked, empty hidden folder in ``target``, which is made if need be. All of it is gone at the end.
 
-    Raises OutputError when another run holds it, or when the folder cannot be made.
+    Raises:
+        OutputError: another run holds it, or the folder cannot be made.
     """
     created = not target.exists() or os.listdir(target) == [STAGING]  # by this run, or by one that was killed
     staging = Staging(target, sync)
@@ -292,8 +293,9 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
 
 
 def recover_interrupted(target: Path) -> None:
-    """Finish what a killed run had begun to put in place in ``target``, or take away what it left. Another run's is
-    let be.
+    """Finish what a killed run had begun to put into place in ``target``, or take away what it left.
+
+    A run that is at work there is let be.
     """
     if not is_remote(target) and (target / STAGING).is_dir():
         with contextlib.suppress(OutputError), open_staging(target, sync=True):
@@ -308,7 +310,7 @@ def refuse_existing(target: Path, names: list[str], what: str, force: bool) -> N
 
 
 def remove(path: Path) -> None:
-    """Take a file, or a folder with all that is in it, away, if it is there."""
+    """Take away a file, or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -316,7 +318,7 @@ def remove(path: Path) -> None:
 
 
 def _locked(descriptor: int, path: Path) -> bool:
-    """Whether this run now has the lock, and has it on the file that is there: a run that ended took its own away."""
+    """Return whether this run now has the lock, on the file that is there: a run that ended took its own away."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -325,8 +327,9 @@ def _locked(descriptor: int, path: Path) -> bool:
 
 
 def debris(target: Path) -> set[str]:
-    """Names in ``target``, a folder of a store, that are parts of no output: a run was killed while it put another
-    in place.
+    """Return the names in ``target``, a folder of a store, that are parts of no output.
+
+    A run that was killed while it put another output into place left them.
     """
     try:
         names = json.loads((target / STAGING / MOVING).read_bytes())

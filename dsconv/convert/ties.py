@@ -16,20 +16,21 @@ from dsconv.checkpoint.formats.huggingface.transformers_source import tied_weigh
 
 
 def tied_keys(config: Path | None) -> tuple[str, ...]:
-    """The patterns of the names that transformers drops for the architecture of ``config``; () when not known."""
+    """Return the patterns of the names that transformers drops for the architecture of ``config``; () if not known."""
     return tuple(str(key) for key in tied_weights_keys(config))
 
 
 def tied_pairs(config: Path | None) -> dict[str, str]:
-    """{name that transformers drops: name that it keeps} where the architecture of ``config`` says both; some may be
-    patterns.
+    """Return {name that transformers drops: name that it keeps}, where the architecture of ``config`` says both.
+
+    Some of them may be patterns.
     """
     table = tied_weights_keys(config)
     return {str(key): str(value) for key, value in table.items()} if isinstance(table, dict) else {}
 
 
 def stored_name(owner: str, aliases: Iterable[str], dropped: tuple[str, ...]) -> str:
-    """The owner, or the first alias that transformers does not drop where it drops the owner."""
+    """Return the owner, or the first alias that transformers does not drop where it drops the owner."""
     names = (owner, *aliases)
     return next((name for name in names if not any(_matches(pattern, name) for pattern in dropped)), owner)
 

@@ -23,10 +23,13 @@ SUBPARAM = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
 def written_form(
     cut: ShardRule, name: str, entry: TensorEntry, path: Path
 ) -> tuple[tuple[int, ...], dict[str, Any], TensorEntry]:
-    """(shape, keys beside ``param``, entry) of what is written for a parameter or a state of it.
+    """Return the shape, the keys beside ``param``, and the entry of what is written for a parameter or a state of it.
 
-    A 0-d parameter is written with shape [1], since the loader cuts the first dimension; rows that only pad a
-    vocabulary are left out. Raises UnsupportedError or MalformedError, naming the parameter.
+    A 0-d parameter is written with shape [1], since the loader cuts the first dimension. Rows that only pad a
+    vocabulary are left out.
+
+    Raises:
+        UnsupportedError, MalformedError: the message names the parameter.
     """
     keys: dict[str, Any] = {}
     shape = entry.shape or (1,)
@@ -56,7 +59,7 @@ def written_form(
 
 
 def first_elements(entry: TensorEntry, numel: int, shape: tuple[int, ...]) -> TensorEntry:
-    """The first ``numel`` elements of ``entry``, which is of pieces of the whole tensor, as a tensor of ``shape``."""
+    """Return the first ``numel`` elements of ``entry``, whose pieces are runs of it, as a tensor of ``shape``."""
     if numel == entry.numel:
         return entry
 
@@ -77,7 +80,9 @@ def first_elements(entry: TensorEntry, numel: int, shape: tuple[int, ...]) -> Te
 
 
 def _sub_form(sub: SubParams, entry: TensorEntry, path: Path) -> tuple[tuple[int, ...], Instance]:
-    """The shape in which a parameter made of others is written, and the object that tells a loader how to cut it."""
+    """Return the shape in which a parameter made of others is written, and the object that tells a loader how to cut
+    it.
+    """
     dim, spec = sub.dim, list(sub.shape)
     wrong = MalformedError(
         f"{path}: {entry.name!r} of shape {list(entry.shape)} is not of the sub-parameters {safe_repr(sub.shape)}"

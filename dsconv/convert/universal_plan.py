@@ -38,9 +38,7 @@ MAX_NAME_BYTES = 255 - len("/exp_avg_sq.pt")
 
 @dataclass(frozen=True)
 class StateFile:
-    """``zero/<parameter>/<state>.pt``. ``entry`` is what is streamed into it, as ``dtype``; None for a file that is
-    whole.
-    """
+    """``zero/<parameter>/<state>.pt``. ``entry`` is streamed into it, as ``dtype``; None where nothing is streamed."""
 
     path: str
     archive: TorchArchive
@@ -64,9 +62,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class UniversalPlan:
-    """All that a universal checkpoint consists of. ``links`` are second names of model-states files: {new:
-    existing}.
-    """
+    """All that a universal checkpoint consists of. ``links`` are {second name of a model-states file: its name}."""
 
     states: tuple[StateFile, ...]
     models: tuple[ModelFile, ...]
@@ -78,7 +74,7 @@ class UniversalPlan:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes that are copied, headers not counted."""
+        """The number of bytes that are copied, headers not counted."""
         streamed = sum(
             f.entry.numel * f.dtype.itemsize for f in self.states if f.entry is not None and f.dtype is not None
         )
@@ -86,7 +82,11 @@ class UniversalPlan:
 
 
 def training_of(checkpoint: Checkpoint) -> Training:
-    """Raises UnsupportedError where the checkpoint holds no optimizer states that a universal checkpoint could take."""
+    """Return the optimizer's side of ``checkpoint``.
+
+    Raises:
+        UnsupportedError: it holds no optimizer states that a universal checkpoint could take.
+    """
     if checkpoint.training is None:
         raise UnsupportedError(
             f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of"
@@ -99,8 +99,9 @@ def training_of(checkpoint: Checkpoint) -> Training:
 def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: bool = False) -> UniversalPlan:
     """Lay out the universal checkpoint of ``checkpoint``.
 
-    Raises UnsafeError for a parameter's name that is no file name, UnsupportedError for what the format has no place
-    for.
+    Raises:
+        UnsafeError: a parameter's name cannot be a file's name.
+        UnsupportedError: the format has no place for something that the checkpoint holds.
     """
     uncut = (
         checkpoint.world.get("model_parallel", 1) == 1
@@ -133,7 +134,7 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
 
 
 def _links(models: tuple[ModelFile, ...]) -> Iterator[tuple[str, str]]:
-    """The model states of data-parallel rank 0 under the name that the other stages look for too."""
+    """Yield the model states of data-parallel rank 0 under the name that the other stages look for."""
     names = {model.path for model in models}
     for name in sorted(names):
         other = name.removeprefix("zero_pp_rank_0_") if name.startswith("zero_pp_rank_0_") else f"zero_pp_rank_0_{name}"
@@ -142,7 +143,7 @@ def _links(models: tuple[ModelFile, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _settings(training: Training) -> dict[str, Any]:
-    """``optimizer_state.pt``: the keys that stages 1 and 2 read, and beside them those of stage 3."""
+    """Return ``optimizer_state.pt``: the keys that stages 1 and 2 read, and beside them those of stage 3."""
     step = next(iter(training.steps.values()), None)
     state = {} if step is None else {0: {"step": step}}
     settings = {**training.settings, "param_groups": training.param_groups}
@@ -179,6 +180,6 @@ def _check_name(name: str, what: str) -> None:
 
 
 def _version(text: str | None) -> tuple[int, ...]:
-    """(0, 19, 8) of '0.19.8+cpu'; the newest where nothing is known."""
+    """Return (0, 19, 8) for '0.19.8+cpu', and the newest version where nothing is known."""
     match = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", text or "")
     return tuple(int(part or 0) for part in match.groups()) if match else READS_DICTS

@@ -18,9 +18,7 @@ from dsconv.convert.progress import Progress
 
 @dataclass
 class Difference:
-    """One tensor that differs. ``element`` is the first differing element's index in the full shape, where there is
-    one.
-    """
+    """One tensor that differs. ``element`` is the index of the first element that differs, where there is one."""
 
     name: str
     what: str
@@ -32,7 +30,7 @@ class Difference:
 
 @dataclass
 class VerifyReport:
-    """``differences`` is empty when all is equal; ``compared`` counts tensors, ``nbytes`` the bytes compared."""
+    """What was compared: ``compared`` counts tensors, ``nbytes`` bytes. ``differences`` is empty when all is equal."""
 
     a: str
     b: str
@@ -66,10 +64,19 @@ def verify(
 ) -> VerifyReport:
     """Compare every tensor of ``a`` and ``b`` as raw bytes, streaming, in two blocks of memory.
 
-    A tied name counts as present under each of its names. With ``allow_cast`` a float of another dtype in ``b`` must
-    be ``a``'s, cast once to nearest even. With ``subset`` tensors that only ``a`` has are not differences. ``renamed``
-    maps names of ``b`` to names of ``a``. ``revision`` is that of the one, or both, that lie on the Hub. Raises what
-    ``open_checkpoint`` raises.
+    A tied name counts as present under each of its names.
+
+    Args:
+        a: a path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.
+        b: the other one.
+        allow_cast: a float of another dtype in ``b`` must be ``a``'s, cast once to nearest even.
+        subset: tensors that only ``a`` has are not differences.
+        revision: that of the one, or of both, that lie on the Hub.
+        renamed: {name in ``b``: name in ``a``}.
+        progress: called with ("verify", bytes done, bytes in all).
+
+    Raises:
+        DsconvError: what ``open_checkpoint`` raises.
     """
     on_hub = [given for given in (a, b) if isinstance(given, str) and lies_on_hub(given)]
     first, second = (
@@ -154,7 +161,7 @@ def _first_difference(b: TensorEntry, start: int, expected: memoryview, found: m
 
 
 def _show(data: bytes, entry: TensorEntry) -> str:
-    """An element as a person reads it, with its bytes when two floats could look alike."""
+    """Return an element as a person reads it, with its bytes where two floats could look alike."""
     import struct
 
     codes = {

@@ -41,8 +41,9 @@ TRAINER = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a checkpoint: ``outcome`` is ``pushed``, ``failed`` (until its files change) or ``waiting``
-    (tried again).
+    """What became of a checkpoint: it was ``pushed``, ``failed`` (until its files change) or is ``waiting`` (to be
+    tried
+    again).
     """
 
     name: str
@@ -53,7 +54,9 @@ class Event:
 
 
 class Watcher:
-    """One run and one repository; ``options`` are of ``merge``. The lock of ``_locked`` is to be held."""
+    """Watches one run for one repository. ``options`` are keywords of ``merge``. The caller holds the lock of
+    ``_locked``.
+    """
 
     def __init__(self, run: Path, repo: str, private: bool, options: dict[str, Any]) -> None:
         self.run = run
@@ -66,10 +69,14 @@ class Watcher:
         self._state = self._read_state()
 
     def look(self, settled: bool = False, progress: Progress | None = None) -> Iterator[Event]:
-        """Merge and push what is new, in order; yields what became of each. With ``settled``, without a second look at
-        the files.
+        """Merge and push what is new, in order, and yield what became of each.
 
-        Raises OutputError where the state cannot be kept.
+        Args:
+            settled: take the files as they are, without a second look at them.
+            progress: called with (phase, bytes done, bytes in all), from any thread.
+
+        Raises:
+            OutputError: the state cannot be kept.
         """
         for name in self._new():
             files = fingerprint(self.run / name)
@@ -90,7 +97,7 @@ class Watcher:
             yield event
 
     def _new(self) -> list[str]:
-        """What is not done, in the order of saving, up to the newest that the trainer calls saved."""
+        """Return what is not done, in the order of saving, up to the newest that the trainer calls saved."""
         try:
             saved = self._saved()
         except OSError:  # a folder went away under us
@@ -191,12 +198,25 @@ def watch(
     progress: Progress | None = None,
     **options: Any,
 ) -> list[Event]:
-    """Watch the save dir ``run`` and push each new checkpoint to ``repo``; with ``once``, what is there, and return.
+    """Watch the save folder ``run`` and push each new checkpoint to ``repo``.
 
-    ``options`` are of ``merge``: dtype, max_shard_size, exclude_frozen, adapter, config_from, workers. Returns, with
-    ``once`` only, what became of each checkpoint. Raises DsconvError: OutputError where another watcher is at it or its
-    state cannot be kept, RemoteError where the Hub cannot be used at all (no package, no token, offline). ValueError
-    for a ``repo`` that is none.
+    Args:
+        run: the folder in which the trainer writes ``latest``.
+        repo: ``org/model``.
+        private: make the repository a private one, and refuse one that is there and public.
+        interval_seconds: the time between two looks.
+        once: push what is there, and return.
+        on_event: called with what became of each checkpoint.
+        progress: called with (phase, bytes done, bytes in all), from any thread.
+        options: keywords of ``merge``: dtype, max_shard_size, exclude_frozen, adapter, config_from, workers.
+
+    Returns:
+        What became of each checkpoint. Only with ``once``: otherwise it does not return.
+
+    Raises:
+        DsconvError: OutputError where another watcher is at work or its state cannot be kept, RemoteError where the Hub
+            cannot be used at all (no package, no token, offline).
+        ValueError: ``repo`` is not written as a repository is.
     """
     check_repo(repo)
     folder = Path(run)
@@ -219,7 +239,7 @@ def watch(
 
 
 def fingerprint(folder: Path) -> str:
-    """Names, sizes and times of the files of a checkpoint; another when one was written to."""
+    """Return a digest of the names, sizes and times of a checkpoint's files, which changes when one was written to."""
     found = []
     with contextlib.suppress(FileNotFoundError):  # taken away while we look
         for path in sorted(folder.rglob("*")):
@@ -234,7 +254,7 @@ def _home(run: Path, repo: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(run: Path, repo: str) -> Iterator[None]:
-    """The lock of a run and a repository, which the system takes back when the process ends, however it ends."""
+    """Hold the lock of a run and a repository. The system takes it back when the process ends, however it ends."""
     home = _home(run, repo)
     try:
         home.mkdir(parents=True, exist_ok=True)
