@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -71,8 +72,15 @@ def run_jobs(jobs: Iterable[T], worker: Callable[[Jobs[T]], None], count: int) -
             thread.join()
     except BaseException:
         shared.stop()
-        for thread in threads:
-            thread.join()
+        _join(threads)
         raise
     if errors:
         raise errors[0]
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    """Wait for threads that were told to stop, also while further interrupts come: what they use is let go of next."""
+    for thread in threads:
+        while thread.is_alive():
+            with contextlib.suppress(BaseException):
+                thread.join()
