@@ -144,9 +144,13 @@ class TorchArchive:
         """Yield (offset, bytes) of all but the streamed tensors, whose CRC-32s are given in their order."""
         given = iter(checksums)
         sums = [next(given) if record.data is None else crc32(record.data) for record in self._records]
+        start, together = 0, b""  # what follows each other is one write
         for record, checksum in zip(self._records, sums, strict=True):
-            yield record.header_offset, record.header(checksum) + (record.data or b"")
-        yield self._end, self._directory(sums)
+            together += record.header(checksum) + (record.data or b"")
+            if record.data is None:
+                yield start, together
+                start, together = record.data_offset + record.nbytes, b""
+        yield start, together + self._directory(sums)
 
     def whole(self) -> bytes:
         """Return the whole file. Nothing in it may be streamed."""
