@@ -66,11 +66,13 @@ class Row:
         name: The format, for people.
         module: The module that implements ``Format``; it is imported when it is asked.
         place: Why the format stands where it stands.
+        before: The formats further down that recognise some of the same folders: the order decides for this one.
     """
 
     name: str
     module: str
     place: str
+    before: tuple[str, ...] = ()
 
     def load(self) -> Format:
         return cast(Format, import_module(self.module))
@@ -80,39 +82,42 @@ FORMATS = (
     Row(
         "DeepSpeed universal",
         "dsconv.checkpoint.formats.deepspeed.universal",
-        "before DeepSpeed: a universal folder holds mp_rank_*_model_states.pt as a save without ZeRO does, and its"
-        " masters lie in zero/",
+        "A universal folder holds the same mp_rank_*_model_states.pt as a save without ZeRO; its masters are in zero/.",
+        before=("DeepSpeed",),
     ),
     Row(
         "DCP",
         "dsconv.checkpoint.formats.dcp.reader",
-        "before DeepSpeed: a Trainer's checkpoint-N is DeepSpeed's by its name, and with FSDP it holds"
-        " pytorch_model_fsdp_0/; given a tag such as step-10, DeepSpeed would say that it holds no such tag",
+        "Given a tag, such as step-10, DeepSpeed's format raises an error for every folder that lacks the tag.",
     ),
     Row(
         "DCP in safetensors",
         "dsconv.checkpoint.formats.dcp.safetensors_shards",
-        "before safetensors: an index beside the shards may name consolidated files that are not there",
+        "An index beside the shards, or consolidated files beside sharded/, look like a plain safetensors model.",
+        before=("safetensors",),
     ),
     Row(
         "DeepSpeed",
         "dsconv.checkpoint.formats.deepspeed.reader",
-        "before safetensors: a Trainer's checkpoint-N holds 16-bit model.safetensors beside the fp32 masters",
+        "A Trainer's checkpoint-N holds the 16-bit model.safetensors beside the fp32 masters, which are preferred.",
+        before=("safetensors", "state dict of torch.save"),
     ),
     Row(
         "safetensors",
         "dsconv.checkpoint.formats.huggingface.safetensors",
-        "before the formats that are pickles: of two copies of the weights, transformers takes the safetensors",
+        "Where a folder holds the weights twice, transformers takes the safetensors; no pickle need be read.",
+        before=("rank files", "state dict of torch.save"),
     ),
     Row(
         "rank files",
         "dsconv.checkpoint.formats.rank_files.reader",
-        "before state dicts: one file of a rank is a .pt too, and would be taken for a whole model",
+        "The file of one rank is a .pt or .bin too, and would be taken for a whole model.",
+        before=("state dict of torch.save",),
     ),
     Row(
         "state dict of torch.save",
         "dsconv.checkpoint.formats.huggingface.torch_bin",
-        "last: it goes by suffixes (.bin, .pt, .pth, .ckpt) that every format above uses as well",
+        "The last one goes by suffixes (.bin, .pt, .pth, .ckpt) that the formats above use as well.",
     ),
 )
 EXPECTED = (
