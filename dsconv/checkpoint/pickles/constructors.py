@@ -12,7 +12,15 @@ from typing import Any
 
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.pickles import kept_classes
-from dsconv.checkpoint.pickles.budget import WorkBudget
+from dsconv.checkpoint.pickles.budget import (
+    DICT_BYTES,
+    OBJECT_BYTES,
+    SET_BYTES,
+    SET_ITEM_BYTES,
+    TUPLE_BYTES,
+    TUPLE_ITEM_BYTES,
+    WorkBudget,
+)
 from dsconv.checkpoint.pickles.errors import BadArguments, Refused, UnsupportedGlobal
 from dsconv.checkpoint.pickles.values import (
     MAX_DIMENSIONS,
@@ -26,21 +34,34 @@ from dsconv.checkpoint.pickles.values import (
     safe_repr,
 )
 
+WRAPPER = ("torch._utils", "_rebuild_wrapper_subclass")
+
 
 def _require(condition: bool, what: str) -> None:
+    """Raise BadArguments with ``what`` unless ``condition``."""
     if not condition:
         raise BadArguments(what)
 
 
-def _naturals(value: Any, what: str) -> tuple[int, ...]:
-    _require(isinstance(value, (tuple, list)), f"{what} that is not a tuple")
-    _require(len(value) <= MAX_DIMENSIONS, f"{what} of {len(value)} dimensions; the limit is {MAX_DIMENSIONS}")
-    if not all(type(v) is int and 0 <= v < MAX_NUMEL for v in value):
-        raise BadArguments(f"{what} {safe_repr(value)} of something else than sizes")
+def _sizes(budget: WorkBudget, value: Any, what: str) -> tuple[int, ...]:
+    """Return a shape or strides as a tuple, or raise BadArguments."""
+    if not isinstance(value, (tuple, list)):
+        raise BadArguments(f"{what} that is not a tuple")
+    if len(value) > MAX_DIMENSIONS:
+        raise BadArguments(f"{what} of {len(value)} dimensions; the limit is {MAX_DIMENSIONS}")
+    for item in value:
+        if type(item) is not int or not 0 <= item < MAX_NUMEL:
+            raise BadArguments(f"{what} {safe_repr(value)} of something else than sizes")
+    budget.spend(len(value))
+    if type(value) is tuple:
+        return value
+    budget.allocate(TUPLE_BYTES + TUPLE_ITEM_BYTES * len(value))
     return tuple(value)
 
 
-def ordered_dict(work: WorkBudget, *args: Any) -> dict[Any, Any]:
+def ordered_dict(budget: WorkBudget, *args: Any) -> dict[Any, Any]:
+    """Build an OrderedDict or a Counter, as a plain dictionary, from nothing, a dictionary, or a list of pairs."""
+    budget.allocate(DICT_BYTES)
     if not args:
         return {}
     pairs = args[0].items() if isinstance(args[0], dict) else args[0]
@@ -48,31 +69,34 @@ def ordered_dict(work: WorkBudget, *args: Any) -> dict[Any, Any]:
         len(args) == 1 and (pairs is not args[0] or isinstance(pairs, (list, tuple))),
         "an OrderedDict of something else than pairs",
     )
-    work.spend(len(pairs))
+    budget.spend(len(pairs))
     result: dict[Any, Any] = {}
+    budget.allocate_items(result, len(pairs))
     for pair in pairs:
         _require(isinstance(pair, (tuple, list)) and len(pair) == 2, "an OrderedDict of something else than pairs")
-        result[work.key(pair[0])] = pair[1]
+        result[budget.key(pair[0])] = pair[1]
     return result
 
 
-def default_dict(work: WorkBudget, *args: Any) -> dict[Any, Any]:
-    return ordered_dict(work, *args[1:])
+def default_dict(budget: WorkBudget, *args: Any) -> dict[Any, Any]:
+    """Build a defaultdict as a plain dictionary. Its factory, the first argument, is dropped."""
+    return ordered_dict(budget, *args[1:])
 
 
-def size(work: WorkBudget, *args: Any) -> tuple[int, ...]:
-    return _naturals(args[0] if args else (), "a torch.Size")
+def size(budget: WorkBudget, *args: Any) -> tuple[int, ...]:
+    """Build a torch.Size as a tuple."""
+    return _sizes(budget, args[0] if args else (), "a torch.Size")
 
 
-def rebuild_tensor(work: WorkBudget, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRef:
-    """``rest`` is requires_grad, hooks and metadata (torch 2.13 ``torch/_utils.py`` ``get_tensor_metadata``)."""
+def rebuild_tensor(budget: WorkBudget, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRef:
+    """Build a tensor. ``rest`` is requires_grad, hooks and metadata (torch 2.13 ``torch/_utils.py``)."""
     _require(isinstance(storage, StorageRef), "a tensor whose storage is not a storage")
     if type(offset) is not int or not 0 <= offset < MAX_NUMEL:
         raise BadArguments(f"a tensor at the storage offset {safe_repr(offset)}")
     dtype = storage.dtype
     _require(dtype is not None, "a tensor of an untyped storage without a dtype")
-    shape = _naturals(shape, "a tensor's size")
-    strides = _naturals(strides, "a tensor's stride")
+    shape = _sizes(budget, shape, "a tensor's size")
+    strides = _sizes(budget, strides, "a tensor's stride")
     _require(len(shape) == len(strides), "a tensor whose size and stride differ in length")
     metadata = rest[2] if len(rest) > 2 else None
     if metadata:
@@ -86,49 +110,54 @@ def rebuild_tensor(work: WorkBudget, storage: Any, offset: Any, shape: Any, stri
 
 
 def rebuild_tensor_v3(
-    work: WorkBudget, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+    budget: WorkBudget,
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    *rest: Any,
 ) -> TensorRef:
+    """Build a tensor whose dtype is named beside its untyped storage (torch 2.13 ``torch/_utils.py``)."""
     _require(isinstance(storage, StorageRef), "a tensor whose storage is not a storage")
     if isinstance(dtype, OpaqueClass):
         raise UnsupportedGlobal(f"a tensor of {dtype}, which dsconv does not read")
     _require(isinstance(dtype, DType), "a tensor without a dtype")
-    return rebuild_tensor(
-        work,
-        StorageRef(storage.key, dtype, storage.numel // dtype.itemsize),
-        offset,
-        shape,
-        strides,
-        grad,
-        hooks,
-        *rest,
-    )
+    budget.allocate(OBJECT_BYTES)
+    typed = StorageRef(storage.key, dtype, storage.numel // dtype.itemsize)
+    return rebuild_tensor(budget, typed, offset, shape, strides, grad, hooks, *rest)
 
 
-def rebuild_parameter(work: WorkBudget, data: Any, *rest: Any) -> Any:
+def rebuild_parameter(budget: WorkBudget, data: Any, *rest: Any) -> Any:
+    """Return the tensor of a parameter."""
     return data
 
 
-def rebuild_from_type(work: WorkBudget, function: Any, kind: Any, args: Any, state: Any = None) -> Any:
+def rebuild_from_type(budget: WorkBudget, function: Any, kind: Any, args: Any, state: Any = None) -> Any:
+    """Build a tensor of a subclass: call ``function``, one of this module's, with ``args``.
+
+    A subclass that wraps other tensors has no storage. It becomes an ``Instance`` whose state says what it is made of.
+    """
     _require(isinstance(args, tuple), "a tensor subclass rebuilt without a tuple of arguments")
     _require(isinstance(kind, OpaqueClass), "a tensor subclass without a class")
-    work.spend(len(args))
-    if isinstance(function, OpaqueClass) and (function.module, function.name) == (
-        "torch._utils",
-        "_rebuild_wrapper_subclass",
-    ):
-        if (
-            kind.module,
-            kind.name,
-        ) in kept_classes.KEPT:  # it has no storage: its state says which tensors it is made of
-            return Instance(str(kind), args, state)
+    budget.spend(len(args))
+    if isinstance(function, OpaqueClass) and (function.module, function.name) == WRAPPER:
+        if (kind.module, kind.name) in kept_classes.KEPT:
+            return Instance(kind.label, args, state)
         raise UnsupportedGlobal(f"a tensor of class {kind}, which dsconv does not read")
     # Not by this function again: a file could nest that as deep as it likes.
     _require(callable(function) and function is not rebuild_from_type, "a tensor subclass rebuilt by something unknown")
-    return function(work, *args)
+    return function(budget, *args)
 
 
-def nested_class(work: WorkBudget, *args: Any) -> OpaqueClass:
-    """``getattr``, by which protocols 2 and 3 name a class inside another: only for the pairs that real files hold."""
+def nested_class(budget: WorkBudget, *args: Any) -> OpaqueClass:
+    """Return the class that ``getattr`` names inside another one, which is how protocols 2 and 3 write it.
+
+    Raises:
+        Refused: The pair is not one that real files hold.
+    """
     if len(args) == 2 and isinstance(args[0], OpaqueClass) and isinstance(args[1], str):
         owner, name = args
         if (owner.module, f"{owner.name}.{name}") in kept_classes.NESTED:
@@ -136,46 +165,55 @@ def nested_class(work: WorkBudget, *args: Any) -> OpaqueClass:
     raise Refused(f"calls builtins.getattr{safe_repr(args)}")
 
 
-def zero_stage(work: WorkBudget, value: Any) -> int:
+def zero_stage(budget: WorkBudget, value: Any) -> int:
+    """Return DeepSpeed's ZeroStageEnum as its number, 0 to 3."""
     if type(value) is not int or not 0 <= value <= 3:
         raise BadArguments(f"the ZeRO stage {safe_repr(value)}")
     return value
 
 
-def fragment_address(work: WorkBudget, numel: Any = 0, start: Any = 0) -> FragmentAddress:
+def fragment_address(budget: WorkBudget, numel: Any = 0, start: Any = 0) -> FragmentAddress:
+    """Build the place of a parameter's share in a ZeRO partition; both numbers are in elements."""
     _require(type(numel) is int and type(start) is int, "a fragment_address of something else than integers")
     return FragmentAddress(numel, start)
 
 
-def encode(work: WorkBudget, text: Any, encoding: Any = "utf-8", *rest: Any) -> bytes:
-    """Protocol 2 writes bytes as text to be encoded."""
+def encode(budget: WorkBudget, text: Any, encoding: Any = "utf-8", *rest: Any) -> bytes:
+    """Return the bytes of ``text``, which is how protocol 2 writes bytes."""
     _require(
         isinstance(text, str) and encoding in ("latin1", "latin-1", "utf-8"), "bytes made of something else than text"
     )
-    work.spend(len(text) // 16)
+    budget.spend(len(text) // 16)
+    budget.allocate(4 * len(text))
     return bytes(text.encode(encoding))
 
 
-def make_bytes(work: WorkBudget, *args: Any) -> bytes:
+def make_bytes(budget: WorkBudget, *args: Any) -> bytes:
+    """Build bytes, or a bytearray as bytes, from nothing, bytes, or text and an encoding."""
     if len(args) == 2:  # a bytearray of protocol 2
-        return encode(work, *args)
+        return encode(budget, *args)
     _require(not args or (len(args) == 1 and isinstance(args[0], bytes)), "bytes made of something else than bytes")
     return args[0] if args else b""
 
 
-def make_set(work: WorkBudget, *args: Any) -> frozenset[Any]:
+def make_set(budget: WorkBudget, *args: Any) -> frozenset[Any]:
+    """Build a set or frozenset from nothing or from a list, tuple or set."""
     items = args[0] if args else ()
     _require(
         len(args) <= 1 and isinstance(items, (list, tuple, set, frozenset)), "a set made of something else than a list"
     )
-    work.spend(len(items))
-    return frozenset(work.key(item) for item in items)
+    budget.spend(len(items))
+    budget.allocate(SET_BYTES + SET_ITEM_BYTES * len(items))
+    return frozenset(budget.key(item) for item in items)
 
 
 def inert(label: str) -> Callable[..., Opaque]:
-    """For harmless values that dsconv has no use for (dates, paths, devices): keep the arguments, build nothing."""
+    """Return a function that makes an ``Opaque`` called ``label`` of any arguments, and builds nothing else.
 
-    def make(work: WorkBudget, *args: Any) -> Opaque:
+    It serves harmless values that dsconv has no use for: dates, paths, devices.
+    """
+
+    def make(budget: WorkBudget, *args: Any) -> Opaque:
         return Opaque(label, args)
 
     return make

@@ -1,12 +1,11 @@
 """A pickle machine that cannot run anything.
 
-Every pickle that dsconv reads goes through ``load``. It knows the opcodes of protocols 0 to 5, builds plain data, and
-lets a file call only the functions of ``allowlist.CONSTRUCTORS``. It is written out rather than derived from
-``pickle.Unpickler`` because the C machine allocates what a file tells it to (a memo index of 2**31, a string of 2**40)
+Every pickle that dsconv reads goes through ``load``. The machine knows the opcodes of protocols 0 to 5, builds plain
+data, and lets a file call only the functions of ``allowlist.CONSTRUCTORS``. It is written out rather than derived from
+``pickle.Unpickler`` because the C machine allocates what a file tells it to (a memo number of 2**31, a text of 2**40)
 and hashes what a file nests, before a ``find_class`` hook sees anything.
 
-Cost: about 1 µs an opcode; the pickle of one rank of a model of 300 tensors takes some 10 ms. What a file makes the
-constructors and the dictionaries do on top is bounded by ``budget.WorkBudget``.
+An opcode takes some 0.5 µs. ``budget.WorkBudget`` bounds what a pickle costs beyond that, in memory and in time.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.pickles import allowlist
-from dsconv.checkpoint.pickles.budget import WorkBudget
+from dsconv.checkpoint.pickles.budget import OBJECT_BYTES, WorkBudget
 from dsconv.checkpoint.pickles.errors import BadArguments, BadPickle, Refused, UnsupportedGlobal
 from dsconv.checkpoint.pickles.kept_classes import KEPT
 from dsconv.checkpoint.pickles.opcodes import OPERATIONS
@@ -25,17 +24,23 @@ from dsconv.checkpoint.pickles.values import Instance, Opaque, OpaqueClass, safe
 from dsconv.errors import DsconvError, MalformedError, UnsafeError, UnsupportedError
 
 MAX_PICKLE_BYTES = 256 << 20  # 100,000 tensors need some 20 MB
-MAX_NAME_CHARS = (
-    1000  # of a class and its module; without a limit, one long name that is used often costs quadratic time
-)
+MAX_NAME_CHARS = 1000  # of a class and its module
 STOP = ord(".")
 
 
 def load(data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: str = "data.pkl") -> Any:
-    """The object that ``data`` describes, of plain Python data and stand-ins.
+    """Return the object that a pickle describes, of plain Python data and the classes of ``values``.
 
-    Raises UnsafeError, naming file and function, where the pickle calls anything off the list; UnsupportedError where a
-    tensor is of a kind that has no stand-in; MalformedError where it is not a pickle, is truncated, or exceeds a limit.
+    Args:
+        data: The pickle. Bytes after its end are not read.
+        path: The file that messages name.
+        persistent_load: Makes a value of a persistent id. It may raise DsconvError or ValueError.
+        what: What the pickle is, for messages.
+
+    Raises:
+        UnsafeError: The pickle names or calls what is not on the allowlist. The message says which name.
+        UnsupportedError: A tensor is of a kind that dsconv does not read.
+        MalformedError: It is not a pickle, is truncated, or exceeds a limit.
     """
     return Machine(data, path, persistent_load, what).run()
 
@@ -43,8 +48,9 @@ def load(data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: s
 def load_next(
     data: bytes, position: int, path: Path, persistent_load: Callable[[Any], Any], what: str
 ) -> tuple[Any, int]:
-    """The same of a pickle that begins at ``position`` of ``data`` and is followed by something else: (object, its
-    end).
+    """Return the object of the pickle that begins at ``position`` of ``data``, and where the pickle ends.
+
+    The other arguments and the errors are those of ``load``.
     """
     machine = Machine(data, path, persistent_load, what)
     machine.position = position
@@ -52,7 +58,17 @@ def load_next(
 
 
 class Machine:
-    """One run over one pickle. ``position`` is where it stopped reading."""
+    """One run over one pickle. The functions of ``opcodes`` work on its attributes.
+
+    Attributes:
+        data: The pickle.
+        position: Where the next byte is read.
+        stack: The values since the last mark.
+        marks: The stacks below each mark that is open.
+        memo: The values by their memo numbers, as far as the numbers follow each other from 0.
+        scattered: The values of all other memo numbers.
+        budget: What is left of memory and steps.
+    """
 
     def __init__(self, data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: str) -> None:
         if len(data) > MAX_PICKLE_BYTES:
@@ -64,10 +80,13 @@ class Machine:
         self.position = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.work = WorkBudget(len(data))
+        self.memo: list[Any] = []
+        self.scattered: dict[int, Any] = {}
+        self.budget = WorkBudget(len(data))
+        self._named: dict[tuple[str, str], Any] = {}
 
     def run(self) -> Any:
+        """Read up to STOP and return the object; raise as ``load`` does."""
         data = self.data
         end = len(data)
         try:
@@ -100,6 +119,7 @@ class Machine:
             ) from None
 
     def refuse(self, why: str) -> UnsafeError:
+        """Return the error for a pickle that asks for code to be run, for the caller to raise."""
         return UnsafeError(
             f"{self.path}: {self.what} {why}; refused, and nothing was run. A checkpoint is data: if you trust the"
             " file, load it where it was made and save it again without that object"
@@ -108,13 +128,23 @@ class Machine:
     # Reading the stream
 
     def take(self, nbytes: int) -> bytes:
+        """Return the next ``nbytes`` bytes."""
         start = self.position
         if nbytes > len(self.data) - start:
             raise BadPickle(f"is truncated: it wants {nbytes} bytes where {len(self.data) - start} are left")
         self.position = start + nbytes
         return self.data[start : start + nbytes]
 
+    def number(self, kind: struct.Struct) -> Any:
+        """Return the next integer."""
+        start = self.position
+        self.position = start + kind.size
+        if self.position > len(self.data):
+            raise BadPickle(f"is truncated: it wants {kind.size} bytes where {len(self.data) - start} are left")
+        return kind.unpack_from(self.data, start)[0]
+
     def line(self) -> bytes:
+        """Return the bytes up to the next newline, without it."""
         end = self.data.find(b"\n", self.position)
         if end < 0:
             raise BadPickle("is truncated inside a line")
@@ -123,6 +153,7 @@ class Machine:
         return line
 
     def pop_mark(self) -> list[Any]:
+        """Return the values since the last mark and take both off the stack."""
         if not self.marks:
             raise BadPickle("closes a container that it never opened")
         items = self.stack
@@ -132,13 +163,22 @@ class Machine:
     # What a name means
 
     def find(self, module: str, name: str) -> Any:
+        """Return what stands for a global: a constructor, a value, or an OpaqueClass."""
+        pair = (module, name)
+        known = self._named.get(pair)
+        if known is None:
+            known = self._named[pair] = self._find(module, name)
+        return known
+
+    def _find(self, module: str, name: str) -> Any:
         if len(module) + len(name) > MAX_NAME_CHARS:
             raise BadPickle(f"names something in {len(module) + len(name)} characters; the limit is {MAX_NAME_CHARS}")
-        known = allowlist.CONSTRUCTORS.get((module, name))
+        pair = (module, name)
+        known = allowlist.CONSTRUCTORS.get(pair)
         if known is not None:
             return known
+        self.budget.allocate(2 * OBJECT_BYTES + 4 * (len(module) + len(name)))
         unknown = OpaqueClass(module, name)
-        pair = (module, name)
         if (
             pair not in allowlist.OBJECT_MAKERS
             and pair not in allowlist.BASE_CLASSES
@@ -148,21 +188,24 @@ class Machine:
         return unknown
 
     def call(self, function: Any, args: Any) -> Any:
+        """Return what a call makes. This is the only place where anything is called that a file names."""
         if not isinstance(args, tuple):
             raise BadPickle("calls something without a tuple of arguments")
+        self.budget.allocate(OBJECT_BYTES)
         if isinstance(function, OpaqueClass):
             if allowlist.makes_objects(function) and args and isinstance(args[0], OpaqueClass):
                 return self.make(args[0], args[1:])
             raise self.refuse(f"calls {function}{safe_repr(args)}")
         if not callable(function):
             raise self.refuse(f"calls {safe_repr(function)}, which is not a function")
-        self.work.spend(len(args))
-        return function(self.work, *args)
+        self.budget.spend(len(args))
+        return function(self.budget, *args)
 
     def make(self, cls: OpaqueClass, args: Any) -> Opaque | Instance:
-        """An object of a class, its __init__ not run: data, whatever the class."""
+        """Return what stands for an object of ``cls``. Its __init__ is not run, so it is data whatever the class."""
         if allowlist.makes_objects(cls):
             raise self.refuse(f"makes an object of {cls}, which is a function")
+        self.budget.allocate(OBJECT_BYTES)
         if (cls.module, cls.name) in KEPT:
-            return Instance(str(cls), args if isinstance(args, tuple) else ())
-        return Opaque(str(cls))
+            return Instance(cls.label, args if isinstance(args, tuple) else ())
+        return Opaque(cls.label)

@@ -1,4 +1,8 @@
-"""What each opcode of a pickle does to the machine of ``unpickler``; the table at the end maps opcodes to functions."""
+"""What each opcode of a pickle does to a ``machine.Machine``. The table at the end maps opcodes to functions.
+
+An opcode that takes more than ``budget.UNCOUNTED_BYTES_PER_BYTE`` of memory for each of its own bytes takes it from the
+machine's budget first.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,17 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dsconv.checkpoint.pickles.budget import (
+    DICT_BYTES,
+    LIST_BYTES,
+    LIST_ITEM_BYTES,
+    MEMO_BYTES,
+    OBJECT_BYTES,
+    SET_BYTES,
+    SET_ITEM_BYTES,
+    TUPLE_BYTES,
+    TUPLE_ITEM_BYTES,
+)
 from dsconv.checkpoint.pickles.errors import BadPickle
 from dsconv.checkpoint.pickles.values import FragmentAddress, Instance, Opaque, OpaqueClass
 
@@ -28,6 +43,7 @@ _F64 = struct.Struct(">d")
 def _mark(m: Machine) -> None:
     if len(m.marks) >= MAX_MARKS:
         raise BadPickle(f"nests containers over {MAX_MARKS} deep")
+    m.budget.allocate(LIST_BYTES)
     m.marks.append(m.stack)
     m.stack = []
 
@@ -39,7 +55,7 @@ def _proto(m: Machine) -> None:
 
 
 def _frame(m: Machine) -> None:
-    size = _U64.unpack(m.take(8))[0]
+    size = m.number(_U64)
     if size > len(m.data) - m.position:
         raise BadPickle(f"is truncated: a frame of {size} bytes where {len(m.data) - m.position} are left")
 
@@ -51,23 +67,25 @@ def _push(value: Any) -> Callable[[Machine], None]:
     return push
 
 
-def _new(kind: type) -> Callable[[Machine], None]:
+def _new(kind: type, nbytes: int) -> Callable[[Machine], None]:
     def new(m: Machine) -> None:
+        m.budget.allocate(nbytes)
         m.stack.append(kind())
 
     return new
 
 
 def _binint(m: Machine) -> None:
-    m.stack.append(_I32.unpack(m.take(4))[0])
+    m.stack.append(m.number(_I32))
 
 
 def _binint1(m: Machine) -> None:
-    m.stack.append(m.take(1)[0])
+    m.stack.append(m.data[m.position])
+    m.position += 1
 
 
 def _binint2(m: Machine) -> None:
-    m.stack.append(_U16.unpack(m.take(2))[0])
+    m.stack.append(m.number(_U16))
 
 
 def _long(m: Machine, nbytes: int) -> None:
@@ -81,7 +99,7 @@ def _long1(m: Machine) -> None:
 
 
 def _long4(m: Machine) -> None:
-    _long(m, _U32.unpack(m.take(4))[0])
+    _long(m, m.number(_U32))
 
 
 def _text_int(m: Machine) -> None:
@@ -114,23 +132,26 @@ def _unicode(m: Machine) -> None:
 
 
 def _text(size: struct.Struct, codec: str) -> Callable[[Machine], None]:
+    errors = "surrogatepass" if codec == "utf-8" else "strict"
+
     def text(m: Machine) -> None:
-        m.stack.append(
-            str(m.take(size.unpack(m.take(size.size))[0]), codec, "surrogatepass" if codec == "utf-8" else "strict")
-        )
+        m.stack.append(str(m.take(m.number(size)), codec, errors))
 
     return text
 
 
 def _blob(size: struct.Struct) -> Callable[[Machine], None]:
     def blob(m: Machine) -> None:
-        m.stack.append(bytes(m.take(size.unpack(m.take(size.size))[0])))
+        m.stack.append(m.take(m.number(size)))
 
     return blob
 
 
 def _tuple(count: int) -> Callable[[Machine], None]:
+    nbytes = TUPLE_BYTES + TUPLE_ITEM_BYTES * count
+
     def build(m: Machine) -> None:
+        m.budget.allocate(nbytes)
         if len(m.stack) < count:
             raise BadPickle("makes a tuple of more than it has")
         items = tuple(m.stack[-count:])
@@ -141,6 +162,7 @@ def _tuple(count: int) -> Callable[[Machine], None]:
 
 def _marked_tuple(m: Machine) -> None:
     items = m.pop_mark()
+    m.budget.allocate(TUPLE_BYTES + TUPLE_ITEM_BYTES * len(items))
     m.stack.append(tuple(items))
 
 
@@ -151,13 +173,15 @@ def _marked_list(m: Machine) -> None:
 
 def _marked_dict(m: Machine) -> None:
     items = m.pop_mark()
+    m.budget.allocate(DICT_BYTES)
     m.stack.append({})
     _fill(m, items)
 
 
 def _marked_set(m: Machine) -> None:
     items = m.pop_mark()
-    m.stack.append(frozenset(m.work.key(item) for item in items))
+    m.budget.allocate(SET_BYTES + SET_ITEM_BYTES * len(items))
+    m.stack.append(frozenset(m.budget.key(item) for item in items))
 
 
 def _fill(m: Machine, items: list[Any]) -> None:
@@ -165,8 +189,10 @@ def _fill(m: Machine, items: list[Any]) -> None:
     if len(items) % 2:
         raise BadPickle("sets a dictionary key without a value")
     if isinstance(target, dict):
+        m.budget.allocate_items(target, len(items) // 2)
+        key = m.budget.key
         for i in range(0, len(items), 2):
-            target[m.work.key(items[i])] = items[i + 1]
+            target[key(items[i])] = items[i + 1]
     elif not isinstance(target, Opaque):  # the items of an unknown mapping are dropped unread
         raise BadPickle(f"sets a key of a {type(target).__name__}")
 
@@ -183,6 +209,7 @@ def _setitems(m: Machine) -> None:
 def _extend(m: Machine, items: list[Any]) -> None:
     target = m.stack[-1]
     if isinstance(target, list):
+        m.budget.allocate(LIST_ITEM_BYTES * (len(items) + 2))
         target.extend(items)
     elif not isinstance(target, Opaque):
         raise BadPickle(f"appends to a {type(target).__name__}")
@@ -197,24 +224,35 @@ def _appends(m: Machine) -> None:
 
 
 def _additems(m: Machine) -> None:
-    items = [m.work.key(item) for item in m.pop_mark()]
+    items = [m.budget.key(item) for item in m.pop_mark()]
     target = m.stack[-1]
     if isinstance(target, set):
+        m.budget.allocate(SET_ITEM_BYTES * len(items))
         target.update(items)
     elif not isinstance(target, Opaque):
         raise BadPickle(f"adds to a {type(target).__name__}")
 
 
 def _put(m: Machine, index: int) -> None:
-    if index < 0 or index > len(m.data):
+    memo = m.memo
+    if index == len(memo) and not m.scattered:  # the numbers of real files follow each other
+        memo.append(m.stack[-1])
+    elif 0 <= index < len(memo):
+        memo[index] = m.stack[-1]
+    elif index < 0 or index > len(m.data):
         raise BadPickle(f"memorises under number {index}, more than the file has bytes")
-    m.memo[index] = m.stack[-1]
+    else:
+        m.budget.allocate(MEMO_BYTES)
+        m.scattered[index] = m.stack[-1]
 
 
 def _get(m: Machine, index: int) -> None:
-    if index not in m.memo:
+    if 0 <= index < len(m.memo):
+        m.stack.append(m.memo[index])
+    elif index in m.scattered:
+        m.stack.append(m.scattered[index])
+    else:
         raise BadPickle(f"recalls number {index}, which it never memorised")
-    m.stack.append(m.memo[index])
 
 
 def _text_index(m: Machine) -> int:
@@ -225,7 +263,7 @@ def _text_index(m: Machine) -> int:
 
 
 def _binput(m: Machine) -> None:
-    m.memo[m.data[m.position]] = m.stack[-1]
+    _put(m, m.data[m.position])
     m.position += 1
 
 
@@ -235,7 +273,7 @@ def _binget(m: Machine) -> None:
 
 
 def _memoize(m: Machine) -> None:
-    m.memo[len(m.memo)] = m.stack[-1]
+    _put(m, len(m.memo) + len(m.scattered))
 
 
 def _pop(m: Machine) -> None:
@@ -301,10 +339,12 @@ def _build(m: Machine) -> None:
 
 
 def _persistent(m: Machine) -> None:
+    m.budget.allocate(OBJECT_BYTES)
     m.stack.append(m.persistent_load(m.stack.pop()))
 
 
 def _text_persistent(m: Machine) -> None:
+    m.budget.allocate(OBJECT_BYTES)
     m.stack.append(m.persistent_load(m.line().decode("ascii")))
 
 
@@ -323,15 +363,16 @@ for _code, _operation in {
     b"N": _push(None), b"Q": _persistent, b"P": _text_persistent,
     b"R": _reduce, b"S": _string, b"T": _text(_U32, "latin1"), b"U": _text(_U8, "latin1"),
     b"V": _unicode, b"X": _text(_U32, "utf-8"), b"a": _append, b"b": _build, b"c": _global, b"d": _marked_dict,
-    b"}": _new(dict), b"e": _appends, b"g": lambda m: _get(m, _text_index(m)), b"h": _binget, b"i": _inst,
-    b"j": lambda m: _get(m, _U32.unpack(m.take(4))[0]), b"l": _marked_list, b"]": _new(list), b"o": _obj,
-    b"p": lambda m: _put(m, _text_index(m)), b"q": _binput, b"r": lambda m: _put(m, _U32.unpack(m.take(4))[0]),
+    b"}": _new(dict, DICT_BYTES), b"e": _appends, b"g": lambda m: _get(m, _text_index(m)), b"h": _binget, b"i": _inst,
+    b"j": lambda m: _get(m, m.number(_U32)), b"l": _marked_list, b"]": _new(list, LIST_BYTES), b"o": _obj,
+    b"p": lambda m: _put(m, _text_index(m)), b"q": _binput, b"r": lambda m: _put(m, m.number(_U32)),
     b"s": _setitem, b"t": _marked_tuple, b")": _push(()), b"u": _setitems, b"G": _binfloat,
     b"\x80": _proto, b"\x81": _newobj, b"\x82": _extension, b"\x83": _extension, b"\x84": _extension,
     b"\x85": _tuple(1), b"\x86": _tuple(2), b"\x87": _tuple(3), b"\x88": _push(True), b"\x89": _push(False),
     b"\x8a": _long1, b"\x8b": _long4, b"B": _blob(_U32), b"C": _blob(_U8),
     b"\x8c": _text(_U8, "utf-8"), b"\x8d": _text(_U64, "utf-8"), b"\x8e": _blob(_U64),
-    b"\x8f": _new(set), b"\x90": _additems, b"\x91": _marked_set, b"\x92": _newobj_ex, b"\x93": _stack_global,
-    b"\x94": _memoize, b"\x95": _frame, b"\x96": _blob(_U64), b"\x97": _out_of_band, b"\x98": _out_of_band,
+    b"\x8f": _new(set, SET_BYTES), b"\x90": _additems, b"\x91": _marked_set, b"\x92": _newobj_ex,
+    b"\x93": _stack_global, b"\x94": _memoize, b"\x95": _frame, b"\x96": _blob(_U64),
+    b"\x97": _out_of_band, b"\x98": _out_of_band,
 }.items():  # fmt: skip
     OPERATIONS[_code[0]] = _operation

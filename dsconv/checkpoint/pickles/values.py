@@ -17,20 +17,29 @@ MAX_NUMEL = 1 << 63  # torch counts elements in an int64
 MAX_SHOWN_NAME = 255  # characters of a class's name in a message
 
 
-@dataclass(frozen=True, eq=False)
 class OpaqueClass:
-    """A class or function that the file names and dsconv does not know. It labels data and is never called."""
+    """A class or function that the file names and dsconv does not know. It labels data and is never called.
 
-    module: str
-    name: str
+    Attributes:
+        module: The module, as the file spells it.
+        name: The name in the module.
+        label: Both as a message shows them: printable and at most ``MAX_SHOWN_NAME`` characters long.
+    """
+
+    __slots__ = ("label", "module", "name")
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module = module
+        self.name = name
+        text = f"{module}.{name}"
+        text = text if text.isprintable() else repr(text[:MAX_SHOWN_NAME])
+        self.label = text if len(text) <= MAX_SHOWN_NAME else text[: MAX_SHOWN_NAME - 1] + "…"
 
     def __str__(self) -> str:
-        text = f"{self.module}.{self.name}"
-        text = text if text.isprintable() else repr(text[:MAX_SHOWN_NAME])
-        return text if len(text) <= MAX_SHOWN_NAME else text[: MAX_SHOWN_NAME - 1] + "…"
+        return self.label
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Opaque:
     """An object of a class that dsconv does not need.
 
@@ -43,7 +52,7 @@ class Opaque:
     args: tuple[Any, ...] = ()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Instance:
     """An object of a class in ``kept_classes.KEPT``, whose attributes a format reads.
 
@@ -69,7 +78,7 @@ class StorageKind:
     dtype: DType | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StorageRef:
     """A storage of ``numel`` elements. ``key`` names its record under ``data/``."""
 
@@ -78,7 +87,7 @@ class StorageRef:
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor as a view of a storage. ``offset`` and ``strides`` are counted in elements."""
 
@@ -105,7 +114,7 @@ class TensorRef:
         return f"{self.dtype.name}{self.shape}{self.strides}{self.offset} {self.storage.key}"
 
 
-@dataclass
+@dataclass(slots=True)
 class FragmentAddress:
     """Where a ZeRO-1/2 partition holds its share of a parameter (deepspeed 0.19.8 ``utils/tensor_fragment.py``).
 
