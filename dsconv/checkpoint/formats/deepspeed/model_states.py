@@ -44,11 +44,10 @@ class ModuleStates:
         """{owner: its aliases}, from shared_params and from tensors of ``module`` that are one view of one storage."""
         owner_of: dict[str, str] = {}
         trainable = {name for group in self.param_shapes for name in group}
-        groups: dict[tuple[Any, ...], list[str]] = {}
+        groups: dict[str, list[str]] = {}
         for name, tensor in self.module.items():
             if isinstance(tensor, TensorRef) and tensor.numel:
-                key = (tensor.storage.key, tensor.offset, tensor.shape, tensor.strides, tensor.dtype.name)
-                groups.setdefault(key, []).append(name)
+                groups.setdefault(tensor.view_key, []).append(name)
         for names in groups.values():
             owner = next(
                 (n for n in names if n in trainable), next((n for n in names if n not in self.shared_params), names[0])

@@ -192,8 +192,7 @@ class StateDict:
             if not isinstance(name, str):
                 raise MalformedError(f"{where} is not a tensor's name")
             if isinstance(value, TensorRef):
-                view = (value.storage.key, value.offset, value.shape, value.strides, value.dtype)
-                names_of.setdefault(view if value.numel else name, []).append(name)
+                names_of.setdefault(value.view_key if value.numel else (name,), []).append(name)
             elif isinstance(value, Instance) or (
                 isinstance(value, Opaque) and value.cls.startswith("torch._utils._rebuild")
             ):

@@ -261,7 +261,7 @@ def _renumbered(name: str, rank: int, other: int) -> str:
 def _entries(files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, list[str]] = {}
-    owners: dict[tuple[Any, ...], str] = {}
+    owners: dict[str, str] = {}
     for name, tensors in found.items():
         first = next(iter(tensors.values()))
         for rank, tensor in tensors.items():
@@ -275,11 +275,9 @@ def _entries(files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> d
         parts = list({part.region: part for part in reversed(held)}.values())[::-1]
         for part in parts:
             _pieces([part])  # bounds are proved now, not when the bytes are wanted
-        identity = tuple(
-            (part.rank, part.tensor.storage.key, part.tensor.offset, part.tensor.shape, part.tensor.strides)
-            for part in parts
-        )
-        owner = owners.setdefault((first.shape, *identity), name) if identity else name
+        # As text, since a file can choose shapes that hash alike.
+        identity = repr((first.shape, [(part.rank, part.tensor.view_key) for part in parts]))
+        owner = owners.setdefault(identity, name) if parts else name
         if owner != name:  # the same memory under two names
             aliases.setdefault(owner, []).append(name)
         else:
