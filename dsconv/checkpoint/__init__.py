@@ -1,4 +1,4 @@
-"""Reads every format into a tensor map. Metadata only; nothing a file names is ever run."""
+"""Read every format into a tensor map. Only metadata is read, and nothing that a file names is ever run."""
 
 from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint

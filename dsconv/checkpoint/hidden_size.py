@@ -1,4 +1,4 @@
-"""A model's hidden size, of its ``config.json``: what the "auto" sizes of a DeepSpeed config depend on."""
+"""A model's hidden size, which the "auto" sizes of a DeepSpeed config follow from."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from dsconv.zero_utils.config_auto import hidden_size_of
 
 
 def read_hidden_size(model: str, revision: str | None = None) -> int:
-    """The hidden size of ``model``: a folder, a ``config.json``, or a repository of the Hub, of which only that is
-    downloaded.
+    """Return the hidden size that a model's ``config.json`` states.
 
-    Many configurations call it otherwise (``n_embd``, ``d_model``) or leave out what is their class's default, so
-    transformers is asked where it is installed and knows the model; no code of the repository is run. Raises
-    CheckpointNotFoundError, MalformedError, RemoteError as ``open_checkpoint`` does, and UnsupportedError for a
-    configuration that states no size.
+    Many configurations give it another name (``n_embd``, ``d_model``) or leave it out where it is their class's
+    default. So transformers is asked where it is installed and knows the model; it runs no code of the repository.
+
+    Args:
+        model: A folder with a ``config.json``, that file, or a repository of the Hub, from which only that file is
+            downloaded.
+        revision: A branch, tag or commit of the Hub.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        MalformedError: The file is not JSON, or no object.
+        RemoteError: The Hub or the network fails.
+        UnsupportedError: The configuration states no size.
     """
     path = Path(model)
     if path.is_dir():
@@ -52,7 +60,7 @@ def read_hidden_size(model: str, revision: str | None = None) -> int:
 
 
 def _known_to_transformers(path: Path) -> Any:
-    """The configuration as transformers understands it; None where it is not installed, or does not know the model."""
+    """Return the configuration as transformers reads it; None where it is not installed or does not know the model."""
     try:
         from transformers import AutoConfig, logging
     except ImportError:
@@ -61,7 +69,7 @@ def _known_to_transformers(path: Path) -> Any:
     logging.set_verbosity_error()
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except Exception:  # noqa: BLE001 - what a configuration can be is anybody's
+    except Exception:  # noqa: BLE001 - a configuration can make transformers raise anything
         return None
     finally:
         logging.set_verbosity(verbosity)

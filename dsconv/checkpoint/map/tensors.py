@@ -2,8 +2,8 @@
 
 The words are those of docs/architecture.md: an ``Extent`` is bytes on disk, a ``Piece`` says which part of the full
 tensor they fill, a ``TensorEntry`` is a name with its pieces, and a ``Checkpoint`` is a read-only mapping of entries.
-A layout makes its pieces when asked and keeps only the numbers they follow from, so that a map of a checkpoint of
-many ranks stays small.
+A layout makes its pieces when asked and keeps only the numbers that they follow from, so that the map of a checkpoint
+of many ranks stays small.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Record:
-    """A run of bytes that was written as one and may carry a checksum: a storage in a ``.pt``, a safetensors
-    payload.
+    """Bytes that were written as one and may carry a checksum: a storage in a ``.pt``, a tensor of a safetensors file.
+
+    ``offset_bytes`` counts from the start of the file at ``path``.
     """
 
     path: Path
@@ -40,7 +41,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Extent:
-    """``nbytes`` bytes from ``offset_bytes`` (both counted from the start of the file ``record.path``)."""
+    """A byte range of a record: ``nbytes`` bytes from ``offset_bytes``, counted from the start of ``record.path``."""
 
     record: Record
     offset_bytes: int
@@ -49,11 +50,11 @@ class Extent:
 
 @dataclass(frozen=True)
 class Piece:
-    """An extent, and the range [start, start + numel) of a region of the full tensor, in row-major order, that it
-    fills.
+    """An extent, and the elements of the full tensor that it fills.
 
-    ``region`` is None for the whole tensor. ``strides`` is set only for a tensor that was saved as a non-contiguous
-    view: the extent then spans the view and the elements of ``shape`` are picked from it, ``strides`` elements apart.
+    These are [start, start + numel) of ``region``, counted in row-major order; ``region`` None is the whole tensor.
+    ``strides`` is set only for a tensor that was saved as a non-contiguous view: the extent then spans the view, and
+    the elements of ``shape`` are picked from it, ``strides`` elements apart.
     """
 
     extent: Extent
@@ -65,7 +66,7 @@ class Piece:
 
 
 class FileGroup(Protocol):
-    """Files, numbered from 0, in which tensors of one layout lie; ``records`` are those that hold them, in order."""
+    """Files, numbered from 0, that hold the tensors of one layout; ``records`` gives a file's records in order."""
 
     @property
     def file_count(self) -> int: ...
@@ -74,10 +75,10 @@ class FileGroup(Protocol):
 
 
 class ProvenLayout(ABC):
-    """A layout of so many pieces that they are counted and proven to tile by arithmetic, not by making them.
+    """A layout of so many pieces that they are counted, and proved to tile, by arithmetic instead of one by one.
 
-    ``group`` is where all of them lie, in one order in each file: that of ``begin``. None where records are shared with
-    others.
+    ``group`` is the files in which all of them lie. In each file, the layouts of a group lie in the order of ``begin``.
+    It is None where other tensors share the records.
     """
 
     begin: int
@@ -88,7 +89,7 @@ class ProvenLayout(ABC):
 
     @abstractmethod
     def pieces_in(self, number: int) -> tuple[Piece, ...]:
-        """The pieces that lie in one file of the group, in the order in which they lie there."""
+        """Return the pieces in one file of the group, in the order of their bytes."""
 
     @abstractmethod
     def __call__(self) -> tuple[Piece, ...]: ...
@@ -96,19 +97,24 @@ class ProvenLayout(ABC):
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many pieces there are."""
+        """The number of pieces."""
 
     @abstractmethod
     def prove(self, entry: TensorEntry) -> None:
-        """Raise InconsistentCheckpointError unless the pieces cover ``entry`` exactly once, each of them by bytes
-        that are there.
-        """
+        """Raise InconsistentCheckpointError unless the pieces cover ``entry`` exactly once, with bytes that exist."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint: ``shape`` is the full shape, ``dtype`` what is stored, ``role`` what it was in
-    training.
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: The name under which the checkpoint holds it.
+        dtype: The stored dtype.
+        shape: The full shape, whatever the shards hold.
+        layout: Returns the pieces; a ``ProvenLayout`` where there are very many.
+        aliases: Other names of the same data (tied weights).
+        role: What it was in training: parameter, frozen or buffer.
     """
 
     name: str
@@ -131,7 +137,7 @@ class TensorEntry:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """The pieces, those of one region in the order of the ranges they fill."""
+        """The pieces; those of one region are in the order of the ranges that they fill."""
         return self.layout()
 
     @property
@@ -139,9 +145,13 @@ class TensorEntry:
         return self.layout.count if isinstance(self.layout, ProvenLayout) else len(self.pieces)
 
     def read(self, index: Any = None) -> torch.Tensor:
-        """The tensor, or ``tensor[index]``: only the rows that a slice of the first dimension touches are read.
+        """Return the tensor as a new CPU tensor, or ``tensor[index]``.
 
-        Checksums are not checked: they are of whole records. Raises MalformedError when the file ends early.
+        Only the rows that a slice or number in the first dimension selects are read. Checksums are not checked, since
+        they cover whole records.
+
+        Raises:
+            MalformedError: A file ends early or cannot be read.
         """
         return type(self).reader(self, index)
 
@@ -184,9 +194,23 @@ def prove_tiling(entry: TensorEntry) -> None:
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
-    """A read-only mapping of names to entries, and what was found on the way.
+    """A read-only mapping of names to entries, and what was found out while it was opened.
 
-    An alias (a tied name) is looked up like any other, but iteration and ``len`` count each tensor once.
+    An alias (a tied name) is looked up like any other name, but iteration and ``len`` count each tensor once.
+
+    Attributes:
+        path: What was opened.
+        format: The format's name.
+        folder: Where config.json and the tokenizer may lie.
+        step: The training step, where the checkpoint tells.
+        world: The sizes of the run that saved it, such as ``data_parallel``.
+        info: What else the format found out, for reports.
+        warnings: What the user has to know.
+        sources: The files whose bytes the map uses.
+        stamps: The signatures of the sources (``stat_signature``) when they had been opened.
+        is_deepspeed: Whether DeepSpeed wrote it, at any ZeRO stage.
+        training: Makes the map of the optimizer's states, for formats that have one.
+        no_training: Why there is none, where the format has something to say.
     """
 
     def __init__(
@@ -207,18 +231,16 @@ class Checkpoint(Mapping[str, TensorEntry]):
     ) -> None:
         self.path = path
         self.format = format
-        self.folder = folder or path  # where config.json and the tokenizer may lie
+        self.folder = folder or path
         self.step = step
         self.world = dict(world or {})
         self.info = dict(info or {})
         self.warnings = warnings
         self.sources = sources
         self.is_deepspeed = is_deepspeed
-        self.training = training  # makes the map of the optimizer's states, for formats that can
-        self.no_training = no_training  # else why not, where the format has something to say
-        self.stamps: dict[
-            Path, tuple[int, int, int] | None
-        ] = {}  # of the sources, by ``stat_signature``, when they had been opened
+        self.training = training
+        self.no_training = no_training
+        self.stamps: dict[Path, tuple[int, int, int] | None] = {}
         self._entries = dict(entries)
         self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
 

@@ -1,6 +1,6 @@
-"""Web servers: files by range requests, checked, since a server may ignore the range or end early.
+"""Web servers: files are read by range requests. Answers are checked, since a server may ignore the range or end early.
 
-One request for the first byte tells whether a file is there, how long it is (``Content-Range``) and whether the server
+One request for the first byte tells whether a file exists, how long it is (``Content-Range``) and whether the server
 honours ranges. A server's own listing of a folder is used where it gives one; a URL that ends in ``/`` is a folder in
 any case.
 """
@@ -21,7 +21,7 @@ CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 
 @dataclass(frozen=True)
 class Probe:
-    """``nbytes`` is None where the server does not say; ``ranges``, whether it honours them."""
+    """What one request found out: ``nbytes`` None is a length that the server does not tell."""
 
     is_dir: bool
     nbytes: int | None
@@ -29,7 +29,7 @@ class Probe:
 
 
 class HttpStore(Store):
-    """``fs`` is fsspec's HTTPFileSystem, of which the session is used."""
+    """A web server. ``fs`` is fsspec's HTTPFileSystem; its session makes the requests."""
 
     lists_all = False
     encoded = True
@@ -65,7 +65,7 @@ class HttpStore(Store):
 
         try:
             return self.attempt(url, names)
-        except RemoteError:  # many servers refuse to list a folder and give the files in it
+        except RemoteError:  # many servers refuse to list a folder whose files they give
             return {}
 
     def require_ranges(self, url: str) -> None:
@@ -97,7 +97,7 @@ class HttpStore(Store):
             if answer.status == 416:  # no first byte: the file is empty
                 return Probe(False, int(found[3]) if found else 0, True)
             answer.raise_for_status()
-            is_dir = answer.url.path.endswith("/")  # where redirects led; also of a bare host
+            is_dir = answer.url.path.endswith("/")  # after redirects; true for a bare host too
             if answer.status == 206 and found:
                 return Probe(is_dir, int(found[3]), True)
             length = answer.headers.get("Content-Length", "")

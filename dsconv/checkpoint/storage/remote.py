@@ -1,9 +1,9 @@
 """Paths and files of stores that fsspec knows: ``s3://``, ``gs://``, ``hf://``, ``https://``, ``memory://`` …
 
 ``RemotePath`` does what dsconv asks of ``pathlib.Path``. It lists a folder once and answers ``is_file``, ``stat`` and
-``glob`` of what lies in it from that, since a request costs as much as a megabyte; a new ``RemotePath.of`` looks again.
-universal_pathlib was weighed for this: it asks the store each time, and over HTTP it takes any failure of a server for
-an absent file.
+``glob`` from that listing, since a request costs as much as a megabyte; a new ``RemotePath.of`` looks again.
+universal_pathlib was considered: it asks the store each time, and over HTTP it takes any failure of a server for an
+absent file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dsconv.checkpoint.storage.local import OpenFile
 from dsconv.checkpoint.storage.stores import Stat, Store
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UnsupportedError
 
-READS_AT_ONCE = 16  # small ones, while a checkpoint is opened; a copy has as many in flight as it has workers
-NEAR_BYTES = 64 << 10  # two small reads that lie nearer than this become one
+READS_AT_ONCE = 16  # small reads, while a checkpoint is opened; a copy has one in flight for each worker
+NEAR_BYTES = 64 << 10  # two small reads with a smaller gap than this become one
 MAX_JOINED_BYTES = 4 << 20
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "remote", "https": "remote", "gs": "gs", "gcs": "gs", "hf": "hub"}
 
 
 class Tree:
-    """What is known of a store below ``root``: the listings of folders, each read once."""
+    """What is known about a store below ``root``: the listings of folders, each read once."""
 
     def __init__(self, root: str, store: Store) -> None:
         self.root = root
@@ -52,11 +52,10 @@ class Tree:
 
 @total_ordering
 class RemotePath:
-    """A URL with the part of ``pathlib.Path`` that reads. ``query`` is a URL's part from ``?`` on, and stays at its
-    end.
+    """A URL with those methods of ``pathlib.Path`` that read.
 
-    Names are plain. In the URLs of web servers they are percent-encoded, so that a name out of a file (``..%2Fx``)
-    means itself and no other place.
+    Names are plain text. In the URLs of web servers they are percent-encoded, so that a name from a file (``..%2Fx``)
+    cannot mean another place. ``query`` is the part of a URL from ``?`` on; it stays at the end of derived URLs.
     """
 
     def __init__(self, url: str, query: str, tree: Tree) -> None:
@@ -66,7 +65,7 @@ class RemotePath:
 
     @staticmethod
     def of(text: str) -> RemotePath:
-        """The path of a URL, with nothing known about it yet."""
+        """Return the path of a URL, about which nothing is known yet."""
         protocol, _, rest = text.partition("://")
         query = ""
         if protocol in ("http", "https"):
@@ -95,8 +94,6 @@ class RemotePath:
 
     def __hash__(self) -> int:
         return hash(str(self))
-
-    # Names
 
     @property
     def _inside(self) -> PurePosixPath:
@@ -140,10 +137,8 @@ class RemotePath:
     def absolute(self) -> RemotePath:
         return self
 
-    # What is there
-
     def stat(self) -> Stat:
-        """Raises CheckpointNotFoundError."""
+        """Return what the store says about the path. Raises CheckpointNotFoundError."""
         found = self.tree.stat(str(self))
         if found is None:
             raise CheckpointNotFoundError(f"{self}: no such file")
@@ -164,7 +159,7 @@ class RemotePath:
         return (self / name for name in sorted(self.tree.list(self.url)))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Paths below this one that match; ``**`` is not known here."""
+        """Yield the paths below this one that match; ``**`` is not supported."""
         first, _, rest = pattern.partition("/")
         for name in sorted(self.tree.list(self.url)):
             if fnmatch.fnmatchcase(name, first):
@@ -179,10 +174,8 @@ class RemotePath:
             if child.is_dir():
                 yield from child.rglob(pattern)
 
-    # What it holds
-
     def read_bytes(self) -> bytes:
-        """All of a small file. Raises CheckpointNotFoundError, RemoteError."""
+        """Return the content of a small file. Raises CheckpointNotFoundError, RemoteError."""
         self.stat()
         return self.tree.store.read_all(str(self))
 
@@ -190,7 +183,7 @@ class RemotePath:
         return self.read_bytes().decode(encoding)
 
     def open_for_reading(self) -> RemoteFile:
-        """Raises CheckpointNotFoundError, RemoteError."""
+        """Open the file for range requests. Raises CheckpointNotFoundError, RemoteError."""
         found = self.stat()
         if found.is_dir:
             raise CheckpointNotFoundError(f"{self}: not a regular file")
@@ -199,7 +192,7 @@ class RemotePath:
 
 
 class RemoteFile(OpenFile):
-    """A file in a store: nothing is held open, each read is a request."""
+    """A file in a store. Nothing is held open: each read is a request."""
 
     def __init__(self, path: RemotePath, nbytes: int) -> None:
         super().__init__(path, nbytes)  # type: ignore[arg-type]  # it stands in for a Path
@@ -237,7 +230,7 @@ class RemoteFile(OpenFile):
 
 
 def store_of(url: str) -> Store:
-    """The store that serves a URL. Raises UnsupportedError where nothing that is installed does."""
+    """Return the store that serves a URL. Raises UnsupportedError where no installed library reads such URLs."""
     protocol = url.partition("://")[0]
     try:
         import fsspec

@@ -1,7 +1,7 @@
-"""Stores that fsspec knows: what lies in them, bytes of a file, files sent to them.
+"""Stores that fsspec knows: list them, read bytes of a file, send files to them.
 
-Every request goes through ``Store.attempt`` or ``Store.once``: it is tried again where that may help, and fails as a
-RemoteError that names the URL.
+Every request goes through ``Store.attempt`` or ``Store.once``: it is tried again where that may help, and its failure
+is a RemoteError that names the URL.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from dsconv.errors import DsconvError, RemoteError
 
 T = TypeVar("T")
-FIRST_WAIT_SECONDS = 0.25  # doubled after each try, and varied, so that many workers do not come back at once
-PARTIAL = ".dsconv-partial"  # the folder of what is not whole yet, as on the disk
-DEFERS = {"s3", "s3a"}  # stores that show an upload when it is completed, and whose library leaves that to its caller
-PART_BYTES = 16 << 20  # of an upload; each one in flight is held in memory
+FIRST_WAIT_SECONDS = 0.25  # doubled after each try, and varied, so that workers do not all come back at once
+PARTIAL = ".dsconv-partial"  # the folder for files that are not whole yet, as on the disk
+DEFERS = {"s3", "s3a"}  # stores that show an upload once it is completed, and whose library lets the caller do that
+PART_BYTES = 16 << 20  # a part of an upload; those in flight are held in memory
 MAX_PARTS = 9_000  # S3 takes 10,000
 PERMANENT = (
     FileNotFoundError,
@@ -34,7 +34,7 @@ PERMANENT = (
 
 @dataclass(frozen=True)
 class Stat:
-    """What a store says of a path; the names are those of ``os.stat_result``."""
+    """What a store says about a path; the names are those of ``os.stat_result``."""
 
     is_dir: bool
     st_size: int = 0
@@ -42,7 +42,7 @@ class Stat:
 
 
 class Store:
-    """The file system of one protocol, as fsspec gives it. ``lists_all``: what a listing lacks is not there."""
+    """The file system of one protocol, as fsspec gives it. ``lists_all``: its listings are whole."""
 
     lists_all = True
     encoded = False  # whether names are percent-encoded in its URLs
@@ -52,7 +52,7 @@ class Store:
         self.fs = fs
 
     def stat(self, url: str) -> Stat | None:
-        """None where there is nothing."""
+        """Return what lies at a URL; None where there is nothing."""
 
         def info() -> Stat | None:
             self.fs.invalidate_cache()
@@ -64,7 +64,7 @@ class Store:
         return self.attempt(url, info)
 
     def list(self, url: str) -> dict[str, Stat]:
-        """{name: what it is} of a folder; empty where there is none."""
+        """Return {name: what it is} of a folder; empty where there is no such folder."""
 
         def names() -> dict[str, Stat]:
             self.fs.invalidate_cache()
@@ -79,7 +79,7 @@ class Store:
         return self.attempt(url, names)
 
     def read_range(self, url: str, start: int, stop: int) -> bytes:
-        # Without fsspec's read-ahead: it would read more than is asked for, over and over.
+        # Without fsspec's read-ahead, which would read more than is asked for, over and over.
         options = {} if self.fs.async_impl or "memory" in self.fs.protocol else {"cache_type": "none"}
         return self.attempt(url, lambda: bytes(self.fs.cat_file(url, start=start, end=stop, **options)))
 
@@ -90,7 +90,7 @@ class Store:
         return self.attempt(url, lambda: bytes(self.fs.cat_file(url)))
 
     def attempt(self, url: str, action: Callable[[], T]) -> T:
-        """``action()``, tried again with growing pauses while it fails in ways that pass; then RemoteError."""
+        """Return ``action()``, tried again with growing pauses while its failure may pass. Raises RemoteError."""
         for number in range(1, self.tries + 1):
             try:
                 return action()
@@ -102,11 +102,10 @@ class Store:
             time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1) * random.uniform(0.75, 1.25))
         raise AssertionError
 
-    # Writing. A store has neither positioned writes nor, often, a rename: files go up from their first byte to their
-    # last.
+    # Writing. A store has no positioned writes and often no rename: a file goes up from its first byte to its last.
 
     def create(self, url: str, nbytes: int) -> Writer:
-        """A file of ``nbytes`` that is not to be seen before its ``commit``."""
+        """Begin a file of ``nbytes`` bytes that nobody sees before its ``commit``."""
         deferred = not DEFERS.isdisjoint((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
         part_bytes = max(PART_BYTES, -(-nbytes // MAX_PARTS))
         folder, _, name = url.rpartition("/")
@@ -115,11 +114,11 @@ class Store:
         return Writer(self, url, place, self.once(url, lambda: self.fs.open(place, "wb", **options)))
 
     def write(self, url: str, data: bytes) -> None:
-        """A small file, whole."""
+        """Write a small file, whole."""
         self.attempt(url, lambda: self.fs.pipe_file(url, data))
 
     def remove(self, url: str) -> None:
-        """Take a file away, if it is there."""
+        """Remove a file, if it exists."""
 
         def rm() -> None:
             with contextlib.suppress(FileNotFoundError):
@@ -128,9 +127,7 @@ class Store:
         self.attempt(url, rm)
 
     def once(self, url: str, action: Callable[[], T]) -> T:
-        """``action()``, whose failure is a RemoteError: for what cannot be done twice, and the library repeats
-        itself.
-        """
+        """Return ``action()``, called once: it cannot be repeated, or the library repeats it. Raises RemoteError."""
         try:
             return action()
         except DsconvError:
@@ -140,9 +137,7 @@ class Store:
 
 
 class Writer:
-    """A file of a store that is being sent. S3 shows an upload when it is completed; elsewhere it is moved into
-    place.
-    """
+    """A file that is being sent to a store. S3 shows an upload once it is completed; elsewhere it is moved into place."""
 
     def __init__(self, store: Store, url: str, place: str, file: Any) -> None:
         self.store = store
@@ -154,7 +149,7 @@ class Writer:
         self.store.once(self.url, lambda: self.file.write(data))
 
     def finish(self) -> None:
-        """Send what is left. The store then has all bytes."""
+        """Send the rest. The store then has all bytes."""
         self.store.once(self.url, self.file.close)
 
     def commit(self) -> None:
@@ -164,7 +159,7 @@ class Writer:
             self.store.once(self.url, lambda: self.store.fs.mv(self.place, self.url))
 
     def discard(self) -> None:
-        """Leave nothing of it, as far as the store can be reached."""
+        """Remove what was sent, as far as the store can be reached."""
         with contextlib.suppress(Exception):
             if self.place == self.url:
                 self.file.closed = True  # or fsspec would send its rest when the object goes
@@ -181,7 +176,7 @@ def _stat(info: dict[str, Any]) -> Stat:
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether a failure may pass by itself: the network's, and answers such as 429 and 503."""
+    """Return whether a failure may pass by itself: one of the network, or an answer such as 429 or 503."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return status in (408, 425, 429) or status >= 500
