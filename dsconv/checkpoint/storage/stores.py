@@ -137,7 +137,7 @@ class Store:
 
 
 class Writer:
-    """A file that is being sent to a store. S3 shows an upload once it is completed; elsewhere it is moved into place."""
+    """A file on its way to a store. S3 shows an upload once it is completed; elsewhere it is moved into place."""
 
     def __init__(self, store: Store, url: str, place: str, file: Any) -> None:
         self.store = store
