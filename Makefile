@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit attacks fuzz crash fixtures aio bench clean
+.PHONY: help demo test lint types unit attacks fuzz crash fixtures upstream aio bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ crash: $(READY) ## kill runs and fail system calls wherever a run changes the di
 
 fixtures: $(READY) ## train again the checkpoints that are kept in tests/data (compiles DeepSpeed's native ops)
 	$(BIN)/python -m tests.fixtures.gloo native --slim --root tests/data/native_ops
+
+upstream: $(READY) ## what changed in the sources that rules were read from; after a review: make upstream ARGS=--accept
+	$(BIN)/python -m tests.upstream $(ARGS)
 
 aio: $(READY) ## compile DeepSpeed's async_io op, with which the tests of NVMe run (needs libaio-dev; takes minutes)
 	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'
