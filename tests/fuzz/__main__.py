@@ -15,7 +15,8 @@ from random import Random
 import click
 
 from tests.fuzz.judging import OTHER, REFUSED, SAME, Failure, judged, limits
-from tests.fuzz.targets import TARGETS, Target, seeds
+from tests.fuzz.kinds import TARGETS
+from tests.fuzz.targets import Target, seeds
 
 MAX_SHOWN = 20
 REPORT_SECONDS = 60.0

@@ -36,7 +36,8 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["dsconv"]):
         from tests.fuzz.judging import judged, limits
-        from tests.fuzz.targets import TARGETS, seeds
+        from tests.fuzz.kinds import TARGETS
+        from tests.fuzz.targets import seeds
 
     names = {kind.name: kind for kind in TARGETS}
     if len(sys.argv) < 2 or sys.argv[1] not in names:

@@ -339,15 +339,3 @@ class Checkpoints(Target):
             names = sorted(path.name for path, _ in broken.files)
             raise Failure(f"{broken.checkpoint.name}: other tensors than before and no error, from {names}")
         return SAME
-
-
-TARGETS: tuple[type[Target], ...] = (
-    Pickles,
-    ZipDamage,
-    ZipForgery,
-    Legacy,
-    SafetensorsHeader,
-    Index,
-    Metadata,
-    Checkpoints,
-)

@@ -10,9 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import dsconv
 from tests.fuzz.__main__ import input_of
+from tests.fuzz.fields import Fields
 from tests.fuzz.judging import OTHER, REFUSED, SAME, Failure, judged, limits
-from tests.fuzz.targets import TARGETS, Checkpoints, Seeds, Target, seeds
+from tests.fuzz.kinds import TARGETS
+from tests.fuzz.targets import Checkpoints, Seeds, Target, seeds
 
 INPUTS = 150  # for each share of a target's in a mixed run
 SEARCHED = settings(
@@ -25,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     return seeds(tmp_path_factory.mktemp("seeds"))
 
 
-@pytest.mark.parametrize("kind", TARGETS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind is not Fields], ids=lambda kind: kind.name)
 def test_broken_files_are_refused_or_read_as_before(kind: type[Target], found: Seeds) -> None:
     target = kind(found)
     outcomes: Counter[str] = Counter()
@@ -90,3 +93,31 @@ def test_other_bytes_are_told(found: Seeds, tmp_path: Path) -> None:
     ]
     with pytest.raises(Failure, match="other tensors"):
         judged(lambda: target.judge(zip_bytes(other)))
+
+
+def test_a_tree_is_written_as_it_was_read(found: Seeds) -> None:
+    """What the fuzzer of fields writes without an edit is the same tree, and dsconv reads the same from it."""
+    import dataclasses
+
+    from tests.fuzz import trees
+    from tests.fuzz.judging import tensors_of
+
+    def shape(value: object) -> object:
+        if isinstance(value, dict):
+            return [(shape(key), shape(child)) for key, child in value.items()]
+        if isinstance(value, (list, tuple)):
+            return [type(value).__name__, *map(shape, value)]
+        if dataclasses.is_dataclass(value):
+            return [type(value).__name__, *(shape(getattr(value, part.name)) for part in dataclasses.fields(value))]
+        return value
+
+    target = Fields(found)
+    before = {path: tensors_of(dsconv.open_checkpoint(path)) for path in {d.checkpoint for d in target.documents}}
+    for document in target.documents:
+        data = document.write({})
+        if document.file.suffix == ".pt" or document.file.name == ".metadata":
+            tree = trees.decode(trees.encode(document.tree, {}))
+            assert shape(tree) == shape(document.tree), document.name
+        document.file.write_bytes(data)
+    for path, tensors in before.items():
+        assert tensors_of(dsconv.open_checkpoint(path)) == tensors, path
