@@ -28,7 +28,12 @@ TENSOR_OPTIONS = (
     click.option(
         "--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."
     ),
-    click.option("--adapter", is_flag=True, help="Write only the LoRA/PEFT adapter, as a folder for PeftModel."),
+    click.option("--adapter", is_flag=True, help="Write only the PEFT adapter, exactly as PEFT would save it."),
+    click.option("--adapter-name", metavar="NAME", help="Which adapter, where the model holds several."),
+    click.option("--fold-lora", is_flag=True, help="Fold the LoRA into its base, as PEFT's merge_and_unload does."),
+    click.option(
+        "--base", type=click.Path(), metavar="MODEL", help="The base of --fold-lora, where CKPT is an adapter alone."
+    ),
 )
 OUTPUT_OPTIONS = (
     click.option(
@@ -99,6 +104,12 @@ def _run(options: dict[str, Any]) -> None:
     if options["private"] and options["push_to_hub"] is None:
         raise click.UsageError("--private needs --push-to-hub REPO")
     console.quiet_downloads(quiet or as_json)
+    for first, needs in (("adapter_name", ("adapter", "fold_lora")), ("base", ("fold_lora",))):
+        if options[first] is not None and not any(options[name] for name in needs):
+            flags = " or ".join(f"--{name.replace('_', '-')}" for name in needs)
+            raise click.UsageError(f"--{first.replace('_', '-')} goes with {flags}")
+    if options["adapter"] and options["fold_lora"]:
+        raise click.UsageError("--adapter and --fold-lora exclude each other")
     began = time.monotonic()
     with console.progress(quiet or as_json) as progress:
         report = convert.merge(source, output, progress=progress, **options)

@@ -12,8 +12,9 @@ from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.local import is_remote
 from dsconv.checkpoint.storage.roots import as_path
-from dsconv.convert import adapter as peft
 from dsconv.convert import sidecars
+from dsconv.convert.adapters.choosing import STEM as ADAPTER_STEM
+from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
@@ -48,7 +49,7 @@ class MergeOptions:
     dtype: DType | None = None
     max_shard_bytes: int = parse_size(DEFAULT_SHARD_SIZE)
     exclude_frozen: bool = False
-    adapter: bool = False
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
     config_from: Path | None = None
     dry_run: bool = False
     verify_output: bool = False
@@ -84,6 +85,9 @@ def merge(
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     exclude_frozen: bool = False,
     adapter: bool = False,
+    adapter_name: str | None = None,
+    fold_lora: bool = False,
+    base: str | os.PathLike[str] | None = None,
     config_from: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     verify_output: bool = False,
@@ -107,7 +111,10 @@ def merge(
         dtype: fp32, bf16 or fp16. Every floating tensor of 16 bits or more is cast to it, once, to nearest even.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a larger tensor exceeds it.
         exclude_frozen: leave out weights that were not trained.
-        adapter: write only the LoRA/PEFT adapter.
+        adapter: write only the PEFT adapter, exactly as PEFT would save it.
+        adapter_name: which of several adapters is written or folded.
+        fold_lora: fold a LoRA into its base, as PEFT's ``merge_and_unload`` does. With ``dtype`` the base is cast first.
+        base: the base model, where the checkpoint holds an adapter alone.
         config_from: the folder whose configuration and tokenizer are copied (default: found beside the checkpoint).
         dry_run: write nothing, and report the plan.
         verify_output: read the output back and compare every byte, before it counts.
@@ -134,7 +141,7 @@ def merge(
         dtype=parse_dtype(dtype) if dtype else None,
         max_shard_bytes=parse_size(max_shard_size),
         exclude_frozen=exclude_frozen,
-        adapter=adapter,
+        adapter=AdapterOptions(adapter, adapter_name, fold_lora, base),
         config_from=as_path(config_from) if config_from is not None else None,
         dry_run=dry_run,
         verify_output=verify_output,
@@ -151,9 +158,13 @@ def merge(
     return _merge(checkpoint, as_path(output), options)
 
 
-def _merge(checkpoint: Checkpoint, target: Path, options: MergeOptions) -> MergeReport:
-    plan, extra = _plan(checkpoint, target, options)
+def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeReport:
+    near = list(dict.fromkeys([opened.path, opened.folder, opened.folder.resolve().parent]))
+    chosen = choose(opened, options.adapter, near, options.config_from, options.dtype)
+    checkpoint = chosen.checkpoint
+    plan, extra = _plan(chosen, target, options)
     report = _report(checkpoint, target, plan, sorted(extra), options.dry_run)
+    report.warnings += chosen.warnings
     if options.dry_run:
         report.plan = [
             tensor_row(t.name, t.entry, t.dtype, shard.filename, t.offset_bytes)
@@ -177,22 +188,22 @@ def _merge(checkpoint: Checkpoint, target: Path, options: MergeOptions) -> Merge
     return report
 
 
-def _plan(checkpoint: Checkpoint, target: Path, options: MergeOptions) -> tuple[Plan, dict[str, bytes]]:
+def _plan(chosen: Chosen, target: Path, options: MergeOptions) -> tuple[Plan, dict[str, bytes]]:
     """Return the plan, and {name: content} of the files beside the weights."""
-    near = list(dict.fromkeys([checkpoint.path, checkpoint.folder, checkpoint.folder.resolve().parent]))
-    folders = [options.config_from] if options.config_from else near
-    is_adapter = bool(checkpoint.info.get("adapter"))  # the file of a PEFT folder, which holds nothing else
-    if options.adapter and not is_adapter:
-        return peft.adapter_plan(checkpoint, folders, options.dtype, options.max_shard_bytes)
+    checkpoint = chosen.checkpoint
+    folders = [options.config_from] if options.config_from else chosen.near
+    is_adapter = bool(checkpoint.info.get("adapter"))  # it holds nothing else
     plan = make_plan(
         checkpoint,
         dtype=options.dtype,
         max_shard_bytes=max(options.max_shard_bytes, checkpoint.nbytes * 2) if is_adapter else options.max_shard_bytes,
-        exclude_frozen=options.exclude_frozen,
+        exclude_frozen=options.exclude_frozen and not options.adapter.alone,
         dropped_names=tied_keys(find_config(folders)) if checkpoint.ties else (),
-        stem=peft.STEM if is_adapter else "model",
+        stem=ADAPTER_STEM if is_adapter else "model",
     )
-    return plan, _sidecar_files(options.config_from, near, plan, target)
+    if chosen.files is not None:
+        return plan, chosen.files
+    return plan, _sidecar_files(options.config_from, chosen, plan, target)
 
 
 def _verify(checkpoint: Checkpoint, folder: Path, plan: Plan, report: MergeReport, options: MergeOptions) -> None:
@@ -201,7 +212,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, plan: Plan, report: MergeRepor
         checkpoint,
         folder,
         allow_cast=options.dtype is not None,
-        subset=options.exclude_frozen or options.adapter,
+        subset=options.exclude_frozen,
         renamed={t.name: t.entry.name for t in plan.placed},
         progress=options.writing.progress,
     )
@@ -213,13 +224,15 @@ def _verify(checkpoint: Checkpoint, folder: Path, plan: Plan, report: MergeRepor
     report.verified = True
 
 
-def _sidecar_files(config_from: Path | None, near: list[Path], plan: Plan, target: Path) -> dict[str, bytes]:
+def _sidecar_files(config_from: Path | None, chosen: Chosen, plan: Plan, target: Path) -> dict[str, bytes]:
     """Return {name: content} of what goes beside the weights. config.json names the dtype that most bytes have."""
     main = main_dtype(plan)
     found = {}
     for path in sidecars.find_sidecars(
-        config_from, [folder for folder in near if folder.resolve() != target.resolve()]
+        config_from, [folder for folder in chosen.near if folder.resolve() != target.resolve()]
     ):
+        if path.name in chosen.left_out:
+            continue
         data = path.read_bytes()
         found[path.name] = sidecars.with_dtype(data, main) if path.name == "config.json" else data
     return found

@@ -13,6 +13,7 @@ from dsconv.checkpoint.storage.hub import lies_on_hub
 from dsconv.checkpoint.transfer.casting import CASTABLE, Caster
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
+from dsconv.convert.computed import ComputedEntry
 from dsconv.convert.progress import Progress
 
 
@@ -127,12 +128,16 @@ def _compare(
     if cast and not (allow_cast and a.dtype.name in CASTABLE and b.dtype.name in CASTABLE):
         return Difference(b.name, f"dtype {a.dtype} and {b.dtype}")
     report.cast += cast
+    made = a.read_bytes() if isinstance(a, ComputedEntry) else None
     pieces_a, pieces_b = a.pieces, b.pieces
     widest = a if a.dtype.itemsize >= b.dtype.itemsize else b
     for start, numel in blocks(widest, BLOCK_BYTES):
         left = buffers[0][: numel * a.dtype.itemsize]
         right = buffers[1][: numel * b.dtype.itemsize]
-        read_flat_into(a, start, left, sources, pieces_a)
+        if made is None:
+            read_flat_into(a, start, left, sources, pieces_a)
+        else:
+            left = made[start * a.dtype.itemsize : (start + numel) * a.dtype.itemsize]
         read_flat_into(b, start, right, sources, pieces_b)
         expected = caster.cast(left, a.dtype, b.dtype)[0] if cast else left
         report.nbytes += len(right)

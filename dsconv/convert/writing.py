@@ -27,12 +27,12 @@ from dsconv.checkpoint.transfer.copy import (
     default_workers,
     runs_of,
 )
-from dsconv.checkpoint.transfer.ordered import run_all
 from dsconv.checkpoint.transfer.record_checks import source_checks
+from dsconv.convert.computed import ComputedEntry, fill_all
 from dsconv.convert.destination import Destination, FillingFile, Place, Written
 from dsconv.convert.progress import Progress, ProgressCounter
 from dsconv.convert.staging import open_staging, refuse_existing, require_space
-from dsconv.errors import DsconvError, OutputError
+from dsconv.errors import DsconvError, OutputError, UnsupportedError
 
 FLUSH_BYTES = 32 << 20
 FINISHERS = 4  # threads that wait for the disk
@@ -168,7 +168,7 @@ def _fill(destination: Destination, checkpoint: Checkpoint, place: Place, option
                 if place.in_order:
                     _run_in_order(targets, files, run)
                 else:
-                    run_all(((entry, target) for _, entry, target in targets), run)
+                    fill_all(((entry, target) for _, entry, target in targets), run)
                 for future in finishing:
                     future.result()
     except DsconvError:  # some are OSErrors too: the source's error is the one to report
@@ -194,6 +194,11 @@ def _run_in_order(
     targets: Sequence[tuple[str, TensorEntry, Target]], files: Mapping[str, FillingFile], run: CopyRun
 ) -> None:
     """Fill each file from its first byte to its last. A source record is checked as in every copy."""
+    if made := next((entry for _, entry, _ in targets if isinstance(entry, ComputedEntry)), None):
+        raise UnsupportedError(
+            f"{made.name!r} is computed, which is written to a disk only: write a folder first, then merge that one into"
+            " the store"
+        )
     copies = chain.from_iterable(copies_of(entry, target) for _, entry, target in targets)
     checks, padding = source_checks(copies)
     run.checks.update(checks)

@@ -55,12 +55,15 @@ def test_the_surface_of_the_command_line() -> None:
         surface[name] = sorted(option for option in options if option[0] == "-")
     merge = [
         "--adapter",
+        "--adapter-name",
+        "--base",
         "--config-from",
         "--debug",
         "--dry-run",
         "--dtype",
         "--exclude-frozen",
         "--exclude_frozen_parameters",
+        "--fold-lora",
         "--force",
         "--fsync",
         "--json",

@@ -1,0 +1,1 @@
+"""PEFT adapters out of training checkpoints: which tensors PEFT saves for each method, and under which names."""

@@ -1,0 +1,100 @@
+"""What a merge writes of a PEFT model: the adapter alone, the model with the adapter folded in, or all as it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.convert.adapters.config import CONFIG
+from dsconv.convert.adapters.extract import extract_adapter, has_adapter
+from dsconv.convert.folding import fold_lora
+
+STEM = "adapter_model"
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What of a PEFT model is wanted.
+
+    Attributes:
+        alone: Write the adapter as PEFT saves it.
+        name: Which of several adapters.
+        fold: Fold the adapter into its base.
+        base: The base model, for ``fold``, where the checkpoint holds an adapter alone.
+    """
+
+    alone: bool = False
+    name: str | None = None
+    fold: bool = False
+    base: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.alone and self.fold:
+            raise ValueError(
+                "--adapter writes the adapter alone and --fold-lora the model without one: give one of them"
+            )
+        if self.name is not None and not (self.alone or self.fold):
+            raise ValueError("--adapter-name chooses an adapter for --adapter or --fold-lora: give one of them")
+        if self.base is not None and not self.fold:
+            raise ValueError("--base is the model that --fold-lora folds an adapter into")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What to write.
+
+    Attributes:
+        checkpoint: Its tensors.
+        files: The files beside an adapter; None where those of a model go beside it.
+        near: Where config.json and the tokenizer may lie.
+        left_out: Files there that must not be copied.
+        warnings: What to say.
+    """
+
+    checkpoint: Checkpoint
+    files: dict[str, bytes] | None = None
+    near: list[Path] = field(default_factory=list)
+    left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def choose(
+    checkpoint: Checkpoint, options: AdapterOptions, near: list[Path], config_from: Path | None, dtype: DType | None
+) -> Chosen:
+    """Return what ``options`` ask for.
+
+    Args:
+        checkpoint: As it was opened.
+        options: What is wanted.
+        near: Where the files beside the checkpoint lie.
+        config_from: The folder to look in instead.
+        dtype: What floats are written as, for a fold.
+
+    Raises:
+        DsconvError: What ``extract_adapter``, ``fold_lora`` and, for the base, ``open_checkpoint`` raise.
+    """
+    folders = [config_from] if config_from is not None else near
+    if options.fold:
+        base = open_checkpoint(options.base) if options.base is not None else None
+        folded = fold_lora(
+            checkpoint, [*folders, *(near if config_from is not None else [])],
+            base=base, adapter_name=options.name, dtype=dtype,
+        )  # fmt: skip
+        return Chosen(folded, near=near if base is None else [base.path, base.folder], left_out=(CONFIG,))
+    if options.alone:
+        if checkpoint.info.get("adapter") and options.name is None:
+            return Chosen(checkpoint, near=near)  # the file of a PEFT folder, which is copied as it is
+        adapter = extract_adapter(checkpoint, folders, options.name)
+        return Chosen(adapter.checkpoint, files=adapter.files, near=near)
+    if not checkpoint.info.get("adapter") and has_adapter(checkpoint):
+        warning = (
+            f"{checkpoint.path}: these are the names of a PEFT model, base and adapter in one, which neither"
+            " from_pretrained nor PeftModel loads. --adapter writes the adapter alone; --fold-lora folds a LoRA into"
+            " its base"
+        )
+        return Chosen(checkpoint, near=near, warnings=(warning,))
+    return Chosen(checkpoint, near=near)

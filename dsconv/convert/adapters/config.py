@@ -1,0 +1,100 @@
+"""adapter_config.json: where it lies, what stands in for it, and what PEFT changes in it when it saves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.convert.adapters.methods import ATTRIBUTES, PROMPTS, slot
+from dsconv.convert.sidecars import read_json
+from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError, UnsupportedError
+
+CONFIG = "adapter_config.json"
+VERL_META = "lora_train_meta.json"  # verl 0.9.1 utils/checkpoint/fsdp_checkpoint_manager.py: r, lora_alpha, task_type
+DEFAULT = "default"  # the name that PEFT gives an adapter; others are saved in a subfolder of their name
+
+
+def read_config(
+    checkpoint: Checkpoint, folders: Iterable[Path], adapter: str, state: Mapping[str, TensorEntry]
+) -> tuple[dict[str, Any], bytes]:
+    """Return the adapter's configuration, and the bytes of the file to write.
+
+    Args:
+        checkpoint: What the adapter lies in.
+        folders: Where the file may lie.
+        adapter: The adapter's name; a folder of this name comes first.
+        state: The entries by name, from which verl's three settings are completed.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        MalformedError: It is not an object of JSON, or has no method.
+        UnsupportedError: It has a method that dsconv does not know.
+        InconsistentCheckpointError: verl's rank is not that of the weights.
+    """
+    places = [place for folder in folders for place in (folder / adapter, folder, folder / "lora_adapter")]
+    if (path := next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)) is not None:
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise MalformedError(f"{path}: not a JSON object")
+        data = path.read_bytes()
+        if config.get("inference_mode") is False:  # peft_model.py save_pretrained sets it while it saves
+            config["inference_mode"] = True
+            data = json.dumps(config, indent=2, sort_keys=True).encode()
+    elif (path := next((place / VERL_META for place in places if (place / VERL_META).is_file()), None)) is not None:
+        config = _from_verl(path, state)
+        data = json.dumps(config, indent=2, sort_keys=True).encode()
+    else:
+        raise CheckpointNotFoundError(
+            f"{checkpoint.path}: no {CONFIG} beside the checkpoint; it holds what the weights do not (alpha, base"
+            " model). Name the folder that has it with --config-from (PeftModel.save_pretrained writes it)"
+        )
+    kind = config.get("peft_type")
+    if kind not in ATTRIBUTES and kind not in PROMPTS:
+        raise (UnsupportedError if isinstance(kind, str) else MalformedError)(
+            f"{path}: peft_type is {str(kind)[:80]!r}, a method that dsconv does not know"
+        )
+    return config, data
+
+
+def _from_verl(path: Path, state: Mapping[str, TensorEntry]) -> dict[str, Any]:
+    """Return the LoraConfig that verl trained with: its file gives the numbers, the weights' names the modules."""
+    meta = read_json(path)
+    rank, alpha = (meta.get("r"), meta.get("lora_alpha")) if isinstance(meta, dict) else (None, None)
+    if type(rank) is not int or type(alpha) is not int:
+        raise MalformedError(f"{path}: r and lora_alpha should be integers: {str(meta)[:120]!r}")
+    layers: dict[str, int] = {}
+    for name, entry in state.items():
+        at = slot(name, ATTRIBUTES["LORA"])
+        if at is None:
+            continue
+        parts = name.split(".")
+        layer = ".".join(parts[:at]).removeprefix("base_model.model.")
+        found = entry.shape[0] if parts[at] in ("lora_A", "lora_embedding_A") else layers.get(layer, rank)
+        layers[layer] = found
+        if found != rank:
+            raise InconsistentCheckpointError(f"{path}: r is {rank}, and {name} has rank {found}")
+    return {
+        "peft_type": "LORA",
+        "task_type": meta.get("task_type") if isinstance(meta.get("task_type"), str) else "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": _targets(layers, state),
+        "bias": "none",
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+    }
+
+
+def _targets(layers: Iterable[str], state: Iterable[str]) -> list[str]:
+    """Return the last parts of the layers' names, or the whole name where another module has the same last part."""
+    adapted = set(layers)
+    modules = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer.weight").removesuffix(".weight")
+        for name in state
+        if slot(name) is None
+    }
+    others = {module.rpartition(".")[2] for module in modules - adapted}
+    return sorted({layer if layer.rpartition(".")[2] in others else layer.rpartition(".")[2] for layer in adapted})
