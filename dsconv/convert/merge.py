@@ -113,7 +113,7 @@ def merge(
         exclude_frozen: leave out weights that were not trained.
         adapter: write only the PEFT adapter, exactly as PEFT would save it.
         adapter_name: which of several adapters is written or folded.
-        fold_lora: fold a LoRA into its base, as PEFT's ``merge_and_unload`` does. With ``dtype`` the base is cast first.
+        fold_lora: fold a LoRA into its base, as PEFT's ``merge_and_unload`` does; ``dtype`` is then the base's.
         base: the base model, where the checkpoint holds an adapter alone.
         config_from: the folder whose configuration and tokenizer are copied (default: found beside the checkpoint).
         dry_run: write nothing, and report the plan.
@@ -153,7 +153,13 @@ def merge(
         recover_interrupted(as_path(output))  # it may be the source too
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision)
     if output is None:
-        suffix = "adapter" if adapter else dtype or ("fp32" if checkpoint.is_deepspeed else "merged")
+        suffix = (
+            "adapter"
+            if adapter
+            else "folded"
+            if fold_lora
+            else dtype or ("fp32" if checkpoint.is_deepspeed else "merged")
+        )
         output = default_output(checkpoint, suffix)
     return _merge(checkpoint, as_path(output), options)
 

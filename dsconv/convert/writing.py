@@ -196,8 +196,8 @@ def _run_in_order(
     """Fill each file from its first byte to its last. A source record is checked as in every copy."""
     if made := next((entry for _, entry, _ in targets if isinstance(entry, ComputedEntry)), None):
         raise UnsupportedError(
-            f"{made.name!r} is computed, which is written to a disk only: write a folder first, then merge that one into"
-            " the store"
+            f"{made.name!r} is computed, which is written to a disk only: write a folder first, then merge that one"
+            " into the store"
         )
     copies = chain.from_iterable(copies_of(entry, target) for _, entry, target in targets)
     checks, padding = source_checks(copies)
