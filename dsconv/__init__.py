@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dsconv._version import __version__
 
 if TYPE_CHECKING:
+    from dsconv import compat as compat
+    from dsconv import errors as errors
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
     from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.merge import MergeReport, merge
@@ -70,7 +72,16 @@ __all__ = [
 ]
 
 
+_MODULES = ("compat", "errors")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"dsconv.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'dsconv' has no attribute {name!r}")

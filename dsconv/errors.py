@@ -9,6 +9,8 @@ verification mismatch, 6 Hub or network, 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
+import importlib.util
+
 EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_UNREADABLE = 3
@@ -94,3 +96,20 @@ class RunFailedError(DsconvError, RuntimeError):
     """A rank of a training run failed; the message is that rank's."""
 
     exit_code = EXIT_BUG
+
+
+def require_packages(what: str, extra: str, *packages: str) -> None:
+    """Raise UnsupportedError, which names the extra to install, unless all ``packages`` are installed.
+
+    Args:
+        what: What needs the packages, for the message.
+        extra: The extra of dsconv that brings them.
+        packages: Names to import.
+    """
+    for package in packages:
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise UnsupportedError(f"{what} needs {package}, which is not installed: pip install 'dsconv[{extra}]'")

@@ -13,6 +13,7 @@ ROOT = Path(dsconv.__file__).parent
 # A room imports from itself and from the floors below. Rooms of one floor do not import each other.
 FLOORS = {
     "errors": 0,
+    "text": 0,
     "_version": 0,
     "zero_utils": 1,
     "checkpoint": 2,
@@ -73,7 +74,6 @@ OLD_PARAMETERS = {
 PUBLIC_KEYWORDS = {
     "dsconv.checkpoint.map.tensors.Checkpoint.__init__",
     "dsconv.cli.config.config",
-    "dsconv.cli.verify.verify",
     "dsconv.convert.dcp_writer.to_dcp",
     "dsconv.convert.merge.merge",
     "dsconv.convert.push.push",

@@ -1,112 +1,108 @@
-"""The command line: one file a command, each of which parses, calls one function and prints."""
+"""The command line: one file a command, each of which parses, calls one function and prints.
+
+This file imports only the standard library at its top: an interrupt during the other imports must be handled too.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any, NoReturn
 
-import click
+from dsconv.cli import streams
 
-from dsconv._version import __version__
-from dsconv.cli.config import config
-from dsconv.cli.doctor import doctor
-from dsconv.cli.estimate import estimate
-from dsconv.cli.inspect import inspect
-from dsconv.cli.merge import merge, zero_to_fp32
-from dsconv.cli.push import push
-from dsconv.cli.to_dcp import to_dcp
-from dsconv.cli.to_universal import to_universal
-from dsconv.cli.train import resume, train
-from dsconv.cli.validate import validate
-from dsconv.cli.verify import verify
-from dsconv.cli.watch import watch
-from dsconv.errors import EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError
-
-EPILOG = """\b
-Example:
-  dsconv inspect checkpoints/                  what is in there?
-  dsconv zero-to-fp32 checkpoints/ merged/     merge it into safetensors
-  dsconv verify checkpoints/ merged/           prove that nothing was lost
-
-Exit codes: 0 ok, 2 usage, 3 unreadable or malformed, 4 refused as unsafe,
-5 verification mismatch, 6 Hub or network, 130 interrupted."""
+REPORT = "Please report it with the output of `dsconv doctor` and of this command with --debug."
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
-@click.version_option(__version__, prog_name="dsconv")
-def cli() -> None:
-    """Sharded training checkpoints into safetensors: streaming, exact and safe.
-
-    Nothing that a checkpoint's files name is ever run, memory stays flat whatever the size of the model, and an output
-    is whole or absent.
-    """
-
-
-COMMANDS = (
-    zero_to_fp32,
-    merge,
-    to_universal,
-    to_dcp,
-    inspect,
-    verify,
-    push,
-    watch,
-    config,
-    estimate,
-    train,
-    resume,
-    validate,
-    doctor,
-)
-for _command in COMMANDS:
-    cli.add_command(_command)
+class Terminated(SystemExit):
+    """A signal asks the process to end. Like an interrupt, it removes what was half written."""
 
 
 def main(args: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit with its code (see ``dsconv.errors``)."""
+    """Run the command line and exit with its code (see ``dsconv.errors``). No exception leaves it."""
     arguments = sys.argv[1:] if args is None else args
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = cli.main(arguments, prog_name="dsconv", standalone_mode=False)
+        _handle_signals()
+        streams.prepare()
+        from dsconv.cli.commands import run
+
+        code = run(arguments)
         sys.stdout.flush()
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted: nothing was left behind.", err=True)
-        code = EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone: as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except (DsconvError, OSError) as error:
-        if "-d" in arguments or "--debug" in arguments:
-            raise
-        code = _report(error, "--json" in arguments)
-    sys.exit(code if isinstance(code, int) else 0)
+    except BaseException as error:  # noqa: BLE001 - each ends as a line and an exit code
+        _ignore_signals()
+        code = _report(error, arguments)
+    sys.exit(code)
+
+
+def _handle_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _terminate)
+
+
+def _ignore_signals() -> None:
+    """Let the report end; a signal after it ends the process at once, without a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """End as an interrupt does, so that what was half written is taken away."""
-    sys.exit(128 + signum)
+    raise Terminated(128 + signum)
 
 
-def _report(error: DsconvError | OSError, as_json: bool) -> int:
-    code = getattr(error, "exit_code", EXIT_UNREADABLE)
-    message = (
-        str(error)
-        if isinstance(error, DsconvError)
-        else f"{error.filename}: {error.strerror}"
-        if error.filename
-        else str(error)
-    )
-    click.echo(f"Error: {message}", err=True)
-    if as_json:
-        found: dict[str, Any] = {"error": message, "type": type(error).__name__, "exit_code": code}
-        click.echo(json.dumps(found))
+def _report(error: BaseException, arguments: list[str]) -> int:
+    """Say on stderr what ended the run, with ``--json`` on stdout too, and return the exit code."""
+    from dsconv.errors import EXIT_UNREADABLE
+    from dsconv.text import clean
+
+    if isinstance(error, streams.StdoutError):
+        streams.discard_stdout()
+        if not error.gone:
+            print(f"Error: stdout cannot be written: {clean(str(error))}", file=sys.stderr)
+        return 0 if error.gone else EXIT_UNREADABLE
+    if isinstance(error, SystemExit) and not isinstance(error, Terminated):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if "-d" in arguments or "--debug" in arguments:
+        import traceback
+
+        traceback.print_exception(error)
+    code, lines = _explain(error)
+    lines = [clean(line) for line in lines]
+    for line in lines:
+        print(line, file=sys.stderr)
+    if "--json" in arguments:
+        name = "KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        found: dict[str, Any] = {"error": lines[-1].removeprefix("Error: "), "type": name, "exit_code": code}
+        try:
+            print(json.dumps(found), flush=True)
+        except streams.StdoutError:
+            streams.discard_stdout()
     return code
+
+
+def _explain(error: BaseException) -> tuple[int, list[str]]:
+    """Return the exit code of an error and the lines that tell of it."""
+    from dsconv.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError
+
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, ["Interrupted. Every output is complete or absent."]
+    if isinstance(error, Terminated):
+        return int(error.code or 0), ["Terminated. Every output is complete or absent."]
+    if isinstance(error, DsconvError):
+        return error.exit_code, [f"Error: {error}"]
+    if isinstance(error, MemoryError):
+        return EXIT_UNREADABLE, ["Error: not enough memory"]
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{error.filename}: "
+        return EXIT_UNREADABLE, [f"Error: {where}{error.strerror or error}"]
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    at = "" if place is None else f" ({place.tb_frame.f_globals.get('__name__', '?')}, line {place.tb_lineno})"
+    return EXIT_BUG, [f"Error: this is a bug in dsconv: {type(error).__name__}: {error}{at}. {REPORT}"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsconv.cli import console
+from dsconv.cli.console import Dtype, command
 from dsconv.errors import EXIT_MISMATCH, EXIT_UNREADABLE, MalformedError
 
 if TYPE_CHECKING:
@@ -17,46 +18,46 @@ if TYPE_CHECKING:
 STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
 
 
-@click.command(epilog="""\b
+@command(epilog="""\b
 Example:
   dsconv config ds.json
   dsconv config ds.json --model org/model --world 8 --micro-batch 2 --lr 2e-5
   dsconv config --recipe zero3-offload-cpu > ds.json
 
-Exit code 3 where DeepSpeed would refuse the config (or it cannot be read), 5
-where it says something else than the options.""")  # fmt: skip
+Exit code 3 if DeepSpeed would refuse the config or it cannot be read, 5 if it
+contradicts the options.""")  # fmt: skip
 @click.argument("ds_config", required=False, metavar="[DS_JSON]")
 @click.option(
-    "--recipe", metavar="NAME", help="Print this recipe as JSON, its comments on stderr, in place of reading DS_JSON."
+    "--recipe", metavar="NAME", help="Print a recipe as JSON, and its comments on stderr, instead of reading DS_JSON."
 )
 @click.option("--list-recipes", is_flag=True, help="List the recipes.")
 @click.option(
-    "--model", metavar="MODEL", help="A folder, a config.json or org/model: its hidden size gives the bucket sizes."
+    "--model", metavar="MODEL", help="Folder, config.json or org/model; its hidden size gives the bucket sizes."
 )
-@click.option("--world", "world_size", type=click.IntRange(1), metavar="N", help="Processes in all.")
+@click.option("--world", "world_size", type=click.IntRange(1), metavar="N", help="Number of processes.")
 @click.option(
     "--micro-batch",
     "per_device_train_batch_size",
     type=click.IntRange(1),
     metavar="N",
-    help="Samples a rank takes at once.",
+    help="Samples per forward pass on one rank.",
 )
 @click.option(
-    "--grad-accum", "gradient_accumulation_steps", type=click.IntRange(1), metavar="N", help="Micro-batches a step."
+    "--grad-accum", "gradient_accumulation_steps", type=click.IntRange(1), metavar="N", help="Micro-batches per step."
 )
 @click.option("--lr", "learning_rate", type=float, metavar="X", help="Learning rate.")
 @click.option("--betas", type=(float, float), metavar="B1 B2", help="Adam's decay rates.")
 @click.option("--eps", "adam_epsilon", type=float, metavar="X", help="Adam's epsilon.")
 @click.option("--weight-decay", type=float, metavar="X", help="Weight decay.")
 @click.option("--max-grad-norm", type=float, metavar="X", help="Gradient clipping.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Precision of the training.")
-@click.option("--steps", "num_training_steps", type=click.IntRange(1), metavar="N", help="Steps in all.")
+@click.option("--dtype", type=Dtype(), help="Training precision.")
+@click.option("--steps", "num_training_steps", type=click.IntRange(1), metavar="N", help="Number of steps.")
 @click.option(
-    "--warmup-steps", type=click.FloatRange(0), metavar="N", help="Steps of warm-up, or a share of --steps below 1."
+    "--warmup-steps", type=click.FloatRange(0), metavar="N", help="Steps of warm-up, or below 1 a share of --steps."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; the exit code tells.")
-@click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
+@console.JSON
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; see the exit code.")
+@console.DEBUG
 @click.pass_context
 def config(
     context: click.Context,
@@ -72,10 +73,11 @@ def config(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Check a DeepSpeed config, and fill in its "auto" values as transformers does.
+    """Check a DeepSpeed config and fill in its "auto" values.
 
-    Says what DeepSpeed would refuse, ignore in silence or not do, with what to write instead; the options are what
-    "auto" becomes, and what the config must agree with. DeepSpeed need not be installed.
+    The report names what DeepSpeed would refuse or silently ignore, and what to write instead. The options are the
+    values that "auto" gets, as transformers fills it in, and that the config must agree with. DeepSpeed need not be
+    installed.
     """
     from dsconv.checkpoint.hidden_size import read_hidden_size
     from dsconv.zero_utils.config import DSConfig
@@ -86,10 +88,10 @@ def config(
         _list_recipes(as_json)
         return
     if recipe is not None and recipe not in RECIPES:
-        raise click.UsageError(f"No such recipe: {recipe}. There are: {', '.join(RECIPES)}.")
+        raise click.UsageError(f"There is no recipe {recipe!r}. The recipes are {', '.join(RECIPES)}.")
     source = ds_config if recipe is None else RECIPES[recipe].config
     if source is None or (ds_config and recipe):
-        raise click.UsageError("Give one of DS_JSON and --recipe NAME (--list-recipes lists them).")
+        raise click.UsageError("Give either DS_JSON or --recipe NAME (--list-recipes lists the names).")
     console.quiet_downloads(quiet or as_json)
     values = TrainingValues(
         **options,
@@ -107,9 +109,9 @@ def config(
         findings = read.lint(options["world_size"])
         report = {
             "source": read.source,
-            "stage": _told(resolved, "stage"),
-            "offload": _told(resolved, "is_offload"),
-            "dtype": _told(resolved, "dtype"),
+            "stage": _value(resolved, "stage"),
+            "offload": _value(resolved, "is_offload"),
+            "dtype": _value(resolved, "dtype"),
             "findings": [vars(finding) for finding in findings],
             "mismatches": [vars(mismatch) for mismatch in mismatches],
             "auto": resolved.auto_keys,
@@ -126,15 +128,15 @@ def config(
                 for number, noun in ((errors, "error"), (len(mismatches), "mismatch"))
                 if number
             ]
-            click.echo(f"Error: {' and '.join(wrong)} in {read.source}", err=True)
+            console.say(f"Error: {' and '.join(wrong)} in {read.source}", err=True)
         if errors and not mismatches:
             context.exit(EXIT_UNREADABLE)
     if mismatches:
         context.exit(EXIT_MISMATCH)
 
 
-def _told(config: DSConfig, what: str) -> Any:
-    """A property of the config; None where its value is malformed, which a finding tells, or still "auto"."""
+def _value(config: DSConfig, what: str) -> Any:
+    """Return a property of the config; None if it is malformed, which a finding reports, or still "auto"."""
     try:
         return getattr(config, what)
     except MalformedError:
@@ -146,19 +148,21 @@ def _show(report: dict[str, Any]) -> None:
 
     stage = "no ZeRO" if report["stage"] == 0 else f"ZeRO-{'?' if report['stage'] is None else report['stage']}"
     offload = ", offload" if report["offload"] else ""
-    click.echo(f"{report['source']}: {stage}{offload}, {report['dtype'] or 'precision not known yet'}")
+    console.say(f"{report['source']}: {stage}{offload}, {report['dtype'] or 'precision not known yet'}")
     for finding in report["findings"]:
-        label = click.style(f"{finding['severity']:<8}", fg=STYLES[finding["severity"]] if console.colour() else None)
-        click.echo(f"{label} {finding['key'] or 'the file'}\n         {finding['message']} {finding['fix']}")
+        severity = finding["severity"]
+        console.say(finding["key"] or "the file", label=f"{severity:<8}", fg=STYLES[severity])
+        console.say(f"         {finding['message']} {finding['fix']}")
     for mismatch in report["mismatches"]:
-        label = click.style("mismatch", fg="red" if console.colour() else None)
-        said = f"The config says {mismatch['found']}, and {mismatch['argument']} is {mismatch['expected']}."
-        click.echo(f"{label} {mismatch['key']}\n         {said}")
+        console.say(mismatch["key"], label="mismatch", fg="red")
+        console.say(
+            f"         The config has {mismatch['found']}, but {mismatch['argument']} is {mismatch['expected']}."
+        )
     if report["auto"]:
-        click.echo('Still "auto", and what the Trainer writes there:')
+        console.say('Still "auto"; the Trainer will set:')
         for key in report["auto"]:
-            click.echo(f"  {key}: {AUTO_KEYS.get(key, 'nothing')}")
-    click.echo(json.dumps(report["resolved"], indent=2))
+            console.say(f"  {key}: {AUTO_KEYS.get(key, 'nothing')}")
+    console.say_text(json.dumps(report["resolved"], indent=2))
 
 
 def _show_recipe(recipe: Recipe, config: dict[str, Any], as_json: bool, quiet: bool) -> None:
@@ -167,12 +171,12 @@ def _show_recipe(recipe: Recipe, config: dict[str, Any], as_json: bool, quiet: b
             {"recipe": recipe.name, "summary": recipe.summary, "config": config, "comments": recipe.comments}
         )
         return
-    click.echo(json.dumps(config, indent=2))
+    console.say_text(json.dumps(config, indent=2))
     if not quiet:
         width = max(map(len, recipe.comments))
-        click.echo(f"\n{recipe.name}: {recipe.summary}", err=True)
+        console.say("", f"{recipe.name}: {recipe.summary}", err=True)
         for key, why in recipe.comments.items():
-            click.echo(f"  {key:<{width}}  {why}", err=True)
+            console.say(f"  {key:<{width}}  {why}", err=True)
 
 
 def _list_recipes(as_json: bool) -> None:
@@ -182,4 +186,4 @@ def _list_recipes(as_json: bool) -> None:
         console.show_json({"recipes": {recipe.name: recipe.summary for recipe in RECIPES.values()}})
     else:
         for recipe in RECIPES.values():
-            click.echo(f"{recipe.name:<18} {recipe.summary}")
+            console.say(f"{recipe.name:<18} {recipe.summary}")

@@ -1,20 +1,29 @@
-"""What the commands share: sizes for people, warnings on stderr, one JSON object on stdout, and the progress bar."""
+"""What the commands share: options, and everything that they print.
+
+All output passes ``say``, ``table`` or ``show_json``, which make text from files harmless (``dsconv.text``). No command
+prints in any other way.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import click
 
+from dsconv.text import MAX_NAME, clean, redact
+
 LOG_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
-QUICK_BYTES = 64 << 20  # work below this is over before a bar is drawn
+QUICK_BYTES = 64 << 20  # work below this ends before a bar is drawn
+SMALLEST_PLAIN_BYTES = 1000  # a smaller size without a unit is a mistake
 
 Progress = Callable[[str, int, int], None]
 Decorator = Callable[[Any], Any]
@@ -35,6 +44,30 @@ def with_options(*options: Decorator) -> Decorator:
     return decorate
 
 
+class Command(click.Command):
+    """A command that refuses empty arguments: they come from variables that a script did not set."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            if parameter.name is None or ctx.get_parameter_source(parameter.name) is not COMMAND_LINE:
+                continue
+            value = ctx.params.get(parameter.name)
+            if value == "" or (isinstance(value, (tuple, list)) and "" in value):
+                raise click.BadParameter("the value is empty: is a variable of your script unset?", ctx, parameter)
+        return rest
+
+
+class Group(click.Group):
+    """A group whose commands are ``Command``."""
+
+    command_class = Command
+
+
+COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
+command: Callable[..., Decorator] = partial(click.command, cls=Command)
+
+
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
     """Bytes as people write them: 5GB, 500MB, 2GiB."""
 
@@ -44,9 +77,26 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
         from dsconv.convert.plan import parse_size
 
         try:
-            return parse_size(value)
+            found = parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if str(value).strip().isdigit() and found < SMALLEST_PLAIN_BYTES:
+            self.fail(
+                f"{value!r} has no unit and would mean {count(found, 'byte')}: write it like 5GB or 500MB", param, ctx
+            )
+        return found
+
+
+class Dtype(click.Choice):  # type: ignore[type-arg]  # generic from click 8.2 on only
+    """fp32, bf16 or fp16; torch's names are taken too."""
+
+    LONG = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+    def __init__(self) -> None:
+        super().__init__(["fp32", "bf16", "fp16"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(self.LONG.get(value, value), param, ctx)
 
 
 class Repo(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
@@ -64,46 +114,110 @@ class Repo(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
         return str(value)
 
 
+def say(*lines: str, err: bool = False, label: str = "", fg: str | None = None) -> None:
+    """Print lines on stdout, or on stderr with ``err``. Each is one line, whatever its text holds.
+
+    Args:
+        lines: What to print.
+        err: Print on stderr.
+        label: A word before each line.
+        fg: The colour of the label, if the stream takes colours.
+    """
+    stream = sys.stderr if err else sys.stdout
+    shown = click.style(label, fg=fg) if label and fg and colour(stream) else label
+    stream.write("".join(f"{shown}{' ' if shown else ''}{clean(line)}\n" for line in lines))
+    stream.flush()
+
+
+def say_text(text: str, err: bool = False) -> None:
+    """Print text of dsconv's own that has several lines, such as a configuration."""
+    say(*text.splitlines(), err=err)
+
+
+def table(
+    columns: Sequence[tuple[str, str]],
+    rows: Iterable[Sequence[str | Sequence[str]]],
+    *,
+    bold: int | None = None,
+    wrap: bool = True,
+    pipe_columns: int = 200,
+) -> None:
+    """Print a table on stdout.
+
+    Args:
+        columns: (title, "left" or "right").
+        rows: Cells; a sequence is a cell of several lines.
+        bold: The row to print in bold.
+        wrap: Fold cells that are too long; otherwise they are kept whole.
+        pipe_columns: The width if stdout is no terminal.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, pad_edge=False, header_style="bold", show_header=any(title for title, _ in columns))
+    for title, justify in columns:
+        made.add_column(title, justify=justify, overflow="fold", no_wrap=not wrap)  # type: ignore[arg-type]
+    for number, row in enumerate(rows):
+        cells = ["\n".join(clean(line, MAX_NAME) for line in ([c] if isinstance(c, str) else c)) for c in row]
+        made.add_row(*map(Text, cells), style="bold" if number == bold else None)
+    terminal = sys.stdout.isatty()
+    out = io.StringIO()
+    width = None if terminal else pipe_columns
+    Console(file=out, width=width, highlight=False, force_terminal=terminal and colour(sys.stdout)).print(made)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines()))
+    sys.stdout.flush()
+
+
 def size(nbytes: float) -> str:
-    """``1.55 GB``; decimal units, as disks and the Hub count."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000 or unit == "TB":
+    """Return bytes as ``1.55 GB``, in decimal units, as disks and the Hub count."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.2f} {unit}"
         nbytes /= 1000
-    raise AssertionError
+    return f"{nbytes:.2f} TB"
 
 
 def count(number: int, noun: str) -> str:
-    """``1 tensor``, ``1,234 tensors``, ``2 mismatches``."""
+    """Return ``1 tensor``, ``1,234 tensors``, ``2 mismatches``."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('h') else 's'}"
 
 
 def show_json(data: dict[str, Any]) -> None:
-    click.echo(json.dumps(data, indent=1))
+    """Print one JSON object on stdout, in ASCII and without credentials."""
+    sys.stdout.write(json.dumps(_redacted(data), indent=1) + "\n")
+    sys.stdout.flush()
 
 
-def warn(messages: list[str]) -> None:
-    for message in messages:
-        click.echo(click.style("Warning: ", fg="yellow" if colour() else None) + message, err=True)
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    return [_redacted(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Print warnings on stderr."""
+    say(*messages, err=True, label="Warning:", fg="yellow")
 
 
 def quiet_downloads(quiet: bool) -> None:
-    """Keep the Hub's client, which reads the environment when it is imported, from drawing bars where none are
-    wanted.
-    """
+    """Keep the Hub's client from drawing bars, by the variable that it reads when it is imported."""
     if quiet or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def colour() -> bool:
-    """Whether stderr takes colours: a terminal, and NO_COLOR is not set (https://no-color.org)."""
-    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+def colour(stream: Any) -> bool:
+    """Return whether a stream takes colours: it is a terminal and NO_COLOR is not set (https://no-color.org)."""
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR")
 
 
 @contextlib.contextmanager
 def progress(quiet: bool, unit: str = "bytes") -> Iterator[Progress | None]:
-    """A callback that shows on stderr the phase, how much of it is done, rate and time left; ``unit`` is what it
-    counts.
+    """Yield a callback that shows phase, amount, rate and time left on stderr; None if ``quiet``.
+
+    ``unit`` is what it counts. It may be called from any thread.
     """
     if quiet:
         yield None
@@ -118,13 +232,13 @@ def progress(quiet: bool, unit: str = "bytes") -> Iterator[Progress | None]:
 
 
 class _Bar:
-    """A rich progress bar a phase; rich is imported when the first one is needed."""
+    """One progress bar of rich for each phase. rich is imported for the first."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
-        self._ended = ""  # the phase that ended last: other threads may still tell of it
+        self._ended = ""  # the phase that ended last; other threads may still report it
         self._lock = threading.Lock()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
@@ -135,9 +249,9 @@ class _Bar:
                 self._progress = _make_bar(self._unit)
                 self._progress.start()
             if phase not in self._tasks:
-                self._tasks[phase] = self._progress.add_task(phase, total=total)
+                self._tasks[phase] = self._progress.add_task(clean(phase, MAX_NAME).replace("[", "\\["), total=total)
             self._progress.update(self._tasks[phase], completed=done)
-            if done >= total:  # what follows may draw its own bars, as the Hub's client does
+            if done >= total:  # what follows may draw bars of its own, as the Hub's client does
                 self._ended = phase
                 self.close()
 
@@ -167,7 +281,7 @@ def _make_bar(unit: str) -> Any:
 
 
 class _Log:
-    """A line now and then, for logs of batch jobs."""
+    """A line every few seconds, for the logs of batch jobs."""
 
     def __init__(self, unit: str) -> None:
         self._show = size if unit == "bytes" else lambda amount: f"{amount:,.4g} {unit}"
@@ -180,44 +294,44 @@ class _Log:
         with self._lock:
             began = self._began.setdefault(phase, now)
             if done >= total:
-                del self._began[phase]  # a watcher has it again
+                del self._began[phase]  # a watcher repeats its phases
             if now - self._last < LOG_SECONDS:
                 return
             self._last = now
             elapsed = now - began
         rate = done / elapsed if elapsed else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        click.echo(f"{phase}: {self._show(done)} of {self._show(total)}, {self._show(rate)}/s{left}", err=True)
+        say(f"{phase}: {self._show(done)} of {self._show(total)}, {self._show(rate)}/s{left}", err=True)
 
 
 def show_report(report: Any, seconds: float, as_json: bool, quiet: bool) -> bool:
-    """The report of a conversion as JSON, or its warnings and first line; whether its details are to follow."""
+    """Print a conversion's report as JSON, or its warnings and first line; return whether to print the details."""
     if as_json:
         show_json({**report.to_dict(), "seconds": round(seconds, 3)})
     elif not quiet:
         warn(report.warnings)
         step = "" if report.step is None else f", step {report.step}"
-        click.echo(f"{report.source} ({report.format}{step}) → {report.output}")
+        say(f"{report.source} ({report.format}{step}) → {report.output}")
         return True
     return False
 
 
 def show_push(pushed: dict[str, Any]) -> None:
-    """What a push did, for people."""
+    """Print what a push did."""
     warn(pushed["warnings"])
     made = (
-        " (made, private)"
+        " (created, private)"
         if pushed["created"] and pushed["private"]
-        else " (made, public)"
+        else " (created, public)"
         if pushed["created"]
         else ""
     )
-    click.echo(f"{pushed['folder']} → {pushed['repo']}{made}, {pushed['revision']}")
+    say(f"{pushed['folder']} → {pushed['repo']}{made}, {pushed['revision']}")
     how = "checked against its manifest" if pushed["checked"] else "not checked"
-    new = "" if pushed["changed"] else "; the Hub had all of it"
-    click.echo(f"{count(len(pushed['files']), 'file')}, {size(pushed['nbytes'])}, {how}{new}")
+    new = "" if pushed["changed"] else "; the Hub already had all of it"
+    say(f"{count(len(pushed['files']), 'file')}, {size(pushed['nbytes'])}, {how}{new}")
     if pushed["deleted"]:
-        click.echo(f"taken away there: {', '.join(pushed['deleted'])}")
+        say(f"removed there: {', '.join(pushed['deleted'])}")
     if pushed["left_out"]:
-        click.echo(f"left out: {', '.join(pushed['left_out'])}")
-    click.echo(pushed["pull_request"] or pushed["url"])
+        say(f"left out: {', '.join(pushed['left_out'])}")
+    say(pushed["pull_request"] or pushed["url"])

@@ -8,24 +8,25 @@ from typing import Any
 import click
 
 from dsconv.cli import console
+from dsconv.cli.console import command
 from dsconv.errors import EXIT_UNREADABLE
 
 CORE_CHECKS = 2  # the first ones: without them nothing works
 
 
-@click.command(epilog="""\b
+@command(epilog="""\b
 Example:
   dsconv doctor
   dsconv doctor /scratch --json""")  # fmt: skip
 @click.argument("folder", type=click.Path(), default=".")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
+@console.JSON
+@console.DEBUG
 @click.pass_context
 def doctor(context: click.Context, folder: str, as_json: bool, debug: bool) -> None:
-    """Show versions, devices, free space (of FOLDER) and what works here.
+    """Show versions, devices, free space and what works here.
 
-    A small checkpoint is merged and compared on the way. Exit code 3 when that fails; what is not installed is no
-    failure.
+    FOLDER is the folder whose free space is shown. A small checkpoint is merged and compared; if that fails, the exit
+    code is 3. Missing optional packages are not a failure.
     """
     from dsconv.doctor import diagnose
 
@@ -40,21 +41,21 @@ def doctor(context: click.Context, folder: str, as_json: bool, debug: bool) -> N
 
 
 def _show(found: dict[str, Any]) -> None:
-    click.echo(f"dsconv {found['dsconv']}, Python {found['python']}, {found['system']}")
-    click.echo(
+    console.say(f"dsconv {found['dsconv']}, Python {found['python']}, {found['system']}")
+    console.say(
         "packages: "
         + ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in found["packages"].items())
     )
     devices = found["devices"]
     accelerators = ", ".join(devices["accelerators"]) or "no GPU"
-    click.echo(
+    console.say(
         f"devices: {console.count(devices['cores'], 'core')}, {console.size(devices['memory_bytes'])} of memory,"
         f" {accelerators}"
     )
     for path, free in found["free_bytes"].items():
-        click.echo(f"free: {'unknown' if free is None else console.size(free)} in {path}")
+        console.say(f"free: {'unknown' if free is None else console.size(free)} in {path}")
     for check in found["works"]:
         if check["works"]:
-            click.echo(f"works: {check['what']}")
+            console.say(f"works: {check['what']}")
         else:
-            click.echo(f"does not work: {check['what']}: {check['problem']}. {check['fix']}")
+            console.say(f"does not work: {check['what']}: {check['problem']}. {check['fix']}")

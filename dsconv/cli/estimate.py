@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsconv.cli import console
-from dsconv.cli.console import Size
+from dsconv.cli.console import Size, command
 
 if TYPE_CHECKING:
     from dsconv.zero_utils.estimate import Report, Row
 
-NOTES = """Ideal is the model states of a rank, wherever they lie (ZeRO paper). DeepSpeed is what its own
-estimators say of a GPU (16-bit training, no activations). The other columns are what DeepSpeed 0.19.8 allocates
-under AdamW; activations are an estimate. Peak is the larger of backward (gradients, buffers, activations) and
-the optimizer's step. CUDA's context, workspaces and fragmentation are not counted. docs/estimate.md has the
-formulas."""
+NOTES = """Ideal: the model states of a rank, wherever they are kept (ZeRO paper). DeepSpeed: its own estimators' memory
+of a GPU (16-bit training, no activations). The other columns are what DeepSpeed 0.19.8 allocates with AdamW;
+activations are an estimate. Peak: the larger of backward (gradients, buffers, activations) and the optimizer's
+step. CUDA's context, workspaces and fragmentation are not counted. docs/estimate.md has the formulas."""
 
 
-@click.command(epilog="""\b
+@command(epilog="""\b
 Example:
   dsconv estimate Qwen/Qwen2.5-7B --nproc 8
   dsconv estimate config.json --fit 80GB --nproc 8 --nodes 2 --plot memory.png""")  # fmt: skip
 @click.argument("model", metavar="MODEL")
 @click.option(
-    "--nproc", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Ranks (GPUs) of a node."
+    "--nproc", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Ranks (GPUs) per node."
 )
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Nodes.")
 @click.option(
@@ -36,18 +34,18 @@ Example:
     type=click.IntRange(1),
     multiple=True,
     metavar="N",
-    help="Tensor-parallel degree; several may be given.",
+    help="Tensor-parallel degree; may be repeated.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16", "fp32"]),
     default="bf16",
     show_default=True,
-    help="What is trained in.",
+    help="Training precision.",
 )
-@click.option("--fp32-grads", is_flag=True, help="Gradients accumulate in fp32 (data_types.grad_accum_dtype).")
+@click.option("--fp32-grads", is_flag=True, help="Accumulate gradients in fp32 (data_types.grad_accum_dtype).")
 @click.option(
-    "--seq-len", type=click.IntRange(1), default=4096, show_default=True, metavar="N", help="Tokens of a sequence."
+    "--seq-len", type=click.IntRange(1), default=4096, show_default=True, metavar="N", help="Tokens per sequence."
 )
 @click.option(
     "--micro-batch",
@@ -55,20 +53,24 @@ Example:
     default=1,
     show_default=True,
     metavar="N",
-    help="Sequences a rank and micro-batch.",
+    help="Sequences per forward pass on one rank.",
 )
 @click.option(
-    "--accumulation", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Micro-batches a step."
+    "--accumulation", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Micro-batches per step."
 )
 @click.option(
-    "--fit", "limit", type=Size(), metavar="SIZE", help="Name the cheapest setting that fits, such as 80GB a GPU."
+    "--fit",
+    "limit",
+    type=Size(),
+    metavar="SIZE",
+    help="Name the cheapest setting that fits a GPU of SIZE, such as 80GB.",
 )
 @click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw it (.png, .svg, .pdf)."
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the table (.png, .svg, .pdf)."
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in bytes.")
-@click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are in bytes.")
+@console.DEBUG
 def estimate(
     model: str,
     tps: tuple[int, ...],
@@ -79,10 +81,10 @@ def estimate(
     debug: bool,
     **job: Any,
 ) -> None:
-    """Tell what training with DeepSpeed will need: memory of each rank, disk.
+    """Estimate the memory that DeepSpeed training needs.
 
-    MODEL is a config.json, a folder that has one, or a Hub id. Only the configuration is read: no weights. Every ZeRO
-    stage, offload and activation checkpointing is a row, the cheapest first.
+    MODEL is a config.json, a folder that has one, or a Hub id. Only the configuration is read, no weights. Each
+    combination of ZeRO stage, offload and activation checkpointing is a row, the cheapest first.
     """
     from dsconv.loaders.sizes import model_sizes
     from dsconv.zero_utils import estimate as estimating
@@ -105,19 +107,15 @@ def estimate(
 
 
 def _show(report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     model, job = report.model, report.job
     world = f"{console.count(job.nodes, 'node')} × {console.count(job.nproc, 'GPU')}"
-    click.echo(
-        f"{model.name}: {model.numel:,} parameters; {world}, {job.dtype}, {job.micro_batch} × {job.seq_len:,} tokens a"
+    console.say(
+        f"{model.name}: {model.numel:,} parameters; {world}, {job.dtype}, {job.micro_batch} × {job.seq_len:,} tokens"
+        " per"
         " rank"
     )
     if model.decoder is None:
-        console.warn(["activations are not estimated: the configuration is not of a decoder"])
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("setting", no_wrap=True)
+        console.warn(["activations are not estimated, since the configuration is not a decoder's"])
     columns = (
         "ideal",
         "DeepSpeed",
@@ -131,16 +129,17 @@ def _show(report: Report) -> None:
         "NVMe a node",
         "checkpoint",
     )
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in report.rows:
-        table.add_row(*_cells(report, row), style="bold" if row is report.fit else None)
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
-    out.print()
-    out.print(table)
-    click.echo(f"\n{NOTES}")
+    console.say("")
+    console.table(
+        [("setting", "left"), *((column, "right") for column in columns)],
+        [_cells(report, row) for row in report.rows],
+        bold=None if report.fit is None else report.rows.index(report.fit),
+        wrap=False,
+        pipe_columns=250,
+    )
+    console.say("", *NOTES.splitlines())
     if report.limit is not None:
-        click.echo("\n" + _verdict(report, report.limit))
+        console.say("", _verdict(report, report.limit))
 
 
 def _cells(report: Report, row: Row) -> list[str]:
@@ -166,7 +165,7 @@ def _cells(report: Report, row: Row) -> list[str]:
 def _verdict(report: Report, limit: int) -> str:
     if report.fit is None:
         least = report.smallest
-        return f"Nothing fits {console.size(limit)}: {least.setting} needs least, {console.size(least.held.peak)}"
+        return f"Nothing fits {console.size(limit)}: {least.setting} needs the least, {console.size(least.held.peak)}"
     peak = report.fit.held.peak
     return (
         f"Cheapest that fits {console.size(limit)}: {report.fit.setting} ({console.size(peak)},"

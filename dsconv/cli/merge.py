@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dsconv.cli import console
-from dsconv.cli.console import Repo, Size, with_options
+from dsconv.cli.console import Dtype, Repo, Size, command, with_options
 
 # Each option is a keyword of ``dsconv.merge``. They are grouped as --help shows them.
 ARGUMENTS = (
@@ -22,7 +22,7 @@ SOURCE_OPTIONS = (
 TENSOR_OPTIONS = (
     click.option(
         "--dtype",
-        type=click.Choice(["fp32", "bf16", "fp16"]),
+        type=Dtype(),
         help="Cast floats, once, to nearest even (default: as stored).",
     ),
     click.option(
@@ -63,7 +63,7 @@ DISPLAY_OPTIONS = (console.JSON, console.QUIET, console.DEBUG)
 ALL_OPTIONS = (*ARGUMENTS, *SOURCE_OPTIONS, *TENSOR_OPTIONS, *OUTPUT_OPTIONS, *DISPLAY_OPTIONS)
 
 
-@click.command("zero-to-fp32", epilog="""\b
+@command("zero-to-fp32", epilog="""\b
 Example:
   dsconv zero-to-fp32 checkpoints/ merged/
   dsconv zero-to-fp32 checkpoint-500/ merged/ --dtype bf16 --verify
@@ -80,7 +80,7 @@ def zero_to_fp32(**options: Any) -> None:
     _run(options)
 
 
-@click.command(epilog="""\b
+@command(epilog="""\b
 Example:
   dsconv merge checkpoints/ merged/
   dsconv merge merged/ small/ --dtype bf16 --max-shard-size 2GB
@@ -123,16 +123,16 @@ def _run(options: dict[str, Any]) -> None:
         f"{console.count(report.tensors, 'tensor')}, {console.count(report.parameters, 'parameter')},"
         f" {console.size(report.nbytes)}"
     )
-    click.echo(
+    console.say(
         f"{size} in {console.count(len(report.files), 'file')}, {seconds:.2f}"
         f" s{', verified' if report.verified else ''}"
     )
     for alias, name in report.ties.items():
-        click.echo(f"{alias} is tied to {name}, stored once")
+        console.say(f"{alias} is tied to {name}, stored once")
     if report.sidecars:
-        click.echo(f"with {', '.join(report.sidecars)}")
+        console.say(f"with {', '.join(report.sidecars)}")
     elif not options["adapter"]:
-        click.echo(
+        console.say(
             "No config.json was found beside the checkpoint. Name the model's folder with --config-from to make OUT"
             " loadable.",
             err=True,
@@ -146,15 +146,16 @@ def _show_plan(report: Any) -> None:
     for row in report.plan:
         if row["file"] != file:
             file = row["file"]
-            click.echo(f"\n{file}")
+            console.say("", file)
         cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
-        click.echo(
+        console.say(
             f"  {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']}  {row['name']}"
             f"  ({row['role']}, {console.count(row['pieces'], 'piece')})"
         )
-    click.echo(
-        f"\n{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in"
-        f" {console.count(len(report.files), 'file')}; nothing was written (--dry-run)"
+    console.say(
+        "",
+        f"{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in"
+        f" {console.count(len(report.files), 'file')}; nothing was written (--dry-run)",
     )
     if report.sidecars:
-        click.echo(f"with {', '.join(report.sidecars)}")
+        console.say(f"with {', '.join(report.sidecars)}")

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from dsconv.cli import console
-from dsconv.cli.console import Size
+from dsconv.cli.console import Dtype, Size, command
 
 
-@click.command("to-dcp", epilog="""\b
+@command("to-dcp", epilog="""\b
 Example:
   dsconv to-dcp merged/ checkpoint/
   dsconv to-dcp merged/ checkpoint-0/pytorch_model_fsdp_0/ --prefix model.""")  # fmt: skip
@@ -21,33 +21,33 @@ Example:
     "--prefix",
     default="",
     metavar="KEY.",
-    help="Put KEY. before every name: the key that the trainer keeps its model under.",
+    help="Put KEY. before every name, as the trainer's key of its model.",
 )
-@click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take (default: what the file 'latest' names).")
+@click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names).")
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=Dtype(),
     help="Cast floats, once, to nearest even (default: as stored).",
 )
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace a DCP checkpoint that OUT already holds.")
 @click.option(
     "--fsync/--no-fsync",
     default=True,
     show_default=True,
-    help="Have the output on the disk before it counts as written.",
+    help="Flush the output to the disk.",
 )
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-@click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
+@console.JSON
+@console.QUIET
+@console.DEBUG
 def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Write any checkpoint as a DCP directory.
+    """Convert a checkpoint of any format to a DCP directory.
 
-    torch.distributed.checkpoint.load reads it into plain, FSDP2 and tensor-parallel models, on any number of ranks.
+    torch.distributed.checkpoint.load reads OUT into plain, FSDP2 and tensor-parallel models, on any number of ranks.
     """
     from dsconv.convert.dcp_writer import to_dcp as convert
 
@@ -64,7 +64,7 @@ def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool
         return
     for row in report.plan:
         cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
-        click.echo(
+        console.say(
             f"  {row['file']} {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']} "
             f" {row['name']}  ({console.count(row['chunks'], 'chunk')} of {console.count(row['pieces'], 'piece')})"
         )
@@ -73,6 +73,6 @@ def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool
         f" {console.size(report.nbytes)}"
     )
     end = "nothing was written (--dry-run)" if report.dry_run else f"{seconds:.2f} s"
-    click.echo(f"{total} in {console.count(len(report.files), 'file')}, {end}")
+    console.say(f"{total} in {console.count(len(report.files), 'file')}, {end}")
     for alias, name in report.ties.items():
-        click.echo(f"{alias} is tied to {name}, stored once")
+        console.say(f"{alias} is tied to {name}, stored once")

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from dsconv.cli import console
+from dsconv.cli.console import command
 
 
-@click.command("to-universal", epilog="""\b
+@command("to-universal", epilog="""\b
 Example:
   dsconv to-universal checkpoints/ checkpoints/global_step100_universal
   dsconv to-universal checkpoint-500/ universal/ --verify
@@ -19,11 +20,11 @@ Then set "checkpoint": {"load_universal": true} in the DeepSpeed config and
 load OUT, or the folder that OUT lies in.""")  # fmt: skip
 @click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 @click.argument("output", type=click.Path(), required=False, metavar="[OUT]")
-@click.option("--tag", "-t", metavar="TAG", help="The checkpoint to take (default: what the file 'latest' names).")
+@click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names).")
 @click.option(
     "--exclude-frozen",
     is_flag=True,
-    help="No files in zero/ for weights that were not trained, which no loader looks for.",
+    help="Leave weights that were not trained out of zero/.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--verify", "verify_output", is_flag=True, help="Read the output back and compare every byte.")
@@ -32,20 +33,20 @@ load OUT, or the folder that OUT lies in.""")  # fmt: skip
     "--fsync/--no-fsync",
     default=True,
     show_default=True,
-    help="Have the output on the disk before it counts as written.",
+    help="Flush the output to the disk.",
 )
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-@click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
+@console.JSON
+@console.QUIET
+@console.DEBUG
 def to_universal(checkpoint: str, output: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Convert a DeepSpeed checkpoint, of any ZeRO stage or none, into a universal one.
+    """Convert a DeepSpeed checkpoint to a universal one.
 
-    A universal checkpoint holds the fp32 masters, the optimizer's states and its step a parameter, so that a run goes
-    on with another number of ranks or at another ZeRO stage. OUT (default: CKPT/<tag>_universal) becomes its folder,
-    and a file latest_universal beside OUT names it, as DeepSpeed's ds_to_universal leaves it.
+    CKPT may have any ZeRO stage or none. A universal checkpoint holds the fp32 masters and the optimizer's states of
+    each parameter, so that a run resumes with another number of ranks or ZeRO stage. It is written to OUT (default:
+    CKPT/<tag>_universal), and the file latest_universal beside OUT names it, as DeepSpeed's ds_to_universal does.
     """
     from dsconv.convert import universal_writer as convert
 
@@ -61,7 +62,7 @@ def to_universal(checkpoint: str, output: str | None, as_json: bool, quiet: bool
             if "copied_from" in row
             else f"{row.get('dtype', '')}  {row.get('shape', '')}".strip()
         )
-        click.echo(f"  {row['bytes']:>14,}  {row['file']}  {kind}".rstrip())
+        console.say(f"  {row['bytes']:>14,}  {row['file']}  {kind}".rstrip())
     size = (
         f"{console.count(report.tensors, 'parameter')} of {report.parameters:,} elements, each with"
         f" {', '.join(report.states)}"
@@ -71,4 +72,4 @@ def to_universal(checkpoint: str, output: str | None, as_json: bool, quiet: bool
         if report.dry_run
         else f"{seconds:.2f} s{', verified' if report.verified else ''}"
     )
-    click.echo(f"{size}: {console.size(report.nbytes)} in {console.count(report.files, 'file')}; {done}")
+    console.say(f"{size}: {console.size(report.nbytes)} in {console.count(report.files, 'file')}; {done}")

@@ -10,18 +10,23 @@ from typing import Any, TypeVar
 import click
 
 from dsconv.cli import console
+from dsconv.cli.console import Dtype, command
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 AXES = ("nproc", "zero_stage", "tp", "pp", "sp", "cp", "backend", "fsdp")
 
 
 def _layout_options(start: bool) -> Callable[[Function], Function]:
-    """Those that lay out ranks; for ``resume`` they have no defaults, so that what is not given stays."""
+    """Return the options of the layout; for ``resume`` they have no defaults, so that what is not given stays."""
     number = click.IntRange(1)
     options = [
-        click.option("--nproc", type=number, metavar="W", help="Ranks in all (default: torchrun's, else 1)."),
+        click.option("--nproc", type=number, metavar="W", help="Ranks in all (default: torchrun's, or 1)."),
         click.option(
-            "--zero-stage", type=click.IntRange(0, 3), default=0 if start else None, help="DeepSpeed's ZeRO stage."
+            "--zero-stage",
+            type=click.IntRange(0, 3),
+            metavar="N",
+            default=0 if start else None,
+            help="DeepSpeed's ZeRO stage.",
         ),
         click.option("--tp", type=number, default=1 if start else None, metavar="N", help="Tensor-parallel ranks."),
         click.option(
@@ -50,7 +55,7 @@ def _layout_options(start: bool) -> Callable[[Function], Function]:
         click.option(
             "--fsdp/--no-fsdp",
             default=True if start else None,
-            help="Native: shard parameters (FSDP2), or replicate them (DDP).",
+            help="Native: shard parameters (FSDP2) or replicate them (DDP).",
         ),
     ]
 
@@ -64,23 +69,23 @@ def _layout_options(start: bool) -> Callable[[Function], Function]:
 
 def _output_options(function: Function) -> Function:
     for option in (
-        click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback."),
-        click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        console.DEBUG,
+        console.QUIET,
+        console.JSON,
         click.option(
-            "--stop-after", type=click.IntRange(1), metavar="S", help="Stop after step S, saved, to be resumed."
+            "--stop-after", type=click.IntRange(1), metavar="S", help="Save and stop after step S; resume later."
         ),
     ):
         function = option(function)
     return function
 
 
-@click.command(epilog="""\b
+@command(epilog="""\b
 Example:
   dsconv train model/ --output-dir run --steps 1000 --zero-stage 3 --nproc 8
   torchrun --nproc-per-node 8 -m dsconv train model/ --output-dir run …""")  # fmt: skip
 @click.argument("model")
-@click.option("--output-dir", required=True, type=click.Path(), metavar="RUN", help="A new folder for the run.")
+@click.option("--output-dir", required=True, type=click.Path(), metavar="RUN", help="New folder for the run.")
 @click.option("--steps", required=True, type=click.IntRange(1), metavar="N", help="Optimizer steps in all.")
 @_layout_options(start=True)
 @click.option(
@@ -93,14 +98,16 @@ Example:
 @click.option(
     "--keep", type=click.IntRange(0), default=0, metavar="N", help="Keep the last N checkpoints (default: all)."
 )
-@click.option("--seq-len", type=click.IntRange(2), default=128, show_default=True, metavar="L", help="Tokens a sample.")
+@click.option(
+    "--seq-len", type=click.IntRange(2), default=128, show_default=True, metavar="L", help="Tokens per sample."
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=8,
     show_default=True,
     metavar="N",
-    help="Samples a step, over all ranks.",
+    help="Samples per step over all ranks.",
 )
 @click.option(
     "--micro-batch",
@@ -108,27 +115,32 @@ Example:
     default=1,
     show_default=True,
     metavar="N",
-    help="Samples a forward pass and rank.",
+    help="Samples per forward pass on one rank.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=Dtype(),
     default="bf16",
     show_default=True,
-    help="To compute in; masters are fp32.",
+    help="Dtype of the computation; masters are fp32.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, data order and dropout."
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Seed of weights, data order and dropout.",
 )
 @click.option(
     "--data",
     default="synthetic",
     show_default=True,
     metavar="FILE",
-    help="Text, an .npy row of token ids, or 'synthetic'.",
+    help="Text, an .npy array of token ids, or 'synthetic'.",
 )
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate; it decays linearly to 0.")
-@click.option("--weight-decay", type=float, default=0.01, show_default=True, help="Of AdamW.")
+@click.option("--weight-decay", type=float, default=0.01, show_default=True, help="Weight decay of AdamW.")
 @click.option("--warmup", type=click.IntRange(0), default=0, metavar="N", help="Steps of linear warm-up.")
 @click.option(
     "--grad-clip",
@@ -137,33 +149,37 @@ Example:
     show_default=True,
     help="Largest gradient norm; 0 does not clip.",
 )
-@click.option("--dropout", type=click.FloatRange(0, 1), help="For every dropout of the model (default: its own).")
+@click.option("--dropout", type=click.FloatRange(0, 1), help="Probability of every dropout (default: the model's).")
 @click.option(
     "--offload",
     type=click.Choice(["none", "cpu", "nvme"]),
     default="none",
     show_default=True,
-    help="Where ZeRO keeps states; nvme: parameters.",
+    help="Where ZeRO keeps states; nvme holds parameters.",
 )
-@click.option("--nvme-path", type=click.Path(), metavar="DIR", help="For --offload nvme.")
-@click.option("--activation-checkpointing", is_flag=True, help="Compute activations again in the backward pass.")
+@click.option("--nvme-path", type=click.Path(), metavar="DIR", help="Folder for --offload nvme.")
+@click.option("--activation-checkpointing", is_flag=True, help="Recompute activations in the backward pass.")
 @click.option(
     "--hook", type=click.Choice(["none", "bf16", "powersgd"]), default="none", help="Native DDP: compress gradients."
 )
 @click.option(
-    "--monitor", multiple=True, type=click.Choice(["csv", "tensorboard", "comms"]), help="DeepSpeed's own monitors."
+    "--monitor",
+    multiple=True,
+    type=click.Choice(["csv", "tensorboard", "comms"]),
+    help="Monitors of DeepSpeed; may be repeated.",
 )
 @click.option(
-    "--ds-config", type=click.Path(), metavar="JSON", help="A DeepSpeed configuration, laid over the one made here."
+    "--ds-config", type=click.Path(), metavar="JSON", help="DeepSpeed configuration to lay over dsconv's own."
 )
 @_output_options
 def train(
     model: str, ds_config: str | None, stop_after: int | None, as_json: bool, quiet: bool, debug: bool, **options: Any
 ) -> None:  # fmt: skip
-    """Train MODEL, a folder, a Hub id or a configuration of a causal language model, keeping all state.
+    """Train a causal language model and save all of its state.
 
-    RUN holds run.json, metrics.jsonl (exact floats), loss.png, checkpoints/ (each whole or absent) and the ranks' logs.
-    SIGTERM and Ctrl-C save after the step in hand and exit 0.
+    MODEL is a folder, a Hub id or a configuration. RUN gets run.json, metrics.jsonl (exact floats), loss.png,
+    checkpoints/ (each complete or absent) and the logs of the ranks. On SIGTERM or Ctrl-C the run saves after the
+    current step and exits with 0.
     """
     from dsconv.engine import Layout, RunOptions
     from dsconv.engine import train as run
@@ -179,21 +195,24 @@ def train(
     _show(report, as_json, quiet)
 
 
-@click.command(epilog="""\b
+@command(epilog="""\b
 Example:
   dsconv resume run
   dsconv resume run --nproc 4 --zero-stage 2""")  # fmt: skip
 @click.argument("run", type=click.Path(), metavar="RUN")
 @_layout_options(start=False)
-@click.option("--steps", type=click.IntRange(1), metavar="N", help="Optimizer steps in all (default: as the run has).")
+@click.option("--steps", type=click.IntRange(1), metavar="N", help="Optimizer steps in all (default: the run's).")
 @click.option("--save-every", type=click.IntRange(0), metavar="K", help="Save after every K steps.")
 @click.option("--keep", type=click.IntRange(0), metavar="N", help="Keep the last N checkpoints.")
 @_output_options
 def resume(run: str, stop_after: int | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Go on with RUN from its last checkpoint, on the same ranks, or on others: what is given of them changes."""
+    """Resume RUN from its last checkpoint.
+
+    Options change the layout of the ranks; what is not given stays.
+    """
     from dataclasses import replace
 
-    from dsconv.engine import resume as go_on
+    from dsconv.engine import resume as run_on
     from dsconv.engine.checkpoints import latest, read_state
 
     options["nproc"] = options["nproc"] or _launched_ranks()
@@ -201,7 +220,7 @@ def resume(run: str, stop_after: int | None, as_json: bool, quiet: bool, debug: 
     layout = replace(read_state(latest(Path(run))).layout, **axes) if axes else None
     changes = {name: value for name, value in options.items() if value is not None}
     with console.progress(quiet or as_json, unit="steps") as progress:
-        report = go_on(run, layout=layout, stop_after=stop_after, changes=changes, progress=progress)
+        report = run_on(run, layout=layout, stop_after=stop_after, changes=changes, progress=progress)
     _show(report, as_json, quiet)
 
 
@@ -218,11 +237,11 @@ def _show(report: Any, as_json: bool, quiet: bool) -> None:
         console.warn(report.warnings)
         loss = "" if report.loss is None else f", loss {report.loss:.4f}"
         end = "finished" if report.finished else "interrupted, saved" if report.interrupted else "stopped"
-        click.echo(
+        console.say(
             f"{report.run} ({report.layout}): step {report.step} of {report.steps}{loss}; {end} in"
             f" {report.seconds:.1f} s"
         )
         if report.checkpoint:
-            click.echo(f"checkpoint: {report.checkpoint}")
+            console.say(f"checkpoint: {report.checkpoint}")
         if not report.finished:
-            click.echo(f"to go on: dsconv resume {report.run}")
+            console.say(f"to resume: dsconv resume {report.run}")

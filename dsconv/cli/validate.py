@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsconv.cli import console
+from dsconv.cli.console import command
 from dsconv.errors import EXIT_MISMATCH
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 FAULTS = ["drop-exp-avg", "reset-rng", "skip-batch", "swap-shards", "stale-latest"]
 
 
-@click.command(epilog="""\b
+@command(epilog="""\b
 Example:
   dsconv validate model/ --nproc 2 --quick --report report/
   dsconv validate model/ --nproc 4 --cells zero3-bf16 --report report/""")  # fmt: skip
@@ -27,7 +28,7 @@ Example:
     default=2,
     show_default=True,
     metavar="W",
-    help="Ranks of each run; an even number.",
+    help="Ranks of each run, an even number.",
 )
 @click.option(
     "--report",
@@ -35,31 +36,35 @@ Example:
     required=True,
     type=click.Path(),
     metavar="DIR",
-    help="For report.json, report.md, the curves and runs.",
+    help="Folder for report.json, report.md, the curves and the runs.",
 )
-@click.option("--quick", is_flag=True, help="A few rows: ZeRO-1, ZeRO-3, AutoTP and native.")
-@click.option("--cells", metavar="ROW,…", help="These rows only, such as zero3-bf16.")
-@click.option("--sabotage", type=click.Choice(FAULTS), help="Break each resumed run on purpose: validation must fail.")
+@click.option("--quick", is_flag=True, help="Run four rows only: ZeRO-1, ZeRO-3, AutoTP and native.")
+@click.option("--cells", metavar="ROW,…", help="Run these rows only, such as zero3-bf16.")
+@click.option(
+    "--sabotage", "fault", type=click.Choice(FAULTS), help="Break each resumed run on purpose; validation must fail."
+)
 @click.option(
     "--steps",
     type=int,
     default=8,
     show_default=True,
     metavar="N",
-    help="Steps of a run, a multiple of 4; it stops halfway.",
+    help="Steps of a run, a multiple of 4; it is stopped halfway.",
 )
-@click.option("--seq-len", type=click.IntRange(2), default=32, show_default=True, metavar="L", help="Tokens a sample.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, data and dropout.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-@click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
+@click.option(
+    "--seq-len", type=click.IntRange(2), default=32, show_default=True, metavar="L", help="Tokens per sample."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of weights, data and dropout.")
+@console.JSON
+@console.QUIET
+@console.DEBUG
 def validate(
     model: str, folder: str, cells: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any
 ) -> int:
-    """Prove that runs of MODEL resume, reshape and convert without losing anything.
+    """Prove that runs resume, reshape and convert exactly.
 
-    Trains small runs with real engines, stops and resumes them in new processes, in place and on other ranks, converts
-    them and loads them back, and compares states, losses and weights. Exits 5 when a cell fails.
+    Small runs of MODEL are trained with real engines, stopped and resumed in new processes, in place and on other
+    ranks, converted and loaded back. States, losses and weights are compared. The exit code is 5 if a cell fails.
     """
     from dsconv.engine.validation import validate as run
 
@@ -80,31 +85,28 @@ def validate(
 
 
 def _began(name: str) -> None:
-    click.echo(f"  running {name}", err=True)
+    console.say(f"  running {name}", err=True)
 
 
 def _done(cell: Cell) -> None:
     mark = {True: "passed", False: "FAILED", None: "does not apply"}[cell.passed]
-    click.echo(f"{cell.name}: {mark} ({cell.level}, {cell.seconds:.1f} s)", err=True)
+    console.say(f"{cell.name}: {mark} ({cell.level}, {cell.seconds:.1f} s)", err=True)
     if cell.passed is False:
         for key, value in cell.evidence.items():
-            click.echo(f"    {key}: {value}", err=True)
+            console.say(f"    {key}: {value}", err=True)
 
 
 def _show(report: ValidationReport, folder: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from dsconv.engine.matrix import COLUMNS
     from dsconv.engine.validation_report import MARKS
 
     console.warn(report.warnings)
-    table = Table("", *COLUMNS)
+    rows = []
     for name in dict.fromkeys(cell.row for cell in report.cells):
         found = {cell.column: cell.passed for cell in report.cells if cell.row == name}
-        table.add_row(name, *(MARKS[found[column]] if column in found else "" for column in COLUMNS))
-    Console().print(table)
+        rows.append((name, *(MARKS[found[column]] if column in found else "" for column in COLUMNS)))
+    console.table([("", "left"), *((column, "left") for column in COLUMNS)], rows)
     count = sum(cell.passed is not None for cell in report.cells)
     failed = sum(cell.passed is False for cell in report.cells)
     verdict = f"all {count} cells passed" if report.passed else f"{failed} of {count} cells FAILED"
-    click.echo(f"{verdict} in {report.seconds:.0f} s; {Path(folder) / 'report.md'}")
+    console.say(f"{verdict} in {report.seconds:.0f} s; {Path(folder) / 'report.md'}")

@@ -66,8 +66,9 @@ def write_state(folder: Path, state: State) -> None:
 def commit(run: Path, step: int, keep: int) -> Path:
     """Sync what was written for ``step``, move it into place and name it in ``latest``.
 
-    Of the older checkpoints ``keep`` - 1 stay; all of them if ``keep`` is 0. One rank calls this once all have written.
-    Raises OutputError.
+    Of the checkpoints of earlier steps ``keep`` - 1 stay; all of them if ``keep`` is 0. Those of later steps stay too:
+    a run that went back to an earlier checkpoint replaces them when it gets there. One rank calls this once all have
+    written. Raises OutputError.
     """
     folder = run / FOLDER
     written, target = folder / PARTIAL / tag_of(step), folder / tag_of(step)
@@ -87,7 +88,7 @@ def commit(run: Path, step: int, keep: int) -> Path:
     write_file(folder / LATEST, target.name.encode())
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     if keep:
-        for old in steps(run)[:-keep]:
+        for old in [taken for taken in steps(run) if taken <= step][:-keep]:  # later ones are another branch's
             shutil.rmtree(folder / tag_of(old), ignore_errors=True)
     return target
 

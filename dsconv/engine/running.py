@@ -13,7 +13,7 @@ from dsconv.engine.launch import launched, run_job
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.overlay import without_flags
 from dsconv.engine.worker import METRICS, Job, Outcome, read_metrics
-from dsconv.errors import OutputError, UsageError
+from dsconv.errors import OutputError, UsageError, require_packages
 
 Progress = Callable[[str, int, int], None]
 NVME_OPTIMIZER = (
@@ -74,6 +74,7 @@ def train(options: RunOptions, *, stop_after: int | None = None, progress: Progr
         DsconvError: The error of the rank that failed first.
         RunFailedError: A rank failed in any other way.
     """
+    _require_engine(options)
     options.check()
     options = without_flags(options)
     _lint(options)
@@ -119,6 +120,7 @@ def resume(
     checkpoint = checkpoints.latest(folder)
     state = checkpoints.read_state(checkpoint)
     options = options.resharded(layout or state.layout)
+    _require_engine(options)
     options.check()
     _lint(options)
     if options.layout.backend != state.layout.backend:
@@ -133,6 +135,11 @@ def resume(
     if _leads():
         options.write()
     return _run(Job(options, last, checkpoint, state.layout != options.layout), progress)
+
+
+def _require_engine(options: RunOptions) -> None:
+    deepspeed = ["deepspeed"] if options.layout.backend == "deepspeed" else []
+    require_packages("training", "train", "transformers", *deepspeed)
 
 
 def _lint(options: RunOptions) -> None:

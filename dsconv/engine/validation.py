@@ -27,7 +27,7 @@ from dsconv.engine.models import open_source
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.reference_runs import DROPOUT, ReferenceRuns, Run
 from dsconv.engine.validation_report import Cell, ValidationReport, write_report
-from dsconv.errors import DsconvError, UsageError
+from dsconv.errors import DsconvError, UsageError, require_packages
 
 # Curves may differ by at least this part of the loss: fp32 sums in another order, bf16 weights rounded differently.
 FLOORS = {"fp32": 2.0**-20, "bf16": 2.0**-14}
@@ -137,7 +137,8 @@ class Validation:
             "distance of uninterrupted runs": apart,
             "floor": floor,
         }
-        return "states, calibrated", compared > 0 and not differing and distance <= tolerance, evidence
+        close = math.isfinite(distance) and distance <= tolerance
+        return "states, calibrated", compared > 0 and not differing and close, evidence
 
     def _apart(self, scenario: Scenario, target: Layout) -> float:
         """Return the largest distance between two uninterrupted runs, without dropout, over all layouts.
@@ -227,6 +228,7 @@ def validate(
         DsconvError: The model cannot be opened.
     """
     began_at = time.monotonic()
+    require_packages("validation", "train", "transformers", "deepspeed")
     chosen = scenarios(nproc, quick, cells)
     if fault is not None and fault not in FAULTS:
         raise UsageError(f"--sabotage {fault}: expected one of {', '.join(FAULTS)}")
@@ -275,10 +277,11 @@ def _states(run: Run) -> list[dict[str, dict[str, str]]]:
 
 
 def _distance(a: Run, b: Run) -> float:
-    """Return the largest difference of the losses at one step; infinity if the curves have different lengths."""
+    """Return the largest difference of the losses at one step.
+
+    It is infinite if the curves have different lengths or a loss is not finite.
+    """
     left, right = a.curve("loss"), b.curve("loss")
-    return (
-        max((abs(x - y) for x, y in zip(left, right, strict=True)), default=math.inf)
-        if len(left) == len(right)
-        else math.inf
-    )
+    if not left or len(left) != len(right) or not all(map(math.isfinite, [*left, *right])):
+        return math.inf
+    return max(abs(x - y) for x, y in zip(left, right, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dsconv.checkpoint.storage import hub
-from dsconv.errors import CheckpointNotFoundError, UnsupportedError
+from dsconv.errors import CheckpointNotFoundError, UnsupportedError, require_packages
 from dsconv.loaders.models import model_class_of
 from dsconv.zero_utils.activations import Decoder
 from dsconv.zero_utils.memory import ModelSizes
@@ -30,11 +30,10 @@ def model_sizes(source: str, revision: str | None = None) -> ModelSizes:
         UnsupportedError: transformers cannot build a model of this configuration.
         RemoteError: The Hub cannot be read.
     """
-    try:
-        from transformers import AutoConfig
-        from transformers.utils import logging
-    except ImportError:
-        raise UnsupportedError("building the model needs transformers: pip install 'dsconv[train]'") from None
+    require_packages("building the model", "train", "transformers")
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     path = _config_path(source, revision)
     try:

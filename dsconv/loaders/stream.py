@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsconv.checkpoint.map.dtypes import BY_NAME
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.transfer.casting import CASTABLE
 from dsconv.checkpoint.transfer.fill import Filling, Patch, Reads, Slot, reads_of
@@ -205,12 +205,39 @@ def _check_cast(name: str, dtype: torch.dtype, made_of: tuple[Patch, ...] | Comp
     wanted = BY_NAME[str(dtype).removeprefix("torch.")]
     for entry in made_of.entries if isinstance(made_of, Computed) else [patch.entry for patch in made_of]:
         stored = entry.dtype
+        if not (stored.floating or wanted.floating) and stored != wanted:
+            _check_integers(name, entry, dtype)
         if stored == wanted or {stored.name, wanted.name} <= CASTABLE or not (stored.floating or wanted.floating):
             continue
         raise UnsupportedError(
             f"{name} is {wanted} in the model, and {entry.name} is stored as {stored}: weights are neither"
             " quantized nor dequantized here"
         )
+
+
+def _check_integers(name: str, entry: TensorEntry, dtype: torch.dtype) -> None:
+    """Raise UnsupportedError unless the model's dtype holds every value of an entry of integers.
+
+    The entry is read for that if its dtype is wider.
+    """
+    lowest, highest = _integer_limits(dtype)
+    stored_lowest, stored_highest = _integer_limits(getattr(torch, entry.dtype.name))
+    if (lowest <= stored_lowest and stored_highest <= highest) or not entry.numel:
+        return
+    values = entry.read()
+    low, high = int(values.min()), int(values.max())
+    if low < lowest or high > highest:
+        raise UnsupportedError(
+            f"{name} is {str(dtype).removeprefix('torch.')} in the model, but {entry.name} has values from {low} to"
+            f" {high}, which do not fit: give the model a tensor of {entry.dtype}"
+        )
+
+
+def _integer_limits(dtype: torch.dtype) -> tuple[int, int]:
+    if dtype == torch.bool:
+        return 0, 1
+    limits = torch.iinfo(dtype)
+    return limits.min, limits.max
 
 
 def _fill_from(full: torch.Tensor, slot: Slot) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.errors import UnsupportedError
+from dsconv.errors import UnsupportedError, require_packages
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 
@@ -56,6 +56,7 @@ def load_tp(
         RankFailedError: Another rank failed.
         DsconvError: ``open_checkpoint`` failed.
     """
+    require_packages("load_tp", "train", "transformers")
     import torch
     from transformers.distributed import DistributedConfig
 

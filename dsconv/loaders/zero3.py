@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.errors import UnsupportedError
+from dsconv.errors import UnsupportedError, require_packages
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 from dsconv.loaders.partitions import allocate_partition
@@ -69,6 +69,7 @@ def load_zero3(
         DsconvError: ``open_checkpoint`` failed.
     """
     began = time.monotonic()
+    require_packages("load_zero3", "train", "deepspeed", "transformers")
     settings = DSConfig.read(ds_config)
     if not settings.is_zero3:
         raise UnsupportedError(

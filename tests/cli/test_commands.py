@@ -47,7 +47,7 @@ def test_help_fits_80_columns_and_has_an_example(command: list[str]) -> None:
 
 def test_the_surface_of_the_command_line() -> None:
     """Names that users type do not change by accident: a change here is a change for them."""
-    from dsconv.cli import cli
+    from dsconv.cli.commands import cli
 
     surface = {}
     for name, command in cli.commands.items():

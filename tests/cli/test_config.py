@@ -121,9 +121,9 @@ def test_recipes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        ([], 2, "Give one of DS_JSON and --recipe"),
-        (["ds.json", "--recipe", "zero2"], 2, "Give one of DS_JSON and --recipe"),
-        (["--recipe", "zero4"], 2, "No such recipe: zero4. There are: zero1, zero2"),
+        ([], 2, "Give either DS_JSON or --recipe"),
+        (["ds.json", "--recipe", "zero2"], 2, "Give either DS_JSON or --recipe"),
+        (["--recipe", "zero4"], 2, "There is no recipe 'zero4'. The recipes are zero1, zero2"),
         (["gone.json"], 3, "gone.json: no such file"),
         (["{"], 3, "not JSON"),
         (['{"train_batch_size": 1}', "--model", "gone/"], 3, "no such file; --model is a folder with config.json"),

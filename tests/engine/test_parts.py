@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
-from dsconv.engine import checkpoints, train
+from dsconv.engine import checkpoints, train, validation
 from dsconv.engine.checkpoints import State
 from dsconv.engine.data import SYNTHETIC_SAMPLES, Position, open_data
 from dsconv.engine.deepspeed_backend import ds_config
@@ -218,3 +220,32 @@ def test_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
 def test_a_metrics_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.1}]
+
+
+def test_keep_leaves_what_latest_names(tmp_path: Path) -> None:
+    """A run that goes back to an earlier checkpoint saves steps below those of the branch that it left."""
+    for step in (2, 4, 6, 8):
+        folder = checkpoints.begin(tmp_path) / checkpoints.tag_of(step)
+        folder.mkdir()
+        checkpoints.commit(tmp_path, step, keep=0)
+    (tmp_path / checkpoints.FOLDER / checkpoints.LATEST).write_text(checkpoints.tag_of(2))
+    _save(tmp_path, 3)
+    assert checkpoints.latest(tmp_path).name == checkpoints.tag_of(3)
+    _save(tmp_path, 5)
+    assert checkpoints.steps(tmp_path) == [4, 5, 6, 8]
+    assert checkpoints.latest(tmp_path).name == checkpoints.tag_of(5)
+
+
+@pytest.mark.parametrize("losses", [[2.0, math.nan, 1.8], [math.nan, 1.9, 1.8], [2.0, math.inf, 1.8], [2.0, 1.9], []])
+def test_no_tolerance_admits_a_loss_that_is_not_finite(losses: list[float]) -> None:
+    class Curve:
+        def __init__(self, losses: list[float]) -> None:
+            self.losses = losses
+
+        def curve(self, key: str) -> list[float]:
+            return self.losses
+
+    sound: Any = Curve([2.0, 1.9, 1.8])
+    broken: Any = Curve(losses)
+    assert validation._distance(sound, sound) == 0
+    assert validation._distance(sound, broken) == validation._distance(broken, sound) == math.inf

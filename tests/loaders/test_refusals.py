@@ -153,3 +153,17 @@ def test_no_memory_for_a_block(copied: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MemoryError):
         dsconv.merge(copied, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_integers_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    model.register_buffer("ids", torch.zeros(2, dtype=torch.int32))
+    save_file({"weight": torch.ones(1, 2), "ids": torch.tensor([2**40 + 7, 5])}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UnsupportedError, match=r"ids is int32 in the model, but ids has values from 5 to 1099511627783"
+    ):
+        dsconv.stream_into(model, tmp_path)
+    assert model.ids.tolist() == [0, 0]
+    save_file({"weight": torch.ones(1, 2), "ids": torch.tensor([-(2**31), 5])}, tmp_path / "model.safetensors")
+    dsconv.stream_into(model, tmp_path)
+    assert model.ids.tolist() == [-(2**31), 5]

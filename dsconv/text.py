@@ -1,0 +1,51 @@
+"""Make text from files safe to show: names, messages and paths come from whoever wrote the checkpoint.
+
+Everything that dsconv prints passes ``clean`` at the place where it is printed.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_LINE = 4000  # characters of a line; a path may have 4,096 bytes
+MAX_NAME = 240  # characters of one name in a table
+_USER = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://?)[^\s/?#@'\"]*:[^\s/@'\"]*@")
+_QUERY = re.compile(r"(?P<url>\b[A-Za-z][A-Za-z0-9+.-]*://?[^\s?'\"]*)\?[^\s'\"]+")
+_TOKEN = re.compile(r"\b(?P<kind>hf_|Bearer |AKIA|ghp_)[A-Za-z0-9_.~+/=-]{8,}")
+
+
+def clean(text: str, limit: int = MAX_LINE) -> str:
+    """Return ``text`` as one line that a terminal can only show.
+
+    Characters that are not printable (``str.isprintable``) become their escapes: C0 and C1 controls, line separators,
+    bidirectional overrides, invisible characters and the surrogates of a path that is not UTF-8. Credentials in URLs
+    are removed, as ``redact`` does. A longer text is cut in the middle.
+
+    Args:
+        text: Any text.
+        limit: The largest number of characters to return.
+    """
+    if len(text) > 4 * limit:  # bound the work before looking at each character
+        text = text[: 2 * limit] + text[-2 * limit :]
+    text = redact(text)
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else _escape(char) for char in text)
+    if len(text) > limit:
+        text = f"{text[: limit - limit // 3]} … {text[len(text) - limit // 3 + 3 :]}"
+    return text
+
+
+def redact(text: str) -> str:
+    """Return ``text`` without what gives access: passwords and queries of URLs, and access tokens.
+
+    The query of a URL goes as a whole, since a signed URL carries its signature there.
+    """
+    if "://" in text or ":/" in text:
+        text = _QUERY.sub(r"\g<url>?…", _USER.sub(r"\g<scheme>…@", text))
+    return _TOKEN.sub(r"\g<kind>…", text)
+
+
+def _escape(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # a byte that is not UTF-8 (PEP 383)
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")

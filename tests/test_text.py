@@ -1,0 +1,46 @@
+"""Text from files reaches a terminal as text only, and without what gives access."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+
+import pytest
+
+from dsconv.text import MAX_LINE, clean, redact
+
+
+def test_no_character_that_a_terminal_obeys_is_left() -> None:
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    for start in range(0, len(everything), 256):
+        shown = clean(everything[start : start + 256])
+        assert not {unicodedata.category(char) for char in shown} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    assert clean("a\x1b]0;t\x07\r\nb\u2028\u202e\x9b2J") == "a\\x1b]0;t\\x07\\r\\nb\\u2028\\u202e\\x9b2J"
+    assert clean("模型.layers.0 → ×") == "模型.layers.0 → ×"
+    assert clean("\udcff/x\ud800") == "\\xff/x\\ud800"
+
+
+def test_long_text_is_cut_in_the_middle() -> None:
+    assert len(clean("x" * 10_000_000)) <= MAX_LINE
+    shown = clean("head" + "\x1b" * 5000 + "tail", 100)
+    assert len(shown) <= 100
+    assert shown.startswith("head")
+    assert shown.endswith("tail")
+    assert " … " in shown
+    assert clean("x" * 100, 100) == "x" * 100
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://u:secret@host/a.bin: no", "https://…@host/a.bin: no"),
+        ("s3://bucket/m?X-Amz-Signature=abc&X-Amz-Expires=1 is", "s3://bucket/m?… is"),
+        ("https:/host/m?sig=abc", "https:/host/m?…"),
+        ("token hf_abcdefghijklmnop given", "token hf_… given"),
+        ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer …"),
+        ("https://host/a: what? no@b:c", "https://host/a: what? no@b:c"),
+        ("layers.0.weight: is it?", "layers.0.weight: is it?"),
+    ],
+)
+def test_what_gives_access_is_not_shown(text: str, shown: str) -> None:
+    assert redact(text) == clean(text) == shown
