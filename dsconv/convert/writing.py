@@ -209,8 +209,7 @@ def _run_in_order(
             yield from runs_of(entry, target)
 
     grouped = {name: list(of_file) for name, of_file in groupby(targets, key=lambda item: item[0])}
-    casts = any(target.dtype != entry.dtype for _, entry, target in targets)
-    run.run_in_order((stream(name, grouped.get(name, [])) for name in files), casts)
+    run.run_in_order(stream(name, grouped.get(name, [])) for name in files)
     run.run(padding)
     run.check_records()
 

@@ -8,7 +8,6 @@ last, such as a file in a store, gets them by ``CopyRun.run_in_order``.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.regions import runs
 from dsconv.checkpoint.map.tensors import Piece, Record, TensorEntry
 from dsconv.checkpoint.storage.local import is_remote, stat_signature
-from dsconv.checkpoint.transfer.casting import Caster, one_torch_thread
+from dsconv.checkpoint.transfer.casting import Caster
 from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.transfer.pool import Jobs, run_jobs
 from dsconv.checkpoint.transfer.reading import Part, Sources, gather_view, parts_of
@@ -134,35 +133,30 @@ class CopyRun:
         self.stats = CopyStats()
         self._lock = threading.Lock()
 
-    def run(self, copies: Iterable[Copy | Gather], streamed: Iterable[Copy] = (), casts: bool = False) -> None:
+    def run(self, copies: Iterable[Copy | Gather], streamed: Iterable[Copy] = ()) -> None:
         """Run all ``copies`` to the end, in the order in which they lie on disk.
 
         Args:
             copies: any number of copies, in any order.
             streamed: copies that are run before them, in their own order.
-            casts: whether some of ``streamed`` change the dtype.
 
         Raises:
             The first error, once every worker has stopped: MalformedError where a source cannot be read, and what
             the targets raise.
         """
         ordered = sorted(copies, key=lambda c: (str(c.path), c.offset_bytes))
-        casts = casts or any(c.target is not None and c.target.dtype != c.source_dtype for c in ordered)
-        with one_torch_thread() if casts else contextlib.nullcontext():
-            run_jobs(chain(_blocks(streamed), _blocks(ordered)), self._work, self.workers)
+        run_jobs(chain(_blocks(streamed), _blocks(ordered)), self._work, self.workers)
 
-    def run_in_order(self, streams: Iterable[Iterable[Gather]], casts: bool) -> None:
+    def run_in_order(self, streams: Iterable[Iterable[Gather]]) -> None:
         """Run each of ``streams`` from its first run to its last; a few streams are run at once.
 
         Args:
             streams: the runs that fill one file each, in the order of the file.
-            casts: whether some of them change the dtype.
 
         Raises:
             What ``run`` raises.
         """
-        with one_torch_thread() if casts else contextlib.nullcontext():
-            run_jobs(streams, self._work_in_order, min(self.workers, MAX_STREAMS))
+        run_jobs(streams, self._work_in_order, min(self.workers, MAX_STREAMS))
 
     def check_records(self) -> None:
         """Check the records that were read to the end against their CRC-32, and that files without one did not change.

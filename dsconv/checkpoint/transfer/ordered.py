@@ -67,6 +67,5 @@ def run_all(pairs: Iterable[tuple[TensorEntry, Target]], run: CopyRun) -> None:
     run.checks.update(checks)
     for stream in streams:
         run.checks.update(stream.checks())
-    casts = any(target.dtype != dtype for stream in streams for _, dtype, target in stream.members)
-    run.run([*copies, *padding], (copy for stream in streams for copy in stream.copies()), casts)
+    run.run([*copies, *padding], (copy for stream in streams for copy in stream.copies()))
     run.check_records()
