@@ -14,11 +14,13 @@ from tests.fuzz.targets import (
     ZipDamage,
     ZipForgery,
 )
+from tests.fuzz.zip_readers import ZipReaders
 
 TARGETS: tuple[type[Target], ...] = (
     Pickles,
     ZipDamage,
     ZipForgery,
+    ZipReaders,
     Legacy,
     SafetensorsHeader,
     Index,

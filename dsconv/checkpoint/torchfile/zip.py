@@ -153,6 +153,12 @@ def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
         fields = END64.unpack(file.read(end64_offset, END64.size))
         if fields[0] != b"PK\x06\x06":
             raise MalformedError(f"{path}: no zip64 directory at byte {end64_offset}, where the file says it is")
+        locator_offset = size_bytes - tail_bytes + locator_at
+        if end64_offset + END64.size != locator_offset:
+            raise UnsafeError(
+                f"{path}: the zip64 end at byte {end64_offset} is not followed by its locator, which lies at byte"
+                f" {locator_offset}; refused: readers differ on which end is the zip's"
+            )
         wide = fields[7:10]
         if any(n not in (w, full) for n, w, full in zip(narrow, wide, (FULL16, FULL32, FULL32), strict=True)):
             raise MalformedError(

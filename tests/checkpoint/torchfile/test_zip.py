@@ -438,3 +438,12 @@ def test_a_tensor_over_a_mutant_storage_is_bounded(tmp_path: Path) -> None:
     file = TorchFile(path)
     with pytest.raises(MalformedError, match="reaches byte"):
         file.pieces(file.root)
+
+
+@pytest.mark.parametrize("between", [b"\0", b"PK\x06\x06" + bytes(52)])
+def test_a_zip64_end_that_does_not_touch_its_locator_is_refused(between: bytes, tmp_path: Path) -> None:
+    """torch follows the locator, and Python's zipfile looks right before it: two ends could be two models."""
+    sound = zip_bytes(SOUND, zip64=True)
+    locator = sound.rindex(b"PK\x06\x07")
+    with pytest.raises(UnsafeError, match="is not followed by its locator"):
+        opened(written(tmp_path, sound[:locator] + between + sound[locator:]))
