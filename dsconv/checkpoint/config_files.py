@@ -6,10 +6,15 @@ or in a folder inside: verl writes ``huggingface/`` and NeMo Automodel ``.hf_met
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 CONFIG = "config.json"
+# Any of these marks a folder as one that from_pretrained was or will be pointed at.
+MARKERS = (CONFIG, "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+MAX_CONFIG_BYTES = 8 << 20  # the largest config.json known has some 100 kB
 INSIDE = ("huggingface", ".hf_metadata")
 
 
@@ -39,3 +44,12 @@ def config_folders(folders: Iterable[Path]) -> list[Path]:
     if given:
         searched.append(given[-1].absolute().parent)
     return list(dict.fromkeys(searched))
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object of a config.json; None where it is not one, or is larger than any configuration."""
+    try:
+        data = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface.config_files import read_config
+from dsconv.checkpoint.config_files import read_config
 from dsconv.checkpoint.map.regions import Sizes
 
 

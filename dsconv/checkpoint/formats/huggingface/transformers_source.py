@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface.config_files import read_config
+from dsconv.checkpoint.config_files import read_config
 
 MAX_SOURCE_BYTES = 4 << 20
 
