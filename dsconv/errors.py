@@ -40,6 +40,26 @@ class CheckpointNotFoundError(DsconvError, FileNotFoundError):
     """The path, the tag or the kind of file that makes a checkpoint does not exist."""
 
 
+class SeveralModelsError(CheckpointNotFoundError):
+    """A checkpoint holds several models, and which one is meant is not clear.
+
+    Attributes:
+        where: The file or folder.
+        models: What ``item`` may be, each with the number of its tensors.
+    """
+
+    def __init__(self, where: object, models: dict[str, int]) -> None:
+        shown = [f"{key!r:.100} ({count} tensor{'' if count == 1 else 's'})" for key, count in models.items()][:12]
+        more = f" and {len(models) - len(shown)} more" if len(models) > len(shown) else ""
+        first = next(iter(models), "")
+        super().__init__(
+            f"{where}: holds {len(models)} models: {', '.join(shown)}{more}. They are not mixed: choose one with"
+            f" --item, such as --item {first!r:.100} (item= in Python)"
+        )
+        self.where = where
+        self.models = dict(models)
+
+
 class MissingShardError(DsconvError, FileNotFoundError):
     """The checkpoint refers to shard files that do not exist."""
 

@@ -11,12 +11,14 @@ from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import stat_signature
 from dsconv.checkpoint.storage.roots import Root, open_root
 from dsconv.checkpoint.transfer.reading import read_tensor
-from dsconv.errors import DsconvError, MalformedError
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
 
 TensorEntry.reader = staticmethod(read_tensor)  # the map is a floor below the reading of bytes
 
 
-def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], tag: str | None = None, revision: str | None = None, item: str | None = None
+) -> Checkpoint:
     """Open a checkpoint for reading: read its metadata, and prove that its pieces tile every tensor exactly once.
 
     Args:
@@ -26,12 +28,14 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None, revisi
             on the Hub, whose files are downloaded into the Hub's cache.
         tag: Which checkpoint of a folder that holds several.
         revision: A branch, tag or commit of the Hub.
+        item: The key of the model to open, where there are several: ``actor`` of ``{"actor": …, "critic": …}``.
 
     Returns:
         A read-only mapping of names to tensors. No tensor data has been read.
 
     Raises:
-        CheckpointNotFoundError: There is nothing at the path, or nothing that dsconv reads.
+        CheckpointNotFoundError: There is nothing at the path, nothing that dsconv reads, or no such tag or item.
+        SeveralModelsError: There are several models, and ``item`` is None; it lists them.
         MissingShardError: A file of the checkpoint is not there.
         MalformedError: A file is damaged or cannot be read.
         InconsistentCheckpointError: The files are not of one save.
@@ -41,7 +45,7 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None, revisi
     """
     root = open_root(path, revision)
     try:
-        checkpoint = _read(root, tag)
+        checkpoint = _read(root, tag, item)
         root.fetch_beside(dict.fromkeys((checkpoint.path, checkpoint.folder)))
     except DsconvError:
         raise
@@ -56,10 +60,15 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None, revisi
     return checkpoint
 
 
-def _read(root: Root, tag: str | None) -> Checkpoint:
+def _read(root: Root, tag: str | None, item: str | None) -> Checkpoint:
     for kind in formats():
         if kind.detect(root, tag):
-            return kind.read(root, tag)
+            checkpoint = kind.read(root, tag, item)
+            if item is not None and "item" not in checkpoint.info:
+                raise CheckpointNotFoundError(
+                    f"{root.path}: no model is called {safe_repr(item)}: there is one model, which needs no --item"
+                )
+            return checkpoint
     raise root.nothing_found(EXPECTED)
 
 

@@ -183,6 +183,14 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('h') else 's'}"
 
 
+def counts(found: dict[str, int], shown: int = 8) -> str:
+    """Return ``35 optim, 7 lr_scheduler``, for names out of a file: the largest counts first, and how many more."""
+    largest = sorted(found.items(), key=lambda item: -item[1])
+    parts = [f"{number:,} {name if name.isprintable() else repr(name)}"[:100] for name, number in largest[:shown]]
+    more = sum(number for _, number in largest[shown:])
+    return ", ".join(parts) + (f" and {more:,} others" if more else "")
+
+
 def show_json(data: dict[str, Any]) -> None:
     """Print one JSON object on stdout, in ASCII and without credentials."""
     sys.stdout.write(json.dumps(_redacted(data), indent=1) + "\n")

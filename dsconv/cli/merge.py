@@ -19,6 +19,7 @@ SOURCE_OPTIONS = (
     click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names)."),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main)."),
 )
+ITEM = click.option("--item", metavar="KEY", help="Which model of several, such as actor; the error lists them.")
 TENSOR_OPTIONS = (
     click.option(
         "--dtype",
@@ -85,7 +86,7 @@ Example:
   dsconv merge checkpoints/ merged/
   dsconv merge merged/ small/ --dtype bf16 --max-shard-size 2GB
   dsconv merge org/model s3://bucket/model --dtype bf16""")  # fmt: skip
-@with_options(*ALL_OPTIONS)
+@with_options(*ARGUMENTS, *SOURCE_OPTIONS, ITEM, *TENSOR_OPTIONS, *OUTPUT_OPTIONS, *DISPLAY_OPTIONS)
 def merge(**options: Any) -> None:
     """Merge a checkpoint of any format into safetensors.
 
@@ -127,6 +128,8 @@ def _run(options: dict[str, Any]) -> None:
         f"{size} in {console.count(len(report.files), 'file')}, {seconds:.2f}"
         f" s{', verified' if report.verified else ''}"
     )
+    if report.left_out:
+        click.echo(f"left out: {console.counts(report.left_out)}")
     for alias, name in report.ties.items():
         console.say(f"{alias} is tied to {name}, stored once")
     if report.sidecars:
@@ -157,5 +160,7 @@ def _show_plan(report: Any) -> None:
         f"{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in"
         f" {console.count(len(report.files), 'file')}; nothing was written (--dry-run)",
     )
+    if report.left_out:
+        click.echo(f"left out: {console.counts(report.left_out)}")
     if report.sidecars:
         console.say(f"with {', '.join(report.sidecars)}")

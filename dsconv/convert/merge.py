@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,16 @@ from dsconv.errors import MismatchError
 class MergeReport(Report):
     """What a merge did, or with ``dry_run`` would do. Sizes are in bytes.
 
-    ``ties`` are {name: the name that its tensor is stored under}. ``pushed`` is what ``push`` reported.
+    ``ties`` are {name: the name that its tensor is stored under}. ``item`` is the key of the model that was taken where
+    the checkpoint holds several. ``left_out`` counts, by what holds them, the items that are not the model's: an
+    optimizer, counters, another model. ``pushed`` is what ``push`` reported.
     """
 
     files: list[str]
     sidecars: list[str]
     ties: dict[str, str]
+    item: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
     verified: bool = False
     pushed: dict[str, Any] | None = None
 
@@ -81,6 +86,7 @@ def merge(
     *,
     tag: str | None = None,
     revision: str | None = None,
+    item: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     exclude_frozen: bool = False,
@@ -108,6 +114,7 @@ def merge(
         output: the folder to write (default: see ``default_output``).
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
         revision: the branch, tag or commit of a model on the Hub.
+        item: the key of the model to take, where the checkpoint holds several.
         dtype: fp32, bf16 or fp16. Every floating tensor of 16 bits or more is cast to it, once, to nearest even.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a larger tensor exceeds it.
         exclude_frozen: leave out weights that were not trained.
@@ -151,7 +158,7 @@ def merge(
     )
     if output is not None and not dry_run:
         recover_interrupted(as_path(output))  # it may be the source too
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision, item)
     if output is None:
         suffix = (
             "adapter"
@@ -160,6 +167,8 @@ def merge(
             if fold_lora
             else dtype or ("fp32" if checkpoint.is_deepspeed else "merged")
         )
+        if item is not None:
+            suffix = re.sub(r"[^\w.-]", "_", item) + f"-{suffix}"
         output = default_output(checkpoint, suffix)
     return _merge(checkpoint, as_path(output), options)
 
@@ -271,6 +280,8 @@ def _report(checkpoint: Checkpoint, target: Path, plan: Plan, extra: list[str], 
             for name in (t.entry.name, *t.entry.aliases)
             if t.entry.aliases and name != t.name
         },
+        item=checkpoint.info.get("item"),
+        left_out=dict(checkpoint.info.get("left_out") or {}),
         dry_run=dry_run,
         warnings=list(checkpoint.warnings),
     )

@@ -36,7 +36,7 @@ class Format(Protocol):
             CheckpointNotFoundError: The folder is of this format, and which checkpoint in it is meant is not clear.
         """
 
-    def read(self, root: Root, tag: str | None) -> Checkpoint:
+    def read(self, root: Root, tag: str | None, item: str | None) -> Checkpoint:
         """Return the tensor map of what ``detect`` has recognised.
 
         Each ``TensorEntry`` has the name, the stored dtype, the full shape, and a layout: a function that returns its
@@ -47,9 +47,12 @@ class Format(Protocol):
         Args:
             root: Where the checkpoint lies.
             tag: The step or tag that the user chose, or None.
+            item: The key of the model that the user chose, or None. A format whose checkpoints may hold several says
+                which one it took in ``info["item"]``, and all of them in ``info["models"]``; others ignore it.
 
         Raises:
-            CheckpointNotFoundError: There is no checkpoint of that tag.
+            CheckpointNotFoundError: There is no checkpoint of that tag, or no such item.
+            SeveralModelsError: There are several models, and ``item`` is None.
             MissingShardError: A file that the checkpoint needs is not there.
             MalformedError: A file is damaged, or is not what its name says.
             InconsistentCheckpointError: The files are not of one save.

@@ -1,129 +1,153 @@
 """Read directories of torch.distributed.checkpoint (DCP): ``.metadata`` and ``__R_N.distcp``.
 
 FSDP1 (sharded state dicts), FSDP2, HSDP, tensor parallelism and any mesh of these are saved in this form, by
-``dcp.save``, accelerate and the Trainer (``pytorch_model_fsdp_0/``), torchtitan (``step-N/``) and others. A chunk is a
-box of its tensor, even where FSDP2 and TP both cut one dimension (``_StridedShard``): DCP writes the box that a rank's
-share is, and refuses to save a share that is not a box (torch 2.13 ``default_planner.py`` ``_validate_global_plan``).
+``dcp.save``, accelerate and the Trainer (``pytorch_model_fsdp_0/``), torchtitan (``step-N/``), Megatron-core
+(``iter_NNNNNNN/``), NeMo Automodel (``epoch_E_step_S/model/``) and others. A chunk is a box of its tensor, even where
+FSDP2 and TP both cut one dimension (``_StridedShard``): DCP writes the box that a rank's share is, and refuses to save
+a share that is not a box (torch 2.13 ``default_planner.py`` ``_validate_global_plan``).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.dcp.metadata import FIRST_RANK_METADATA, METADATA
-from dsconv.checkpoint.formats.huggingface.config_files import find_config, find_model_folder
-from dsconv.checkpoint.formats.huggingface.safetensors import holds_weights
+from dsconv.checkpoint.config_files import CONFIG, MARKERS, find_config
+from dsconv.checkpoint.formats.checks import check_not_hollow
+from dsconv.checkpoint.formats.dcp import safetensors_shards
+from dsconv.checkpoint.formats.dcp.metadata import read_metadata
+from dsconv.checkpoint.formats.dcp.steps import (
+    STEP,
+    find_step,
+    folders_around,
+    hub_folder,
+    is_dcp,
+    is_run,
+    is_unfinished,
+    model_folders,
+    refuse_unfinished,
+    step_of,
+)
+from dsconv.checkpoint.formats.huggingface import safetensors
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.storage.roots import Root
-from dsconv.errors import CheckpointNotFoundError
-
-STEP = re.compile(r"(?:step|checkpoint)-(?P<step>\d+)")
-# accelerate 1.15 utils/constants.py FSDP_MODEL_NAME; 0 is the first model that was prepared
-NESTED = re.compile(r"pytorch_model_fsdp_\d+")
+from dsconv.errors import CheckpointNotFoundError, SeveralModelsError
 
 
 def detect(root: Root, tag: str | None) -> bool:
     """Return whether the folder is a DCP directory, or holds one (a model or steps) and no weights of its own."""
-    path = root.path
+    path: Path = root.path
     if not path.is_dir():
         return False
     if tag is not None:
-        return STEP.fullmatch(tag) is not None and bool(_steps(path))
-    return _is_dcp(path) or (not holds_weights(path) and bool(_model_folders(path) or _steps(path)))
+        return STEP.fullmatch(tag) is not None and is_run(path)
+    if is_dcp(path):
+        return True
+    return not safetensors.holds_weights(path) and bool(
+        model_folders(path) or is_unfinished(path) or _in_model_folder(path) or is_run(path)
+    )
 
 
-def read(root: Root, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Read the map of a DCP directory.
 
     Args:
         root: The directory, or a folder around it: a step, a run's folder of steps.
-        tag: The step to take (``step-N``, ``checkpoint-N``); by default the newest.
+        tag: The step to take (``step-N``, ``checkpoint-N``, ``iter_N``, ``epoch_E_step_S``); by default the newest.
+        item: The key of the model to take, where there are several.
 
     Raises:
-        CheckpointNotFoundError: There is no such step, or the folder holds several models.
+        CheckpointNotFoundError: There is no such step or item.
+        SeveralModelsError: There are several models, and ``item`` is None.
+        MissingShardError: A file is not there, or the save has no ``.metadata``.
         DsconvError: What ``read_metadata``, ``choose`` and ``entries_of`` raise.
     """
     from dsconv.checkpoint.formats.dcp.chunks import entries_of, files_of
-    from dsconv.checkpoint.formats.dcp.metadata import read_metadata
-    from dsconv.checkpoint.formats.dcp.names import choose
+    from dsconv.checkpoint.formats.dcp.names import choose, leaves_of
 
     path: Path = root.path
-    top, warnings = path, []
-    if tag is not None:
-        top = path / tag
-        if not _model_folders(top):
-            steps = ", ".join(folder.name for _, folder in sorted(_steps(path).items()))
-            raise CheckpointNotFoundError(f"{path}: no checkpoint of tag {tag!r}; choose one with --tag: {steps}")
-    elif not _model_folders(path):
-        step, top = max(_steps(path).items())
-        unfinished = [n for n, _ in _step_folders(path) if n > step]
-        if unfinished:
-            warnings.append(
-                f"{path.name} holds step {max(unfinished)} without {METADATA}: its save did not finish; took step"
-                f" {step}"
-            )
-    folders = _model_folders(top)
-    if len(folders) > 1:
-        raise CheckpointNotFoundError(f"{top} holds {len(folders)} models: give one of them, such as {folders[0]}")
-    folder = folders[0]
-    near = list(dict.fromkeys([top, folder, *_outer(folder)]))
-    config_folder = find_model_folder(near)
-    config = find_config([config_folder] if config_folder is not None else [])
+    top, warnings = path, tuple[str, ...]()
+    if tag is not None or not (model_folders(path) or is_unfinished(path) or _in_model_folder(path)):
+        found = find_step(path, tag)
+        top, warnings = found.top, found.warnings
+    refuse_unfinished(top)
+    folders = model_folders(top)
+    if not folders:
+        return _read_hub_form(root, top, warnings)
+    folder, item = _pick(top, folders, item)
+    near = list(dict.fromkeys([top, folder, *folders_around(folder)]))
+    marker = find_config(near, MARKERS)
+    config_folder = marker.parent if marker is not None else None
+    config = marker if marker is not None and marker.name == CONFIG else None
     metadata = read_metadata(folder)
-    names = choose(metadata.tensors, metadata.objects, metadata.paths, folder, config)
+    names = choose(leaves_of(metadata), folder, config, item)
     root.fetch(folder / name for name in files_of(metadata, names.chosen))
     entries, more = entries_of(metadata, names.chosen, folder)
+    more += check_not_hollow(entries, folder, [*near, folder.absolute().parent])
     info: dict[str, Any] = {"tag": top.name} if top != path else {}
     if names.removed:
         info["removed_prefixes"] = names.removed
     if names.left_out:
         info["left_out"] = dict(sorted(names.left_out.items()))
+    if len(folders) > 1:
+        info |= {"item": folder.name, "models": {each.name: len(read_metadata(each).tensors) for each in folders}}
+    elif len(names.models) > 1 or item is not None:
+        info |= {"item": names.key, "models": names.models}
     return Checkpoint(
         path,
         "DCP",
         entries,
         folder=path if top != path else config_folder or top,
-        step=_step_of(folder),
+        step=_step(folder),
         world={"ranks": metadata.ranks} if metadata.ranks else {},
         info=info,
-        warnings=(*warnings, *more),
+        warnings=(*warnings, *names.warnings, *more),
         sources=(*metadata.files, *(folder / name for name in files_of(metadata, names.chosen))),
     )
 
 
-def _is_dcp(folder: Path) -> bool:
-    return (folder / METADATA).is_file() or (folder / FIRST_RANK_METADATA).is_file()
+def _in_model_folder(path: Path) -> bool:
+    """Return whether a folder is NeMo Automodel's step in the Hub's form: weights in ``model/`` beside ``optim/``."""
+    inner = hub_folder(path)
+    return inner is not None and inner != path and (path / "optim").is_dir()
 
 
-def _model_folders(path: Path) -> list[Path]:
-    """Return the folder itself, or the models that accelerate has put into it."""
-    if _is_dcp(path):
-        return [path]
-    return sorted(p for p in path.iterdir() if NESTED.fullmatch(p.name) and _is_dcp(p)) if path.is_dir() else []
+def _pick(top: Path, folders: list[Path], item: str | None) -> tuple[Path, str | None]:
+    """Return the folder of the model, and the item that is wanted of what it holds."""
+    if len(folders) == 1:
+        return folders[0], item
+    if item is None:
+        raise SeveralModelsError(top, {folder.name: len(read_metadata(folder).tensors) for folder in folders})
+    folder = next((folder for folder in folders if folder.name == item), None)
+    if folder is None:
+        listed = ", ".join(folder.name for folder in folders)
+        raise CheckpointNotFoundError(f"{top}: no model is called {item!r:.100}; it holds {listed}")
+    return folder, None
 
 
-def _step_folders(path: Path) -> Iterable[tuple[int, Path]]:
-    return ((int(match["step"]), p) for p in path.iterdir() if (match := STEP.fullmatch(p.name)) and p.is_dir())
+def _read_hub_form(root: Root, top: Path, warnings: tuple[str, ...]) -> Checkpoint:
+    """Read a step that was saved in the Hub's form: safetensors, or DCP's own shards of them."""
+    folder = hub_folder(top)
+    if folder is None:
+        raise CheckpointNotFoundError(f"{top}: no model in it")
+    path: Path = root.path
+    kind = safetensors_shards if safetensors_shards.holds_shards(folder) else safetensors
+    found = kind.read_folder(folder, root.fetch)
+    config = find_config([folder, *folders_around(folder), top])
+    return Checkpoint(
+        path,
+        found.format,
+        found,
+        folder=path if top != path else config.parent if config is not None else top,
+        step=_step(folder),
+        world=found.world,
+        info=({"tag": top.name} if top != path else {}) | found.info,
+        warnings=(*warnings, *found.warnings),
+        sources=found.sources,
+    )
 
 
-def _steps(path: Path) -> dict[int, Path]:
-    return {step: folder for step, folder in _step_folders(path) if _model_folders(folder)}
-
-
-def _outer(folder: Path) -> list[Path]:
-    """Return the folders around one, as long as its name says that it is part of something larger."""
-    found, inner = [], folder.absolute()
-    while STEP.fullmatch(inner.name) or NESTED.fullmatch(inner.name):
-        inner = inner.parent
-        found.append(inner)
-    return found
-
-
-def _step_of(folder: Path) -> int | None:
-    for part in (folder.absolute(), folder.absolute().parent):
-        if match := STEP.fullmatch(part.name):
-            return int(match["step"])
-    return None
+def _step(folder: Path) -> int | None:
+    """Return the step that the folder, or the ones around it, name."""
+    names = (part.name for part in (folder.absolute(), *folder.absolute().parents[:2]))
+    return next((step for name in names if (step := step_of(name)) is not None), None)

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface.config_files import find_config
+from dsconv.checkpoint.config_files import find_config
+from dsconv.checkpoint.formats.huggingface import safetensors
 from dsconv.checkpoint.formats.huggingface.config_sizes import too_small
 from dsconv.checkpoint.formats.huggingface.index import MAX_INDEX_BYTES, parse_json
-from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, read_file_and_metadata
+from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, holds_weights, read_file_and_metadata
 from dsconv.checkpoint.map.pieces import arranged
 from dsconv.checkpoint.map.regions import Sizes
 from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
@@ -36,26 +38,39 @@ INFO = "DCP_SHARDING_INFO"
 
 def detect(root: Root, tag: str | None) -> bool:
     """Return whether the folder, or ``sharded/`` in it, holds such shards."""
-    path = root.path
-    return path.is_dir() and tag is None and bool(_shards(path) or _shards(path / SHARDED))
+    return tag is None and holds_shards(root.path)
 
 
-def read(root: Root, tag: str | None) -> Checkpoint:
+def holds_shards(path: Path) -> bool:
+    """Return whether a folder, or ``sharded/`` in it, holds such shards."""
+    return path.is_dir() and bool(_shards(path) or _shards(path / SHARDED))
+
+
+def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Read the map of a folder of such shards.
 
     Args:
         root: The folder, or the one that holds ``sharded/``.
-        tag: Not used: such a folder holds one model.
+        tag: Not used: such a folder holds one step.
+        item: Not used: such a folder holds one model.
 
     Raises:
         MalformedError: A header is damaged, or does not say where the chunks begin.
         InconsistentCheckpointError: The shards are of two saves.
         MissingShardError: A part, or the end of a tensor, is not there.
     """
-    path = root.path
+    return read_folder(root.path, root.fetch)
+
+
+def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None]) -> Checkpoint:
+    """Read the map of a folder of such shards; ``fetch`` is ``Root.fetch``. It raises what ``read`` raises."""
     folder = path if _shards(path) else path / SHARDED
     files = _shards(folder)
-    root.fetch(files)
+    if folder != path and holds_weights(path) and not _placed(files[0]):
+        found = safetensors.read_folder(path, fetch)
+        found.warnings += (f"{folder.name}/ was not read: no {INFO} in {files[0].name}; took the files above it",)
+        return found
+    fetch(files)
     chunks: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {}
     first: dict[str, tuple[TensorEntry, Path]] = {}
     ends: dict[str, Sizes] = {}
@@ -75,7 +90,7 @@ def read(root: Root, tag: str | None) -> Checkpoint:
                 for end, offset, size in zip(ends.get(name, (0,) * len(offsets)), offsets, entry.shape, strict=True)
             )
             chunks.setdefault(name, []).extend((offsets, entry.shape, piece) for piece in entry.pieces)
-    config = find_config((folder, path, path.absolute().parent))
+    config = find_config((folder, path))
     warnings = [*_numbering(folder, files), *_ends(folder, ends, config)]
     _against_index(folder, path, first, ends)
     whole = {
@@ -94,6 +109,11 @@ def read(root: Root, tag: str | None) -> Checkpoint:
         warnings=tuple(warnings),
         sources=tuple(files),
     )
+
+
+def _placed(file: Path) -> bool:
+    """Return whether a shard says where its chunks begin."""
+    return INFO in read_file_and_metadata(file)[1]
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ def detect(root: Root, tag: str | None) -> bool:
     return root.path.is_dir() and find_tag_folder(root.path, tag) is not None
 
 
-def read(root: Root, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the
     file.
     """

@@ -43,7 +43,7 @@ def detect(root: Root, tag: str | None) -> bool:
     return root.path.is_dir() and _find(root.path, tag) is not None
 
 
-def read(root: Root, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the
     file.
     """

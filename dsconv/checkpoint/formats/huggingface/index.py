@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,16 @@ from typing import Any, NoReturn
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading
-from dsconv.errors import MalformedError, MissingShardError, UnsafeError
+from dsconv.errors import (
+    CheckpointNotFoundError,
+    InconsistentCheckpointError,
+    MalformedError,
+    MissingShardError,
+    SeveralModelsError,
+    UnsafeError,
+)
 
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")  # of the name without its suffix
 MAX_INDEX_BYTES = 100_000_000  # as much as safetensors allows a header
 MAX_INTEGER_DIGITS = 19
 MAX_NAME_BYTES = 255  # of a file, on any file system of Linux
@@ -61,6 +70,88 @@ def read_indexed(
     if lost:
         raise MissingShardError(f"{index} places {safe_repr(lost[0])} in {weight_map[lost[0]]}, which does not hold it")
     return entries, files, warnings
+
+
+def read_numbered(
+    folder: Path, shards: list[Path], index_name: str, read_file: Callable[[Path], dict[str, TensorEntry]]
+) -> dict[str, TensorEntry]:
+    """Read all shards of a folder that has no index; their names (``NAME-00001-of-00003``) say how many there are.
+
+    Args:
+        folder: The folder, for messages.
+        shards: The files.
+        index_name: The index that is not there, for messages.
+        read_file: Reads the entries of one file.
+
+    Raises:
+        InconsistentCheckpointError: The files are of two saves, or hold a tensor twice.
+        MissingShardError: A number is not there.
+    """
+    found = {int(match["number"]): (match, shard) for shard in shards if (match := SHARD.fullmatch(shard.stem))}
+    kinds = {(match["stem"], int(match["count"])) for match, _ in found.values()}
+    if len(kinds) != 1 or len(found) != len(shards):
+        raise InconsistentCheckpointError(
+            f"{folder}: {shards[0].name} and the other shards are not of one save, and there is no {index_name} that"
+            " says which ones belong together"
+        )
+    ((stem, count),) = kinds
+    missing = sorted(set(range(1, count + 1)) - set(found))
+    if missing:
+        raise MissingShardError(
+            f"{folder}: missing {stem}-{missing[0]:05d}-of-{count:05d}{shards[0].suffix}, one of {len(missing)} of"
+            f" {count}"
+        )
+    entries: dict[str, TensorEntry] = {}
+    for number in sorted(found):
+        for name, entry in read_file(found[number][1]).items():
+            if name in entries:
+                raise InconsistentCheckpointError(
+                    f"{folder}: {safe_repr(name)} is in two of the files, and there is no {index_name} that says which"
+                    " one to take"
+                )
+            entries[name] = entry
+    return entries
+
+
+def set_warning(file: Path) -> list[str]:
+    """Return a warning where a file that was given alone is one of several, by its name."""
+    match = SHARD.fullmatch(file.stem)
+    if match is None or int(match["count"]) < 2:
+        return []
+    count = int(match["count"])
+    return [f"{file.name} is one of {count} files of a model, and was read alone: give {file.parent} for all of them"]
+
+
+def pick_file(folder: Path, first: str, item: str | None, count: Callable[[Path], int]) -> tuple[Path, dict[str, int]]:
+    """Choose the file of a folder in which accelerate saved several models: ``model.safetensors``, ``model_1…``.
+
+    accelerate 1.15 ``checkpointing.py`` ``save_accelerator_state`` numbers the models that it prepared.
+
+    Args:
+        folder: The folder.
+        first: The name of the first model's file.
+        item: The stem of the file that is wanted; None where there is one model.
+        count: Returns the number of tensors in a file.
+
+    Returns:
+        The file, and the number of tensors of every model where there are several.
+
+    Raises:
+        SeveralModelsError: There are several, and ``item`` is None.
+        CheckpointNotFoundError: No file is called so.
+    """
+    stem, _, suffix = first.rpartition(".")
+    others = sorted(path for path in folder.glob(f"{stem}_*.{suffix}") if path.stem[len(stem) + 1 :].isdigit())
+    if not others:
+        return folder / first, {}
+    models = {path.stem: count(path) for path in (folder / first, *others)}
+    if item is None:
+        raise SeveralModelsError(folder, models)
+    if item not in models:
+        raise CheckpointNotFoundError(
+            f"{folder}: no model is called {safe_repr(item)}; it holds {', '.join(map(safe_repr, models))}"
+        )
+    return folder / f"{item}.{suffix}", models
 
 
 def weight_map_of(path: Path) -> dict[str, str]:

@@ -8,12 +8,19 @@ name given twice and an unknown field, because readers may differ on them.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface.index import parse_json, read_indexed
+from dsconv.checkpoint.formats.checks import check_not_hollow, unwrapped
+from dsconv.checkpoint.formats.huggingface.index import (
+    parse_json,
+    pick_file,
+    read_indexed,
+    read_numbered,
+    set_warning,
+)
 from dsconv.checkpoint.map.dtypes import BY_SAFETENSORS, DType
 from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
@@ -37,38 +44,58 @@ def holds_weights(path: Path) -> bool:
     """Return whether ``path`` is a safetensors file or a folder with a model or an adapter in safetensors."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return any((path / name).is_file() for name in (INDEX, SINGLE, ADAPTER))
+    return any((path / name).is_file() for name in (INDEX, SINGLE, ADAPTER)) or bool(_shards(path))
 
 
-def read(root: Root, tag: str | None) -> Checkpoint:
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*-of-*.safetensors")) if folder.is_dir() else []
+
+
+def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Read the map of a safetensors file or folder.
 
     Args:
         root: The file or folder.
-        tag: Not used: such a folder holds one model.
+        tag: Not used: such a folder holds one step.
+        item: The stem of the file to take, where accelerate saved several models.
 
     Raises:
-        MalformedError: A header or the index breaks the rules.
-        MissingShardError: A file that the index names is not there.
+        SeveralModelsError: There are several models, and ``item`` is None.
+        MalformedError: A header or the index breaks the rules, or the weights are empty.
+        MissingShardError: A file that the index names, or a shard, is not there.
         UnsupportedError: A tensor has a dtype that dsconv does not know.
         UnsafeError: The index names a file outside the folder.
     """
-    path = root.path
+    return read_folder(root.path, root.fetch, item)
+
+
+def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None], item: str | None = None) -> Checkpoint:
+    """Read the map of a safetensors file or folder; ``fetch`` is ``Root.fetch``. It raises what ``read`` raises."""
+    models: dict[str, int] = {}
+    warnings: list[str] = []
     if path.is_file():
-        return _checkpoint(path, path.parent, read_file(path), [path])
-    if (path / INDEX).is_file() and not (path / SINGLE).is_file():
-        return _checkpoint(path, path, *read_indexed(path / INDEX, read_file, root.fetch))
-    file = path / (SINGLE if (path / SINGLE).is_file() else ADAPTER)
-    warnings = []
-    if (path / INDEX).is_file():  # transformers 5.24 modeling_utils.py looks for the single file first
-        warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")
-    return _checkpoint(path, path, read_file(file), [file], warnings)
-
-
-def _checkpoint(
-    path: Path, folder: Path, entries: dict[str, TensorEntry], files: list[Path], warnings: Sequence[str] = ()
-) -> Checkpoint:
-    info = {"adapter": True} if files[0].name == ADAPTER else {}
+        entries, files, warnings = read_file(path), [path], set_warning(path)
+    elif (path / SINGLE).is_file():
+        if (path / INDEX).is_file():  # transformers 5.24 modeling_utils.py looks for the single file first
+            warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")
+        file, models = pick_file(path, SINGLE, item, lambda file: len(read_file(file)))
+        entries, files = read_file(file), [file]
+    elif (path / INDEX).is_file():
+        entries, files, warnings = read_indexed(path / INDEX, read_file, fetch)
+    elif shards := _shards(path):
+        fetch(shards)
+        entries, files = read_numbered(path, shards, INDEX, read_file), shards
+        warnings.append(f"{path} has no {INDEX}: took the {len(shards)} files by their names")
+    else:
+        entries, files = read_file(path / ADAPTER), [path / ADAPTER]
+    folder = path.parent if path.is_file() else path
+    warnings = [*warnings, *check_not_hollow(entries, path, (folder, folder.absolute().parent))]
+    entries, removed = unwrapped(entries)
+    info: dict[str, Any] = {"adapter": True} if files[0].name == ADAPTER else {}
+    if removed:
+        info["removed_prefixes"] = removed
+    if models:
+        info |= {"item": files[0].stem, "models": models}
     return Checkpoint(
         path, "safetensors", entries, folder=folder, info=info, warnings=tuple(warnings), sources=tuple(files)
     )

@@ -1,32 +1,34 @@
 """State dicts that torch.save wrote: Hugging Face folders of ``.bin``, and single ``.bin``, ``.pt``, ``.pth`` and
 ``.ckpt`` files.
 
-File names are those of transformers 4 and 5.24 ``utils/__init__.py`` (``WEIGHTS_NAME``, ``WEIGHTS_INDEX_NAME``) and
-PEFT's ``adapter_model.bin``. Lightning's ``.ckpt`` is a dict with the weights under ``state_dict`` (pytorch-lightning
-2.6 ``trainer/connectors/checkpoint_connector.py`` ``dump_checkpoint``).
+File names are those of transformers 4 and 5.24 ``utils/__init__.py`` (``WEIGHTS_NAME``, ``WEIGHTS_INDEX_NAME``),
+PEFT's ``adapter_model.bin`` and accelerate 1.15 ``checkpointing.py`` (``pytorch_model_1.bin`` is its second model). A
+file may hold more than the weights: Lightning's ``.ckpt`` keeps them under ``state_dict`` (pytorch-lightning 2.6
+``trainer/connectors/checkpoint_connector.py`` ``dump_checkpoint``), training scripts under any key.
 """
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface.index import read_indexed
+from dsconv.checkpoint.formats.checks import RANK_FILE, check_not_hollow, unwrapped
+from dsconv.checkpoint.formats.huggingface.index import pick_file, read_indexed, read_numbered, set_warning
+from dsconv.checkpoint.formats.items.models import Items, choose_model
+from dsconv.checkpoint.formats.items.state_dicts import Leaf, walk
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile
-from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.errors import MalformedError, UnsupportedError
 from dsconv.zero_utils.files import MODEL, OPTIMIZER, ZERO3_MODEL
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 ADAPTER = "adapter_model.bin"
-SHARD = re.compile(r"pytorch_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.bin")
+STEM = "pytorch_model"
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put the weights
 UNCHECKED = (
     "saved without checksums (in torch's legacy format, or with set_crc32_options(False)): damage cannot be seen"
 )
@@ -40,38 +42,45 @@ def detect(root: Root, tag: str | None) -> bool:
     return any((path / name).is_file() for name in (SINGLE, INDEX, ADAPTER)) or bool(_shards(path))
 
 
-def read(root: Root, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Read the map of a state dict, of one file or of several.
 
     Args:
         root: The file or folder.
-        tag: Not used: such a folder holds one model.
+        tag: Not used: such a folder holds one step.
+        item: The key of the model to take, where the file or folder holds several.
 
     Raises:
-        MalformedError: A file is damaged, or holds something else than a state dict.
+        SeveralModelsError: There are several models, and ``item`` is None.
+        MalformedError: A file is damaged, holds something else than a state dict, or its weights are empty.
         MissingShardError: One of several files is not there.
         UnsupportedError: The file holds a pickled module, or tensors that dsconv does not read.
         UnsafeError: A pickle calls a function, or the index names a file outside the folder.
     """
-    path = root.path
+    path: Path = root.path
     opened: dict[Path, StateDict] = {}
+    models: dict[str, int] = {}
 
     def entries_of(file: Path) -> dict[str, TensorEntry]:
-        opened[file] = StateDict(file)
+        opened[file] = StateDict(file, item if not models else None)
         return opened[file].entries()
 
     warnings: list[str] = []
     if path.is_file():
         entries = entries_of(path)
+        warnings += set_warning(path)
+        if RANK_FILE.fullmatch(path.name):
+            warnings.append(f"{path.name} was read alone; if it is one rank's of several, rank 0's is not beside it")
     elif (path / SINGLE).is_file():
         if (path / INDEX).is_file():  # transformers 5.24 modeling_utils.py looks for the single file first
             warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")
-        entries = entries_of(path / SINGLE)
+        file, models = pick_file(path, SINGLE, item, lambda file: len(StateDict(file).tensors))
+        entries = entries_of(file)
     elif (path / INDEX).is_file():
         entries, _, warnings = read_indexed(path / INDEX, entries_of, root.fetch)
     elif shards := _shards(path):
         root.fetch(shards)
-        entries = _joined(path, shards, entries_of)
+        entries = read_numbered(path, shards, INDEX, entries_of)
         warnings.append(f"{path} has no {INDEX}: took the {len(shards)} files by their names")
     else:
         entries = entries_of(path / ADAPTER)
@@ -80,50 +89,43 @@ def read(root: Root, tag: str | None) -> Checkpoint:
     if not entries:
         raise MalformedError(f"{next(iter(opened))}: the state dict is empty")
     first = next(iter(opened.values()))
-    info: dict[str, Any] = {"adapter": True} if first.file.path.name == ADAPTER else {}
-    if first.under:
-        info["weights_under"] = first.under
+    folder = path.parent if path.is_file() else path
+    warnings += check_not_hollow(entries, path, (folder, folder.absolute().parent))
+    entries, removed = unwrapped(entries)
     return Checkpoint(
         path,
         first.kind,
         entries,
-        folder=path.parent if path.is_file() else path,
+        folder=folder,
         step=first.step,
-        info=info,
+        info=_info(list(opened.values()), models, item, removed),
         warnings=tuple(warnings),
         sources=tuple(opened),
     )
 
 
+def _info(opened: list[StateDict], models: dict[str, int], item: str | None, removed: list[str]) -> dict[str, Any]:
+    first = opened[0].items
+    info: dict[str, Any] = {"adapter": True} if opened[0].file.path.name == ADAPTER else {}
+    if first.path:
+        info["weights_under"] = first.key
+    if removed:
+        info["removed_prefixes"] = removed
+    left_out: dict[str, int] = {}
+    for state_dict in opened:
+        for label, count in state_dict.items.left_out.items():
+            left_out[label] = left_out.get(label, 0) + count
+    if left_out:
+        info["left_out"] = dict(sorted(left_out.items()))
+    if models:
+        info |= {"item": opened[0].file.path.stem, "models": models}
+    elif len(first.models) > 1 or item is not None:
+        info |= {"item": first.key, "models": first.models}
+    return info
+
+
 def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("pytorch_model-*-of-*.bin")) if folder.is_dir() else []
-
-
-def _joined(folder: Path, shards: list[Path], entries_of: Any) -> dict[str, TensorEntry]:
-    """Read all shards of a folder that has no index; their names say how many there must be."""
-    found = {int(match["number"]): match for shard in shards if (match := SHARD.fullmatch(shard.name))}
-    counts = {int(match["count"]) for match in found.values()}
-    if len(counts) != 1 or len(found) != len(shards):
-        raise InconsistentCheckpointError(
-            f"{folder}: {shards[0].name} and the other shards are not of one save, and there is no {INDEX} that says"
-            " which ones belong together"
-        )
-    count = counts.pop()
-    missing = sorted(set(range(1, count + 1)) - set(found))
-    if missing:
-        raise MissingShardError(
-            f"{folder}: missing pytorch_model-{missing[0]:05d}-of-{count:05d}.bin, one of {len(missing)} of {count}"
-        )
-    entries: dict[str, TensorEntry] = {}
-    for number in sorted(found):
-        for name, entry in entries_of(folder / found[number][0]).items():
-            if name in entries:
-                raise InconsistentCheckpointError(
-                    f"{folder}: {safe_repr(name)} is in two of the files, and there is no {INDEX} that says which one"
-                    " to take"
-                )
-            entries[name] = entry
-    return entries
+    return sorted(folder.glob(f"{STEM}-*-of-*.bin")) if folder.is_dir() else []
 
 
 class StateDict:
@@ -131,27 +133,20 @@ class StateDict:
 
     Attributes:
         file: The opened file.
-        tensors: {name: value} as stored.
-        under: The key that the state dict lies under; "" for the file's own top level.
+        items: What the file holds, and which model of it is read.
+        tensors: {name: tensor} of that model.
         kind: What the file is, in words.
         step: The training step that the file names, or None.
         warnings: What the user should know of it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, item: str | None = None) -> None:
         for pattern in (MODEL, ZERO3_MODEL, OPTIMIZER):
             if pattern.fullmatch(path.name):
                 raise UnsupportedError(f"{path}: one file of a DeepSpeed checkpoint; give its folder, {path.parent}")
         self.file = TorchFile(path)
         self.warnings: list[str] = [] if self.file.archive.checksummed else [f"{path.name} was {UNCHECKED}"]
         root = self.file.root
-        self.tensors, self.under = self._find(root)
-        step = root.get("global_step")
-        self.step = step if type(step) is int else None
-        self.kind = "PyTorch Lightning" if "pytorch-lightning_version" in root else "PyTorch state dict"
-
-    def _find(self, root: Any) -> tuple[dict[str, Any], str]:
-        path = self.file.path
         if isinstance(root, (Opaque, Instance)):
             raise UnsupportedError(
                 f"{path}: a whole {root.cls} object, pickled; save its state_dict() instead:"
@@ -159,55 +154,56 @@ class StateDict:
             )
         if not isinstance(root, dict):
             raise MalformedError(f"{path}: holds a {type(root).__name__}; expected a state dict of names and tensors")
-        own = [key for key, value in root.items() if isinstance(value, TensorRef)]
-        nested = [key for key, value in root.items() if isinstance(value, dict) and _holds_tensors(value)]
-        usual = [key for key in nested if key in NESTED]
-        weights = [key for key in own if root[key].numel > 1]
-        if usual and not weights:
-            if len(usual) > 1:
-                raise MalformedError(
-                    f"{path}: holds weights under each of {safe_repr(usual)}; dsconv cannot tell which is the model"
-                )
-            if own:
-                self.warnings.append(f"{path.name}: took {safe_repr(usual[0])}; left out {safe_repr(own[0])} beside it")
-            return root[usual[0]], usual[0]
-        if nested and own:
-            raise MalformedError(
-                f"{path}: holds tensors ({safe_repr(own[0])} …) and, beside them, more under {safe_repr(nested[0])}:"
-                " not a state dict"
-            )
-        if nested or (root and not own):
-            raise MalformedError(
-                f"{path}: not a state dict: expected names and tensors, or those under one of {', '.join(NESTED)}; "
-                f"found {safe_repr(list(root))}"
-            )
-        return root, ""
+        step = root.get("global_step")
+        self.step = step if type(step) is int else None
+        self.kind = "PyTorch Lightning" if "pytorch-lightning_version" in root else "PyTorch state dict"
+        self.items, self.tensors = self._choose(root, item)
 
-    def entries(self) -> dict[str, TensorEntry]:
-        """Return {name: entry}. Names of one view of one storage become one entry, under the first of them."""
-        names_of: dict[Any, list[str]] = {}
-        left_out = []
-        for name, value in self.tensors.items():
-            where = f"{self.file.path}: {safe_repr(name)}"
-            if not isinstance(name, str):
-                raise MalformedError(f"{where} is not a tensor's name")
-            if isinstance(value, TensorRef):
-                names_of.setdefault(value.view_key if value.numel else (name,), []).append(name)
-            elif isinstance(value, Instance) or (
+    def _choose(self, root: dict[Any, Any], item: str | None) -> tuple[Items, dict[str, TensorRef]]:
+        path = self.file.path
+        found = list(walk(root, path).values())
+        if not found:
+            return Items((), {}, {}), {}
+        if not any(leaf.is_tensor for leaf, _, _ in found):
+            self._refuse_unread([(leaf, value) for leaf, value, _ in found])
+            raise MalformedError(f"{path}: not a state dict: it holds no tensors, but {safe_repr(list(root))}")
+        items = choose_model({str(number): leaf for number, (leaf, _, _) in enumerate(found)}, path, item)
+        self.warnings += [f"{path.name}: {warning}" for warning in items.warnings]
+        beside = [(leaf, value) for leaf, value, _ in found if not leaf.is_tensor and leaf.path[:-1] == items.path]
+        self._refuse_unread(beside)
+        if beside:  # in the model's own dictionary
+            for leaf, _ in beside:
+                items.forget(leaf)
+            self.warnings.append(
+                f"{path.name}: {len(beside)} entries are not tensors and were left out, the first"
+                f" {safe_repr(beside[0][0].path[-1])}"
+            )
+        tensors: dict[str, TensorRef] = {}
+        for number, name in items.chosen.items():
+            _, value, key = found[int(number)]
+            if not isinstance(key, str):
+                raise MalformedError(f"{path}: {safe_repr(key)} is not a tensor's name")
+            if name in tensors:
+                raise MalformedError(f"{path}: two tensors are called {safe_repr(name)}")
+            tensors[name] = value
+        return items, tensors
+
+    def _refuse_unread(self, values: list[tuple[Leaf, Any]]) -> None:
+        """Raise where something that dsconv does not read is a tensor."""
+        for leaf, value in values:
+            if isinstance(value, Instance) or (
                 isinstance(value, Opaque) and value.cls.startswith("torch._utils._rebuild")
             ):
                 raise UnsupportedError(
-                    f"{where} is a {value.cls}, whose values the file does not store as a plain tensor's"
+                    f"{self.file.path}: {safe_repr('.'.join(leaf.path))} is a {value.cls}, whose values the file does"
+                    " not store as a plain tensor's"
                 )
-            elif isinstance(value, dict) and _holds_tensors(value):
-                raise MalformedError(f"{where} holds more tensors: not a state dict")
-            else:
-                left_out.append(name)
-        if left_out:
-            self.warnings.append(
-                f"{self.file.path.name}: {len(left_out)} entries are not tensors and were left out, the first"
-                f" {safe_repr(left_out[0])}"
-            )
+
+    def entries(self) -> dict[str, TensorEntry]:
+        """Return {name: entry}. Names of one view of one storage become one entry, under the first of them."""
+        names_of: dict[str, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            names_of.setdefault(f"view {tensor.view_key}" if tensor.numel else f"name {name}", []).append(name)
         entries = {}
         for names in names_of.values():
             tensor = self.tensors[names[0]]
@@ -215,7 +211,3 @@ class StateDict:
             layout()  # bounds are proved now, not when the bytes are wanted
             entries[names[0]] = TensorEntry(names[0], tensor.dtype, tensor.shape, layout, tuple(names[1:]))
         return entries
-
-
-def _holds_tensors(value: dict[Any, Any]) -> bool:
-    return any(isinstance(item, TensorRef) for item in value.values())

@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.formats.items.state_dicts import describe_tensor
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.placements import Placements, Replicate, Shard
 from dsconv.checkpoint.map.regions import Region, box, shape_of
@@ -201,6 +202,18 @@ class Reader:
                 raise MalformedError(f"{where}: a shard that is not a tensor of {dtype} {list(shape_of(region))}")
             local.append((region, tensor))
         return ShardedTensor(dtype, shape, rank, world, owners, tuple(local))
+
+
+def describe(value: Any) -> tuple[tuple[int, ...], bool] | None:
+    """Return the full shape of a tensor, spread over ranks or not, and whether it is floating; None for other values.
+
+    It is an estimate, to tell models from optimizers: ``Reader`` checks what is read.
+    """
+    if isinstance(value, Instance) and value.cls.endswith((".DTensor", ".ShardedTensor")):
+        dtype, shape = (*value.args[1:3], None, None)[:2]
+        sizes = shape if isinstance(shape, tuple) and all(type(size) is int for size in shape) else ()
+        return sizes, not isinstance(dtype, DType) or dtype.floating
+    return describe_tensor(value)
 
 
 def attributes(value: Any) -> dict[str, Any]:

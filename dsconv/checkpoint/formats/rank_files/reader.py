@@ -11,7 +11,6 @@ Each file says for each tensor on which mesh it lies and how, so a rank's share 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,33 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.config_files import find_config
+from dsconv.checkpoint.formats.checks import check_not_hollow, unwrapped
 from dsconv.checkpoint.formats.copies import same_bytes
-from dsconv.checkpoint.formats.huggingface.config_files import find_config
-from dsconv.checkpoint.formats.rank_files.dtensors import DTensor, Mesh, Reader, ShardedTensor
+from dsconv.checkpoint.formats.items.models import Items, choose_model
+from dsconv.checkpoint.formats.items.state_dicts import Leaf, walk
+from dsconv.checkpoint.formats.rank_files.dtensors import DTensor, Mesh, Reader, ShardedTensor, describe
+from dsconv.checkpoint.formats.rank_files.groups import Group, choose_group, homes_in, is_rank_file, pick_home
 from dsconv.checkpoint.map.placements import local_region, region_in_order
 from dsconv.checkpoint.map.regions import Region, is_whole, numel_of, shape_of, show
 from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
-from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile
-from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
-
-VERL = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-ACCELERATE = re.compile(r"(pytorch_model_fsdp(?:_\d+)?)_rank(\d+)\.bin")
-PLAIN = re.compile(r"((?:.*[_.-])?)rank[_-]?(\d+)\.(pt|pth|bin)")
-NOT_MODELS = re.compile(r"optim|extra_state|scheduler|rng|random|dataloader|trainer", re.IGNORECASE)
-STATE_DICT_KEYS = ("model", "model_state_dict", "state_dict", "module")  # the first one found is taken
-MAX_RANK_DIGITS = 7
-
-
-@dataclass(frozen=True)
-class Group:
-    """The files of one save. ``world`` is the number of ranks in their names; None where the names have none."""
-
-    kind: str
-    name: str
-    files: dict[int, Path]
-    world: int | None = None
+from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, SeveralModelsError
 
 
 @dataclass(frozen=True)
@@ -61,48 +47,49 @@ class Held:
 def detect(root: Root, tag: str | None) -> bool:
     """Return whether ``path`` is a rank's file, or a folder of them (or verl's, with ``actor/`` in it)."""
     path = root.path
-    if path.is_file():
-        return any(path in group.files.values() for group in _groups(path.parent).values())
-    return path.is_dir() and _home(path) is not None
+    return is_rank_file(path) if path.is_file() else bool(homes_in(path))
 
 
-def read(root: Root, tag: str | None) -> Checkpoint:
+def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Read the map of the files of all ranks.
 
     Args:
         root: The folder, or any file of the save that is meant where the folder holds several.
         tag: Not used: such a folder holds one step.
+        item: The model to take, where there are several: verl's role, a group of files, or a key in the files.
 
     Raises:
+        SeveralModelsError: There are several models, and ``item`` is None.
         MissingShardError: The file of a rank, or a rank's share of a tensor, is not there.
         InconsistentCheckpointError: The files are not of one save.
         MalformedError: A file is damaged, or holds no tensors.
         UnsupportedError: A tensor lies on the ranks in a way that dsconv does not read.
     """
-    path = root.path
-    home = path.parent if path.is_file() else _home(path) or path
+    path: Path = root.path
+    home, wanted = (path.parent, item) if path.is_file() else pick_home(path, item)
     warnings: list[str] = []
-    group = _choose(path, _groups(home), warnings)
+    group, wanted = choose_group(path, home, wanted, warnings)
     ranks = sorted(group.files)
     root.fetch(group.files.values())
     files = {rank: TorchFile(group.files[rank]) for rank in ranks}
-    meshes: dict[tuple[Any, ...], Mesh] = {}
-    found: dict[str, dict[int, TensorRef | DTensor | ShardedTensor]] = {}
-    for rank in ranks:
-        reader = Reader(files[rank].path, meshes)
-        for name, value in _state_dict(files[rank]).items():
-            tensor = reader.read(name, value)
-            if tensor is not None:
-                found.setdefault(name, {})[rank] = tensor
-    if not found:
-        raise MalformedError(f"{files[ranks[0]].path}: holds no tensors")
+    items, found = _find(files, wanted)
+    warnings += items.warnings
     _check_ranks(group, files, found)
     entries = _entries(files, found)
     if not all(file.archive.checksummed for file in files.values()):
         warnings.append(
             "the files were saved without checksums, so neither damage nor differing copies on the ranks can be seen"
         )
-    config = find_config((home / "huggingface", home, path))
+    warnings += check_not_hollow(entries, path, (home, home.absolute().parent))
+    entries, removed = unwrapped(entries)
+    info: dict[str, Any] = {"files": group.name}
+    if removed:
+        info["removed_prefixes"] = removed
+    if items.left_out:
+        info["left_out"] = dict(sorted(items.left_out.items()))
+    if item is not None or len(items.models) > 1:
+        info |= {"item": item or items.key, "models": items.models}
+    config = find_config((home, path))
     return Checkpoint(
         path,
         group.kind,
@@ -110,64 +97,10 @@ def read(root: Root, tag: str | None) -> Checkpoint:
         folder=config.parent if config is not None else home,
         step=_step(home),
         world={"ranks": len(ranks)},
-        info={"files": group.name},
+        info=info,
         warnings=tuple(warnings),
         sources=tuple(group.files[rank] for rank in ranks),
     )
-
-
-def _home(path: Path) -> Path | None:
-    """Return the folder with the rank files: ``path``, or verl's ``actor`` in its ``global_step_N``."""
-    for folder in (path, path / "actor"):
-        if folder.is_dir() and _groups(folder):
-            return folder
-    return None
-
-
-def _groups(folder: Path) -> dict[str, Group]:
-    """Return the rank files of models in a folder, grouped by save."""
-    groups: dict[str, Group] = {}
-    for path in sorted(folder.iterdir()):
-        for pattern, kind in ((VERL, "verl rank files"), (ACCELERATE, "accelerate rank files"), (PLAIN, "rank files")):
-            match = pattern.fullmatch(path.name)
-            if match is None or len(match[2]) > MAX_RANK_DIGITS or NOT_MODELS.search(path.name):
-                continue
-            world = int(match[1]) if pattern is VERL else None
-            name = f"model_world_size_{world}" if pattern is VERL else match[1].rstrip("_.-") or "rank"
-            files = groups.setdefault(name, Group(kind, name, {}, world)).files
-            if int(match[2]) in files:
-                raise InconsistentCheckpointError(
-                    f"{path} and {files[int(match[2])].name} both claim rank {int(match[2])}; keep one of them"
-                )
-            files[int(match[2])] = path
-            break
-    return groups
-
-
-def _choose(path: Path, groups: dict[str, Group], warnings: list[str]) -> Group:
-    chosen = [group for group in groups.values() if path in group.files.values()] or list(groups.values())
-    if len(chosen) == 1:
-        return chosen[0]
-    folder = next(iter(chosen[0].files.values())).parent
-    recorded = _verl_world(folder)
-    last = [group for group in chosen if group.world is not None and group.world == recorded]
-    if last:
-        others = ", ".join(group.name for group in chosen if group is not last[0])
-        warnings.append(
-            f"ignored the files of {others}: fsdp_config.json says that {recorded} ranks wrote the last save"
-        )
-        return last[0]
-    raise InconsistentCheckpointError(
-        f"{folder}: rank files of {len(groups)} saves: {', '.join(groups)}. Name a file of the one that you mean, "
-        f"such as {next(iter(chosen[0].files.values())).name}, in place of the folder"
-    )
-
-
-def _verl_world(folder: Path) -> Any:
-    try:
-        return json.loads((folder / "fsdp_config.json").read_bytes()).get("world_size")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
 
 
 def _step(home: Path) -> int | None:
@@ -179,24 +112,57 @@ def _step(home: Path) -> int | None:
     return None
 
 
-def _state_dict(file: TorchFile) -> dict[str, Any]:
-    """The model: what was saved, or what lies under the usual key in it, beside an optimizer or random states."""
-    root = file.root
-    if not isinstance(root, dict):
-        raise MalformedError(f"{file.path}: holds a {type(root).__name__}; expected a state dict")
-    nested = [key for key, value in root.items() if isinstance(value, dict) and any(map(_is_tensor, value.values()))]
-    key = next((key for key in STATE_DICT_KEYS if key in nested), None)
-    if key is None and nested:
-        raise MalformedError(
-            f"{file.path}: holds tensors under {safe_repr(nested)}; the model is expected at the top, or under"
-            f" {STATE_DICT_KEYS}"
-        )
-    state = root if key is None else root[key]
-    return {name: value for name, value in state.items() if isinstance(name, str)}
+def _find(files: dict[int, TorchFile], item: str | None) -> tuple[Items, dict[str, dict[int, Any]]]:
+    """Return what the files hold, and {name: {rank: tensor}} of the model that is wanted."""
+    first = files[min(files)].path
+    leaves: dict[str, Leaf] = {}
+    values: dict[int, dict[str, Any]] = {}
+    for rank, file in files.items():
+        if not isinstance(file.root, dict):
+            raise MalformedError(f"{file.path}: holds a {type(file.root).__name__}; expected a state dict")
+        values[rank] = {}
+        for parts, (leaf, value, key) in walk(file.root, file.path, describe).items():
+            if isinstance(key, str):
+                flat = "\0".join(parts)
+                leaves.setdefault(flat, leaf)
+                values[rank][flat] = value
+    if not any(leaf.is_tensor for leaf in leaves.values()):
+        raise MalformedError(f"{first}: holds no tensors")
+    try:
+        items = choose_model(leaves, first, item)
+    except SeveralModelsError:
+        _refuse_other_keys(files, values, leaves, item)
+        raise
+    meshes: dict[tuple[Any, ...], Mesh] = {}
+    found: dict[str, dict[int, TensorRef | DTensor | ShardedTensor]] = {}
+    for rank, file in files.items():
+        reader = Reader(file.path, meshes)
+        for flat, value in values[rank].items():
+            if flat in items.chosen:
+                name = items.chosen[flat]
+                tensor = reader.read(name, value)
+                if tensor is None:
+                    raise MalformedError(f"{file.path}: {safe_repr(name)} is not a tensor, as it is in {first.name}")
+                found.setdefault(name, {})[rank] = tensor
+    return items, found
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (TensorRef, Instance))
+def _refuse_other_keys(
+    files: dict[int, TorchFile], values: dict[int, dict[str, Any]], leaves: dict[str, Leaf], item: str | None
+) -> None:
+    """Raise InconsistentCheckpointError where ranks keep their model under different keys, each of them just one."""
+    keys = {
+        rank: choose_model({flat: leaves[flat] for flat in held}, files[rank].path, item).key
+        for rank, held in values.items()
+        if any(leaves[flat].is_weight for flat in held)
+    }
+    first = min(keys)
+    for rank, key in keys.items():
+        if key != keys[first]:
+            raise InconsistentCheckpointError(
+                f"{files[rank].path}: the model lies under {safe_repr(key)}, in {files[first].path.name} under"
+                f" {safe_repr(keys[first])}; the files are not of one save"
+            )
 
 
 def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> None:

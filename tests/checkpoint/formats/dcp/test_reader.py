@@ -37,6 +37,7 @@ import dsconv
 from dsconv.checkpoint.formats.dcp.chunks import ChunkFiles
 from dsconv.checkpoint.formats.dcp.metadata import Stored
 from dsconv.checkpoint.formats.dcp.names import choose
+from dsconv.checkpoint.formats.items.state_dicts import Leaf
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.pieces import arranged
 from dsconv.checkpoint.map.regions import runs
@@ -47,6 +48,7 @@ from dsconv.errors import (
     InconsistentCheckpointError,
     MalformedError,
     MissingShardError,
+    SeveralModelsError,
     UnsafeError,
     UnsupportedError,
 )
@@ -75,9 +77,8 @@ def test_merge_is_bit_exact(name: str, tmp_path: Path) -> None:
     report = dsconv.merge(checkpoint, tmp_path / "out", fsync=False, verify_output=True)
     case.check(load_safetensors(tmp_path / "out"))
     assert checkpoint.world == {"ranks": CASES[name].world}
-    assert [w.split()[0] for w in report.warnings] == {"per_rank-w3": ["1"], "titan-w3": [case.checkpoint.name]}.get(
-        name, []
-    )
+    warned = {"per_rank-w3": ["1"], "titan-w3": [case.checkpoint.name], "root_prefix-w3": ["left"]}
+    assert [w.split()[0] for w in report.warnings] == warned.get(name, [])
     for tensor, expected in case.truth.items():
         assert same(checkpoint[tensor].read(), expected), tensor
 
@@ -89,7 +90,7 @@ def test_merge_is_bit_exact(name: str, tmp_path: Path) -> None:
         ("hsdp-w4", {"app.optim": 30}, ["app.model."]),
         ("tp-w3", None, None),
         ("threads-w3", {"_extra_state": 1}, ["model."]),
-        ("wrapped-w3", None, ["net.", "_checkpoint_wrapped_module.", "_orig_mod."]),
+        ("wrapped-w3", None, ["net.", "_orig_mod.", "_checkpoint_wrapped_module."]),
         ("zstd-w3", {"step": 1}, ["model."]),
         ("root_prefix-w3", {"optimizer.state.lr": 1}, ["model."]),
         ("titan-w3", {"dataloader": 2, "lr_scheduler": 7, "optimizer": 86, "train_state": 2}, None),
@@ -187,17 +188,31 @@ def test_two_models_in_one_folder_must_be_told_apart(tmp_path: Path) -> None:
     source = ckpt("accelerate-w3") / f"checkpoint-{STEP}" / "pytorch_model_fsdp_0"
     for number in (0, 1):
         shutil.copytree(source, tmp_path / f"pytorch_model_fsdp_{number}")
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"holds 2 models: give one of them, such as .*pytorch_model_fsdp_0"
-    ):
+    with pytest.raises(SeveralModelsError, match=r"holds 2 models: 'pytorch_model_fsdp_0' .*choose one with --item"):
         dsconv.open_checkpoint(tmp_path)
+    second = dsconv.open_checkpoint(tmp_path, item="pytorch_model_fsdp_1")
+    assert second.info["models"].keys() == {"pytorch_model_fsdp_0", "pytorch_model_fsdp_1"}
+    assert second.sources[0].parent.name == "pytorch_model_fsdp_1"
 
 
 def test_a_root_prefix_stays_where_no_config_disowns_it(tmp_path: Path) -> None:
     case = made("root_prefix-w3")
     bare = shutil.copytree(ckpt("root_prefix-w3"), tmp_path / "bare", ignore=shutil.ignore_patterns("config.json"))
-    assert set(dsconv.open_checkpoint(bare)) == {f"model.{name}" for name in case.truth}
+    kept = {"optimizer.state.lr"}  # a number under a bare name may be a buffer: only the architecture disowns it
+    assert set(dsconv.open_checkpoint(bare)) == {f"model.{name}" for name in case.truth} | kept
     assert set(dsconv.open_checkpoint(ckpt("root_prefix-w3"))) == set(case.truth)
+
+
+def leaves(*paths: tuple[str, ...], shape: tuple[int, ...] | None = (3, 2)) -> dict[str, Leaf]:
+    """Items by the paths that planner_data gives; a path that ends with ``!`` is an object."""
+    found = {}
+    for path in paths:
+        name = path[-1].removesuffix("!")
+        found["/".join(path)] = Leaf((*path[:-1], name), shape if name == path[-1] else None, name == path[-1])
+    return found
+
+
+ADAM = ("exp_avg", "exp_avg_sq", "step")
 
 
 @pytest.mark.parametrize(
@@ -206,18 +221,30 @@ def test_a_root_prefix_stays_where_no_config_disowns_it(tmp_path: Path) -> None:
         # A dictionary under `model`, whose own names begin with `model.` or do not.
         ([("model", "model.norm"), ("model", "head")], ["model.norm", "head"]),
         ([("model", "model.norm")], ["model.norm"]),
-        ([("state", "model", "w"), ("state", "ema", "w")], ["w"]),
-        ([("model", "w"), ("optimizer", "model", "w")], ["w"]),
-        ([("state_dict", "model", "w"), ("state_dict", "optimizer", "w")], ["w"]),
-        # Bare names: a dot is part of the name.
+        ([("state", "model", "w"), ("state", "step!")], ["w"]),
+        ([("state_dict", "model", "w"), ("state_dict", "optimizer", "step!")], ["w"]),
+        # Bare names: a dot is part of the name, whatever the child modules are called.
         ([("model.norm",), ("model.head",)], ["model.norm", "model.head"]),
-        ([("w",), ("optimizer", "w"), ("train_state", "step")], ["w"]),
-        ([("w",), ("optimizer.w",)], ["w"]),
+        ([("w",), ("optimizer.w",)], ["w", "optimizer.w"]),
+        ([("optim.w",), ("scheduler.w",), ("dataloader.w",), ("state.w",)],
+         ["optim.w", "scheduler.w", "dataloader.w", "state.w"]),
         ([("optimizer",), ("random_proj.weight",)], ["optimizer", "random_proj.weight"]),
-        # One dictionary of another name is the model's; of two, neither is known to be, and both are kept apart.
+        ([("model", "optim.w"), ("model", "rng.w"), ("model", "v")], ["optim.w", "rng.w", "v"]),
+        # One dictionary of another name is the model's.
         ([("net", "w")], ["w"]),
-        ([("net", "w"), ("optim", "w")], ["w"]),
-        ([("encoder", "w"), ("decoder", "w")], ["encoder.w", "decoder.w"]),
+        ([("net", "a", "w"), ("net", "a", "v")], ["a.w", "a.v"]),
+        # An optimizer is known by its structure: nested, flattened, of any name or of none, without param_groups.
+        ([("net", "w"), ("opt", "state", "w", "exp_avg"), ("opt", "param_groups", "0", "lr!")], ["w"]),
+        ([("w",), ("optimizer", "state.w.exp_avg"), ("optimizer", "param_groups.w.lr!")], ["w"]),
+        ([("w",), ("state.w.exp_avg",), ("param_groups.w.lr!",)], ["w"]),
+        ([("w",), ("sgd.state.w.momentum_buffer",), ("sgd.param_groups.w.lr!",)], ["w"]),
+        ([("model", "w"), ("adam", "state", "0", "exp_avg"), ("adam", "param_groups!",)], ["w"]),
+        ([("model", "w"), *(("moments", "w", slot) for slot in ADAM)], ["w"]),
+        ([("model", "w"), *(("optimizer", "state", slot, "w") for slot in ADAM)], ["w"]),
+        ([("model", "w"), ("mine", "state", "w", "momentum")], ["w"]),
+        # These are weights, though they have such names.
+        ([("w",), ("exp_avg",)], ["w", "exp_avg"]),
+        ([("state.w",), ("state.v",)], ["state.w", "state.v"]),
         # Wrappers, where no two names become one.
         ([("model", "_orig_mod.w")], ["w"]),
         ([("model", "module.w"), ("model", "module.v")], ["w", "v"]),
@@ -225,10 +252,49 @@ def test_a_root_prefix_stays_where_no_config_disowns_it(tmp_path: Path) -> None:
         ([("model", "_orig_mod.w"), ("model", "w")], ["_orig_mod.w", "w"]),
         ([("model", "base_model.model.q.lora_A.default.weight")], ["base_model.model.q.lora_A.default.weight"]),
     ],
-)
+)  # fmt: skip
 def test_names(paths: list[tuple[str, ...]], expected: list[str]) -> None:
-    flat = {".".join(path): path for path in paths}
-    assert sorted(choose(flat, (), flat, Path("x"), None).chosen.values()) == sorted(expected)
+    assert sorted(choose(leaves(*paths), Path("x"), None).chosen.values()) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("paths", "models"),
+    [
+        ([("actor", "w"), ("critic", "w"), ("critic", "v")], {"actor": 1, "critic": 2}),
+        ([("model", "w"), ("ema", "w")], {"model": 1, "ema": 1}),
+        ([("state", "model", "w"), ("state", "ema", "w")], {"state.model": 1, "state.ema": 1}),
+        ([("encoder", "w"), ("decoder", "w")], {"encoder": 1, "decoder": 1}),
+        ([("w",), ("ema", "w")], {".": 1, "ema": 1}),
+        ([("model", "w"), ("optimizer", "w")], {"model": 1, "optimizer": 1}),
+        ([(name, kind, "w") for name in ("actor", "critic") for kind in ("model",)]
+         + [("actor", "optim", "state", "w", "exp_avg"), ("actor", "optim", "param_groups!")],
+         {"actor.model": 1, "critic.model": 1}),
+    ],
+)  # fmt: skip
+def test_several_models_are_never_mixed(paths: list[tuple[str, ...]], models: dict[str, int]) -> None:
+    with pytest.raises(SeveralModelsError, match=r"They are not mixed: choose one with --item") as caught:
+        choose(leaves(*paths), Path("x"), None)
+    assert caught.value.models == models
+    for key in models:
+        chosen = choose(leaves(*paths), Path("x"), None, key)
+        assert (chosen.key, len(chosen.chosen)) == (key, models[key])
+        assert "w" in chosen.chosen.values()
+    with pytest.raises(CheckpointNotFoundError, match="no model is called 'reference'; it holds '"):
+        choose(leaves(*paths), Path("x"), None, "reference")
+
+
+def test_an_item_may_be_the_dictionary_around_a_model() -> None:
+    paths = leaves(("actor", "model", "w"), ("critic", "model", "w"), ("both", "a", "w"), ("both", "b", "w"))
+    assert choose(paths, Path("x"), None, "actor").key == "actor.model"
+    assert sorted(choose(paths, Path("x"), None, "both").chosen.values()) == ["a.w", "b.w"]
+
+
+def test_what_may_have_been_trained_is_not_left_out_without_a_word() -> None:
+    both = leaves(("model", "w"), ("model", "v")) | leaves(("head", "scale"), shape=(2,))
+    found = choose(both, Path("x"), None)
+    assert found.left_out == {"head": 1}
+    assert "left out 'head', which is not part of the model 'model'" in found.warnings[0]
+    assert choose(both, Path("x"), None, "head").chosen == {"head/scale": "scale"}
 
 
 # Broken and hostile ---------------------------------------------------------------------------------------------------

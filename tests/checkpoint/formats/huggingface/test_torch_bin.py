@@ -25,6 +25,7 @@ from dsconv.errors import (
     InconsistentCheckpointError,
     MalformedError,
     MissingShardError,
+    SeveralModelsError,
     UnsafeError,
     UnsupportedError,
 )
@@ -212,7 +213,7 @@ def test_names_that_the_index_does_not_place_in_a_file_are_left_out(
     assert any("left out" in warning and NAME in warning for warning in found.warnings)
 
 
-@pytest.mark.parametrize("under", ["state_dict", "model", "module", "model_state_dict"])
+@pytest.mark.parametrize("under", ["state_dict", "model", "module", "model_state_dict", "weights_of_mine"])
 def test_weights_under_a_key(under: str, tmp_path: Path) -> None:
     extra = {
         "epoch": 3,
@@ -251,18 +252,18 @@ ONE = legacy_bytes({"w": torch.arange(5, dtype=torch.float32)})
 REFUSED: dict[str, tuple[Any, type[DsconvError], str]] = {
     "several": (
         {"model": {"w": torch.ones(2)}, "module": {"w": torch.ones(2)}},
-        MalformedError,
-        r"under each of \['model', 'module'\]",
+        SeveralModelsError,
+        r"holds 2 models: 'model' \(1 tensor\), 'module' \(1 tensor\)",
     ),
     "both": (
         {"w": torch.ones(2), "model": {"w": torch.ones(2)}},
-        MalformedError,
-        "and, beside them, more under 'model'",
+        SeveralModelsError,
+        r"holds 2 models: '\.' \(1 tensor\), 'model' \(1 tensor\)",
     ),
-    "a strange key": (
-        {"weights_of_mine": {"w": torch.ones(2)}},
-        MalformedError,
-        r"those under one of state_dict.*\['weights_of_mine'\]",
+    "an optimizer alone": (
+        {"state": {0: {"exp_avg": torch.ones(3, 2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        UnsupportedError,
+        "no tensor of a model; it holds",
     ),
     "no tensors": ({"a": 1}, MalformedError, "not a state dict"),
     "empty": ({}, MalformedError, "the state dict is empty"),

@@ -19,6 +19,7 @@ from dsconv.errors import (
     InconsistentCheckpointError,
     MalformedError,
     MissingShardError,
+    SeveralModelsError,
     UnsupportedError,
 )
 from tests.fixtures import gloo
@@ -206,7 +207,7 @@ def test_verl_folders_of_two_saves(copied: Copy) -> None:
     assert checkpoint.info["files"] == "model_world_size_4"
     assert "model_world_size_2" in checkpoint.warnings[0]
     (folder / "fsdp_config.json").write_text("{")
-    refused(folder, InconsistentCheckpointError, "2 saves", "model_world_size_2, model_world_size_4", "Name a file")
+    refused(folder, InconsistentCheckpointError, "2 saves", "model_world_size_2, model_world_size_4", "name a file")
     assert dsconv.open_checkpoint(folder / "model_world_size_4_rank_3.pt").world == {"ranks": 4}
     refused(
         folder / "model_world_size_2_rank_1.pt",
@@ -272,8 +273,34 @@ def test_the_model_in_a_training_state(tmp_path: Path) -> None:
     checkpoint = dsconv.open_checkpoint(tmp_path)
     assert list(checkpoint) == ["w"]
     assert same(checkpoint["w"].read(), weight)
+    assert checkpoint.info["left_out"] == {"optimizer": 1, "rng": 1}
+    assert "left out 'optimizer'" in checkpoint.warnings[0]
     torch.save({"rng": torch.get_rng_state(), "net": {"w": weight}}, tmp_path / "rank_0.pt")
-    refused(tmp_path, MalformedError, "rank_0.pt", "holds tensors under ['net']")
+    assert same(dsconv.open_checkpoint(tmp_path)["w"].read(), weight)
+    torch.save({"net": {"w": weight}, "ema": {"w": -weight}}, tmp_path / "rank_0.pt")
+    refused(tmp_path, SeveralModelsError, "rank_0.pt", "'net' (1 tensor), 'ema' (1 tensor)", "--item 'net'")
+    assert same(dsconv.open_checkpoint(tmp_path, item="ema")["w"].read(), -weight)
+
+
+def test_verl_s_actor_and_critic_are_two_models(copied: Copy, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "global_step_3"
+    shutil.copytree(copied("verl-one-w1"), folder / "actor")
+    assert dsconv.open_checkpoint(folder).step == 3
+    shutil.copytree(folder / "actor", folder / "critic")
+    refused(folder, SeveralModelsError, "'actor'", "'critic'", "--item")
+    assert dsconv.open_checkpoint(folder, item="critic").sources[0].parent.name == "critic"
+    with pytest.raises(CheckpointNotFoundError, match="no model is called 'ref'; it holds actor, critic"):
+        dsconv.open_checkpoint(folder, item="ref")
+
+
+def test_a_single_file_may_have_a_number_in_its_name(tmp_path: Path) -> None:
+    """As lora_rank_16.pt: it is not the 17th of a set."""
+    weight = torch.randn(3, 2)
+    torch.save({"a.lora_A.weight": weight}, tmp_path / "lora_rank_16.pt")
+    found = dsconv.open_checkpoint(tmp_path / "lora_rank_16.pt")
+    assert found.format == "PyTorch state dict"
+    assert same(found["a.lora_A.weight"].read(), weight)
+    assert "lora_rank_16.pt was read alone" in found.warnings[0]
 
 
 def test_other_files_are_not_taken_for_models(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Find the optimizer among the items of a checkpoint by its structure, whatever it is called.
+
+The forms are those of torch 2.13 ``torch/optim/optimizer.py`` ``state_dict`` (``state`` and ``param_groups``), of
+``torch/distributed/checkpoint/state_dict.py`` (the same by parameter names, nested or, with
+``flatten_optimizer_state_dict``, in dotted keys as torchtitan saves them), and of Megatron-core 0.16
+``optimizer/distrib_optimizer.py`` (``exp_avg.NAME`` beside ``exp_avg_sq.NAME``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dsconv.checkpoint.formats.items.state_dicts import Leaf, Parts
+from dsconv.checkpoint.pickles.values import safe_repr
+
+STATE = "state"
+GROUPS = "param_groups"
+PAIR = ("exp_avg", "exp_avg_sq")
+# What optimizers keep for a parameter: torch 2.13 torch/optim/*.py, and the masters of Megatron-core.
+SLOTS = frozenset(
+    (
+        *PAIR,
+        "max_exp_avg_sq",
+        "exp_inf",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "momentum_buffer",
+        "square_avg",
+        "grad_avg",
+    )
+) | {"acc_delta", "step", "fp32_param", "master_param"}
+
+
+@dataclass
+class OptimizerParts:
+    """``of`` maps the flat names of what belongs to an optimizer to the name of the optimizer's part."""
+
+    of: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def optimizer_parts(leaves: Mapping[str, Leaf]) -> OptimizerParts:
+    """Find the optimizers' items.
+
+    Args:
+        leaves: Every item of a checkpoint, by its flat name. Dictionaries that were flattened into dotted keys are
+            followed too.
+
+    Returns:
+        The items. Where no ``param_groups`` prove the optimizer, a warning says what was taken for one.
+    """
+    parts = {flat: tuple(c for part in leaf.path for c in part.split(".")) for flat, leaf in leaves.items()}
+    states: dict[Parts, list[str]] = {}
+    groups: dict[Parts, list[str]] = {}
+    slots: dict[Parts, dict[str, list[str]]] = {}
+    for flat, names in parts.items():
+        for at, name in enumerate(names):
+            if name == STATE and at + 1 < len(names):
+                states.setdefault(names[:at], []).append(flat)
+            elif name == GROUPS:
+                groups.setdefault(names[:at], []).append(flat)
+            elif name in SLOTS:
+                slots.setdefault(names[:at], {}).setdefault(name, []).append(flat)
+    found = OptimizerParts()
+    for holder in [holder for holder in states if holder in groups]:
+        if not any(leaves[flat].is_weight for flat in groups[holder]):
+            for part, flats in ((STATE, states.pop(holder)), (GROUPS, groups[holder])):
+                found.of.update(dict.fromkeys(flats, _label(holder, part)))
+    _without_groups(leaves, parts, states, slots, found)
+    return found
+
+
+def _without_groups(
+    leaves: Mapping[str, Leaf],
+    parts: Mapping[str, Parts],
+    states: Mapping[Parts, list[str]],
+    slots: Mapping[Parts, Mapping[str, list[str]]],
+    found: OptimizerParts,
+) -> None:
+    """Add optimizers that no ``param_groups`` prove: states of parameters that are stored beside them."""
+    suspects = [holder for holder in slots if all(name in slots[holder] for name in PAIR)]
+    if not states and not suspects:
+        return
+    shapes: dict[str, set[tuple[int, ...]]] = {}  # of every tensor, by each end of its path
+    for leaf in leaves.values():
+        if leaf.shape is not None and not SLOTS.intersection(leaf.path[-1].split(".")):
+            for at in range(len(leaf.path)):
+                shapes.setdefault(".".join(leaf.path[at:]), set()).add(leaf.shape)
+    of_weights = {shape for known in shapes.values() for shape in known}
+    for holder, flats in states.items():
+        owners = [(flat, ".".join(parts[flat][len(holder) + 1 : -1])) for flat in flats if leaves[flat].is_tensor]
+        stored = bool(owners) and all(owner in shapes for _, owner in owners)
+        if stored and any(leaves[flat].shape in shapes[owner] for flat, owner in owners):
+            _take(found, flats, _label(holder, STATE), "states of parameters that are stored beside them")
+    for holder in suspects:
+        members = {flat: name for name, flats in slots[holder].items() for flat in flats}
+        pairs = [
+            {".".join(parts[flat][len(holder) + 1 :]): leaves[flat].shape for flat in slots[holder][name]}
+            for name in PAIR
+        ]
+        alike = bool(pairs[0]) and pairs[0] == pairs[1] and None not in pairs[0].values()
+        if alike and ("step" in slots[holder] or any(shape in of_weights for shape in pairs[0].values())):
+            _take(found, list(members), _label(holder, PAIR[0]), f"{PAIR[0]} beside {PAIR[1]}")
+
+
+def _take(found: OptimizerParts, flats: list[str], label: str, why: str) -> None:
+    new = [flat for flat in flats if flat not in found.of]
+    if not new:
+        return
+    found.of.update(dict.fromkeys(new, label))
+    start = f"took {safe_repr(label)} for an optimizer's: {why}"
+    if start not in found.warnings and not any(line.endswith(why) for line in found.warnings):
+        found.warnings.append(start)
+
+
+def _label(holder: Parts, part: str) -> str:
+    return ".".join(holder) or part
