@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import platform
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -41,6 +43,7 @@ FEATURES = {
     "s3://": (("fsspec", "s3fs"), "s3"),
     "gs://": (("fsspec", "gcsfs"), "gs"),
     "DCP chunks compressed with zstd": (("zstandard",), "zstd"),
+    "tensors in Python (entry.read())": (("torch",), "torch"),
     "loading into ZeRO-3 (load_zero3)": (("deepspeed", "transformers"), "train"),
     "loading into TP and DTensors (load_tp)": (("transformers",), "train"),
 }
@@ -118,11 +121,11 @@ def _check(what: str, run: Callable[[], str | None], fix: str = "") -> dict[str,
 
 
 def _core() -> list[dict[str, Any]]:
-    """The real thing in small: a file that torch saves is merged and compared, and one that would run code is
+    """Check the real thing in small: a file is merged and compared, and one that would run code is
     refused.
     """
     return [
-        _check("merging and verifying a checkpoint", _merge, "pip install --force-reinstall dsconv"),
+        _check("merging and verifying a checkpoint", _merge, "pip install --force-reinstall dsconv-toolkit"),
         _check(
             "refusing a pickle that would run code", _refuse, "do not use this installation; report it (SECURITY.md)"
         ),
@@ -130,14 +133,13 @@ def _core() -> list[dict[str, Any]]:
 
 
 def _merge() -> str | None:
-    import torch
-
     from dsconv.convert.merge import merge
     from dsconv.convert.verify import verify
 
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [10, 100], "data_offsets": [0, 4000]}}).encode()
     with tempfile.TemporaryDirectory(prefix="dsconv-doctor-") as folder:
-        file, output = Path(folder) / "pytorch_model.bin", Path(folder) / "out"
-        torch.save({"weight": torch.arange(1000.0).reshape(10, 100), "steps": torch.tensor(7)}, file)
+        file, output = Path(folder) / "model.safetensors", Path(folder) / "out"
+        file.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<1000f", *range(1000)))
         merge(file, output)
         return None if verify(file, output).equal else "what was merged is not what was saved"
 
@@ -164,4 +166,4 @@ def _feature(what: str, modules: tuple[str, ...], extra: str) -> dict[str, Any]:
                 importlib.import_module(name)
         return None
 
-    return _check(what, run, f"pip install 'dsconv[{extra}]'")
+    return _check(what, run, f"pip install 'dsconv-toolkit[{extra}]'")

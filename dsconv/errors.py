@@ -10,6 +10,7 @@ verification mismatch, 6 Hub or network, 130 interrupted, 143 terminated.
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -127,9 +128,13 @@ def require_packages(what: str, extra: str, *packages: str) -> None:
         packages: Names to import.
     """
     for package in packages:
+        if package in sys.modules:
+            continue
         try:
             found = importlib.util.find_spec(package)
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise UnsupportedError(f"{what} needs {package}, which is not installed: pip install 'dsconv[{extra}]'")
+            raise UnsupportedError(
+                f"{what} needs {package}, which is not installed: pip install 'dsconv-toolkit[{extra}]'"
+            )

@@ -148,7 +148,9 @@ def open_api(repo: str) -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise RemoteError(f"{repo}: pushing to the Hub needs huggingface_hub: pip install 'dsconv[hub]'") from None
+        raise RemoteError(
+            f"{repo}: pushing to the Hub needs huggingface_hub: pip install 'dsconv-toolkit[hub]'"
+        ) from None
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE:
         raise RemoteError(f"{repo}: HF_HUB_OFFLINE is set, and a push needs the Hub: unset it")
     given = connection()

@@ -12,7 +12,7 @@ def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        warnings.append("loss.png needs matplotlib: pip install 'dsconv[plot]'")
+        warnings.append("loss.png needs matplotlib: pip install 'dsconv-toolkit[plot]'")
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

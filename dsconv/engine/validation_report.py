@@ -58,7 +58,7 @@ def _plot(path: Path, report: ValidationReport) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        report.warnings.append("curves.png needs matplotlib: pip install 'dsconv[plot]'")
+        report.warnings.append("curves.png needs matplotlib: pip install 'dsconv-toolkit[plot]'")
         return False
     count = len(report.curves)
     if not count:

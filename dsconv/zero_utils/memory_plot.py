@@ -26,7 +26,7 @@ def draw(report: Report, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UnsupportedError("--plot needs matplotlib: pip install 'dsconv[plot]'") from None
+        raise UnsupportedError("--plot needs matplotlib: pip install 'dsconv-toolkit[plot]'") from None
     rows = report.rows[::-1]
     figure = Figure(figsize=(9, 1.8 + 0.27 * len(rows)), layout="constrained")
     if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():

@@ -451,7 +451,7 @@ def test_doctor_says_what_is_missing_and_what_fails(tmp_path: Path) -> None:
         line.startswith("does not work: merging and verifying a checkpoint: FileNotFoundError: ") for line in lines
     )
     assert "works: refusing a pickle that would run code" in lines
-    assert any("zstd: " in line and line.endswith("pip install 'dsconv[zstd]'") for line in lines)
+    assert any("zstd: " in line and line.endswith("pip install 'dsconv-toolkit[zstd]'") for line in lines)
 
 
 NO_HEAVY = """

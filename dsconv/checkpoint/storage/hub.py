@@ -299,7 +299,7 @@ def _api(repo: str) -> Any:
         import huggingface_hub
     except ImportError:
         raise CheckpointNotFoundError(
-            f"{repo}: no such file or folder; to read it from the Hub: pip install 'dsconv[hub]'"
+            f"{repo}: no such file or folder; to read it from the Hub: pip install 'dsconv-toolkit[hub]'"
         ) from None
     return huggingface_hub.HfApi(**connection(), library_name="dsconv")
 

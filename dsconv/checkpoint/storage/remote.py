@@ -238,7 +238,7 @@ def store_of(url: str) -> Store:
         fs, _ = fsspec.core.url_to_fs(url, **(connection() if protocol == "hf" else {}))
     except (ImportError, ValueError) as error:
         extra = EXTRAS.get(protocol)
-        how = f"pip install 'dsconv[{extra}]'" if extra else str(error)
+        how = f"pip install 'dsconv-toolkit[{extra}]'" if extra else str(error)
         raise UnsupportedError(f"{url}: nothing that is installed reads {protocol}:// ({how})") from None
     if protocol in ("http", "https"):
         return HttpStore(fs)

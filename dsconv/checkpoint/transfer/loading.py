@@ -11,6 +11,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.copy import CopyRun, Target, copies_of, default_workers
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.checkpoint.transfer.record_checks import source_checks
+from dsconv.errors import require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ def load_tensors(
     Raises:
         MalformedError: a file ends early, or a record fails its CRC-32.
     """
+    require_packages("reading tensors into memory", "torch", "torch")
     import torch
 
     targets: list[tuple[TensorEntry, Target]] = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsconv.checkpoint.map.regions import count_before, scatter
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.storage.local import OpenFile, open_for_reading
+from dsconv.errors import require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +161,7 @@ def read_flat_into(
 
 def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:
     """Return ``entry`` as a new CPU tensor, or the part ``index`` of it. See ``TensorEntry.read``."""
+    require_packages("reading a tensor into memory", "torch", "torch")
     import torch
 
     first, rest = (index[0], index[1:]) if isinstance(index, tuple) and index else (index, ())

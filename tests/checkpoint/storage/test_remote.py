@@ -241,7 +241,7 @@ def test_an_index_in_a_store_cannot_leave_its_folder(memory: Any, folders: dict[
     ("url", "words"),
     [
         ("nonsense://x/y", r"nothing that is installed reads nonsense:// \(Protocol not known"),
-        ("gs://x/y", r"pip install 'dsconv\[gs\]'"),
+        ("gs://x/y", r"pip install 'dsconv-toolkit\[gs\]'"),
     ],
 )
 def test_a_store_that_nothing_reads(url: str, words: str) -> None:

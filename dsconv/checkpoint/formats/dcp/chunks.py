@@ -207,7 +207,7 @@ def _require_zstd(path: Path, transforms: Sequence[str]) -> None:
         import zstandard  # noqa: F401
     except ImportError:
         raise UnsupportedError(
-            f"{path}: compressed with zstd; install the package zstandard: pip install 'dsconv[zstd]'"
+            f"{path}: compressed with zstd; install the package zstandard: pip install 'dsconv-toolkit[zstd]'"
         ) from None
 
 

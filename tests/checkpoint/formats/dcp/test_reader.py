@@ -572,7 +572,7 @@ def test_zstd_without_its_package_and_damaged(broken: Callable[[str], Path], mon
     with pytest.raises(MalformedError, match=f"^{folder}/.*a zstd frame that does not end where the chunk does"):
         dsconv.open_checkpoint(folder)
     monkeypatch.setitem(sys.modules, "zstandard", None)  # as where it is not installed
-    with pytest.raises(UnsupportedError, match=r"pip install 'dsconv\[zstd\]'"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'dsconv-toolkit\[zstd\]'"):
         dsconv.open_checkpoint(folder)
 
 
