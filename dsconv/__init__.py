@@ -85,4 +85,9 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'dsconv' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    try:
+        return getattr(importlib.import_module(home), name)
+    except ImportError as error:
+        from dsconv.errors import as_missing_package
+
+        raise as_missing_package(f"dsconv.{name}", error) or error from None

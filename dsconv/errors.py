@@ -77,6 +77,10 @@ class UnsupportedError(DsconvError, ValueError):
     """The checkpoint has a format or feature that this version does not support; the message names it."""
 
 
+class MissingPackageError(UnsupportedError, ImportError):
+    """What was asked for needs a package that is not installed; the message names the extra that brings it."""
+
+
 class UnsafeError(DsconvError, ValueError):
     """A file asks to run code, or names a path outside its folder."""
 
@@ -120,7 +124,7 @@ class RunFailedError(DsconvError, RuntimeError):
 
 
 def require_packages(what: str, extra: str, *packages: str) -> None:
-    """Raise UnsupportedError, which names the extra to install, unless all ``packages`` are installed.
+    """Raise MissingPackageError, which names the extra to install, unless all ``packages`` are installed.
 
     Args:
         what: What needs the packages, for the message.
@@ -135,6 +139,31 @@ def require_packages(what: str, extra: str, *packages: str) -> None:
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise UnsupportedError(
-                f"{what} needs {package}, which is not installed: pip install 'dsconv-toolkit[{extra}]'"
-            )
+            raise missing_package(what, package, extra)
+
+
+# The extra that brings a package which dsconv imports somewhere and its core does not need.
+EXTRAS = {
+    "accelerate": "train",
+    "deepspeed": "train",
+    "fsspec": "remote",
+    "huggingface_hub": "hub",
+    "matplotlib": "plot",
+    "safetensors": "train",
+    "torch": "torch",
+    "transformers": "train",
+}
+
+
+def missing_package(what: str, package: str, extra: str) -> MissingPackageError:
+    """Return the error for ``what``, which needs ``package``, which ``extra`` brings."""
+    how = f"pip install 'dsconv-toolkit[{extra}]'"
+    return MissingPackageError(f"{what} needs {package}, which is not installed: {how}")
+
+
+def as_missing_package(what: str, error: ImportError) -> MissingPackageError | None:
+    """Return the error that names the extra for a failed import; None where no extra brings the missing package."""
+    package = (error.name or "").partition(".")[0]
+    if isinstance(error, MissingPackageError) or package not in EXTRAS or package in sys.modules:
+        return None
+    return missing_package(what, package, EXTRAS[package])

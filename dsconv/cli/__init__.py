@@ -88,12 +88,14 @@ def _report(error: BaseException, arguments: list[str]) -> int:
 
 def _explain(error: BaseException) -> tuple[int, list[str]]:
     """Return the exit code of an error and the lines that tell of it."""
-    from dsconv.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError
+    from dsconv.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError, as_missing_package
 
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, ["Interrupted. Every output is complete or absent."]
     if isinstance(error, Terminated):
         return int(error.code or 0), ["Terminated. Every output is complete or absent."]
+    if isinstance(error, ImportError):
+        error = as_missing_package("this command", error) or error
     if isinstance(error, DsconvError):
         return error.exit_code, [f"Error: {error}"]
     if isinstance(error, MemoryError):

@@ -9,6 +9,7 @@ import click
 
 from dsconv.cli import console
 from dsconv.cli.console import Size, command
+from dsconv.errors import require_packages
 
 if TYPE_CHECKING:
     from dsconv.zero_utils.estimate import Report, Row
@@ -86,6 +87,7 @@ def estimate(
     MODEL is a config.json, a folder that has one, or a Hub id. Only the configuration is read, no weights. Each
     combination of ZeRO stage, offload and activation checkpointing is a row, the cheapest first.
     """
+    require_packages("an estimate", "train", "torch", "transformers")
     from dsconv.loaders.sizes import model_sizes
     from dsconv.zero_utils import estimate as estimating
     from dsconv.zero_utils.memory import Job

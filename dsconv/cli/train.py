@@ -11,6 +11,7 @@ import click
 
 from dsconv.cli import console
 from dsconv.cli.console import Dtype, command
+from dsconv.errors import require_packages
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 AXES = ("nproc", "zero_stage", "tp", "pp", "sp", "cp", "backend", "fsdp")
@@ -181,6 +182,7 @@ def train(
     checkpoints/ (each complete or absent) and the logs of the ranks. On SIGTERM or Ctrl-C the run saves after the
     current step and exits with 0.
     """
+    require_packages("training", "train", "torch", "transformers")
     from dsconv.engine import Layout, RunOptions
     from dsconv.engine import train as run
     from dsconv.zero_utils.config import DSConfig
@@ -212,6 +214,7 @@ def resume(run: str, stop_after: int | None, as_json: bool, quiet: bool, debug: 
     """
     from dataclasses import replace
 
+    require_packages("training", "train", "torch", "transformers")
     from dsconv.engine import resume as run_on
     from dsconv.engine.checkpoints import latest, read_state
 

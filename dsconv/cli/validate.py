@@ -9,7 +9,7 @@ import click
 
 from dsconv.cli import console
 from dsconv.cli.console import command
-from dsconv.errors import EXIT_MISMATCH
+from dsconv.errors import EXIT_MISMATCH, require_packages
 
 if TYPE_CHECKING:
     from dsconv.engine.validation_report import Cell, ValidationReport
@@ -66,6 +66,7 @@ def validate(
     Small runs of MODEL are trained with real engines, stopped and resumed in new processes, in place and on other
     ranks, converted and loaded back. States, losses and weights are compared. The exit code is 5 if a cell fails.
     """
+    require_packages("validation", "train", "torch", "transformers")
     from dsconv.engine.validation import validate as run
 
     quiet_steps = quiet or as_json
