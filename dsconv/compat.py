@@ -138,7 +138,8 @@ def _save_bin(checkpoint: Checkpoint, target: Path, max_shard_bytes: int, exclud
             name = shard.filename.replace("model", "pytorch_model").replace(".safetensors", ".bin")
             tensors = load_tensors([t.entry for t in shard.tensors], lambda entry: output_dtype(entry.dtype, FP32))
             state_dict = _with_ties(checkpoint, tensors)
-            torch.save(state_dict, staging.path(name))
+            with staging.new_file(name) as file:
+                torch.save(state_dict, file)
             weight_map.update(dict.fromkeys(state_dict, name))
             names.append(name)
         if len(names) > 1:

@@ -20,7 +20,7 @@ from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.safetensors_output import SafetensorsOutput
-from dsconv.convert.staging import recover_interrupted
+from dsconv.convert.staging import finish_interrupted, recover_interrupted
 from dsconv.convert.ties import tied_keys
 from dsconv.convert.verify import verify
 from dsconv.convert.writing import WriteOptions, write
@@ -156,8 +156,8 @@ def merge(
         private=private,
         writing=WriteOptions(force, fsync, sha256, workers, progress),
     )
-    if output is not None and not dry_run:
-        recover_interrupted(as_path(output))  # it may be the source too
+    if output is not None and not dry_run and not isinstance(source, Checkpoint) and _same(source, output):
+        finish_interrupted(as_path(output))
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision, item)
     if output is None:
         suffix = (
@@ -171,6 +171,14 @@ def merge(
             suffix = re.sub(r"[^\w.-]", "_", item) + f"-{suffix}"
         output = default_output(checkpoint, suffix)
     return _merge(checkpoint, as_path(output), options)
+
+
+def _same(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> bool:
+    """Return whether a merge goes into the folder that it reads."""
+    try:
+        return Path(source).samefile(output)
+    except OSError:
+        return False
 
 
 def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeReport:

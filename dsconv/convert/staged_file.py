@@ -22,8 +22,9 @@ WRITE_BYTES = 256 << 10
 class StagedFile:
     """A file in the hidden folder. Without ``keep_open`` its descriptor is opened for each write."""
 
-    def __init__(self, path: Path, nbytes: int, keep_open: bool, sync: bool) -> None:
-        self._path = path
+    def __init__(self, path: Path, open_file: Callable[[int], int], nbytes: int, keep_open: bool, sync: bool) -> None:
+        self._path = path  # for messages
+        self._open = open_file  # by flags
         self._nbytes = nbytes
         self._keep_open = keep_open
         self._sync = sync
@@ -33,7 +34,7 @@ class StagedFile:
     def begin(self, head: bytes) -> None:
         """Make the file, of its full size, with the bytes that it begins with. Raises OutputError."""
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            descriptor = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self._descriptor = descriptor
             os.truncate(descriptor, self._nbytes)
         except OSError as error:
@@ -76,7 +77,7 @@ class StagedFile:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = self._open(os.O_RDWR)
         except OSError as error:
             raise OutputError(
                 f"{self._path}: cannot be opened for writing: {error.strerror}; nothing of the output was kept"

@@ -8,40 +8,34 @@ Moving begins with one rename, which makes ``STARTED``: of the commit marker of 
 it the older output is whole, and what is new is taken away when the run ends. After it the new output is whole too, in
 the hidden folder, and is the one that stays: the run, or the next one, finishes the renames. ``MOVING`` says which, and
 by which signatures (inode, size, time) the files are known, so that nothing is touched that somebody else put there.
+
+All of it goes through ``folders.py``: no link is followed, and the hidden folder is cleared only of dsconv's own files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from dsconv.checkpoint.storage.local import is_remote
-from dsconv.convert.progress import Progress
-from dsconv.convert.staged_file import StagedFile
+from dsconv.convert.folders import Folder, MarkedFolder, open_marked, refuse_special
+from dsconv.convert.progress import Progress, ProgressCounter
+from dsconv.convert.staged_file import StagedFile, write_at
 from dsconv.errors import OutputError
 
 STAGING = ".dsconv-partial"
-LOCK = "lock"
 MOVING = "moving.json"
 STARTED = "started"
+MAX_MOVING_BYTES = 64 << 20
 Signatures = dict[str, list[int] | None]
-
-
-def signature(path: Path) -> list[int] | None:
-    """Return what tells a file (inode, size, time) or a folder (inode) from another of its name; None for nothing."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return None
-    return [found.st_ino] if stat.S_ISDIR(found.st_mode) else [found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _is_name(name: object) -> bool:
@@ -68,21 +62,18 @@ class Move:
         return {"gone": self.obsolete, "names": self.new, "there": self.replaced}
 
     @staticmethod
-    def read(folder: Path) -> Move | None:
-        """Return the move that was begun in a hidden folder and not finished.
-
-        None where there is none, and where what says so was not written by this program.
-        """
+    def read(folder: Folder) -> Move | None:
+        """Return the move that was begun in a hidden folder and not finished; None where there is none."""
         try:
-            found = json.loads((folder / MOVING).read_bytes())
+            found = json.loads(folder.read(MOVING, MAX_MOVING_BYTES))
             move = Move(found["gone"], found["names"], found["there"])
             for signatures in (move.obsolete, move.new, move.replaced):
                 for name, written in signatures.items():
                     if not _is_name(name) or not all(type(number) is int for number in written or ()):
                         return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        begun = os.path.lexists(folder / STARTED) and any(os.path.lexists(folder / name) for name in move.new)
+        begun = folder.stat(STARTED) is not None and any(folder.stat(name) is not None for name in move.new)
         return move if begun else None
 
 
@@ -91,70 +82,84 @@ class Staging:
 
     in_order = False
 
-    def __init__(self, target: Path, sync: bool) -> None:
-        self.target = target
-        self.folder = target / STAGING
+    def __init__(self, target: Folder, hidden: MarkedFolder, sync: bool) -> None:
+        self.target = target.path
+        self.folder = hidden.path
         self.sync = sync
-        self._folders = {self.folder}
+        self._target = target
+        self._hidden = hidden
 
     def path(self, name: str) -> Path:
+        """Return the path of a file in the hidden folder, for reading."""
         return self.folder / name
 
     def create(self, name: str, nbytes: int, keep_open: bool, hashed: bool) -> StagedFile:
         """Return a file of ``nbytes``, which its ``begin`` makes. With ``keep_open`` its descriptor stays open."""
-        path = self.path(name)
-        if path.parent not in self._folders:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._folders.add(path.parent)
-        return StagedFile(path, nbytes, keep_open, self.sync)
+        self._hidden.mark([name.split("/")[0]])
+        if "/" in name:
+            self._hidden.make_parents(name)
+        return StagedFile(self.path(name), partial(self._hidden.open_file, name), nbytes, keep_open, self.sync)
 
     def digests(self, names: Sequence[str], progress: Progress | None) -> dict[str, str]:
         """Return the sha256 of each of the finished files ``names``."""
-        total = sum(self.path(name).stat().st_size for name in names)
-        done = 0
+        counter = ProgressCounter("sha256", sum(self.path(name).lstat().st_size for name in names), progress)
         found = {}
         for name in names:
             digest = hashlib.sha256()
-            with open(self.path(name), "rb", buffering=0) as file:
+            with os.fdopen(self._hidden.open_file(name, os.O_RDONLY), "rb", buffering=0) as file:
                 while chunk := file.read(8 << 20):
                     digest.update(chunk)
-                    done += len(chunk)
-                    if progress is not None:
-                        progress("sha256", done, total)
+                    counter.add(len(chunk))
             found[name] = digest.hexdigest()
         return found
 
     def link(self, name: str, existing: str) -> None:
         """Give a finished file a second name, by a hard link, or by a copy where the file system has none."""
+        self._hidden.mark([name])
+        descriptor = self._hidden.descriptor
         try:
-            os.link(self.path(existing), self.path(name))
+            os.link(existing, name, src_dir_fd=descriptor, dst_dir_fd=descriptor, follow_symlinks=False)
         except OSError:
-            self.write(name, b"")
-            with open(self.path(existing), "rb") as source, open(self.path(name), "wb") as target:
+            with (
+                os.fdopen(self._hidden.open_file(existing, os.O_RDONLY), "rb") as source,
+                self.new_file(name) as target,
+            ):
                 while data := source.read(8 << 20):
                     target.write(data)
                 if self.sync:
                     target.flush()
                     os.fsync(target.fileno())
 
+    def new_file(self, name: str) -> BinaryIO:
+        """Make a file and return it, open for writing. Raises OutputError or OSError."""
+        self._hidden.mark([name])
+        return os.fdopen(self._hidden.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
+
     def write(self, name: str, data: bytes) -> None:
         """Write a small file, whole. Raises OutputError."""
         try:
-            with open(self.path(name), "wb") as file:
-                file.write(data)
+            self._hidden.mark([name])
+            descriptor = self._hidden.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                write_at(descriptor, memoryview(data), 0)
                 if self.sync:
-                    file.flush()
-                    os.fsync(file.fileno())
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(f"{self.path(name)}: cannot be written: {error.strerror}") from None
 
     def replace(self, path: Path, data: bytes) -> None:
-        """Replace a small file anywhere on this file system, in one step. Raises OSError or OutputError."""
-        self.write(f"{path.name}.new", data)
-        self.path(f"{path.name}.new").replace(path)
+        """Replace a small file beside the target, in one step. Raises OSError or OutputError."""
+        with Folder.open(path.parent) as folder:
+            refuse_special(folder, [path.name])
+            self.write(f"{path.name}.new", data)
+            self._hidden.rename(f"{path.name}.new", folder, path.name)
 
     def commit(
-        self, names: Sequence[str], obsolete: Iterable[str], verify: Callable[[Path], None] | None = None
+        self, names: Sequence[str], obsolete: Sequence[str], verify: Callable[[Path], None] | None = None
     ) -> None:
         """Take away ``obsolete`` files and folders of the target, then move ``names`` into it in their order.
 
@@ -164,30 +169,39 @@ class Staging:
             verify: called before with the folder in which everything lies; what it raises ends the commit.
 
         Raises:
-            OutputError: a folder has one of the names, or the files cannot be moved.
+            OutputError: a folder, a link or something else that is no file has one of the names, or the files cannot
+                be moved.
         """
         if verify is not None:
             verify(self.folder)
-        if self.sync:
-            for folder in sorted({parent for made in self._folders for parent in (made, *made.parents)}):
-                if folder.is_relative_to(self.folder) and folder != self.folder:
-                    self._sync(folder)
-        old = {name: signature(self.target / name) for name in obsolete if os.path.lexists(self.target / name)}
-        for name in names:
-            if name not in old and (self.target / name).is_dir():
+        target, hidden = self._target, self._hidden
+        refuse_special(target, [*obsolete, *names])
+        old = {name: target.signature(name) for name in obsolete if target.stat(name) is not None}
+        replaced = {name: target.signature(name) for name in names if name not in old}
+        for name, found in replaced.items():
+            if found is not None and len(found) == 1:
                 raise OutputError(
                     f"{self.target / name} is a folder, and the output has a file of that name: move it, or choose"
                     " another"
                 )
-        replaced = {name: signature(self.target / name) for name in names if name not in old}
-        move = Move(old, {name: signature(self.path(name)) for name in names}, replaced)
+        new = {name: hidden.signature(name) for name in names}
+        unknown = [name for name, found in new.items() if found is None]
+        if unknown:
+            raise OutputError(f"{self.path(unknown[0])} is gone: something else clears that folder; run again")
+        move = Move(old, new, replaced)
         try:
-            self.replace(self.path(MOVING), json.dumps(move.to_dict()).encode())
-            self._sync(self.folder)
+            if self.sync:
+                hidden.sync_below()
+            hidden.mark([MOVING, STARTED, *(f"old-{name}" for name in old)])
+            if self.sync:
+                hidden.sync_marks()
+            self.write(f"{MOVING}.new", json.dumps(move.to_dict()).encode())
+            hidden.rename(f"{MOVING}.new", hidden, MOVING)
+            self._sync(hidden)
             if old:
-                (self.target / next(iter(old))).replace(self.path(STARTED))
+                target.rename(next(iter(old)), hidden, STARTED)
             else:
-                self.path(STARTED).touch()
+                os.close(hidden.open_file(STARTED, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except OutputError:
             raise
         except OSError as error:
@@ -204,9 +218,9 @@ class Staging:
             OutputError: it failed, or somebody has put other files there since. Both stay as they are.
         """
         for name, written in move.new.items():
-            now = signature(self.target / name)
+            now = self._target.signature(name)
             known = (None, written, move.obsolete.get(name), move.replaced.get(name))
-            if os.path.lexists(self.path(name)) and now not in known:
+            if self._hidden.stat(name) is not None and now not in known:
                 raise OutputError(
                     f"{self.target}: a run was ended while it put its output in place, from {self.folder}, and since"
                     f" then {name} was put there by another: move one of the two away"
@@ -221,31 +235,27 @@ class Staging:
 
     def finish(self, move: Move) -> None:
         """Do what is left of ``move`` once ``STARTED`` is there. Raises OSError, and may then be called again."""
-        waiting = [name for name in move.new if os.path.lexists(self.path(name))]
+        target, hidden = self._target, self._hidden
+        waiting = [name for name in move.new if hidden.stat(name) is not None]
         if len(waiting) == len(move.new):
             for name, written in move.obsolete.items():
-                old = self.target / name
-                if signature(old) != written:
+                if target.signature(name) != written:
                     continue  # gone already
                 if len(written or ()) == 1:  # a folder: gone in one step; what it holds goes with the hidden folder
-                    old.replace(self.path(f"old-{name}"))
+                    target.rename(name, hidden, f"old-{name}")
                 else:
-                    old.unlink()
-        self._sync(self.target)
+                    target.unlink(name)
+        self._sync(target)
         for name in waiting[:-1]:
-            self.path(name).replace(self.target / name)
-        self._sync(self.target)
+            hidden.rename(name, target, name)
+        self._sync(target)
         for name in waiting[-1:]:
-            self.path(name).replace(self.target / name)
-        self._sync(self.target)
+            hidden.rename(name, target, name)
+        self._sync(target)
 
-    def _sync(self, folder: Path) -> None:
+    def _sync(self, folder: Folder) -> None:
         if self.sync:
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            folder.sync()
 
 
 @contextlib.contextmanager
@@ -253,53 +263,78 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
     """Open a locked, empty hidden folder in ``target``, which is made if need be. All of it is gone at the end.
 
     Raises:
-        OutputError: another run holds it, or the folder cannot be made.
+        OutputError: another run holds it, the folder cannot be made or is a link, or the hidden folder is not
+            dsconv's own.
     """
     created = not target.exists() or os.listdir(target) == [STAGING]  # by this run, or by one that was killed
-    staging = Staging(target, sync)
-    lock = None
     try:
-        try:
-            staging.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(staging.path(LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                staging.folder.rmdir()  # not if another run is at work in it
-            raise OutputError(f"{target}: cannot be written to: {error.strerror}") from None
-        if not _locked(lock, staging.path(LOCK)):
-            created = False
-            os.close(lock)
-            lock = None
-            raise OutputError(f"{target}: another dsconv run is writing here; wait for it or choose another folder")
-        move = Move.read(staging.folder)
-        if move is not None:
-            staging.finish_or_say(move)
-        for leftover in staging.folder.iterdir():
-            if leftover.name != LOCK:
-                remove(leftover)
-        yield staging
+        with _locked(target, sync) as staging:
+            yield staging
     finally:
-        if lock is not None:
-            move = Move.read(staging.folder)
-            if move is not None:  # an interrupt came while files were moved
-                with contextlib.suppress(OSError):
-                    staging.finish_or_say(move)
-            if Move.read(staging.folder) is None:  # else the only whole output is in there
-                shutil.rmtree(staging.folder, ignore_errors=True)
-            os.close(lock)
         if created:
             with contextlib.suppress(OSError):
                 target.rmdir()  # only when nothing was put there
 
 
+@contextlib.contextmanager
+def _locked(target: Path, sync: bool) -> Iterator[Staging]:
+    with Folder.open(target, make=True) as folder:
+        try:
+            hidden = open_marked(folder, STAGING)
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be written to: {error.strerror}") from None
+        if hidden is None:
+            raise OutputError(f"{target}: another dsconv run is writing here; wait for it or choose another folder")
+        staging = Staging(folder, hidden, sync)
+        with hidden:
+            move = Move.read(hidden)
+            if move is not None:
+                staging.finish_or_say(move)
+            try:
+                hidden.clear()
+            except OutputError:
+                raise
+            except OSError as error:
+                raise OutputError(f"{hidden.path}: cannot be cleared: {error.strerror}") from None
+            try:
+                yield staging
+            finally:
+                move = Move.read(hidden)
+                if move is not None:  # an interrupt came while files were moved
+                    with contextlib.suppress(OSError):
+                        staging.finish_or_say(move)
+                if Move.read(hidden) is None:  # else the only whole output is in there
+                    with contextlib.suppress(OSError):  # the next run tries again
+                        hidden.end()
+
+
 def recover_interrupted(target: Path) -> None:
     """Finish what a killed run had begun to put into place in ``target``, or take away what it left.
 
-    A run that is at work there is let be.
+    A run that is at work there is let be, and so is a hidden folder that is not dsconv's own.
     """
-    if not is_remote(target) and (target / STAGING).is_dir():
+    if not is_remote(target) and not target.is_symlink() and os.path.lexists(target / STAGING):
         with contextlib.suppress(OutputError), open_staging(target, sync=True):
             pass
+
+
+def finish_interrupted(target: Path) -> None:
+    """Finish what a killed run had begun to put into place in ``target``, which is to be read next.
+
+    Nothing else is touched: what a run left that had not begun to move its files stays until another one writes here.
+    """
+    if is_remote(target) or target.is_symlink() or not os.path.lexists(target / STAGING):
+        return
+    with contextlib.suppress(OSError), Folder.open(target) as folder:
+        hidden = open_marked(folder, STAGING)
+        if hidden is not None:
+            with hidden:
+                move = Move.read(hidden)
+                if move is not None:
+                    Staging(folder, hidden, sync=True).finish_or_say(move)
+                    hidden.end()
 
 
 def refuse_existing(target: Path, names: list[str], what: str, force: bool) -> None:
@@ -307,23 +342,6 @@ def refuse_existing(target: Path, names: list[str], what: str, force: bool) -> N
     whole = [name for name in names if not is_remote(target) or name not in debris(target)]
     if whole and not force:
         raise OutputError(f"{target} already holds {what} ({whole[0]}); give --force to replace it, or another folder")
-
-
-def remove(path: Path) -> None:
-    """Take away a file, or a folder with all that is in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _locked(descriptor: int, path: Path) -> bool:
-    """Return whether this run now has the lock, on the file that is there: a run that ended took its own away."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
 
 
 def debris(target: Path) -> set[str]:

@@ -14,7 +14,6 @@ state file, replaced in one step, says so.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -25,16 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsconv.convert.folders import MarkedFolder, open_marked, opened
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.merge import merge
 from dsconv.convert.progress import Progress
 from dsconv.convert.push import check_repo, open_api, push
-from dsconv.convert.staging import STAGING, remove
+from dsconv.convert.staging import STAGING
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MismatchError, OutputError
 from dsconv.zero_utils.files import read_latest, tags_in
 
 HOME = ".dsconv-watch"
-STATE, LOCK, MERGED = "state.json", "lock", "merged"
+STATE, MERGED = "state.json", "merged"
+MAX_STATE_BYTES = 64 << 20
 PUSHED, OLD, FAILED, WAITING = "pushed", "was there before", "failed", "waiting"
 TRAINER = re.compile(r"checkpoint-(\d+)")
 
@@ -54,16 +55,14 @@ class Event:
 
 
 class Watcher:
-    """Watches one run for one repository. ``options`` are keywords of ``merge``. The caller holds the lock of
-    ``_locked``.
-    """
+    """Watches one run for one repository. ``options`` are keywords of ``merge``; ``locked_home`` gives ``home``."""
 
-    def __init__(self, run: Path, repo: str, private: bool, options: dict[str, Any]) -> None:
+    def __init__(self, run: Path, home: MarkedFolder, repo: str, private: bool, options: dict[str, Any]) -> None:
         self.run = run
         self.repo = repo
         self.private = private
         self.options = options
-        self.home = _home(run, repo)
+        self.home = home
         self._seen: dict[str, str] = {}  # name → its files at the last look
         self._told: dict[str, str] = {}  # name → why it waits, as was reported
         self._state = self._read_state()
@@ -93,7 +92,7 @@ class Watcher:
                     yield event
                 return
             self._note(event, files)
-            remove(self.home / MERGED)
+            self._clear()
             yield event
 
     def _new(self) -> list[str]:
@@ -129,12 +128,14 @@ class Watcher:
 
     def _take(self, name: str, files: str, progress: Progress | None) -> Event:
         wanted = hashlib.sha256(f"{files} {sorted(self.options.items())}".encode()).hexdigest()[:16]
-        output = self.home / MERGED / f"{name}-{wanted}"
+        output = self.home.path / MERGED / f"{name}-{wanted}"
         tag = None if TRAINER.fullmatch(name) and (self.run / name / "latest").is_file() else name
         step = None
         try:
             if not (output / MANIFEST).is_file() or (output / STAGING).exists():
-                remove(self.home / MERGED)  # of another checkpoint, or half put in place
+                self._clear()  # of another checkpoint, or half put into place
+                self.home.mark([MERGED])
+                self.home.inner(MERGED, make=True).close()
                 merge(self.run if tag else self.run / name, output, tag=tag, progress=progress, **self.options)
         except OutputError as error:
             return Event(name, WAITING, error=error)
@@ -146,26 +147,35 @@ class Watcher:
             report = push(output, self.repo, private=self.private, progress=progress)
         except (DsconvError, OSError) as error:
             if isinstance(error, MismatchError):
-                remove(output)  # to be merged again
+                self._clear()  # to be merged again
             return Event(name, WAITING, step, error=error)
         return Event(name, PUSHED, step, report.url)
+
+    def _clear(self) -> None:
+        """Remove what was merged. Raises OutputError."""
+        try:
+            self.home.remove_marked(MERGED)
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{self.home.path / MERGED}: cannot be removed: {error.strerror}") from None
 
     def _known(self, name: str) -> dict[str, Any]:
         return (self._state or {}).get(name, {})
 
     def _note(self, event: Event, files: str) -> None:
-        assert self._state is not None
+        state = self._state = self._state or {}
         noted = {"outcome": event.outcome, "files": files, "step": event.step, "url": event.url}
-        self._state[event.name] = noted if event.error is None else {**noted, "error": str(event.error)}
+        state[event.name] = noted if event.error is None else {**noted, "error": str(event.error)}
         self._save()
 
     def _read_state(self) -> dict[str, dict[str, Any]] | None:
-        path = self.home / STATE
+        path = self.home.path / STATE
         try:
-            state = json.loads(path.read_bytes())
+            state = json.loads(self.home.read(STATE, MAX_STATE_BYTES))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise MalformedError(
                 f"{path}: cannot be read ({error}); take it away to begin with the newest checkpoint"
             ) from None
@@ -176,15 +186,14 @@ class Watcher:
         return state
 
     def _save(self) -> None:
-        fresh = self.home / f"{STATE}.new"
         try:
-            with open(fresh, "w") as file:
-                json.dump(self._state, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self.home / STATE)
+            self.home.mark([STATE, f"{STATE}.new"])
+            self.home.remove_marked(f"{STATE}.new")  # of a watcher that was killed
+            self.home.replace_file(STATE, json.dumps(self._state, indent=1).encode(), f"{STATE}.new")
+        except OutputError:
+            raise
         except OSError as error:
-            raise OutputError(f"{self.home / STATE}: cannot be written: {error.strerror}") from None
+            raise OutputError(f"{self.home.path / STATE}: cannot be written: {error.strerror}") from None
 
 
 def watch(
@@ -226,8 +235,8 @@ def watch(
         )
     open_api(repo)
     events = []
-    with _locked(folder, repo):
-        watcher = Watcher(folder, repo, private, options)
+    with locked_home(folder, repo) as home:
+        watcher = Watcher(folder, home, repo, private, options)
         while True:
             for event in watcher.look(settled=once, progress=progress):
                 on_event(event)
@@ -248,28 +257,25 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
-def _home(run: Path, repo: str) -> Path:
-    return run / HOME / repo.replace("/", "--")
-
-
 @contextlib.contextmanager
-def _locked(run: Path, repo: str) -> Iterator[None]:
-    """Hold the lock of a run and a repository. The system takes it back when the process ends, however it ends."""
-    home = _home(run, repo)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(home / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(
-            f"{home}: cannot be written to, and what was pushed is noted there: {error.strerror}"
-        ) from None
-    try:
+def locked_home(run: Path, repo: str) -> Iterator[MarkedFolder]:
+    """Open the watcher's own folder in ``run`` and hold its lock, which the system takes back when the process ends.
+
+    Raises:
+        OutputError: another watcher has the lock, or the folder cannot be written to or is not dsconv's own.
+    """
+    name = repo.replace("/", "--")
+    with opened(run) as folder:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            with folder.inner(HOME, make=True) as shelf:
+                home = open_marked(shelf, name)
+        except OutputError:
+            raise
+        except OSError as error:
             raise OutputError(
-                f"{run}: another watcher pushes this run to {repo}; end it first, or leave it at work"
+                f"{run / HOME / name}: cannot be written to, and what was pushed is noted there: {error.strerror}"
             ) from None
-        yield
-    finally:
-        os.close(descriptor)
+        if home is None:
+            raise OutputError(f"{run}: another watcher pushes this run to {repo}; end it first, or leave it at work")
+        with home:
+            yield home

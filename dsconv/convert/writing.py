@@ -30,6 +30,7 @@ from dsconv.checkpoint.transfer.copy import (
 from dsconv.checkpoint.transfer.record_checks import source_checks
 from dsconv.convert.computed import ComputedEntry, fill_all
 from dsconv.convert.destination import Destination, FillingFile, Place, Written
+from dsconv.convert.folders import Folder, refuse_link, refuse_special
 from dsconv.convert.progress import Progress, ProgressCounter
 from dsconv.convert.staging import open_staging, refuse_existing, require_space
 from dsconv.errors import DsconvError, OutputError, UnsupportedError
@@ -109,9 +110,14 @@ def older_output(destination: Destination, target: Path, force: bool) -> list[st
     Raises:
         OutputError: there is one and ``force`` is not given, or the output must not go there.
     """
+    if not is_remote(target):
+        refuse_link(target)
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the output is a folder")
     names = destination.older(target) if target.is_dir() else []
+    if target.is_dir() and not is_remote(target):
+        with Folder.open(target) as folder:
+            refuse_special(folder, [*names, *destination.commit_order])
     refuse_existing(target, names, destination.what, force)
     return names
 

@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dsconv
-from dsconv.convert import staging
+from dsconv.convert import folders, staging
 from dsconv.errors import OutputError
 from tests.cli.running import slow_writes
 from tests.trained import Trained
@@ -53,16 +54,29 @@ def test_two_runs_on_one_output(trained: Callable[[str], Trained], tmp_path: Pat
     assert not out.exists()
 
 
-def test_a_lock_that_was_taken_away_is_no_lock(tmp_path: Path) -> None:
+def test_a_lock_that_was_taken_away_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that waits at the door of one that ends must not take the lock of a folder that is gone."""
-    path = tmp_path / "lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        path.unlink()
-        path.touch()
-        assert not staging._locked(descriptor, path)
-    finally:
-        os.close(descriptor)
+    with folders.Folder.open(tmp_path) as parent:
+        first = folders.open_marked(parent, "hidden")
+        assert first is not None
+        with first:
+            assert folders.open_marked(parent, "hidden") is None
+            real = os.open
+
+            def slow(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+                descriptor = real(path, flags, *args, **kwargs)
+                if path == folders.LOCK and (tmp_path / "hidden" / folders.LOCK).exists():
+                    first.end()
+                return descriptor
+
+            monkeypatch.setattr(os, "open", slow)
+            assert folders.open_marked(parent, "hidden") is None
+            monkeypatch.undo()
+        again = folders.open_marked(parent, "hidden")
+        assert again is not None
+        again.end()
+        again.close()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_is_found_before_writing(

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from dsconv.convert.watch import FAILED, PUSHED, WAITING, Event, Watcher, watch
+from dsconv.convert.folders import MarkedFolder
+from dsconv.convert.watch import FAILED, PUSHED, WAITING, Event, Watcher, locked_home, watch
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, OutputError, RemoteError
 from tests.servers.hubwriting import Fault, Shell, WritableHub, download
 from tests.trained import Trained, load_safetensors
@@ -55,6 +56,13 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path, trained: Callable[[str], Trained]) -> Run:
     return Run(tmp_path / "run", trained)
+
+
+@pytest.fixture
+def home(run: Run) -> Iterator[MarkedFolder]:
+    """The watcher's own folder, locked."""
+    with locked_home(run.folder, "org/new") as found:
+        yield found
 
 
 class Process:
@@ -176,9 +184,8 @@ def test_what_was_there_and_what_comes(hub: WritableHub, run: Run) -> None:
     assert outcomes(watch(run.folder, "org/second", once=True, dtype="bf16")) == [("global_step4", PUSHED)]
 
 
-def test_nothing_is_taken_before_a_second_look(hub: WritableHub, run: Run) -> None:
-    (run.folder / ".dsconv-watch" / "org--new").mkdir(parents=True)
-    watcher = Watcher(run.folder, "org/new", False, {})
+def test_nothing_is_taken_before_a_second_look(hub: WritableHub, run: Run, home: MarkedFolder) -> None:
+    watcher = Watcher(run.folder, home, "org/new", False, {})
     assert list(watcher.look()) == []  # nothing there: what comes now is new
     run.save(2)
     target = run.save(4)
@@ -190,9 +197,8 @@ def test_nothing_is_taken_before_a_second_look(hub: WritableHub, run: Run) -> No
     assert outcomes(list(watcher.look())) == [("global_step4", PUSHED)]
 
 
-def test_while_the_hub_is_away(hub: WritableHub, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run.folder / ".dsconv-watch" / "org--new").mkdir(parents=True)
-    watcher = Watcher(run.folder, "org/new", False, {})
+def test_while_the_hub_is_away(hub: WritableHub, run: Run, home: MarkedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = Watcher(run.folder, home, "org/new", False, {})
     assert list(watcher.look()) == []
     run.save(2)
     run.save(4, CASES[1])
@@ -262,11 +268,12 @@ def test_what_a_watcher_refuses(hub: WritableHub, run: Run, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="a repository of the Hub is written org/model"):
         watch(run.folder, "new", once=True)
     home = run.folder / ".dsconv-watch" / "org--new"
-    home.mkdir(parents=True)
+    with locked_home(run.folder, "org/new"):
+        pass
     for text in ("{", "[]", '{"a": 1}'):
         (home / "state.json").write_text(text)
         with pytest.raises(MalformedError, match=r"state\.json: .*take it away to begin with the newest"):
             watch(run.folder, "org/new", once=True)
     (run.folder / ".dsconv-watch" / "org--second").write_text("a file")
-    with pytest.raises(OutputError, match="what was pushed is noted there"):
+    with pytest.raises(OutputError, match="org--second is a file, and dsconv keeps a folder of that name there"):
         watch(run.folder, "org/second", once=True)

@@ -171,6 +171,12 @@ def test_a_list_of_moves_from_elsewhere_takes_nothing_away(
         path.write_text("mine")
     (hidden / staging.MOVING).write_text(moving)
     assert json.loads(moving) is not None
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match=r"\.dsconv-partial was not made by dsconv on this disk \(it holds moving"):
+        dsconv.merge(trained(CASE).checkpoint, out, fsync=False)
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in hidden.iterdir()) == [staging.MOVING, staging.STARTED, "x"]
+    shutil.rmtree(hidden)
     dsconv.merge(trained(CASE).checkpoint, out, fsync=False)
     assert (mine.read_text(), (out / "mine").read_text(), hidden.exists()) == ("mine", "mine", False)
     shutil.rmtree(out)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import dsconv
-from dsconv.convert import staging
+from dsconv.convert import folders, staging
 from dsconv.errors import DsconvError
 from tests.cli.running import slow_writes
 from tests.crash.jobs import contents
@@ -163,7 +163,7 @@ def test_of_two_processes_at_one_output_the_second_refuses(
     arguments = [command, str(source), str(out), "--no-fsync", "--quiet"]
     alone = tmp_path / "alone" / "out"
     first = subprocess.Popen([*slow_writes(0.02), *arguments], stderr=subprocess.PIPE, text=True)
-    while not (out / staging.STAGING / staging.LOCK).exists():
+    while not (out / staging.STAGING / folders.LOCK).exists():
         time.sleep(0.005)
         assert first.poll() is None
     time.sleep(0.05)
