@@ -23,6 +23,7 @@ from pathlib import Path
 from dsconv.errors import OutputError
 
 LOCK = "lock"
+ALL = "*"  # the mark of a folder that dsconv has to itself: other libraries write into it at its bidding
 MAX_LOCK_BYTES = 64 << 20
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that a fifo is not waited for
@@ -265,7 +266,7 @@ class MarkedFolder(Folder):
 
     def _check(self, name: str) -> None:
         found = self.stat(name)
-        if found is not None and (name not in self._marked or not _is_plain(found)):
+        if found is not None and (self._marked.isdisjoint((name, ALL)) or not _is_plain(found)):
             raise OutputError(
                 f"{self.path / name} was not put there by dsconv, which clears that folder only of its own files: move"
                 f" it away, or remove {self.path} yourself"

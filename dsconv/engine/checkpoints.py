@@ -7,16 +7,17 @@ so every tool that reads one reads it.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
-import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsconv.convert.folders import ALL, Folder, MarkedFolder, open_marked, opened
 from dsconv.engine.data import Position
-from dsconv.engine.files import sync, write_file
+from dsconv.engine.files import write_file
 from dsconv.engine.options import Layout
 from dsconv.errors import CheckpointNotFoundError, MalformedError, OutputError
 
@@ -24,6 +25,7 @@ FOLDER = "checkpoints"
 LATEST = "latest"
 STATE = "engine.json"
 PARTIAL = ".partial"
+UNIVERSAL = ".universal"
 _TAG = re.compile(r"step-(\d+)\Z")
 
 
@@ -43,19 +45,29 @@ def tag_of(step: int) -> str:
 
 
 def begin(run: Path) -> Path:
-    """Return an empty folder for the next checkpoint, without what a killed save left there. One rank calls it."""
-    partial = run / FOLDER / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{partial} cannot be created: {error.strerror}") from None
-    return partial
+    """Return an empty folder for the next checkpoint. One rank calls it.
+
+    What a killed save left there is removed.
+
+    Raises:
+        OutputError: the folder is a link or was not made by the engine, or the system refuses.
+    """
+    return _make_hidden(run, PARTIAL)
 
 
 def abandon(run: Path) -> None:
     """Remove what a failed save has written. Never raises."""
-    shutil.rmtree(run / FOLDER / PARTIAL, ignore_errors=True)
+    _remove_hidden(run, PARTIAL)
+
+
+def begin_universal(run: Path, name: str) -> Path:
+    """Return the path of a universal checkpoint that is made for this run's ranks, in an empty hidden folder."""
+    return _make_hidden(run, UNIVERSAL) / name
+
+
+def end_universal(run: Path) -> None:
+    """Remove the universal checkpoint of ``begin_universal``. Never raises."""
+    _remove_hidden(run, UNIVERSAL)
 
 
 def write_state(folder: Path, state: State) -> None:
@@ -70,27 +82,74 @@ def commit(run: Path, step: int, keep: int) -> Path:
     a run that went back to an earlier checkpoint replaces them when it gets there. One rank calls this once all have
     written. Raises OutputError.
     """
-    folder = run / FOLDER
-    written, target = folder / PARTIAL / tag_of(step), folder / tag_of(step)
+    tag = tag_of(step)
+    target = run / FOLDER / tag
     try:
-        for root, _, names in os.walk(written):
-            for name in names:
-                sync(Path(root, name))
-            sync(Path(root))
-        if target.exists():  # the run reached this step before; `latest` still names an earlier one
-            shutil.rmtree(target)
-        written.rename(target)
-        sync(folder)
+        with _hidden(run, PARTIAL) as (folder, partial):
+            partial.sync_below(files=True)
+            _remove_checkpoint(folder, tag)  # the run reached this step before; `latest` still names an earlier one
+            partial.rename(tag, folder, tag)
+            folder.sync()
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
             f"{target}: the checkpoint cannot be written: {error.strerror}; `latest` still names the one before"
         ) from None
-    write_file(folder / LATEST, target.name.encode())
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    write_file(run / FOLDER / LATEST, tag.encode())
+    _remove_hidden(run, PARTIAL)
     if keep:
-        for old in [taken for taken in steps(run) if taken <= step][:-keep]:  # later ones are another branch's
-            shutil.rmtree(folder / tag_of(old), ignore_errors=True)
+        earlier = [taken for taken in steps(run) if taken <= step]  # later ones are another branch's
+        with opened(run) as root, root.inner(FOLDER) as folder:
+            for old in earlier[:-keep]:
+                with contextlib.suppress(OSError):  # what is not the engine's own, or cannot be removed, stays
+                    _remove_checkpoint(folder, tag_of(old))
     return target
+
+
+def _remove_checkpoint(folder: Folder, tag: str) -> None:
+    """Remove a checkpoint of the engine's, if it is there.
+
+    Raises:
+        OutputError: it is a link or something else that the engine did not save.
+        OSError: the system refuses.
+    """
+    if folder.stat(tag) is None:
+        return
+    with folder.inner(tag) as checkpoint:
+        if checkpoint.stat(STATE) is None:
+            raise OutputError(f"{checkpoint.path} is no checkpoint of the engine (no {STATE} in it): move it away")
+    folder.remove(tag)
+
+
+@contextlib.contextmanager
+def _hidden(run: Path, name: str) -> Iterator[tuple[Folder, MarkedFolder]]:
+    """Open RUN/checkpoints, and the hidden folder ``name`` in it. Raises OutputError or OSError."""
+    with opened(run, make=True) as root, root.inner(FOLDER, make=True) as folder:
+        hidden = open_marked(folder, name)
+        if hidden is None:
+            raise OutputError(f"{folder.path / name}: another process is at work there")
+        with hidden:
+            yield folder, hidden
+
+
+def _make_hidden(run: Path, name: str) -> Path:
+    try:
+        with _hidden(run, name) as (_, hidden):
+            hidden.clear()
+            hidden.mark([ALL])
+            return hidden.path
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{run / FOLDER / name} cannot be created: {error.strerror}") from None
+
+
+def _remove_hidden(run: Path, name: str) -> None:
+    with contextlib.suppress(OSError):
+        if (run / FOLDER / name).is_dir():
+            with _hidden(run, name) as (_, hidden):
+                hidden.end()
 
 
 def steps(run: Path) -> list[int]:

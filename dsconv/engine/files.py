@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from dsconv.convert.folders import opened
 from dsconv.errors import OutputError
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace ``path`` in one step; the data is on the disk when this returns. Raises OutputError."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace ``path`` in one step; the data is on the disk when this returns.
+
+    Raises:
+        OutputError: a link has the name of the file, or the system refuses.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(fresh, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        sync(path.parent)
+        with opened(path.parent, make=True) as folder:
+            folder.replace_file(path.name, data)
+    except OutputError:
+        raise
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -203,23 +203,23 @@ def _restore(job: Job, backend: Backend, state: State, source: Source) -> None:
 @contextlib.contextmanager
 def _universal(job: Job, rank: int, source: Source) -> Iterator[Path]:
     """Yield the checkpoint as a universal one, which rank 0 makes and removes afterwards."""
-    import shutil
 
     from dsconv.engine.reshaping import write_universal
 
     if job.checkpoint is None:
         raise RunFailedError("there is no checkpoint to convert to a universal one")
-    folder = Path(job.options.output_dir) / checkpoints.FOLDER / ".universal" / job.checkpoint.name
+    run = Path(job.options.output_dir)
+    folder = run / checkpoints.FOLDER / checkpoints.UNIVERSAL / job.checkpoint.name
     with agreement("to-universal"):
         if rank == 0:
-            shutil.rmtree(folder.parent, ignore_errors=True)
+            checkpoints.begin_universal(run, job.checkpoint.name)
             write_universal(job.checkpoint, folder, job.options.layout, source.config)
     try:
         yield folder
     finally:
         dist.barrier()
         if rank == 0:
-            shutil.rmtree(folder.parent, ignore_errors=True)
+            checkpoints.end_universal(run)
 
 
 class _StopFlag:
