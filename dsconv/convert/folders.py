@@ -17,7 +17,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dsconv.errors import OutputError
@@ -333,14 +333,24 @@ def refuse_link(path: Path) -> None:
         )
 
 
-def refuse_special(folder: Folder, names: Sequence[str]) -> None:
-    """Raise OutputError where one of ``names`` is neither a file nor a folder, so that nothing of that kind is lost."""
+def refuse_special(folder: Folder, names: Iterable[str], folders: Collection[str] = ()) -> None:
+    """Refuse to replace what dsconv cannot have made, so that nothing of that kind is lost.
+
+    Args:
+        folder: where the names are looked up.
+        names: may be files, or absent.
+        folders: those of ``names`` that may be folders, and nothing else.
+
+    Raises:
+        OutputError: one of them is something else, such as a link.
+    """
     for name in names:
         found = folder.stat(name)
-        if found is not None and not _is_plain(found):
+        wanted = "a folder" if name in folders else "a file"
+        if found is not None and kind_of(found) != wanted:
             raise OutputError(
-                f"{folder.path / name} is {kind_of(found)}, which dsconv neither follows nor replaces: move it away, or"
-                " choose another folder"
+                f"{folder.path / name} is {kind_of(found)}, and the output has {wanted} of that name. dsconv neither"
+                " follows nor replaces it: move it, or choose another folder"
             )
 
 

@@ -175,19 +175,13 @@ class Staging:
         if verify is not None:
             verify(self.folder)
         target, hidden = self._target, self._hidden
-        refuse_special(target, [*obsolete, *names])
-        old = {name: target.signature(name) for name in obsolete if target.stat(name) is not None}
-        replaced = {name: target.signature(name) for name in names if name not in old}
-        for name, found in replaced.items():
-            if found is not None and len(found) == 1:
-                raise OutputError(
-                    f"{self.target / name} is a folder, and the output has a file of that name: move it, or choose"
-                    " another"
-                )
         new = {name: hidden.signature(name) for name in names}
         unknown = [name for name, found in new.items() if found is None]
         if unknown:
             raise OutputError(f"{self.path(unknown[0])} is gone: something else clears that folder; run again")
+        refuse_special(target, [*obsolete, *names], {name for name, found in new.items() if len(found or ()) == 1})
+        old = {name: target.signature(name) for name in obsolete if target.stat(name) is not None}
+        replaced = {name: target.signature(name) for name in names if name not in old}
         move = Move(old, new, replaced)
         try:
             if self.sync:

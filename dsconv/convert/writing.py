@@ -117,7 +117,8 @@ def older_output(destination: Destination, target: Path, force: bool) -> list[st
     names = destination.older(target) if target.is_dir() else []
     if target.is_dir() and not is_remote(target):
         with Folder.open(target) as folder:
-            refuse_special(folder, [*names, *destination.commit_order])
+            inner = {file.name.partition("/")[0] for file in destination.files if "/" in file.name}
+            refuse_special(folder, [*destination.commit_order, *names], inner)
     refuse_existing(target, names, destination.what, force)
     return names
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import dsconv
+from dsconv.convert.staging import open_staging
 from dsconv.errors import (
     DsconvError,
     InconsistentCheckpointError,
@@ -303,7 +305,13 @@ def test_a_sources_damage_is_found_and_leaves_nothing(made: dict[str, Path], tmp
 
 def test_what_a_killed_run_left_is_cleared(made: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (out / ".dsconv-partial" / "zero" / "w").mkdir(parents=True)
+    pid = os.fork()
+    if pid == 0:
+        with open_staging(out, sync=False) as staging:
+            staging.create("zero/w/fp32.pt", 8, True, False).begin(b"")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert (out / ".dsconv-partial" / "zero" / "w" / "fp32.pt").is_file()
     dsconv.to_universal(made["llama_groups-z2-bf16-w2"] / "ckpt", out, fsync=False)
     assert not (out / "zero" / "w").exists()
     assert not (out / ".dsconv-partial").exists()
@@ -313,7 +321,7 @@ def test_what_a_killed_run_left_is_cleared(made: dict[str, Path], tmp_path: Path
 def test_a_file_system_without_hard_links(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **options: Any) -> None:
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)

@@ -162,7 +162,9 @@ def test_of_two_processes_at_one_output_the_second_refuses(
     source, out = trained(CASE).checkpoint, tmp_path / "home" / "out"
     arguments = [command, str(source), str(out), "--no-fsync", "--quiet"]
     alone = tmp_path / "alone" / "out"
-    first = subprocess.Popen([*slow_writes(0.02), *arguments], stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [*slow_writes(0.02 if command == "to-universal" else 0.1), *arguments], stderr=subprocess.PIPE, text=True
+    )
     while not (out / staging.STAGING / folders.LOCK).exists():
         time.sleep(0.005)
         assert first.poll() is None
