@@ -227,6 +227,7 @@ def test_keep_leaves_what_latest_names(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         folder = checkpoints.begin(tmp_path) / checkpoints.tag_of(step)
         folder.mkdir()
+        checkpoints.write_state(folder, State(step))
         checkpoints.commit(tmp_path, step, keep=0)
     (tmp_path / checkpoints.FOLDER / checkpoints.LATEST).write_text(checkpoints.tag_of(2))
     _save(tmp_path, 3)
