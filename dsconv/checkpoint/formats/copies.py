@@ -1,25 +1,26 @@
-"""Whether the copies of a tensor in two files are the same, read from the files' own checksums where they can tell."""
+"""Whether two copies of a tensor are the same, by the checksums that their files hold, where these can tell."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from dsconv.checkpoint.map.pieces import pieces_of
+from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 
 BLOCK_BYTES = 1 << 20
-WHOLE_BYTES = 64 << 20  # a larger copy is compared by WINDOWS blocks spread over it: opening must not read a model
+# A larger copy is compared by WINDOWS blocks that are spread over it: opening a checkpoint must not read a model.
+WHOLE_BYTES = 64 << 20
 WINDOWS = 64
 
 
 def same_bytes(a_file: TorchFile, a: TensorRef, b_file: TorchFile, b: TensorRef) -> bool:
-    """Compare by the CRC-32s of the records that hold the two; nothing is read.
+    """Return whether two tensors hold the same bytes, by the CRC-32s of the records that they lie in.
 
-    Only where the records hold more than the tensors, and differ, the tensors' own bytes are read. Files without
-    checksums count as the same: the caller warns of them.
+    The tensors' own bytes are read only where the records hold more than the tensors and differ. Tensors of files
+    without checksums count as the same: the caller warns of such files.
     """
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
@@ -51,15 +52,24 @@ def _read_and_compare(a_file: TorchFile, a: TensorRef, b_file: TorchFile, b: Ten
 
 
 def same(a: TensorEntry, a_start: int, b: TensorEntry, b_start: int, numel: int, sources: Sources) -> bool:
-    """Whether ``numel`` flat elements of each are equal, byte for byte.
+    """Return whether ``numel`` flat elements of ``a`` and ``b`` are equal, byte for byte.
 
-    Where both are whole records with checksums, those are compared. Otherwise the bytes are: all of up to 64 MB, and of
-    more 64 blocks of 1 MB, first and last among them. The copies are not what is merged (rank 0's are), so a difference
-    that hides from that harms nothing that is written.
+    Two whole records with checksums are compared by those. Otherwise the bytes are compared: all of up to 64 MB, and of
+    more than that 64 blocks of 1 MB, the first and the last among them. What is merged is rank 0's copy, so a
+    difference that hides from this changes nothing that is written.
+
+    Args:
+        a: One tensor.
+        a_start: The first flat element of it to compare.
+        b: The other tensor.
+        b_start: The first flat element of that.
+        numel: How many elements to compare.
+        sources: The open files.
     """
     if a.dtype != b.dtype or numel == 0:
         return a.dtype == b.dtype
-    left, right = pieces_of(a, a_start, numel), pieces_of(b, b_start, numel)
+    left = slice_pieces(a.layout, a_start, numel, name=a.name)
+    right = slice_pieces(b.layout, b_start, numel, name=b.name)
     if len(left) == len(right) == 1:
         one, two = left[0].extent, right[0].extent
         whole = (

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dsconv.checkpoint.map.regions import Interval, Region, width
+from dsconv.checkpoint.map.regions import Interval, Region, merged, width
 
 Intervals = tuple[Interval, ...]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Dimension ``dim`` of the tensor is shared out, in ``split_factor`` rounds, over a dimension of the mesh."""
+    """Share out dimension ``dim`` of the tensor, in ``split_factor`` rounds, over a dimension of the mesh."""
 
     dim: int
     split_factor: int = 1
@@ -39,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Replicate:
-    """Every rank of a dimension of the mesh holds the same."""
+    """Give every rank of a dimension of the mesh the same."""
 
     def __str__(self) -> str:
         return "Replicate()"
@@ -52,7 +52,7 @@ Placements = tuple[Shard | Replicate, ...]
 def local_region(
     shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Placements
 ) -> Region:
-    """What the rank at ``coordinate`` of a mesh of shape ``mesh`` holds of a tensor of ``shape``."""
+    """Return what the rank at ``coordinate`` of a mesh of shape ``mesh`` holds of a tensor of ``shape``."""
     region = [_all(size) for size in shape]
     for parts, index, placement in zip(mesh, coordinate, placements, strict=True):
         if isinstance(placement, Shard):
@@ -60,7 +60,7 @@ def local_region(
             rounds = (
                 _chunk(whole, placement.split_factor, i) for i in range(min(placement.split_factor, width(whole)))
             )
-            region[placement.dim] = _joined([interval for one in rounds for interval in _chunk(one, parts, index)])
+            region[placement.dim] = merged([interval for one in rounds for interval in _chunk(one, parts, index)])
     return tuple(region)
 
 
@@ -68,9 +68,10 @@ def local_region(
 def region_in_order(
     shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Placements
 ) -> Region | None:
-    """The same, each dimension cut by the dimensions of the mesh in the order that the split factors encode.
+    """Return the same, each dimension cut in the order of the mesh's dimensions that the split factors encode.
 
-    None where they encode none. Without split factors, and where all sizes are even, it equals ``local_region``.
+    Returns None where they encode no order. It equals ``local_region`` without split factors, and where all sizes are
+    even.
     """
     region = [_all(size) for size in shape]
     for dim in {placement.dim for placement in placements if isinstance(placement, Shard)}:
@@ -83,7 +84,7 @@ def region_in_order(
 
 
 def shard_order(mesh: Sequence[int], placements: Placements, dim: int) -> tuple[int, ...] | None:
-    """The dimensions of the mesh that cut ``dim``, first cut first; None where the split factors encode no order.
+    """Return the dimensions of the mesh that cut ``dim``, first cut first; None if the split factors encode no order.
 
     A split factor is the product of the sizes of the later dimensions of the mesh that cut before this one (torch 2.13
     ``_dtensor_spec.py``, ``_convert_shard_order_to_StridedShard``).
@@ -108,7 +109,7 @@ def _all(size: int) -> Intervals:
 
 
 def _chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
-    """Part ``index`` of torch.chunk of the indices in ``intervals``."""
+    """Return part ``index`` of torch.chunk of the indices in ``intervals``."""
     step = -(-width(intervals) // parts)
     start, stop = index * step, (index + 1) * step
     taken = []
@@ -119,14 +120,3 @@ def _chunk(intervals: Intervals, parts: int, index: int) -> Intervals:
             taken.append((low + first, low + last))
         position += high - low
     return tuple(taken)
-
-
-def _joined(intervals: Sequence[Interval]) -> Intervals:
-    """The same indices, neighbours made one."""
-    joined: list[Interval] = []
-    for low, high in intervals:
-        if joined and joined[-1][1] == low:
-            joined[-1] = (joined[-1][0], high)
-        else:
-            joined.append((low, high))
-    return tuple(joined)

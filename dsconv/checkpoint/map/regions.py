@@ -1,4 +1,4 @@
-"""Regions: which elements of a full tensor a shard holds, where that is not one run of them.
+"""Regions: which elements of a full tensor a shard holds if they are not one run of it.
 
 A region is, for each dimension, a sorted list of disjoint intervals [start, stop) of indices; it holds the elements
 whose every index lies in one of them, in row-major order. A box has one interval a dimension; a tensor-parallel shard
@@ -15,42 +15,57 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from dsconv.errors import (
-    InconsistentCheckpointError,
-)
+from dsconv.errors import InconsistentCheckpointError
 
 Interval = tuple[int, int]
 Region = tuple[tuple[Interval, ...], ...]
+Shape = tuple[int, ...]
+Sizes = tuple[int, ...]  # the sizes of a box, one a dimension, or its offsets
 
 UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # numpy's types to move elements of so many bytes
 MAX_SLABS = 4_000_000  # of a proof; a real mesh of 1,000 × 1,000 ranks needs two million
 
 
 def box(offsets: Sequence[int], sizes: Sequence[int]) -> Region:
-    """The region of ``sizes`` elements from ``offsets``, both one number a dimension."""
+    """Return the region of a box: ``sizes`` elements from ``offsets``, one number a dimension each."""
     return tuple(((offset, offset + size),) if size else () for offset, size in zip(offsets, sizes, strict=True))
 
 
 def width(intervals: Iterable[Interval]) -> int:
-    """How many indices the intervals hold."""
+    """Return how many indices the intervals hold."""
     return sum(stop - start for start, stop in intervals)
 
 
+def merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
+    """Return the same indices without empty intervals and with neighbours made one."""
+    found: list[Interval] = []
+    for start, stop in intervals:
+        if start == stop:
+            continue
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
 def shape_of(region: Region) -> tuple[int, ...]:
-    """The shape of the shard that holds the region."""
+    """Return the shape of the shard that holds the region."""
     return tuple(width(intervals) for intervals in region)
 
 
 def numel_of(region: Region) -> int:
+    """Return how many elements the region holds."""
     return math.prod(shape_of(region))
 
 
 def is_whole(region: Region, shape: Sequence[int]) -> bool:
+    """Return whether the region is all of a tensor of ``shape``."""
     return all(intervals == ((0, size),) for intervals, size in zip(region, shape, strict=True))
 
 
 def intersect(a: Region, b: Region) -> Region:
-    """What two regions of one tensor have in common; a dimension without any index is ()."""
+    """Return what two regions of one tensor have in common; a dimension without any index is ()."""
     common = []
     for ours, theirs in zip(a, b, strict=True):
         overlaps = ((max(i[0], j[0]), min(i[1], j[1])) for i in ours for j in theirs)
@@ -70,12 +85,12 @@ def check_inside(region: Region, shape: Sequence[int], where: str) -> None:
 
 
 def show(region: Region) -> str:
-    """As a slice is written: ``[0:4, 8:16+24:32]``."""
+    """Return a region as a slice is written: ``[0:4, 8:16+24:32]``."""
     return "[" + ", ".join("+".join(f"{a}:{b}" for a, b in intervals) or "none" for intervals in region) + "]"
 
 
 def count_before(region: Region, shape: Sequence[int], position: int) -> int:
-    """How many elements of the region come before flat ``position`` of a tensor of ``shape``."""
+    """Return how many elements of the region come before flat ``position`` of a tensor of ``shape``."""
     inner, held, count = math.prod(shape), numel_of(region), 0
     for intervals, size in zip(region, shape, strict=True):
         if not held:
@@ -95,7 +110,7 @@ def count_before(region: Region, shape: Sequence[int], position: int) -> int:
 
 
 def prove_cover(regions: Sequence[Region], shape: tuple[int, ...], name: str) -> None:
-    """Raise InconsistentCheckpointError, saying where, unless the regions cover ``shape`` exactly once."""
+    """Raise InconsistentCheckpointError, which says where, unless the regions cover ``shape`` exactly once."""
     budget = [MAX_SLABS]
 
     def slab(active: tuple[int, ...], dim: int, prefix: tuple[int, ...]) -> None:
@@ -140,7 +155,7 @@ def prove_cover(regions: Sequence[Region], shape: tuple[int, ...], name: str) ->
 
 @lru_cache(maxsize=256)
 def runs(region: Region, shape: tuple[int, ...]) -> tuple[int, tuple[Any, ...]]:
-    """(elements that always lie together, for each outer dimension the positions of its steps as a numpy array)."""
+    """Return how many elements always lie together, and for each outer dimension the positions of its steps (numpy)."""
     import numpy as np
 
     stride = run = 1
@@ -166,9 +181,16 @@ def scatter(
     shape: tuple[int, ...],
     itemsize: int,
 ) -> None:
-    """Put elements [first, …) of the region, which are ``data``, where they belong in ``block``.
+    """Put elements of a region where they belong in a block of the full tensor.
 
-    ``block`` holds the full tensor's elements from flat ``block_start`` on, and all of ``data`` must fall in it.
+    Args:
+        block: The full tensor's elements from flat ``block_start`` on; all of ``data`` must fall in it.
+        block_start: The flat position of the block's first element.
+        data: Elements of the region, from its element ``first`` on.
+        first: The number of the first element of ``data`` in the region.
+        region: The region.
+        shape: The shape of the full tensor.
+        itemsize: The bytes of an element.
     """
     import numpy as np
 
@@ -195,7 +217,7 @@ def scatter(
 
 
 def put_runs(out: Any, places: Any, rows: Any) -> None:
-    """``out[places[i] : places[i] + len(rows[i])] = rows[i]`` for all i; ``places`` ascend."""
+    """Set ``out[places[i] : places[i] + len(rows[i])] = rows[i]`` for all i; ``places`` ascend."""
     import numpy as np
 
     step = int(places[1] - places[0]) if len(places) > 1 else 0
@@ -206,9 +228,3 @@ def put_runs(out: Any, places: Any, rows: Any) -> None:
         np.lib.stride_tricks.as_strided(out[places[0] :], rows.shape, strides)[...] = rows
     else:
         out[places[:, None] + np.arange(rows.shape[1])] = rows
-
-
-Shape = tuple[int, ...]
-
-
-Sizes = tuple[int, ...]

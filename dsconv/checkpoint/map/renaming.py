@@ -15,7 +15,7 @@ from dsconv.checkpoint.map.training import Training
 
 # The attribute under which each wrapper keeps the module: torch 2.13 ``torch/_dynamo/eval_frame.py``
 # ``OptimizedModule``, ``torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py``,
-# ``torch/distributed/fsdp/_common_utils.py``; Lightning 2.5 ``lightning/fabric/wrappers.py``.
+# ``torch/distributed/fsdp/_common_utils.py``; Lightning 2.6 ``lightning_fabric/wrappers.py``.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 # DDP's attribute is a plain word that a model may use too: it is a wrapper's only where every name begins with it, the
 # rule of torch's ``consume_prefix_in_state_dict_if_present`` (torch 2.13 ``torch/nn/modules/utils.py``).
@@ -24,21 +24,24 @@ OUTER = "module."
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """The names of a model without those of its wrappers.
+    """What wrappers put into the names of a model, and how names are freed of it.
 
-    ``names`` maps each name that changes to its new one; ``removed`` are the parts that were taken out, each with its
-    dot.
+    ``removed`` are the parts that are taken out, each with its dot; ``names`` maps each name that changes to its new
+    one.
     """
 
-    names: Mapping[str, str] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, name: str) -> str:
-        """Return the unwrapped name of ``name``, which is ``name`` itself where no wrapper is in it."""
-        return self.names.get(name, name)
+        """Return ``name`` without the wrappers' parts; it need not be one of the names that they were found in."""
+        if name in self.names or not self.removed:
+            return self.names.get(name, name)
+        inner = ".".join(part for part in name.split(".") if f"{part}." not in self.removed or part == OUTER[:-1])
+        return inner.removeprefix(OUTER) if OUTER in self.removed else inner
 
 
-def unwrap(names: Iterable[str]) -> Unwrapped:
+def unwrap(names: Iterable[str], outer: bool = True) -> Unwrapped:
     """Find the parts of ``names`` that only wrappers put there.
 
     A wrapper's own attribute is taken out wherever it stands in a name, ``module.`` only where all names begin with it.
@@ -46,6 +49,7 @@ def unwrap(names: Iterable[str]) -> Unwrapped:
 
     Args:
         names: All tensor names of one model.
+        outer: Whether to look for ``module.`` too.
     """
     given = list(dict.fromkeys(names))
     current = {name: name for name in given}
@@ -55,10 +59,10 @@ def unwrap(names: Iterable[str]) -> Unwrapped:
         found = {part for name in given for part in name.split(".") if part in WRAPPERS}
         removed = [f"{part}." for part in WRAPPERS if part in found]
         current = inner
-    if current and all(name.startswith(OUTER) and name != OUTER for name in current.values()):
+    if outer and current and all(name.startswith(OUTER) and name != OUTER for name in current.values()):
         current = {name: short.removeprefix(OUTER) for name, short in current.items()}
         removed.append(OUTER)
-    return Unwrapped({name: short for name, short in current.items() if name != short}, tuple(removed))
+    return Unwrapped(tuple(removed), {name: short for name, short in current.items() if name != short})
 
 
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:

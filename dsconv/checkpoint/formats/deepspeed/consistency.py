@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
+from dsconv.checkpoint.formats.deepspeed.values import cast, decode, same_number
 from dsconv.checkpoint.map.dtypes import DType
-from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
+from dsconv.checkpoint.map.tensors import Extent, TensorEntry
 from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef
-from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extent, read_extents
+from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extents
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.zero_utils import files
 
-SAMPLES = 16  # elements compared of each tensor's start; 64 bytes of each file
+SAMPLES = 16  # elements that are compared of each tensor's start: 64 bytes of each file
 
 
 def written_as(file: TorchFile, rank: int) -> None:
-    """torch.save names the zip's root after the file it writes, so a file that was renamed to another rank's is seen.
+    """Raise InconsistentCheckpointError if a file was written as that of another data-parallel rank than ``rank``.
 
-    ``rank`` is the data-parallel one.
+    torch.save names the root of the zip after the file that it writes, so that a renamed file is seen.
     """
     for pattern in (files.OPTIMIZER, files.ZERO3_MODEL):
         match = pattern.fullmatch(file.archive.root + ".pt")
@@ -33,7 +33,10 @@ def written_as(file: TorchFile, rank: int) -> None:
 
 
 def own_name(file: TorchFile) -> None:
-    """The same of every rank in a name: pipeline layer, model-parallel and data-parallel rank."""
+    """Raise it if the name that a file has differs in any rank from that under which it was written.
+
+    The ranks in a name are the pipeline layer, the model-parallel and the data-parallel rank.
+    """
     for pattern in (files.OPTIMIZER, files.ZERO3_MODEL, files.MODEL, files.LAYER):
         written, named = pattern.fullmatch(file.archive.root + ".pt"), pattern.fullmatch(file.path.name)
         if (
@@ -48,7 +51,7 @@ def own_name(file: TorchFile) -> None:
 
 
 def written_as_expert(file: TorchFile) -> None:
-    """The same for an expert's file."""
+    """Raise it if an expert's file was written under another name."""
     if files.EXPERT.fullmatch(file.archive.root + ".pt") and file.archive.root != file.path.stem:
         raise InconsistentCheckpointError(
             f"{file.path} was written as {file.archive.root}.pt. Shard files were renamed or swapped: give them their"
@@ -57,7 +60,7 @@ def written_as_expert(file: TorchFile) -> None:
 
 
 def same_save(first: ModuleStates, other: ModuleStates) -> None:
-    """Model states of two ranks must be of one step."""
+    """Raise it unless model states of two ranks are of one step and list the same parameters."""
     if first.step != other.step:
         raise InconsistentCheckpointError(
             f"{first.path} is of step {first.step} and {other.path} of step {other.step}: files of two saves lie in one"
@@ -70,7 +73,7 @@ def same_save(first: ModuleStates, other: ModuleStates) -> None:
 
 
 def same_step(partitions: list[tuple[TorchFile, dict[str, Any]]]) -> None:
-    """The optimizer's own step counter, where it keeps one, must agree between the ranks."""
+    """Raise it unless the optimizer's own step counter, if it keeps one, is the same on all ranks."""
     steps: dict[float, Path] = {}
     for file, state in partitions:
         step = optimizer_step(file, state)
@@ -85,7 +88,7 @@ def same_step(partitions: list[tuple[TorchFile, dict[str, Any]]]) -> None:
 
 
 def optimizer_step(file: TorchFile, state: dict[str, Any]) -> float | None:
-    """The first 'step' of the base optimizer's state; None where it keeps none."""
+    """Return the first 'step' of the base optimizer's state; None where it keeps none."""
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     states = base.get("state") if isinstance(base, dict) else base
     rows = list(states.values()) if isinstance(states, dict) else states if isinstance(states, list) else []
@@ -102,7 +105,15 @@ def optimizer_step(file: TorchFile, state: dict[str, Any]) -> float | None:
 def slice_mappings(
     path: Path, state: dict[str, Any], shapes: list[dict[str, tuple[int, ...]]], lengths: list[list[int]], rank: int
 ) -> None:
-    """A rank's own list of the parameters it holds (param_slice_mappings) must name parameters of its range."""
+    """Raise it unless a rank's own list of what it holds names parameters of its range.
+
+    Args:
+        path: The rank's optimizer file, for messages.
+        state: What it holds; the list is ``param_slice_mappings``.
+        shapes: The parameters of each group, by the model states.
+        lengths: The elements that each rank holds of each group: ``lengths[group][rank]``.
+        rank: The rank.
+    """
     mappings = state.get("param_slice_mappings")
     if not isinstance(mappings, list) or len(mappings) != len(shapes):
         raise MalformedError(f"{path}: param_slice_mappings does not list {len(shapes)} groups")
@@ -122,10 +133,13 @@ def slice_mappings(
 
 
 def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], warnings: list[str]) -> None:
-    """The model states of stages 1 and 2 hold the weights too: each must begin with its master's elements, cast.
+    """Add a warning if weights in the model states of stages 1 and 2 do not begin with their masters' elements, cast.
 
-    A handful of elements of each tensor is read. Weights that were changed behind the optimizer's back are legitimate,
-    and the masters are what training goes on from, so a difference is a warning.
+    A handful of elements of each tensor is read. Weights may have been changed without the optimizer, and training goes
+    on from the masters, so a difference is no error.
+
+    Raises:
+        InconsistentCheckpointError: A weight has another shape.
     """
     samples: list[tuple[str, DType, DType]] = []
     extents: list[Extent] = []
@@ -151,7 +165,7 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
         master, weight = decode(master_bytes, master_dtype), decode(weight_bytes, dtype)
         if master is None or weight is None:
             continue
-        if any(not _same(cast(m, dtype), w) for m, w in zip(master, weight, strict=True)):
+        if any(not same_number(cast(m, dtype), w) for m, w in zip(master, weight, strict=True)):
             differing.append(name)
     if differing:
         warnings.append(
@@ -159,57 +173,3 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             f" first {differing[0]!r}: the files are of different saves, or the weights were changed without the"
             " optimizer. The masters were taken"
         )
-
-
-def begins_alike(piece: Piece, dtype: DType, file: TorchFile, tensor: TensorRef, samples: int = SAMPLES) -> bool:
-    """Whether the first elements of a piece of a master, cast, are the contiguous weight's from the same place on."""
-    count = min(samples, piece.numel)
-    master = decode(read_extent(Extent(piece.extent.record, piece.extent.offset_bytes, count * dtype.itemsize)), dtype)
-    weight = decode(read_extent(file.extent(tensor, piece.start, count)), tensor.dtype)
-    return (
-        master is None
-        or weight is None
-        or all(_same(cast(m, tensor.dtype), w) for m, w in zip(master, weight, strict=True))
-    )
-
-
-def begins_with(entry: TensorEntry, file: TorchFile, tensor: TensorRef) -> bool:
-    """Whether the first elements of ``entry``, cast, are those of a weight of ``file``; True where that cannot be
-    seen.
-    """
-    if tensor.shape != entry.shape:
-        return False
-    if not entry.numel or not is_contiguous(tensor.shape, tensor.strides):
-        return True
-    return begins_alike(entry.pieces[0], entry.dtype, file, tensor)
-
-
-def _same(a: float, b: float) -> bool:
-    return a == b or (a != a and b != b)
-
-
-def decode(data: bytes, dtype: DType) -> list[float] | None:
-    """Floats of little-endian elements; None for a dtype that needs more than the standard library."""
-    code = {"float32": "f", "float64": "d", "float16": "e", "int64": "q", "int32": "i"}.get(dtype.name)
-    if code:
-        return [float(v[0]) for v in struct.iter_unpack("<" + code, data)]
-    if dtype.name == "bfloat16":
-        return [
-            float(v[0])
-            for v in struct.iter_unpack("<f", b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2)))
-        ]
-    return None
-
-
-def cast(value: float, dtype: DType) -> float:
-    """``value``, a float32, rounded to nearest even as ``dtype`` would hold it."""
-    if dtype.name == "bfloat16" and value == value:
-        bits = struct.unpack("<I", struct.pack("<f", value))[0]
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-        return float(struct.unpack("<f", struct.pack("<I", bits))[0])
-    if dtype.name == "float16":
-        try:
-            return float(struct.unpack("<e", struct.pack("<e", value))[0])
-        except OverflowError:
-            return float("inf") if value > 0 else float("-inf")
-    return value

@@ -1,4 +1,4 @@
-"""The optimizer states of a model that was cut: each model-parallel rank's, joined as its masters are.
+"""The optimizer states of a model that was cut: each model-parallel rank's, joined as the masters are.
 
 A state of a parameter lies as its master does, so the shards of tensor-parallel ranks are joined by the master's own
 rule, and a parameter of several pipeline stages is taken from the first that has it (DeepSpeed 0.19.8
@@ -30,7 +30,7 @@ States = dict[str, dict[str, TensorEntry]]
 
 @dataclass
 class _Slice:
-    """What one tensor-parallel rank holds over all of its pipeline stages, by parameter."""
+    """What one tensor-parallel rank holds in all of its pipeline stages, by parameter."""
 
     states: States = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
@@ -44,11 +44,19 @@ def join_training(
     full: Mapping[str, TensorEntry],
     rules: Rules | None,
 ) -> Training:
-    """The optimizer of the whole model; ``ranks`` are stage-major, as their files are numbered.
+    """Return the optimizer of the whole model.
 
-    ``shards`` are the tensors of each tensor-parallel rank, ``full`` those that they make by ``rules``, which may be
-    None where there is one such rank. Raises what ``read_training`` raises, and InconsistentCheckpointError where ranks
-    lack a state, differ in copies of one or are of other steps.
+    Args:
+        folder: The tag's folder.
+        ranks: The maps of the model-parallel ranks, stage-major, as their files are numbered.
+        shards: The tensors of each tensor-parallel rank.
+        full: The tensors that these make.
+        rules: How they make them; None for one tensor-parallel rank.
+
+    Raises:
+        InconsistentCheckpointError: Ranks lack a state, hold copies of one that differ, or are of different steps.
+        MalformedError: An optimizer's state is not what it should be.
+        UnsupportedError: An optimizer keeps states that are not one value a weight.
     """
     of_ranks = [read_training(folder.of_rank(mp), r) for mp, r in enumerate(ranks)]
     degree = len(shards)
@@ -67,8 +75,8 @@ def join_training(
     warnings = list(dict.fromkeys(warning for training in of_ranks for warning in training.warnings))
     if any(_hyperparameters(training) != _hyperparameters(first) for training in of_ranks):
         warnings.append(
-            "the model-parallel ranks have optimizer groups of other hyperparameters: those of the first count, as in"
-            " DeepSpeed's own tool"
+            "the optimizer groups of the model-parallel ranks differ in hyperparameters: those of the first rank are"
+            " used, as in DeepSpeed's own tool"
         )
     return replace(
         first,
@@ -86,17 +94,20 @@ def join_training(
 
 
 def _over_stages(stages: Sequence[Training], rules: Rules | None) -> _Slice:
-    """One tensor-parallel rank's stages put together. A tied parameter is one: its copies must be alike."""
+    """Return one tensor-parallel rank's stages put together. A tied parameter is one: its copies must be equal."""
     found = _Slice()
-    replicated = rules.pipeline_replicated if isinstance(rules, UniversalInfo) else None
+
+    def first_is_right(name: str) -> bool:
+        return isinstance(rules, UniversalInfo) and rules.is_pipeline_replicated(name)
+
     with Sources() as sources:
         for training in stages:
             for name, states in training.states.items():
                 if name not in found.states:
                     found.states[name] = dict(states)
                     continue
-                if replicated is not None and replicated.find(name) is not None:
-                    continue  # the trainer says that the first stage's counts
+                if first_is_right(name):
+                    continue
                 for state, entry in found.states[name].items():
                     other = states.get(state)
                     if other is None or not same(entry, 0, other, 0, entry.numel, sources):
@@ -105,7 +116,7 @@ def _over_stages(stages: Sequence[Training], rules: Rules | None) -> _Slice:
                             f"{path_of(entry)}: the files are of different saves, or the stages trained it apart"
                         )
             for name, step in training.steps.items():
-                if found.steps.setdefault(name, step) != step and (replicated is None or replicated.find(name) is None):
+                if found.steps.setdefault(name, step) != step and not first_is_right(name):
                     raise InconsistentCheckpointError(
                         f"{training.model_files[0].parent}: the optimizer's step of tied parameter {name!r} differs"
                         " between pipeline stages: files of two saves lie in one folder"
@@ -118,7 +129,7 @@ def _over_stages(stages: Sequence[Training], rules: Rules | None) -> _Slice:
 def _join_states(
     name: str, slices: Sequence[_Slice], shards: Mapping[int, Mapping[str, TensorEntry]], rules: Rules, sources: Sources
 ) -> dict[str, TensorEntry]:
-    """{state: its full tensor} of a parameter. A rank whose shard of it has no elements keeps no states of it."""
+    """Return {state: its full tensor} of a parameter. A rank whose shard has no elements keeps no states of it."""
     result = {}
     for state in dict.fromkeys(key for mine in slices for key in mine.states.get(name, {})):
         mine: dict[int, TensorEntry] = {}
@@ -137,7 +148,7 @@ def _join_states(
 
 
 def _step(name: str, slices: Sequence[_Slice], folder: TagFolder) -> Any:
-    """The step counter of a parameter, which the ranks that keep one agree on; None where none does."""
+    """Return the step counter of a parameter, on which the ranks that keep one agree; None where none does."""
     steps = [mine.steps[name] for mine in slices if name in mine.steps]
     if any(step != steps[0] for step in steps):
         raise InconsistentCheckpointError(
@@ -153,10 +164,10 @@ def _module(
     full: Mapping[str, TensorEntry],
     rules: Rules | None,
 ) -> dict[str, TensorEntry]:
-    """What the model holds besides: frozen weights and buffers as they are joined in ``full``, tied names as their
-    owners.
+    """Return what else the model holds: frozen weights and buffers as they are joined in ``full``, and tied names as
+    their owners.
 
-    Those of a pipeline lie in layer files, which no universal checkpoint has; ``zero/`` is the one place for them.
+    Those of a pipeline lie in layer files, which no universal checkpoint has; ``zero/`` is the only place for them.
     """
     names = dict.fromkeys(name for mine in slices for name in mine.module)
     owners = {alias: entry.name for entry in full.values() for alias in entry.aliases}
@@ -176,7 +187,7 @@ def _module(
 
 
 def _as_info(rules: PlanRules, states: States, shards: Mapping[int, Mapping[str, TensorEntry]]) -> dict[str, Any]:
-    """What the model's plan says, in the words of ``universal_checkpoint_info``, of a trainer that saved none."""
+    """Return what the model's plan says, as ``universal_checkpoint_info`` of a trainer that saved none."""
     info: dict[str, list[str]] = {}
     for name in states:
         shapes = [shards[tp][name].shape for tp in range(len(shards))]

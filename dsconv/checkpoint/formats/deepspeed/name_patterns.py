@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from dsconv.errors import UnsupportedError
+from dsconv.errors import MalformedError, UnsupportedError
 
 MAX_PATTERN_CHARS = 1024
 Test = Callable[[str], bool]
@@ -21,7 +21,12 @@ _CLASSES: dict[str, Test] = {"d": str.isdigit, "w": lambda c: c.isalnum() or c =
 
 
 class Patterns:
-    """A list of patterns and what each stands for; ``find`` gives that of the first pattern that matches a name."""
+    """A list of patterns and what each stands for.
+
+    Args:
+        pairs: Each pattern and its value.
+        where: The file and the field that they are from, for messages.
+    """
 
     def __init__(self, pairs: Iterable[tuple[str, object]], where: str) -> None:
         self._exact: dict[str, object] = {}
@@ -34,14 +39,14 @@ class Patterns:
                 self._others.append((_tokens(pattern, where), value))
 
     def find(self, name: str) -> object | None:
-        """None where no pattern matches."""
+        """Return the value of the first pattern that matches ``name``; None where none does."""
         if name in self._exact:
             return self._exact[name]
         return next((value for tokens, value in self._others if _matches(tokens, name)), None)
 
 
 def _literal(pattern: str) -> str | None:
-    """The one name that ``^name$`` with escapes matches, as AutoTP writes them; None for any other pattern."""
+    """Return the one name that ``^name$`` with escapes matches, as AutoTP writes it; None for any other pattern."""
     if not (pattern.startswith("^") and pattern.endswith("$") and len(pattern) <= MAX_PATTERN_CHARS):
         return None
     body = re.sub(r"\\([^0-9A-Za-z])", lambda match: match[1], pattern[1:-1])
@@ -50,7 +55,10 @@ def _literal(pattern: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _tokens(pattern: str, where: str) -> tuple[tuple[Test | None, str], ...]:
-    """(test of a character, quantifier) of each part; the test of ``$`` is None. ``^`` at the start says nothing."""
+    """Return the test of a character and the quantifier of each part; the test of ``$`` is None.
+
+    ``^`` at the start says nothing.
+    """
     if len(pattern) > MAX_PATTERN_CHARS:
         raise UnsupportedError(
             f"{where}: a name pattern of {len(pattern)} characters; the limit is {MAX_PATTERN_CHARS}"
@@ -63,10 +71,14 @@ def _tokens(pattern: str, where: str) -> tuple[tuple[Test | None, str], ...]:
             raise UnsupportedError(
                 f"{where}: the name pattern {pattern[:200]!r} uses more of regular expressions than dsconv reads"
             )
+        try:
+            test = _test(part[0])
+        except re.error as error:
+            raise MalformedError(f"{where}: the name pattern {pattern[:200]!r} is not valid: {error}") from None
         at = part.end()
         quantifier = pattern[at] if at < len(pattern) and pattern[at] in "*+?" else ""
         at += len(quantifier)
-        tokens.append((_test(part[0]), quantifier))
+        tokens.append((test, quantifier))
     return tuple(tokens)
 
 

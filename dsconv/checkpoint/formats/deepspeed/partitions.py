@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed import consistency
-from dsconv.checkpoint.formats.deepspeed.model_states import (
-    ModuleStates,
-    require,
-)
+from dsconv.checkpoint.formats.deepspeed.fields import Fields, Shapes
+from dsconv.checkpoint.formats.deepspeed.flat import flat_pieces
+from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, Ties, read_module_states
 from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.renaming import OUTER, Unwrapped, unwrap
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
-from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import group_padding_limit, share_numel
 
-# {name: elements} of parameters → their shapes, of those that are known.
+# From {name: elements} of parameters to the shapes of those whose shapes are known.
 ShapesOf = Callable[[Mapping[str, int]], Mapping[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies: ``layout`` makes its pieces from flat tensors, the masters' or another state's.
+
+    It takes [a tensor a rank] of group ``group`` at stages 1 and 2, [[a tensor a sub-group] a rank] at stage 3.
+    """
+
+    shape: tuple[int, ...]
+    group: int
+    layout: Callable[[Any], tuple[Piece, ...]]
 
 
 @dataclass
 class Partition:
-    """One rank's optimizer file: the fp32 (or other master) flat tensor of each group or sub-group."""
+    """One rank's optimizer file: the flat tensor of masters, mostly fp32, of each group or sub-group.
+
+    ``counts`` are the ranks that each group is partitioned over, one number for all groups at stage 3.
+    """
 
     file: TorchFile
     state: dict[str, Any]
@@ -38,30 +54,39 @@ class Partition:
 
     @property
     def path(self) -> Path:
+        """The file's path."""
         return self.file.path
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of the optimizer's state."""
+        return Fields(self.path, self.state)
+
+    @property
+    def stage(self) -> int | None:
+        """The ZeRO stage that the file names; None for BF16_Optimizer, which names none."""
+        return self.fields.number("zero_stage")
 
 
 def read_partition(path: Path) -> Partition:
-    """Raises MalformedError where the file is not an optimizer partition."""
+    """Read one rank's optimizer file; raise MalformedError where it is not one."""
     file = TorchFile(path)
-    state = require(file.root, "optimizer_state_dict", dict, path)
-    is_zero3 = "fp32_flat_groups" in state
+    root = Fields.of(path, file.root, "the mapping of an optimizer file")
+    fields = Fields(path, root.required("optimizer_state_dict"))
+    is_zero3 = "fp32_flat_groups" in fields.values
     key = "fp32_flat_groups" if is_zero3 else "single_partition_of_fp32_groups"
-    groups = state.get(key)
-    if not isinstance(groups, (list, tuple)):
+    if key not in fields.values:
         raise MalformedError(
             f"{path}: not a ZeRO optimizer file: it has neither fp32_flat_groups nor single_partition_of_fp32_groups"
         )
+    groups = fields.listing(key)
     if not all(isinstance(group, TensorRef) and len(group.shape) == 1 for group in groups):
         raise MalformedError(f"{path}: {key} holds something else than flat tensors")
-    count = state.get("partition_count")
-    counts = tuple(count) if isinstance(count, (list, tuple)) else (count,)
-    if not counts or not all(type(c) is int and c > 0 for c in counts):
-        raise MalformedError(f"{path}: partition_count is {safe_repr(count)}; expected the number of ranks")
-    stage = state.get("zero_stage")
+    counts = tuple(fields.counts("partition_count"))
+    stage = fields.number("zero_stage")
     if stage is not None and (stage == 3) != is_zero3:
         raise MalformedError(f"{path}: says ZeRO stage {stage} and holds {key}")
-    return Partition(file, state, list(groups), counts, is_zero3)
+    return Partition(file, dict(fields.values), groups, counts, is_zero3)
 
 
 def read_partitions(
@@ -70,10 +95,18 @@ def read_partitions(
     align: Callable[[Partition, Partition], Partition] | None = None,
     ranks: int = 1,
 ) -> list[Partition]:
-    """Each data-parallel rank's partition in order; what is missing, surplus or stale is told apart here.
+    """Return each data-parallel rank's partition, in order of the ranks.
 
-    ``align`` is given for a model with experts: it puts a rank's groups in the order of rank 0's, and groups may then
-    be partitioned over fewer than ``ranks``.
+    Args:
+        folder: The files of one model-parallel rank.
+        warnings: A warning is added where files of an older, larger world are ignored.
+        align: For a model with experts: puts a rank's groups in the order of rank 0's. Groups may then be partitioned
+            over fewer ranks than there are.
+        ranks: The number of ranks, if it is known to be larger than that of the files' partition counts.
+
+    Raises:
+        MissingShardError: A rank's file is not there.
+        InconsistentCheckpointError: The files are not of one save.
     """
     paths = {dp: path for (_, dp), path in folder.optimizer.items()}
     lowest = paths[min(paths)]
@@ -125,14 +158,16 @@ def read_partitions(
     return partitions
 
 
-def master_entry(
-    name: str, dtype: DType, shape: tuple[int, ...], layout: Any, ties: dict[str, list[str]], role: str
-) -> TensorEntry:
+def master_entry(name: str, dtype: DType, shape: tuple[int, ...], layout: Any, ties: Ties, role: str) -> TensorEntry:
+    """Return the entry of a tensor that is not in ``module`` under its name, with the aliases that it has there."""
     return TensorEntry(name, dtype, shape, layout, tuple(ties.get(name, ())), role)
 
 
-def alignment_paddings(first: Partition, g: int, group: dict[str, tuple[int, ...]]) -> list[int]:
-    """Elements to skip after each parameter (``zero_optimization.parameter_alignment``, DeepSpeed 0.19.8)."""
+def alignment_paddings(first: Partition, g: int, group: Shapes) -> list[int]:
+    """Return the elements to skip after each parameter of a group.
+
+    They come from ``zero_optimization.parameter_alignment`` (DeepSpeed 0.19.8 ``runtime/zero/stage_1_and_2.py``).
+    """
     paddings = first.state.get("param_alignment_paddings")
     if paddings is None:
         return [0] * len(group)
@@ -145,8 +180,40 @@ def alignment_paddings(first: Partition, g: int, group: dict[str, tuple[int, ...
     return row
 
 
-def check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> None:
-    """All padding is at the group's end: cut off, or (BF16_Optimizer, old releases) kept."""
+def walk_group(folder: TagFolder, members: Sequence[Partition], g: int, group: Shapes) -> Iterator[tuple[str, Place]]:
+    """Yield each parameter of group ``g`` of ZeRO-1 or 2 with its place, in the order of the flat data.
+
+    Args:
+        folder: The tag's folder, for messages.
+        members: The partitions that hold the group end to end.
+        g: The number of the group.
+        group: The names and shapes of its parameters.
+
+    Raises:
+        InconsistentCheckpointError: The partitions are too short, too long or of other lengths than ZeRO cuts.
+    """
+    parts = [member.groups[g] for member in members]
+    starts = [0, *accumulate(part.numel for part in parts)]
+    files = [member.file for member in members]
+    position = 0
+    for (name, shape), padding in zip(group.items(), alignment_paddings(members[0], g, group), strict=True):
+        numel = math.prod(shape)
+        if position + numel > starts[-1]:
+            raise InconsistentCheckpointError(
+                f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer"
+                f" files of {len(members)} ranks, from {members[0].path.name} on, hold {starts[-1]} together. A file is"
+                " of another save, or of another model"
+            )
+        yield name, Place(shape, g, partial(flat_pieces, files, starts=starts, begin=position, numel=numel))
+        position += numel + padding
+    _check_group(folder, g, position, [part.numel for part in parts])
+
+
+def _check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> None:
+    """Raise InconsistentCheckpointError unless the ranks hold a group of ``wanted`` elements as ZeRO partitions it.
+
+    All padding is at the group's end: cut off, or (BF16_Optimizer, old releases) kept.
+    """
     have = sum(lengths)
     if not wanted <= have < wanted + group_padding_limit(len(lengths)):
         raise InconsistentCheckpointError(
@@ -162,8 +229,14 @@ def check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> N
 
 
 def frozen_entry(
-    name: str, shape: tuple[int, ...], all_states: list[ModuleStates], world: int, ties: dict[str, list[str]]
+    name: str, shape: tuple[int, ...], all_states: list[ModuleStates], world: int, ties: Ties
 ) -> TensorEntry:
+    """Return the entry of a frozen weight at stage 3, of which each rank's model states hold an equal share.
+
+    Raises:
+        MalformedError: A rank's model states lack it.
+        InconsistentCheckpointError: A rank's share has another size.
+    """
     numel = math.prod(shape)
     share = share_numel(numel, world)
     fragments: list[tuple[TorchFile, TensorRef]] = []
@@ -190,13 +263,56 @@ def frozen_entry(
     return master_entry(name, fragments[0][1].dtype, shape, layout, ties, "frozen")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter lies: ``layout`` makes its pieces from flat tensors, those of the masters or of another state.
+def read_zero3_states(folder: TagFolder, world: int, every: Callable[[ModuleStates], bool]) -> list[ModuleStates]:
+    """Return the model states of ZeRO-3's ranks, which are proved to be of one save.
 
-    It takes [a tensor a rank] of group ``group`` at stages 1 and 2, [[a tensor a sub-group] a rank] at stage 3.
+    Args:
+        folder: The files of one model-parallel rank.
+        world: The number of data-parallel ranks.
+        every: Whether, by rank 0's, those of the other ranks hold anything that rank 0's do not; if not, only rank 0's
+            are read.
+
+    Raises:
+        MissingShardError: A rank's file is not there.
+        InconsistentCheckpointError: The files are not of one save.
     """
+    models = {dp: path for (_, dp), path in folder.zero3.items()}
+    missing = sorted(set(range(world)) - set(models))
+    if missing:
+        raise MissingShardError(
+            f"{folder.path}: ZeRO-3 of {world} ranks; missing the model states of rank"
+            f" {', '.join(map(str, missing[:8]))}: expected such as"
+            f" zero_pp_rank_{missing[0]}_mp_rank_{folder.mp_ranks[0]:02d}_model_states.pt"
+        )
+    first = read_module_states(models[0])
+    found = [first, *(read_module_states(models[dp]) for dp in range(1, world if every(first) else 1))]
+    for dp, states in enumerate(found):
+        consistency.written_as(states.file, dp)
+        consistency.same_save(first, states)
+    return found
 
-    shape: tuple[int, ...]
-    group: int
-    layout: Callable[[Any], tuple[Piece, ...]]
+
+def unwrapped_mappings(states: ModuleStates, partitions: list[Partition]) -> list[Partition]:
+    """Return the partitions with the names of ``param_slice_mappings`` freed of wrappers."""
+    listed = [partition.fields.listing("param_slice_mappings") for partition in partitions]
+    mappings = [mapping for of_rank in listed for mapping in of_rank if isinstance(mapping, dict)]
+    names = unwrap((name for mapping in mappings for name in mapping if isinstance(name, str)), outer=False)
+    removed = (*names.removed, *(part for part in states.unwrapped.removed if part == OUTER))
+    if not removed:
+        return partitions
+    clean = Unwrapped(removed)
+    return [
+        replace(
+            partition,
+            state={
+                **partition.state,
+                "param_slice_mappings": [
+                    {clean(str(name)): value for name, value in mapping.items()}
+                    if isinstance(mapping, dict)
+                    else mapping
+                    for mapping in of_rank
+                ],
+            },
+        )
+        for partition, of_rank in zip(partitions, listed, strict=True)
+    ]

@@ -1,11 +1,10 @@
-"""Pipeline checkpoints: a model whose layers are spread over stages (and each perhaps over tensor-parallel ranks).
+"""Pipeline checkpoints: a model whose layers are spread over stages, and perhaps over tensor-parallel ranks too.
 
 DeepSpeed 0.19.8 ``runtime/pipe/module.py`` saves each layer as ``layer_LL[-model_TT]-model_states.pt`` with names of
 its own (``l.weight``); ``mp_rank_XX`` (stage-major: stage × degree + tensor rank) has no weights, but the names that
 the trained module gives them (``1.l.weight``, ``tied_modules.KEY.weight``), and the optimizer files have the masters
-under those. A tied layer is on several stages and is written once. Where there are no masters (stage 0 in fp32 or fp16)
-nothing tells the key of a tied layer, unless the trainer's patterns do, and its weights have the number of the layer as
-any other's.
+under those. A tied layer is on several stages and is written once. Without masters (stage 0 in fp32 or fp16) only the
+trainer's patterns can tell the key of a tied layer; if they do not, its weights have the layer's number as others do.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.shards import Rules
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
-from dsconv.checkpoint.formats.deepspeed.unnamed_masters import match_masters
-from dsconv.checkpoint.map.renaming import renamed
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, Slot, match_masters
+from dsconv.checkpoint.formats.deepspeed.values import entry_prefix_matches
+from dsconv.checkpoint.map.renaming import renamed, unwrap
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
@@ -37,7 +37,7 @@ _PREFIX = re.compile(r"(?:\d+|tied_modules\.[^.]+)\.(?P<local>.+)")
 
 @dataclass
 class Layer:
-    """One layer's file of one tensor-parallel rank: its tensors by their local names."""
+    """One layer's file of one tensor-parallel rank, with its tensors by their local names."""
 
     index: int
     file: TorchFile
@@ -45,8 +45,13 @@ class Layer:
 
 
 def read_pipeline(folder: TagFolder) -> Checkpoint:
-    """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, naming file and
-    tensor.
+    """Read the tensor map of a folder with layer files.
+
+    Raises:
+        MissingShardError: A file is not there.
+        MalformedError: A file does not hold what its name says.
+        InconsistentCheckpointError: The files are not of one save.
+        UnsupportedError: Names, masters or the way that shards make a tensor cannot be told.
     """
     warnings = list(folder.warnings)
     layers = read_layers(folder)
@@ -58,8 +63,8 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
             " are missing"
         )
     first = ranks[0].states
-    info = first.raw.get("universal_checkpoint_info")
-    rules = UniversalInfo(info, first.path) if isinstance(info, dict) else None
+    info = first.universal_info
+    rules = UniversalInfo(info, first.path, first.stored) if info is not None else None
     entries = {tp: _join_stages(layers[tp], ranks[tp::degree], rules, warnings) for tp in range(degree)}
     joining: Rules | None = rules
     full = entries[0]
@@ -74,7 +79,8 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
     }
     files = [layer.file for mine in layers.values() for layer in mine.values()]
     ordered = dict(sorted(full.items(), key=lambda item: _place(item[0])))
-    checkpoint = rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, pipeline", warnings, world, files)
+    contents = rank_map.contents_of(ranks, ordered, f"{ranks[0].kind}, pipeline", warnings, world, files)
+    checkpoint = rank_map.build_checkpoint(folder, first, contents)
     if not checkpoint.no_training:
         from dsconv.checkpoint.formats.deepspeed.joined_optimizer import join_training
 
@@ -83,32 +89,34 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
 
 
 def hf_named(checkpoint: Checkpoint) -> Checkpoint:
-    """Under the names of the transformers model that dsconv's engine cut into layers: ``3.model.layers.2.…`` without
-    the number.
+    """Return a checkpoint of dsconv's own engine under the names of the transformers model that was cut into layers.
 
-    As it is where a name is no layer's, or two would be one.
+    ``3.model.layers.2.…`` loses its number. All names stay if one is not a layer's, or if two would become one.
     """
     names = {name: match["local"] for name in checkpoint if (match := _PREFIX.fullmatch(name))}
     return renamed(checkpoint, names) if len(names) == len(checkpoint) == len(set(names.values())) else checkpoint
 
 
 def _place(name: str) -> int:
-    """Tied modules come first in a PipelineModule's own state dict, then layers by number."""
+    """Return where a name stands in a PipelineModule's own state dict: tied modules first, then layers by number."""
     head = name.partition(".")[0]
     return int(head) if head.isascii() and head.isdigit() and len(head) < 10 else -1
 
 
 def read_layers(folder: TagFolder) -> dict[int, dict[int, Layer]]:
-    """{tensor-parallel rank: {number of the layer: layer}}; raises MissingShardError where a rank lacks a layer."""
+    """Return {tensor-parallel rank: {number of the layer: layer}}; raise MissingShardError if a rank lacks a layer."""
     layers: dict[int, dict[int, Layer]] = {}
     for path in folder.layers:
         match = LAYER.fullmatch(path.name)
-        assert match is not None, "scan() matched it"
+        if match is None:
+            raise MalformedError(f"{path}: not a layer's file by its name")
         file = TorchFile(path)
         consistency.own_name(file)
         if not isinstance(file.root, dict) or not all(isinstance(name, str) for name in file.root):
             raise MalformedError(f"{path}: not a layer's state dict: it holds a {type(file.root).__name__}")
-        tensors = {name: value for name, value in file.root.items() if isinstance(value, TensorRef)}
+        held = {name: value for name, value in file.root.items() if isinstance(value, TensorRef)}
+        names = unwrap(held, outer=False)
+        tensors = {names(name): value for name, value in held.items()}
         index = int(match["layer"])
         layers.setdefault(int(match["mp"] or 0), {})[index] = Layer(index, file, tensors)
     every = sorted({index for mine in layers.values() for index in mine})
@@ -123,16 +131,16 @@ def read_layers(folder: TagFolder) -> dict[int, dict[int, Layer]]:
 
 
 def _read_stage(folder: TagFolder, mp: int, warnings: list[str], layers: dict[int, dict[int, Layer]]) -> RankMap:
-    """The masters of one mp rank under global names; none at stage 0 without BF16_Optimizer."""
+    """Return the masters of one mp rank by global name; there are none at stage 0 without BF16_Optimizer."""
     mine = folder.of_rank(mp)
     if mine.optimizer:
         return zero.read_rank(mine, warnings, partial(_shapes_of, layers[mp % len(layers)]))
     states = stage0.read_states(mine)
-    return RankMap(states, {}, [], "DeepSpeed stage 0", 0, stage0.world_of(states))
+    return RankMap(states, {}, [], stage0.KIND, 0, states.data_parallel)
 
 
 def _tied(names: Iterable[str]) -> dict[str, set[str]]:
-    """{key of a tied module: the local names of it} among global names."""
+    """Return {key of a tied module: its local names} for those among global names."""
     keys: dict[str, set[str]] = {}
     for name in names:
         if match := TIED.fullmatch(name):
@@ -141,7 +149,9 @@ def _tied(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _shapes_of(layers: dict[int, Layer], numels: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shapes of parameters by global name; of a tied one those of the layers that could be it, if they agree."""
+    """Return the shapes of parameters by global name; a tied one has that of the layers that could be it, if they
+    agree.
+    """
     shapes = {
         f"{index}.{name}": tensor.shape for index, layer in layers.items() for name, tensor in layer.tensors.items()
     }
@@ -156,9 +166,15 @@ def _shapes_of(layers: dict[int, Layer], numels: Mapping[str, int]) -> dict[str,
 
 
 def _prefix_of(layer: Layer, entries: Mapping[str, TensorEntry], names: set[str]) -> str:
-    """What the trained module puts before the local names of a layer: its number, or the key of the tied module it is.
+    """Return what the trained module puts before a layer's local names: its number, or the key of a tied module.
 
-    ``names`` are all that the stages list. Raises UnsupportedError where a layer could be either of two tied modules.
+    Args:
+        layer: The layer.
+        entries: The masters by global name.
+        names: All global names that the stages list.
+
+    Raises:
+        UnsupportedError: The layer could be either of two tied modules.
     """
     if any(name.startswith(f"{layer.index}.") for name in names):
         return f"{layer.index}."
@@ -178,7 +194,7 @@ def _prefix_of(layer: Layer, entries: Mapping[str, TensorEntry], names: set[str]
 def _fits(layer: Layer, key: str, locals_: set[str], entries: Mapping[str, TensorEntry]) -> bool:
     for name in locals_:
         entry = entries.get(f"tied_modules.{key}.{name}")
-        if entry is not None and not consistency.begins_with(entry, layer.file, layer.tensors[name]):
+        if entry is not None and not entry_prefix_matches(entry, layer.file, layer.tensors[name]):
             return False
     return True
 
@@ -186,7 +202,7 @@ def _fits(layer: Layer, key: str, locals_: set[str], entries: Mapping[str, Tenso
 def _join_stages(
     layers: dict[int, Layer], stages: Sequence[RankMap], rules: UniversalInfo | None, warnings: list[str]
 ) -> dict[str, TensorEntry]:
-    """The tensors of one tensor-parallel rank by global name: masters of all stages, then what only the layers hold."""
+    """Return one tensor-parallel rank's tensors by global name: all stages' masters, then what only layers hold."""
     entries: dict[str, TensorEntry] = {}
     with Sources() as sources:
         for stage in stages:
@@ -218,19 +234,25 @@ def _join_stages(
                     entries[name] = stage0.as_parameter(entry)
     _need_layers(layers, names, stages)
     if not any(stage.partitions for stage in stages):
-        _take_masters(layers, stages, entries, warnings)
+        _take_masters(stages, entries)
     return entries
 
 
 def _as_states(layer: Layer, prefix: str, stages: Sequence[RankMap], buffers: set[str]) -> ModuleStates:
-    """The layer as if its file were a model's whole states, under global names."""
+    """Return a layer as if its file were the model states of a whole model, under global names."""
+    module = {prefix + name: tensor for name, tensor in layer.tensors.items()}
     return replace(
         stages[0].states,
         file=layer.file,
-        module={prefix + name: tensor for name, tensor in layer.tensors.items()},
+        module=module,
         buffer_names=sorted(buffers),
-        param_shapes=[group for stage in stages for group in stage.states.param_shapes],
+        param_shapes=[
+            {name: shape for name, shape in group.items() if name in module}
+            for stage in stages
+            for group in stage.states.param_shapes
+        ],
         shared_params={},
+        lists_frozen=False,
     )
 
 
@@ -243,18 +265,18 @@ def _check_weights(states: ModuleStates, entries: Mapping[str, TensorEntry], war
 def _same_copy(
     first: TensorEntry, other: TensorEntry, rules: UniversalInfo | None, warnings: list[str], sources: Sources
 ) -> None:
-    """A tensor that two stages hold must be one; where the trainer said so the first stage's counts, as upstream has
-    it.
+    """Raise InconsistentCheckpointError unless two stages hold the same tensor.
 
-    (0.19.8 ``checkpoint/ds_to_universal.py`` ``extract_zero_shards`` skips ``pipeline_replicated_parameter_patterns``
-    on later stages.)
+    If the trainer said so, the first stage's copy is the right one and a difference is a warning (0.19.8
+    ``checkpoint/ds_to_universal.py`` ``extract_zero_shards`` skips ``pipeline_replicated_parameter_patterns`` on later
+    stages).
     """
     if first.shape == other.shape and copies.same(first, 0, other, 0, first.numel, sources):
         return
     paths = " and ".join(
         entry.pieces[0].extent.record.path.name if entry.pieces else "a file" for entry in (first, other)
     )
-    if rules is not None and first.shape == other.shape and rules.pipeline_replicated.find(first.name) is not None:
+    if rules is not None and first.shape == other.shape and rules.is_pipeline_replicated(first.name):
         warnings.append(
             f"tied tensor {first.name!r} differs between {paths}: the first was taken, as the trainer's metadata says"
         )
@@ -267,6 +289,7 @@ def _same_copy(
 
 
 def _need_layers(layers: dict[int, Layer], names: set[str], stages: Sequence[RankMap]) -> None:
+    """Raise MissingShardError where a stage lists a name of a layer that has no file."""
     missing = sorted({_place(name) for name in names} - set(layers) - {-1})
     if missing:
         name = next(name for name in sorted(names) if _place(name) == missing[0])
@@ -276,25 +299,16 @@ def _need_layers(layers: dict[int, Layer], names: set[str], stages: Sequence[Ran
         )
 
 
-def _take_masters(
-    layers: dict[int, Layer], stages: Sequence[RankMap], entries: dict[str, TensorEntry], warnings: list[str]
-) -> None:
-    """fp16 without ZeRO: nameless masters in each stage's own optimizer, in the order of its tied modules and layers.
+def _take_masters(stages: Sequence[RankMap], entries: dict[str, TensorEntry]) -> None:
+    """Replace weights by the masters of fp16 training without ZeRO, which each stage's optimizer has without names.
 
-    A stage's layers follow those of the stage before; a tied module of it may be in a layer file of an earlier one.
+    A stage's layers follow those of the stage before it. Its tied modules may be in layer files of earlier stages.
     """
-    weights = {
-        f"{index}.{name}": (layer.file, tensor)
-        for index, layer in layers.items()
-        for name, tensor in layer.tensors.items()
-    }
-    weights = {name: weight for name, weight in weights.items() if name in entries}
     found: dict[str, TensorEntry] = {}
     last = -1
     for stage in stages:
-        later = {name: entries[name] for name in entries if _place(name) > last}
-        order = later | {name: entry for name, entry in entries.items() if name not in later}
-        masters = match_masters(stage.states, weights, order, warnings)
+        later = {name: entry for name, entry in entries.items() if entry.role != "buffer" and _place(name) > last}
+        masters = _masters_of(stage, entries, later)
         if not masters:
             return
         last = max((_place(name) for name in masters if name in later), default=last)
@@ -302,9 +316,23 @@ def _take_masters(
         for name, entry in stage0.replaced_by_masters(stage.states.file, mine, masters).items():
             if name in found:
                 with Sources() as sources:
-                    _same_copy(found[name], entry, None, warnings, sources)
+                    _same_copy(found[name], entry, None, [], sources)
             else:
                 found[name] = entry
         stage.masters = masters
     for name, entry in entries.items():
         entries[name] = found.get(name) or (replace(entry, role="frozen") if entry.role == "parameter" else entry)
+
+
+def _masters_of(
+    stage: RankMap, entries: Mapping[str, TensorEntry], later: Mapping[str, TensorEntry]
+) -> dict[str, Slot]:
+    """Return the masters of a stage: of layers behind the last stage's, or of tied modules too, which come first."""
+    file, optimizer = stage.states.file, stage.states.optimizer
+    try:
+        return match_masters(file, optimizer, later)
+    except Ambiguous:
+        tied = {name: entry for name, entry in entries.items() if entry.role != "buffer" and name not in later}
+        if not tied:
+            raise
+        return match_masters(file, optimizer, tied | dict(later))

@@ -1,34 +1,43 @@
-"""DeepSpeed checkpoints: which of their kinds lies in a folder."""
+"""DeepSpeed checkpoints: which of their kinds lies in a folder, and the reader for it."""
 
 from __future__ import annotations
 
-from dsconv.checkpoint.formats.deepspeed.partitions import (
-    read_partitions,
-)
-from dsconv.checkpoint.formats.deepspeed.ranks import of_one_rank
-from dsconv.checkpoint.formats.deepspeed.stage0 import read_rank
-from dsconv.checkpoint.formats.deepspeed.zero import _map_of
+from dsconv.checkpoint.formats.deepspeed import stage0, zero
+from dsconv.checkpoint.formats.deepspeed.partitions import read_partitions
+from dsconv.checkpoint.formats.deepspeed.ranks import single_rank_checkpoint
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.storage.roots import Root
-from dsconv.errors import (
-    CheckpointNotFoundError,
-)
+from dsconv.errors import CheckpointNotFoundError
 from dsconv.zero_utils.files import TagFolder, find_tag_folder
 
 
 def detect(root: Root, tag: str | None) -> bool:
-    """Raises CheckpointNotFoundError where it is DeepSpeed's and the tag that is meant is not there or not clear."""
+    """Return whether ``root`` holds a DeepSpeed checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: It does, and the tag that is meant is not there or not clear.
+    """
     return root.path.is_dir() and find_tag_folder(root.path, tag) is not None
 
 
 def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
-    """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the
-    file.
+    """Read the tensor map of the checkpoint at ``root``.
+
+    Raises:
+        MissingShardError: A file of it is not there.
+        MalformedError: A file does not hold what its name says.
+        InconsistentCheckpointError: The files are not of one save.
+        UnsupportedError: The checkpoint is of a kind that dsconv does not read.
     """
     folder = find_tag_folder(root.path, tag)
     if folder is None:
         raise CheckpointNotFoundError(f"{root.path}: no DeepSpeed checkpoint")
     root.fetch(folder.files)
+    return read_folder(folder)
+
+
+def read_folder(folder: TagFolder) -> Checkpoint:
+    """Read the tensor map of a tag's folder; raise what ``read`` raises."""
     if folder.experts:
         from dsconv.checkpoint.formats.deepspeed.moe.zero12 import read_moe
 
@@ -43,28 +52,25 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
         return read_tensor_parallel(folder)
     if folder.optimizer:
         return read_zero(folder)
-
     return read_stage0(folder)
 
 
 def read_zero(folder: TagFolder) -> Checkpoint:
-    """The tensor map of a ZeRO checkpoint of one model-parallel rank whose optimizer files are there.
-
-    Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file.
-    """
+    """Read a ZeRO checkpoint of one model-parallel rank whose optimizer files are there; raise what ``read`` raises."""
     warnings = list(folder.warnings)
     partitions = read_partitions(folder, warnings)
     if "ds_zero_partition_groups" in partitions[0].state:
         from dsconv.checkpoint.formats.deepspeed.moe.autoep import read_zero3_experts
 
         return read_zero3_experts(folder, partitions, warnings)
-    return of_one_rank(folder, _map_of(folder, partitions, warnings), warnings)
+    return single_rank_checkpoint(folder, zero.map_of(folder, partitions, warnings), warnings)
 
 
 def read_stage0(folder: TagFolder) -> Checkpoint:
-    """The tensor map of a checkpoint of one model-parallel rank without ZeRO optimizer files.
+    """Read a checkpoint of one model-parallel rank without optimizer files.
 
-    Raises MissingShardError where the model states say that there should be some.
+    Raises:
+        MissingShardError: The model states say that there should be some.
     """
     warnings = list(folder.warnings)
-    return of_one_rank(folder, read_rank(folder, warnings), warnings)
+    return single_rank_checkpoint(folder, stage0.read_rank(folder, warnings), warnings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.map.dtypes import DType
@@ -13,19 +13,10 @@ from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_r
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import MalformedError, UnsupportedError
 
-if TYPE_CHECKING:
-    pass
-
-
 STEP = "step"  # a number, whatever the optimizer; every other state of one value a weight is a flat tensor
-
-
-MAX_SMALL_BYTES = 1 << 20
-
-
-MAX_DEPTH = 40
-
-
+MAX_SMALL_BYTES = 1 << 20  # a setting is a number or a handful of them
+MAX_DEPTH = 40  # real settings are nested four deep
+# numpy's names of scalar dtypes and the codes of ``struct`` for them.
 _NUMPY_CODES = {
     "f8": "<d",
     "f4": "<f",
@@ -40,14 +31,27 @@ _NUMPY_CODES = {
 
 
 def counters(states: ModuleStates) -> dict[str, Any]:
-    """What ``engine.load_checkpoint`` sets of the engine itself (0.19.8 ``runtime/engine.py`` ``_load_checkpoint``)."""
+    """Return what ``load_checkpoint`` sets of the engine itself (0.19.8 ``runtime/engine.py`` ``_load_checkpoint``).
+
+    Raises:
+        UnsupportedError: One of them is not a plain value.
+    """
     names = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")
     return {name: plain(states.raw[name], states.file, name) for name in names if name in states.raw}
 
 
 def plain(value: Any, file: TorchFile, where: str, depth: int = 0) -> Any:
-    """``value`` with small tensors read and numpy's numbers made Python's. Raises UnsupportedError for anything
-    else.
+    """Return ``value`` with small tensors read and numpy's numbers made Python's.
+
+    Args:
+        value: What the pickle holds: numbers, texts, lists, mappings, tensors, objects of DeepSpeed.
+        file: The file that it is from.
+        where: What it is, for messages.
+        depth: How deep it is nested.
+
+    Raises:
+        MalformedError: It is nested too deep.
+        UnsupportedError: It holds something that could not be written again.
     """
     if depth > MAX_DEPTH:
         raise MalformedError(f"{file.path}: {where} is nested over {MAX_DEPTH} deep")

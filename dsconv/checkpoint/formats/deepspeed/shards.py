@@ -1,4 +1,4 @@
-"""How the tensor-parallel shards of one parameter make the full one: geometry, whatever told it.
+"""How the tensor-parallel shards of one parameter make the full one: the geometry, whichever rules it follows.
 
 A shard lies along one dimension of the full tensor in *runs*: indices [start, stop) of that dimension, one after
 another. One run is a plain row- or column-parallel weight; several are a weight of fused parts, each cut by itself.
@@ -15,8 +15,8 @@ from itertools import pairwise
 from typing import Protocol
 
 from dsconv.checkpoint.formats import copies
-from dsconv.checkpoint.map.pieces import flat_start, pieces_of
-from dsconv.checkpoint.map.regions import Interval, Region, Shape, box, numel_of
+from dsconv.checkpoint.map.pieces import flat_start, slice_pieces
+from dsconv.checkpoint.map.regions import Interval, Region, Shape, box, merged, numel_of
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, UnsupportedError
@@ -24,7 +24,7 @@ from dsconv.errors import InconsistentCheckpointError, UnsupportedError
 
 @dataclass(frozen=True)
 class Block:
-    """Elements [start, start + numel) of rank ``rank``'s shard are ``region`` of the full tensor, in row-major
+    """Put elements [start, start + numel) of rank ``rank``'s shard into ``region`` of the full tensor, in row-major
     order.
     """
 
@@ -39,7 +39,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Join:
-    """The blocks that make up the full tensor, and blocks of other ranks that must be equal to one of them.
+    """List the blocks that make up the full tensor, and blocks of other ranks that must be equal to one of them.
 
     ``averaged`` says that the trainer lets the copies differ and means their average.
     """
@@ -51,13 +51,17 @@ class Join:
 
 
 def replicated(shape: Shape, ranks: int, averaged: bool = False) -> Join:
-    """Every rank holds the whole tensor."""
+    """Return the join of a tensor that every rank holds whole."""
     whole = [Block(rank, 0, box([0] * len(shape), shape)) for rank in range(ranks)]
     return Join(shape, (whole[0],), tuple((whole[0], other) for other in whole[1:]), averaged)
 
 
 def concatenated(shapes: Sequence[Shape], dim: int, where: str) -> Join:
-    """The shards one after another along ``dim``; raises InconsistentCheckpointError where their shapes do not fit."""
+    """Return the join of shards one after another along ``dim``.
+
+    Raises:
+        InconsistentCheckpointError: The shapes do not fit.
+    """
     widths = [[_width(shape, dim, shapes, where) for shape in shapes]]
     return in_parts(shapes, dim, widths, where)
 
@@ -65,9 +69,17 @@ def concatenated(shapes: Sequence[Shape], dim: int, where: str) -> Join:
 def in_parts(
     shapes: Sequence[Shape], dim: int, widths: Sequence[Sequence[int]], where: str, total: int | None = None
 ) -> Join:
-    """Parts one after another along ``dim``, each cut by itself: rank r holds ``widths[part][r]`` of each part.
+    """Return the join of parts one after another along ``dim``, each cut by itself.
 
-    ``total``: indices from here on are padding and are left out.
+    Args:
+        shapes: The shape of each rank's shard.
+        dim: The dimension that is cut.
+        widths: How many indices of each part each rank holds: ``widths[part][rank]``.
+        where: The parameter, for messages.
+        total: The number of indices that are not padding; None for all.
+
+    Raises:
+        InconsistentCheckpointError: A shard has another width.
     """
     runs: list[list[Interval]] = [[] for _ in shapes]
     start = 0
@@ -89,10 +101,18 @@ def in_parts(
 
 
 def along(full: Shape, dim: int, runs: Sequence[Sequence[Interval]], where: str, total: int | None = None) -> Join:
-    """Rank r's shard is ``full`` with dimension ``dim`` cut to ``runs[r]``, in that order.
+    """Return the join of shards that are ``full`` with dimension ``dim`` cut to runs of indices.
 
-    A run that an earlier rank has too is a copy. Raises UnsupportedError where a dimension behind the first is
-    permuted.
+    Args:
+        full: The shape of the full tensor, with its padding.
+        dim: The dimension that is cut.
+        runs: The runs of each rank, in the order in which its shard holds them. A run that an earlier rank has too is
+            a copy.
+        where: The parameter, for messages.
+        total: The number of indices that are not padding; None for all.
+
+    Raises:
+        UnsupportedError: A dimension behind the first is permuted.
     """
     kept = full[dim] if total is None else min(full[dim], total)
     shape = (*full[:dim], kept, *full[dim + 1 :])
@@ -110,7 +130,7 @@ def along(full: Shape, dim: int, runs: Sequence[Sequence[Interval]], where: str,
         for group in groups:
             region = tuple(
                 (
-                    _compact([(a, min(b, kept)) for a, b in group if a < kept])
+                    merged([(a, min(b, kept)) for a, b in group if a < kept])
                     if d == dim
                     else (((0, size),) if size else ())
                 )
@@ -128,21 +148,8 @@ def along(full: Shape, dim: int, runs: Sequence[Sequence[Interval]], where: str,
     return Join(shape, tuple(blocks), tuple(copies))
 
 
-def _compact(intervals: list[Interval]) -> tuple[Interval, ...]:
-    """The same indices without empty intervals and with those that touch made one."""
-    result: list[Interval] = []
-    for a, b in intervals:
-        if a == b:
-            continue
-        if result and result[-1][1] == a:
-            result[-1] = (result[-1][0], b)
-        else:
-            result.append((a, b))
-    return tuple(result)
-
-
 def _width(shape: Shape, dim: int, shapes: Sequence[Shape], where: str) -> int:
-    """Of dimension ``dim`` of a shard; the shards must be alike in all others."""
+    """Return a shard's width in dimension ``dim``; raise InconsistentCheckpointError unless all else is alike."""
     first = shapes[0]
     if (
         dim >= len(first)
@@ -159,40 +166,53 @@ def _width(shape: Shape, dim: int, shapes: Sequence[Shape], where: str) -> int:
 def joined(
     name: str, shards: Mapping[int, TensorEntry], join: Join, role: str, aliases: tuple[str, ...]
 ) -> TensorEntry:
-    """The full tensor; ``shards`` are the entries by rank, of one dtype where they have elements."""
+    """Return the full tensor of ``shards``, which are the entries by rank and, if they have elements, of one dtype."""
     filled = [shards[block.rank] for block in join.blocks]
     dtype = filled[0].dtype if filled else next(iter(shards.values())).dtype
     return TensorEntry(name, dtype, join.shape, partial(_pieces, shards, join), aliases, role)
 
 
 def _pieces(shards: Mapping[int, TensorEntry], join: Join) -> tuple[Piece, ...]:
+    def of_block(block: Block) -> tuple[Piece, ...]:
+        shard = shards[block.rank]
+        return slice_pieces(shard.layout, block.start, block.numel, name=shard.name)
+
     starts = [flat_start(block.region, join.shape) for block in join.blocks]
     if any(start is None for start in starts):
-        return tuple(
-            replace(piece, region=block.region)
-            for block in join.blocks
-            for piece in pieces_of(shards[block.rank], block.start, block.numel)
-        )
+        return tuple(replace(piece, region=block.region) for block in join.blocks for piece in of_block(block))
     found = [
         replace(piece, start=start + piece.start)
         for start, block in zip(starts, join.blocks, strict=True)
         if start is not None
-        for piece in pieces_of(shards[block.rank], block.start, block.numel)
+        for piece in of_block(block)
     ]
     return tuple(sorted(found, key=lambda piece: piece.start))
 
 
 class Rules(Protocol):
-    """What says how the shards of a parameter make the full one."""
+    """Say how the shards of a parameter make the full one."""
 
-    def join(self, name: str, shapes: Sequence[Shape]) -> Join: ...
+    def join(self, name: str, shapes: Sequence[Shape]) -> Join:
+        """Return the join of shards of ``shapes``, one a rank, to the parameter ``name``; raise if it is not known."""
+        ...
 
 
 def join_shards(
     name: str, shards: Mapping[int, TensorEntry], rules: Rules, role: str, sources: Sources, what: str = "tensor "
 ) -> TensorEntry:
-    """The full tensor of one tensor's shards by rank, or with ``what`` of something that lies as the tensor ``name``
-    does.
+    """Return the full tensor of one tensor's shards.
+
+    Args:
+        name: The tensor's name, by which the rules know it.
+        shards: Its shard of each rank.
+        rules: What says how they make the full tensor.
+        role: The tensor's role; buffers are the same on all ranks.
+        sources: Open files, to compare copies.
+        what: What the shards are, for messages: the tensor, or something that lies as it does.
+
+    Raises:
+        InconsistentCheckpointError: The shards are not of one save.
+        UnsupportedError: The rules do not tell how they make the full tensor.
     """
     first = shards[0]
     filled = [shard for shard in shards.values() if shard.numel] or [first]
@@ -228,6 +248,6 @@ def join_shards(
 
 
 def path_of(entry: TensorEntry) -> str:
-    """`` (file)`` of the first bytes of an entry, for a message."""
+    """Return `` (file)`` with the file of an entry's first bytes, for a message."""
     pieces = entry.pieces
     return f" ({pieces[0].extent.record.path})" if pieces else ""

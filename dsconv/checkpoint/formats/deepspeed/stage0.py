@@ -1,9 +1,7 @@
 """Stage-0 checkpoints: one ``mp_rank_00_model_states.pt`` whose ``module`` is the model.
 
-With bf16 or fp16 the optimizer's state, inline, holds fp32 masters (DeepSpeed 0.19.8
-``runtime/fp16/unfused_optimizer.py`` ``fp32_groups``, ``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``). They
-carry no names: they are matched to the module's tensors by order and shape, and each match is checked by casting the
-first elements of the master.
+With bf16 or fp16 the optimizer's state, which lies in the same file, holds fp32 masters without names; see
+``unnamed_masters``.
 """
 
 from __future__ import annotations
@@ -15,33 +13,36 @@ from functools import partial
 from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states, refuse_missing_experts
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
-from dsconv.checkpoint.formats.deepspeed.unnamed_masters import match_masters
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Slot, match_masters
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import MalformedError, MissingShardError
 from dsconv.zero_utils.files import TagFolder
 
+KIND = "DeepSpeed stage 0"
+
 
 def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
-    """The map of a model-parallel rank from its files alone (``TagFolder.of_rank``); raises what ``read_stage0``
-    does.
+    """Return the map of a model-parallel rank without optimizer files (``TagFolder.of_rank``).
+
+    Raises:
+        MissingShardError: The model states say that there should be optimizer files.
+        MalformedError: The model states hold no tensors.
+        UnsupportedError: Which master belongs to which weight cannot be told.
     """
     states = read_states(folder)
-    ties = states.ties()
-    entries = states.module_entries(exclude=set(), ties=ties)
+    entries = states.module_entries(exclude=set(), ties=states.ties())
     if not entries:
         raise MalformedError(f"{states.path}: the module holds no tensors")
     entries = {name: as_parameter(entry) for name, entry in entries.items()}
-    weights = {name: (states.file, states.module[name]) for name in entries}
-    masters = match_masters(states, weights, entries, warnings)
+    masters = match_masters(states.file, states.optimizer, module_order(states, entries))
     if masters:
         entries |= replaced_by_masters(states.file, entries, masters)
-    return RankMap(states, entries, [], "DeepSpeed stage 0", 0, world_of(states), masters)
+    return RankMap(states, entries, [], KIND, 0, states.data_parallel, masters)
 
 
 def read_states(folder: TagFolder) -> ModuleStates:
-    """The model states of a rank that should have no optimizer files; raises MissingShardError where it should."""
+    """Return the model states of a rank that should have no optimizer files; raise MissingShardError if it should."""
     if not folder.model:
         raise MissingShardError(
             f"{folder.path}: ZeRO-3 model states without optimizer files (zero_pp_rank_*_optim_states.pt), which hold"
@@ -58,30 +59,30 @@ def read_states(folder: TagFolder) -> ModuleStates:
     return states
 
 
+def module_order(states: ModuleStates, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the parameters among ``entries`` as ``named_parameters`` lists them: a tied one at its first name."""
+    order = {name: i for i, name in enumerate(states.module)}
+    parameters = [entry for entry in entries.values() if entry.role != "buffer"]
+    parameters.sort(key=lambda entry: min(order[name] for name in (entry.name, *entry.aliases)))
+    return {entry.name: entry for entry in parameters}
+
+
 def as_parameter(entry: TensorEntry) -> TensorEntry:
-    """Stage 0 does not say what was frozen."""
-    if entry.role == "buffer":
-        return entry
-    return TensorEntry(entry.name, entry.dtype, entry.shape, entry.layout, entry.aliases, "parameter")
-
-
-def world_of(states: ModuleStates) -> int:
-    world = states.raw.get("dp_world_size")
-    return world if type(world) is int and world > 0 else 1
+    """Return ``entry`` as a parameter unless it is a buffer: stage 0 does not say what was frozen."""
+    return entry if entry.role == "buffer" else replace(entry, role="parameter")
 
 
 def replaced_by_masters(
-    file: TorchFile, entries: Mapping[str, TensorEntry], masters: Mapping[str, TensorRef]
+    file: TorchFile, entries: Mapping[str, TensorEntry], masters: Mapping[str, Slot]
 ) -> dict[str, TensorEntry]:
-    """``entries`` that are parameters, read from their masters in ``file``; one without a master was not trained."""
+    """Return the parameters of ``entries`` as their masters in ``file``; those without one were not trained."""
     result = {}
     for name, old in entries.items():
-        master = masters.get(name)
+        master = masters[name].master if name in masters else None
         if master is not None:
-            result[name] = TensorEntry(
-                name, master.dtype, old.shape, partial(file.pieces, master), old.aliases, "parameter"
-            )
-            result[name].layout()
-        elif old.role == "parameter":  # the optimizer did not own it
+            layout = partial(file.pieces, master)
+            layout()  # bounds are proved now, not when the bytes are wanted
+            result[name] = TensorEntry(name, master.dtype, old.shape, layout, old.aliases, "parameter")
+        elif old.role == "parameter":
             result[name] = replace(old, role="frozen")
     return result

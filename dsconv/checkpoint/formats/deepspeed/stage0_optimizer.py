@@ -1,28 +1,35 @@
-"""The optimizer states of a checkpoint without ZeRO: the base optimizer's own ``state_dict``, inline, which has no
-names.
+"""The optimizer states of a checkpoint without ZeRO: the base optimizer's own ``state_dict``, which has no names.
 
-Read from DeepSpeed 0.19.8. In fp32 ``optimizer`` is torch's ``state_dict``. With 16-bit weights it is inside, under
+Read from DeepSpeed 0.19.8. In fp32 ``optimizer`` is torch's ``state_dict``. With 16-bit weights that lies inside, under
 ``optimizer_state_dict``, and its parameters are the masters: one tensor each (``runtime/fp16/unfused_optimizer.py``
 ``fp32_groups``), or one for each group (``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``).
 
-An optimizer lists the parameters of a group in the module's order, with others between them that are frozen or of
-another group. States get the names of the one assignment by which shapes (of masters: values too) fit in that order.
-Where two fit, nothing tells which is right: a guess would give weights the momentum of others.
+With masters, the states of a parameter lie where its master does, which ``unnamed_masters`` found out. In fp32 the
+weights are the masters and their values tell nothing: the states get the names of the one assignment by which their
+shapes fit the module in its order. Where two fit, nothing tells which is right: a guess would give weights the momentum
+of others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
+from dsconv.checkpoint.formats.deepspeed.fields import Fields
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, plain
+from dsconv.checkpoint.formats.deepspeed.stage0 import module_order
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
-from dsconv.checkpoint.formats.deepspeed.unnamed_masters import agrees, row_major
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import (
+    FlatTensor,
+    Matcher,
+    Slot,
+    groups_of,
+    part_of,
+)
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training, whole_rows
@@ -32,7 +39,6 @@ from dsconv.zero_utils.files import TagFolder
 
 INNER = "optimizer_state_dict"
 NO_SETTINGS = frozenset({INNER, "fp32_groups", "fp32_groups_flat", "state", "param_groups"})
-MAX_LIVE = 10_000  # partial assignments at a time; a sound checkpoint has a few
 OTHERWISE = "Its weights can be merged all the same; an optimizer then starts anew"
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 
@@ -41,41 +47,56 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What the optimizer keeps of one parameter: its states by name, None for one that it has not, and in 16 bit its
-    master.
-    """
+class _Kept:
+    """What the optimizer keeps of one parameter: its states by name, and with 16-bit weights its master."""
 
     row: Row
     master: TensorRef | None = None
 
 
-# (group, position in it, parameter) → (what the optimizer keeps of it, the next position), or None where it is not that
-# parameter's.
-Take = Callable[[int, int, str], tuple[_Found, int] | None]
+@dataclass(frozen=True)
+class _Rows:
+    """A group of fp32 training, which lists the states of each parameter; those of one value a weight have its
+    shape.
+    """
+
+    number: int
+    rows: Sequence[Row]
+    shapes: Mapping[str, Shape]
+
+    @property
+    def end(self) -> int:
+        return len(self.rows)
+
+    def slot(self, position: int, name: str) -> Slot | None:
+        fits = _fits(self.rows[position], self.shapes[name])
+        return Slot(self.number, position, position + 1) if fits else None
 
 
 def read_training(folder: TagFolder, rank: RankMap) -> Training:
-    """Of one model-parallel rank. Raises MalformedError, and UnsupportedError where states cannot be told apart, or
-    are none.
+    """Return the optimizer of one model-parallel rank.
+
+    Args:
+        folder: The files of the rank.
+        rank: Its map.
+
+    Raises:
+        MalformedError: The optimizer's state is not what it should be.
+        UnsupportedError: Which states belong to which parameter cannot be told, or there are none.
     """
     states, optimizer = rank.states, rank.states.optimizer
-    path = states.path
-    inner: Any = optimizer.get(INNER, optimizer) if isinstance(optimizer, dict) else None
-    rows = _rows(inner, states)
-    names = _module_order(rank)
-    take, ends, sizes = _reader(states, rank, names, rows)
-    found = _assigned(names, sizes, ends, take, path)
-    if rank.masters and {name: kept.master for name, kept in found.items()} != rank.masters:
-        raise UnsupportedError(
-            f"{path}: the fp32 masters and the optimizer's states can be matched to the parameters in two ways."
-            f" {OTHERWISE}"
-        )
+    inner = Fields.of(
+        states.path,
+        optimizer.get(INNER, optimizer) if isinstance(optimizer, dict) else None,
+        "the state of an optimizer",
+    )
+    rows = _rows(inner)
+    found = _with_masters(rank, rows) if rank.masters else _by_shape(rank, rows)
     trained = {name: kept for name, kept in found.items() if kept.row or kept.master is not None}
     if not trained:
         raise UnsupportedError(
-            f"{path}: the optimizer keeps no state of any parameter (as SGD without momentum, or before the first"
-            f" step), so nothing tells which were trained. {OTHERWISE}"
+            f"{states.path}: the optimizer keeps no state of any parameter (as SGD without momentum, or before the"
+            f" first step), so nothing tells which were trained. {OTHERWISE}"
         )
     warnings: list[str] = []
     if not rank.masters:
@@ -87,180 +108,110 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
         warnings.append(
             f"{len(idle)} parameters, such as {idle[0]!r}, have no optimizer states (frozen, or never given a gradient)"
         )
-    info = states.raw.get("universal_checkpoint_info")
+    info = states.universal_info
     return Training(
         stage=0,
         states=_entries(trained, rank.entries, states, warnings),
         steps=_steps(trained, states),
-        param_groups=[plain(group, states.file, "param_groups") for group in inner["param_groups"]],
+        param_groups=[plain(group, states.file, "param_groups") for group in inner.listing("param_groups")],
         settings=_settings(states),
         module=states.module_entries(exclude=set(trained), ties={}),
         model_files=tuple(folder.model.values()),
         counters=partial(counters, states),
-        cut=UniversalInfo(info, path).cut if isinstance(info, dict) else whole_rows,
+        cut=UniversalInfo(info, states.path, states.stored).cut if info else whole_rows,
         deepspeed_version=states.ds_version,
         warnings=tuple(warnings),
     )
 
 
-def _rows(inner: Any, states: ModuleStates) -> list[list[Row]]:
-    """The states of each parameter of each group; an empty row where the optimizer has made none."""
-    groups = inner.get("param_groups") if isinstance(inner, dict) else None
-    table = inner.get("state") if isinstance(inner, dict) else None
-    if not isinstance(groups, list) or not isinstance(table, dict):
-        raise MalformedError(f"{states.path}: the optimizer holds no 'state' and 'param_groups'")
+def _rows(inner: Fields) -> list[list[Row]]:
+    """Return the states of each parameter of each group; an empty row where the optimizer has made none."""
+    table = inner.required("state")
     rows: list[list[Row]] = []
-    for group in groups:
+    for group in inner.listing("param_groups"):
         numbers = group.get("params") if isinstance(group, dict) else None
         mine = [table.get(n, {}) if type(n) is int else None for n in numbers] if isinstance(numbers, list) else [None]
         if not all(isinstance(row, dict) for row in mine):
             raise MalformedError(
-                f"{states.path}: a parameter group of the optimizer does not list its parameters by number"
+                f"{inner.path}: a parameter group of the optimizer does not list its parameters by number"
             )
-        rows.append(
-            [
-                {k: v for k, v in row.items() if isinstance(k, str) and v is not None}
-                for row in mine
-                if isinstance(row, dict)
-            ]
-        )
+        known = [row for row in mine if isinstance(row, dict)]
+        rows.append([{k: v for k, v in row.items() if isinstance(k, str) and v is not None} for row in known])
     return rows
 
 
-def _module_order(rank: RankMap) -> list[str]:
-    """The parameters as ``named_parameters`` has them: a tied one where its first name is."""
-    order = {name: i for i, name in enumerate(rank.states.module)}
-    entries = [entry for entry in rank.entries.values() if entry.role != "buffer"]
-    return [
-        entry.name
-        for entry in sorted(entries, key=lambda entry: min(order[name] for name in (entry.name, *entry.aliases)))
-    ]
-
-
-def _reader(
-    states: ModuleStates, rank: RankMap, names: list[str], rows: list[list[Row]]
-) -> tuple[Take, list[int], list[int]]:
-    """How a group is read along the module, where its positions end, and how far each parameter of ``names`` could
-    move one.
-    """
-    optimizer, file = states.optimizer, states.file
-    shapes = {name: rank.entries[name].shape for name in names}
-    masters, flats = optimizer.get("fp32_groups"), optimizer.get("fp32_groups_flat")
-    if flats is None and masters is None:
-        if INNER in optimizer:
-            raise MalformedError(
-                f"{states.path}: the optimizer of 16-bit weights holds no fp32_groups and no fp32_groups_flat"
-            )
-
-        def take_row(group: int, position: int, name: str) -> tuple[_Found, int] | None:
-            row = rows[group][position]
-            return (_Found(row), position + 1) if _fits(row, shapes[name]) else None
-
-        return take_row, [len(group) for group in rows], [1] * len(names)
-    if not rank.masters:
-        raise UnsupportedError(
-            f"{states.path}: the fp32 masters could not be matched to the parameters by order, shape and values."
-            f" {OTHERWISE}"
-        )
-    weights = {name: (file, states.module[name]) for name in names}
-    known: dict[tuple[str, TensorRef], bool] = {}
-
-    def is_master(name: str, master: TensorRef) -> bool:
-        if shapes[name] != master.shape:
-            return False
-        if (name, master) not in known:
-            known[name, master] = agrees(file, weights, name, master)
-        return known[name, master]
-
-    if masters is not None:
-        if [len(group) for group in masters] != [len(group) for group in rows]:
-            raise MalformedError(
-                f"{states.path}: the optimizer has {len(masters)} groups of masters and other ones of states"
-            )
-
-        def take_master(group: int, position: int, name: str) -> tuple[_Found, int] | None:
-            row, master = rows[group][position], masters[group][position]
-            return (_Found(row, master), position + 1) if is_master(name, master) and _fits(row, master.shape) else None
-
-        return take_master, [len(group) for group in rows], [1] * len(names)
-    if [len(group) for group in rows] != [1] * len(flats):
+def _with_masters(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
+    """Return what the optimizer keeps of each parameter that has a master: states lie where the master does."""
+    states = rank.states
+    groups = groups_of(states.optimizer, rank.entries)
+    lengths = [1 if isinstance(group, FlatTensor) else group.end for group in groups]
+    if [len(group) for group in rows] != lengths:
         raise MalformedError(
-            f"{states.path}: the optimizer has {len(flats)} groups of masters and other ones of states"
+            f"{states.path}: the optimizer has masters of {lengths[:8]} parameters in its groups and states of"
+            f" {[len(group) for group in rows][:8]}"
         )
+    found: dict[str, _Kept] = {}
+    for name, slot in rank.masters.items():
+        group = groups[slot.number]
+        if isinstance(group, FlatTensor):
+            row, shape = rows[slot.number][0], rank.entries[name].shape
+            whole = group.flat.shape
+            fits = _fits(row, whole)
+            row = {
+                key: part_of(value, slot.position, shape)
+                if isinstance(value, TensorRef) and value.shape == whole
+                else value
+                for key, value in row.items()
+            }
+        else:
+            row = rows[slot.number][slot.position]
+            fits = _fits(row, rank.entries[name].shape)
+        if not fits:
+            raise UnsupportedError(
+                f"{states.path}: the optimizer's states of {name!r} do not have the shape of its master. {OTHERWISE}"
+            )
+        found[name] = _Kept(row, slot.master)
+    return found
 
-    def take_part(group: int, position: int, name: str) -> tuple[_Found, int] | None:
-        flat, numel, (row,) = flats[group], rank.entries[name].numel, rows[group]
-        if not numel or position + numel > flat.numel or not _fits(row, flat.shape):
-            return None
-        master = _part(flat, position, shapes[name])
-        cut = {
-            k: _part(v, position, shapes[name]) if isinstance(v, TensorRef) and v.shape == flat.shape else v
-            for k, v in row.items()
-        }
-        return (_Found(cut, master), position + numel) if is_master(name, master) else None
 
-    return take_part, [flat.numel for flat in flats], [rank.entries[name].numel for name in names]
+def _by_shape(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
+    """Return what the optimizer of fp32 training keeps of each parameter, by the one assignment that fits."""
+    states = rank.states
+    if INNER in states.optimizer:
+        raise MalformedError(
+            f"{states.path}: the optimizer of 16-bit weights holds no fp32_groups and no fp32_groups_flat"
+        )
+    names = list(module_order(states, rank.entries))
+    shapes = {name: rank.entries[name].shape for name in names}
+    groups = [_Rows(number, group, shapes) for number, group in enumerate(rows)]
 
+    def any_fits(slot: Slot, name: str) -> bool:
+        return True
 
-def _part(flat: TensorRef, position: int, shape: Shape) -> TensorRef:
-    return TensorRef(flat.storage, flat.dtype, flat.offset + position, shape, row_major(shape))
+    matcher = Matcher(names, groups, dict.fromkeys(names, 1), any_fits, any_fits)
+    ways, found = matcher.in_order(any_fits)
+    if ways != 1:
+        why = "fit the parameters in several ways" if ways else "do not fit the module's parameters in their order"
+        raise UnsupportedError(
+            f"{states.path}: the optimizer's states have no names, and their shapes {why} (some were frozen, or groups"
+            f" of parameters have equal shapes): which state is whose the checkpoint does not say. {OTHERWISE}"
+        )
+    return {name: _Kept(rows[slot.number][slot.position]) for name, slot in found.items()}
 
 
 def _fits(row: Row, shape: Shape) -> bool:
-    """Whether the states of ``row`` can be of a parameter of ``shape``: those of one value a weight have it. No
-    states fit any.
+    """Return whether the states of ``row`` can be those of a parameter of ``shape``.
+
+    States of one value a weight have its shape, others are 0-d; a row without states fits any parameter.
     """
     sizes = {value.shape for key, value in row.items() if key != STEP and isinstance(value, TensorRef)}
     return not row or (shape in sizes and sizes <= {shape, ()}) or (not sizes and not shape)
 
 
-def _assigned(names: list[str], sizes: list[int], ends: list[int], take: Take, path: Any) -> dict[str, _Found]:
-    """What the optimizer keeps of each parameter that it owns, by the one assignment that fits.
-
-    Walks the module with a position in each group; a parameter is the next of some group, or of none (frozen).
-    Positions that are reached in several ways count as such, so that in the end the ways are known. Raises
-    UnsupportedError unless it is one.
-    """
-    left = list(accumulate(reversed(sizes), initial=0))[::-1]  # what the parameters from here on could take at most
-    levels: list[dict[tuple[int, ...], tuple[int, tuple[int, ...], _Found | None]]] = [
-        {(0,) * len(ends): (1, (), None)}
-    ]
-    for at, name in enumerate(names):
-        reached: dict[tuple[int, ...], tuple[int, tuple[int, ...], _Found | None]] = {}
-        for positions, (ways, *_) in levels[-1].items():
-            steps: list[tuple[tuple[int, ...], _Found | None]] = [(positions, None)]
-            for group, position in enumerate(positions):
-                taken = take(group, position, name) if position < ends[group] else None
-                if taken is not None:
-                    steps.append(((*positions[:group], taken[1], *positions[group + 1 :]), taken[0]))
-            for after, kept in steps:
-                if sum(ends) - sum(after) <= left[at + 1]:
-                    before = reached[after][0] if after in reached else 0
-                    reached[after] = (min(before + ways, 2), positions, kept)
-        if len(reached) > MAX_LIVE:
-            raise UnsupportedError(
-                f"{path}: the optimizer's states fit the parameters in too many ways to tell them apart. {OTHERWISE}"
-            )
-        levels.append(reached)
-    end = tuple(ends)
-    ways = levels[-1][end][0] if end in levels[-1] else 0
-    if ways != 1:
-        why = "fit the parameters in several ways" if ways else "do not fit the module's parameters in their order"
-        raise UnsupportedError(
-            f"{path}: the optimizer's states have no names, and their shapes {why} (some were frozen, or groups of "
-            f"parameters have equal shapes): which state is whose the checkpoint does not say. {OTHERWISE}"
-        )
-    found: dict[str, _Found] = {}
-    for at in range(len(names), 0, -1):
-        _, end, kept = levels[at][end]
-        if kept is not None:
-            found[names[at - 1]] = kept
-    return {name: found[name] for name in names if name in found}
-
-
 def _entries(
-    trained: Mapping[str, _Found], entries: Mapping[str, TensorEntry], states: ModuleStates, warnings: list[str]
+    trained: Mapping[str, _Kept], entries: Mapping[str, TensorEntry], states: ModuleStates, warnings: list[str]
 ) -> dict[str, dict[str, TensorEntry]]:
+    """Return the states of one value a weight, by parameter and name; add a warning that names the others."""
     rows = {name: {k: v for k, v in kept.row.items() if k != STEP} for name, kept in trained.items()}
     wide = {
         k
@@ -289,8 +240,8 @@ def _entries(
     return result
 
 
-def _steps(trained: Mapping[str, _Found], states: ModuleStates) -> dict[str, Any]:
-    """The step counters, which ZeRO keeps one of for a whole group; raises UnsupportedError where they differ."""
+def _steps(trained: Mapping[str, _Kept], states: ModuleStates) -> dict[str, Any]:
+    """Return the step counters; raise UnsupportedError where they differ, as ZeRO keeps one for a whole group."""
     steps = {
         name: plain(kept.row[STEP], states.file, f"the step of {name!r}")
         for name, kept in trained.items()
@@ -307,10 +258,10 @@ def _steps(trained: Mapping[str, _Found], states: ModuleStates) -> dict[str, Any
 
 
 def _settings(states: ModuleStates) -> dict[str, Any]:
-    """What the optimizer's wrapper saved, and its loss scaler as ZeRO saves one (0.19.8
+    """Return what the optimizer's wrapper saved, its loss scaler as ZeRO saves one (0.19.8
     ``runtime/fp16/loss_scaler.py``).
     """
-    optimizer, config = states.optimizer, states.raw.get("ds_config")
+    optimizer = states.optimizer
     settings = {k: plain(v, states.file, f"optimizer[{k!r}]") for k, v in optimizer.items() if k not in NO_SETTINGS}
     scale = settings.pop("cur_scale", None)
     moving = {
@@ -322,7 +273,7 @@ def _settings(states: ModuleStates) -> dict[str, Any]:
     if not settings.get("dynamic_loss_scale"):
         settings["loss_scaler"] = Instance(f"{SCALERS}.LossScaler", (), {"cur_scale": scale, "dynamic": False})
         return settings
-    fp16 = config.get("fp16") if isinstance(config, dict) else None
+    fp16 = states.config.get("fp16")
     asked: Mapping[str, Any] = fp16 if isinstance(fp16, dict) else {}
     shift = asked.get("hysteresis", 2)  # defaults of ``runtime/precision_config.py``
     settings["loss_scaler"] = Instance(

@@ -1,5 +1,4 @@
-"""Tensor-parallel checkpoints (AutoTP, Megatron-like): each mp rank's shard is a map of its own, and the maps are
-joined.
+"""Tensor-parallel checkpoints (AutoTP, Megatron-like): each mp rank's shard has a map of its own; the maps are joined.
 
 DeepSpeed 0.19.8 ``runtime/engine.py`` names the files of tensor-parallel rank t ``mp_rank_0t``, ZeRO's partitions
 within it ``zero_pp_rank_D_mp_rank_0t``. ``param_shapes`` and ``module`` have the shapes of the shard.
@@ -15,7 +14,7 @@ from pathlib import Path
 from dsconv.checkpoint.formats.deepspeed import consistency, rank_map, tp_plan_rules
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
-from dsconv.checkpoint.formats.deepspeed.ranks import of_one_rank, read_rank
+from dsconv.checkpoint.formats.deepspeed.ranks import read_rank, single_rank_checkpoint
 from dsconv.checkpoint.formats.deepspeed.shards import Rules, join_shards, path_of
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
@@ -25,19 +24,25 @@ from dsconv.zero_utils.files import TagFolder
 
 
 def read_tensor_parallel(folder: TagFolder) -> Checkpoint:
-    """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, naming file and
-    tensor.
+    """Read the tensor map of a folder with files of several model-parallel ranks.
+
+    Raises:
+        MissingShardError: A rank's file is not there.
+        MalformedError: A file does not hold what its name says.
+        InconsistentCheckpointError: The files are not of one save.
+        UnsupportedError: How shards make a full tensor is not known.
     """
     warnings = list(folder.warnings)
     ranks = read_ranks(folder, warnings)
     if len(ranks) == 1:
-        return of_one_rank(folder, ranks[0], warnings)
+        return single_rank_checkpoint(folder, ranks[0], warnings)
     shards = {rank: r.entries for rank, r in enumerate(ranks)}
     rules = rules_of(folder, ranks[0].states)
     entries = join_ranks(shards, rules)
     world = {"data_parallel": ranks[0].data_parallel, "model_parallel": len(ranks), "tensor_parallel": len(ranks)}
     ordered = ranks[0].states.in_module_order(entries)
-    checkpoint = rank_map.to_checkpoint(folder, ranks, ordered, f"{ranks[0].kind}, tensor parallel", warnings, world)
+    contents = rank_map.contents_of(ranks, ordered, f"{ranks[0].kind}, tensor parallel", warnings, world)
+    checkpoint = rank_map.build_checkpoint(folder, ranks[0].states, contents)
     if not checkpoint.no_training:
         from dsconv.checkpoint.formats.deepspeed.joined_optimizer import join_training
 
@@ -49,8 +54,16 @@ ReadRank = Callable[[TagFolder, int, list[str]], RankMap]
 
 
 def read_ranks(folder: TagFolder, warnings: list[str], read_rank: ReadRank = read_rank) -> list[RankMap]:
-    """The map of every model-parallel rank; missing ones, those of a larger world and those of another save are told
-    apart.
+    """Return the map of every model-parallel rank.
+
+    Args:
+        folder: The tag's folder.
+        warnings: A warning is added where files of an older, larger world are ignored.
+        read_rank: What reads one rank.
+
+    Raises:
+        MissingShardError: A rank has no files.
+        InconsistentCheckpointError: The files are not of one save.
     """
     present = folder.mp_ranks
     first = read_rank(folder, present[0], warnings)
@@ -77,13 +90,13 @@ def read_ranks(folder: TagFolder, warnings: list[str], read_rank: ReadRank = rea
 
 
 def _refuse_unless_stale(folder: TagFolder, mp: int, world: int, first: RankMap) -> None:
-    """A rank that should not be there is left over only if it says itself that its world was larger."""
+    """Raise InconsistentCheckpointError unless a surplus rank's file itself says that its world was larger."""
     mine = folder.of_rank(mp)
     path: Path | None = next(iter((*mine.model.values(), *mine.zero3.values())), None)
     if path is None:
         return
-    count = read_module_states(path).raw.get("mp_world_size")
-    if type(count) is not int or count <= mp:
+    count = read_module_states(path).model_parallel
+    if count <= mp:
         raise InconsistentCheckpointError(
             f"{path} is of rank {mp} and says {count} model-parallel ranks, {first.states.path} says {world}: files of"
             " several saves lie in one folder, or were renamed. Restore the files of one save"
@@ -91,7 +104,7 @@ def _refuse_unless_stale(folder: TagFolder, mp: int, world: int, first: RankMap)
 
 
 def _same_run(first: RankMap, other: RankMap) -> None:
-    """Two ranks must be of one save: step, world, ZeRO stage and data-parallel degree."""
+    """Raise InconsistentCheckpointError unless two ranks have the same step, world, stage and data-parallel degree."""
     for what, mine, theirs in (
         ("step", first.states.step, other.states.step),
         ("model-parallel world", first.model_parallel, other.model_parallel),
@@ -106,15 +119,15 @@ def _same_run(first: RankMap, other: RankMap) -> None:
 
 
 def rules_of(folder: TagFolder, states: ModuleStates) -> Rules:
-    """The trainer's own rules; for a checkpoint without them the model's tensor-parallel plan, from config.json."""
-    info = states.raw.get("universal_checkpoint_info")
-    if isinstance(info, dict):
-        return UniversalInfo(info, states.path)
-    return tp_plan_rules.PlanRules.find([folder.path, folder.save_dir, folder.save_dir.parent], states.path)
+    """Return the trainer's own rules, or if it saved none those of the tensor-parallel plan for config.json's model."""
+    info = states.universal_info
+    if info is not None:
+        return UniversalInfo(info, states.path, states.stored)
+    return tp_plan_rules.PlanRules.find([folder.path, folder.save_dir], states.path)
 
 
 def join_ranks(ranks: Mapping[int, Mapping[str, TensorEntry]], rules: Rules) -> dict[str, TensorEntry]:
-    """The full tensors of shards by rank; raises InconsistentCheckpointError, by name, where copies differ."""
+    """Return the full tensors of shards by rank; raise InconsistentCheckpointError where ranks lack one or differ."""
     first = ranks[0]
     result: dict[str, TensorEntry] = {}
     known = set(first) | {alias for entry in first.values() for alias in entry.aliases}

@@ -1,5 +1,4 @@
-"""How tensor-parallel shards are joined where the trainer saved no rules: the model's config and its tensor-parallel
-plan.
+"""How tensor-parallel shards are joined if the trainer saved no rules: by the model's config and its parallel plan.
 
 AutoTP training of DeepSpeed before 0.18.9 saves no ``universal_checkpoint_info``. A shard's shape then says how it was
 cut if ``config.json`` leaves one way only in which the full tensor has a model's sizes; the plan that transformers has
@@ -10,12 +9,12 @@ the plan packs them. The sources of transformers are read, not imported, which t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.config_files import find_config, read_config
 from dsconv.checkpoint.formats.deepspeed.shards import Join, concatenated, in_parts, replicated
 from dsconv.checkpoint.formats.huggingface.config_sizes import LAYERS, sizes_of
 from dsconv.checkpoint.formats.huggingface.transformers_source import class_literal, class_nodes
@@ -29,7 +28,14 @@ FUSED = re.compile(r"qkv|query_key_value|c_attn|W_pack|Wqkv|gate_up|in_proj", re
 
 
 class PlanRules:
-    """``sizes`` are the model's by config.json; ``plan`` maps patterns of modules to styles."""
+    """The rules that a model's configuration gives.
+
+    Args:
+        path: The file that has no rules, for messages.
+        config: The config.json; None where there is none, which makes ``join`` refuse.
+        sizes: The model's sizes.
+        plan: The style of each pattern of modules.
+    """
 
     def __init__(self, path: Path, config: Path | None, sizes: dict[str, int], plan: dict[str, str]) -> None:
         self.path = path
@@ -46,20 +52,18 @@ class PlanRules:
 
     @classmethod
     def find(cls, folders: Sequence[Path], path: Path) -> PlanRules:
-        """From the first ``config.json`` in ``folders``; ``path`` is the file that has no rules, for messages."""
-        for folder in folders:
-            config = folder / "config.json"
-            if config.is_file():
-                try:
-                    data = json.loads(config.read_bytes())
-                except (OSError, ValueError, RecursionError):
-                    continue
-                if isinstance(data, dict):
-                    return cls(path, config, sizes_of(data), _plan(data))
-        return cls(path, None, sizes_of({}), {})
+        """Return the rules by the ``config.json`` that belongs to a checkpoint in ``folders``.
+
+        Args:
+            folders: Where to look.
+            path: The file that has no rules, for messages.
+        """
+        config = find_config(folders)
+        data = read_config(config) if config is not None else None
+        return cls(path, config, sizes_of(data), _plan(data)) if data is not None else cls(path, None, sizes_of({}), {})
 
     def join(self, name: str, shapes: Sequence[Shape]) -> Join:
-        """How shards of ``shapes`` make ``name``; raises UnsupportedError where that is not certain."""
+        """Return how shards of ``shapes`` make ``name``; raise UnsupportedError where that is not certain."""
         where = f"{self.path}: parameter {name!r}"
         if self.config is None:
             raise UnsupportedError(
@@ -98,8 +102,9 @@ class PlanRules:
         return next((style for pattern, style in self.plan if pattern.fullmatch(module)), None)
 
     def _options(self, name: str, shapes: Sequence[Shape]) -> list[str]:
-        """The ways, of whole and joined along a dimension, that give a tensor of the shape or of sizes that the
-        model has.
+        """Return the ways to join that give a tensor of the right shape, or of sizes that the model has.
+
+        They are ``whole``, and the number of a dimension along which shards are joined.
         """
         leaf, _, kind = name.rpartition(".")
         full = self.layers.get(leaf.rpartition(".")[2])
@@ -120,7 +125,7 @@ class PlanRules:
 
 
 def _of_style(style: str | None, name: str, shapes: Sequence[Shape]) -> str | None:
-    """What a style does to a weight, and to its bias, which a row-parallel layer keeps whole."""
+    """Return the way that a style cuts a weight, or its bias, which a row-parallel layer keeps whole."""
     if style in COLUMNS or style == "packed_colwise":
         return "0"
     if style in ROWS:
@@ -129,6 +134,7 @@ def _of_style(style: str | None, name: str, shapes: Sequence[Shape]) -> str | No
 
 
 def _plan(config: dict[str, Any]) -> dict[str, str]:
+    """Return the style of each pattern of modules for the architecture that ``config`` names."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str):
         return {}

@@ -1,5 +1,4 @@
-"""DeepSpeed universal checkpoints: ``zero/<parameter>/fp32.pt``, one file a parameter, and the model states beside
-them.
+"""DeepSpeed universal checkpoints: ``zero/<parameter>/fp32.pt``, one file a parameter, and model states beside them.
 
 Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py``. From stages 1 and 2 a file holds a dict with ``param``, in
 the parameter's full shape (rows that only pad a vocabulary are cut off: ``vocab_tensor``), from stage 3 a bare flat
@@ -15,10 +14,12 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
 from dsconv.checkpoint.formats.deepspeed.partitions import frozen_entry
+from dsconv.checkpoint.formats.deepspeed.rank_map import Contents, build_checkpoint, master_dtypes
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.storage.roots import Root
@@ -39,13 +40,22 @@ SETTINGS = "optimizer_state.pt"
 
 
 def detect(root: Root, tag: str | None) -> bool:
-    """Raises CheckpointNotFoundError where ``latest_universal`` names a folder that holds none."""
+    """Return whether ``root`` holds a universal checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: ``latest_universal`` names a folder that holds none.
+    """
     return root.path.is_dir() and _find(root.path, tag) is not None
 
 
 def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
-    """Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the
-    file.
+    """Read the tensor map of the universal checkpoint at ``root``.
+
+    Raises:
+        MissingShardError: A file is not there.
+        MalformedError: A file does not hold what its name says.
+        InconsistentCheckpointError: The files are not of one conversion.
+        UnsupportedError: The checkpoint does not say how frozen shards fit together.
     """
     folder = _find(root.path, tag)
     if folder is None:
@@ -55,8 +65,9 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
 
 
 def _find(path: Path, tag: str | None) -> TagFolder | None:
-    """A universal tag folder, or a save dir whose ``latest_universal`` names one; a plain ``latest`` beside that
-    comes first.
+    """Return a universal tag folder: ``path`` itself, or what its ``latest_universal`` names.
+
+    A plain ``latest`` beside that comes first.
     """
     if tag is not None:
         inside = bool(tag) and "\0" not in tag and not tag.startswith("/") and ".." not in Path(tag).parts
@@ -96,7 +107,12 @@ def _read(folder: TagFolder) -> Checkpoint:
     if stage == 0:
         shapes = _with_states(folder, listing)
         whole = whole if states.module else None
-    entries = {name: _parameter(folder, name, shape, ties, whole) for name, shape in shapes.items()}
+    entries = {
+        name: replace(
+            _parameter(folder, name, states.stored.get(name, name), shape, whole), aliases=tuple(ties.get(name, ()))
+        )
+        for name, shape in shapes.items()
+    }
     if stage == 3 and model_parallel > 1:
         _refuse_shards(
             folder, [name for of in all_states for name in of.frozen_shapes if name not in entries], model_parallel
@@ -116,34 +132,28 @@ def _read(folder: TagFolder) -> Checkpoint:
         uncut = {name: entry for name, entry in entries.items() if name in shapes and entry.shape == shapes[name]}
         if model_parallel == 1:
             consistency.masters_match_module(states, uncut, warnings)
-    world = len(all_states) if stage == 3 and model_parallel == 1 else _world(states)
-    masters = {str(e.dtype) for e in entries.values() if e.role == "parameter"}
-    return Checkpoint(
-        folder.path,
-        "DeepSpeed universal",
+    world = len(all_states) if stage == 3 and model_parallel == 1 else states.data_parallel
+    info: dict[str, Any] = {"master_dtype": master_dtypes(entries)}
+    if stage:
+        info["parameter_groups"] = len(states.param_shapes)
+    contents = Contents(
         states.in_module_order(entries),
-        folder=folder.save_dir,
-        step=states.step,
-        world={"data_parallel": world, "model_parallel": model_parallel},
-        info={
-            "zero_stage": stage,
-            "tag": folder.tag,
-            "deepspeed_version": states.ds_version,
-            "master_dtype": "/".join(sorted(masters)),
-            **({"parameter_groups": len(states.param_shapes)} if stage else {}),
-        },
-        warnings=tuple(warnings),
-        sources=tuple(of.path for of in all_states),
-        is_deepspeed=True,
-        no_training="it is one already",
+        "DeepSpeed universal",
+        stage,
+        [of.file for of in all_states],
+        warnings,
+        {"data_parallel": world, "model_parallel": model_parallel},
+        info,
+        "it is one already",
     )
+    return build_checkpoint(folder, states, contents)
 
 
 def _with_states(folder: TagFolder, all_states: list[ModuleStates]) -> dict[str, tuple[int, ...]]:
-    """Of a source without ZeRO, whose model states list no parameters: those with files of states, in shapes of
-    ``module``.
+    """Return the shapes of the parameters of a source without ZeRO, whose model states list none.
 
-    A pipeline's module lies in layer files, which are not here: its shapes are not known.
+    They are the tensors of ``module`` that have files of states. A pipeline's module lies in layer files, which are not
+    here: its shapes are not known and come out as ().
     """
     trained = {path.parent.name for path in (folder.path / FOLDER).glob("*/*.pt") if path.name != "fp32.pt"}
     shapes = {
@@ -165,15 +175,14 @@ def _refuse_shards(folder: TagFolder, frozen: list[str], model_parallel: int) ->
 def _copies(
     folder: TagFolder, known: Mapping[str, TensorEntry], buffers: Set[str], warnings: list[str]
 ) -> dict[str, TensorEntry]:
-    """Of a pipeline, whose layer files no universal checkpoint has: the fp32 copies of frozen weights and buffers in
-    ``zero/``.
+    """Return the fp32 copies in ``zero/`` of a pipeline's frozen weights and buffers.
 
-    dsconv writes those, the official tool (0.19.8) does not.
+    A universal checkpoint has no layer files. dsconv writes such copies, the official tool (0.19.8) does not.
     """
     names = sorted(
         path.parent.name for path in (folder.path / FOLDER).glob("*/fp32.pt") if path.parent.name not in known
     )
-    found = {name: _parameter(folder, name, (), {}, whole=None) for name in names}
+    found = {name: _parameter(folder, name, name, (), whole=None) for name in names}
     if found:
         warnings.append(
             f"{len(found)} frozen weights and buffers of a pipeline, such as {names[0]!r}, are kept as fp32 copies"
@@ -186,7 +195,7 @@ def _copies(
 
 
 def _stage(folder: TagFolder) -> int:
-    """The stage that the source had, which says how the model states are to be read."""
+    """Return the ZeRO stage of the source, which says how the model states are to be read."""
     path = folder.path / FOLDER / SETTINGS
     if not path.is_file():
         raise MissingShardError(
@@ -202,8 +211,9 @@ def _stage(folder: TagFolder) -> int:
 
 
 def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
-    """The model states of each model-parallel rank, or without any (stage 3, for frozen weights) of each
-    data-parallel rank.
+    """Return the model states of each model-parallel rank.
+
+    Those of stage 3 without model parallelism are of each data-parallel rank, if frozen weights are shared out.
     """
     if stage < 3:
         if sorted(folder.model) != list(range(len(folder.model))) or not folder.model:
@@ -222,7 +232,7 @@ def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
                 f" {ranks[-1]}"
             )
         of_ranks = [read_module_states(folder.zero3[mp, 0]) for mp in ranks]
-        said = [states.raw.get("mp_world_size") for states in of_ranks]
+        said = [states.model_parallel for states in of_ranks]
         if any(count != len(ranks) for count in said):
             raise InconsistentCheckpointError(
                 f"{folder.path}: model states of {len(ranks)} model-parallel ranks, which say that there are"
@@ -234,7 +244,7 @@ def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
             f"{folder.path}: no zero_pp_rank_0_mp_rank_00_model_states.pt, which holds the names of the parameters"
         )
     first = read_module_states(folder.zero3[0, 0])
-    world = _world(first) if any(math.prod(shape) for shape in first.frozen_shapes.values()) else 1
+    world = first.data_parallel if any(math.prod(shape) for shape in first.frozen_shapes.values()) else 1
     missing = [dp for dp in range(world) if (0, dp) not in folder.zero3]
     if missing:
         raise MissingShardError(
@@ -248,24 +258,29 @@ def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
     return all_states
 
 
-def _world(states: ModuleStates) -> int:
-    world = states.raw.get("dp_world_size")
-    return world if type(world) is int and world > 0 else 1
+def _parameter(folder: TagFolder, name: str, stored: str, shape: tuple[int, ...], whole: bool | None) -> TensorEntry:
+    """Return the entry of a parameter in ``zero/``.
 
+    Args:
+        folder: The tag's folder.
+        name: The parameter, by its name in the model.
+        stored: The name of its folder, which wrappers may have a part in.
+        shape: Its shape by the model states.
+        whole: Whether ``shape`` is that of the full parameter (True), of a shard of it (False), or not known (None). A
+            parameter that was cut as a view with more dimensions is written as the view: its first dimensions are made
+            one again.
 
-def _parameter(
-    folder: TagFolder, name: str, shape: tuple[int, ...], ties: dict[str, list[str]], whole: bool | None
-) -> TensorEntry:
-    """``whole``: ``shape`` is that of the full parameter (True), of a shard of it (False), or not known (None).
-
-    A parameter that was cut as a view with more dimensions is written as the view: its first dimensions are made one
-    again.
+    Raises:
+        UnsafeError: The name is a path that leaves the folder.
+        MissingShardError: Its file is not there.
+        MalformedError: The file does not hold a tensor.
+        InconsistentCheckpointError: The tensor has another size than the model states say.
     """
-    if not name or name in (".", "..") or "/" in name or "\0" in name:
+    if not stored or stored in (".", "..") or "/" in stored or "\0" in stored:
         raise UnsafeError(
-            f"{folder.path}: a parameter is named {safe_repr(name)}, which is a path that leaves {FOLDER}/; refused"
+            f"{folder.path}: a parameter is named {safe_repr(stored)}, which is a path that leaves {FOLDER}/; refused"
         )
-    path = folder.path / FOLDER / name / "fp32.pt"
+    path = folder.path / FOLDER / stored / "fp32.pt"
     if not path.is_file():
         raise MissingShardError(
             f"{path}: missing; parameter {name!r} has no weights. The conversion was not finished, or files were lost"
@@ -291,4 +306,4 @@ def _parameter(
         )
     layout = partial(file.pieces, tensor)
     layout()  # bounds are proved now
-    return TensorEntry(name, tensor.dtype, shape, layout, tuple(ties.get(name, ())), "parameter")
+    return TensorEntry(name, tensor.dtype, shape, layout)

@@ -16,6 +16,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed.name_patterns import Patterns
 from dsconv.checkpoint.formats.deepspeed.shards import Join, along, concatenated, in_parts, replicated
+from dsconv.checkpoint.map.pieces import row_major
 from dsconv.checkpoint.map.regions import Interval, Shape
 from dsconv.checkpoint.map.training import ShardRule, SubParams
 from dsconv.checkpoint.pickles.values import safe_repr
@@ -25,10 +26,19 @@ MAP_VERSION = 1  # AFFINE_MAP_FORMAT_VERSION, checkpoint/affine.py
 
 
 class UniversalInfo:
-    """The rules of one checkpoint. ``path`` is the file they are in, for messages."""
+    """The rules of one checkpoint.
 
-    def __init__(self, info: Mapping[str, Any], path: Path) -> None:
+    The trainer's patterns match the names that its module had, wrappers included, so names are turned back into those.
+
+    Args:
+        info: ``universal_checkpoint_info`` of the model states.
+        path: The file that it is in, for messages.
+        stored: The name in the file of each name that a wrapper was taken out of.
+    """
+
+    def __init__(self, info: Mapping[str, Any], path: Path, stored: Mapping[str, str] | None = None) -> None:
         self.path = path
+        self._stored = stored or {}
         self._info = info
         self.version = info.get("universal_checkpoint_version", 0.0)
         self.replicated = self._list("tp_replicated_parameter_patterns")
@@ -43,7 +53,7 @@ class UniversalInfo:
         maps = info.get("affine_map") or {}
         if not isinstance(maps, dict) or not isinstance(self.widths, dict):
             raise MalformedError(
-                f"{path}: universal_checkpoint_info holds an affine_map or sub_param_shard_widths that is no mapping"
+                f"{path}: affine_map and sub_param_shard_widths of universal_checkpoint_info should be mappings"
             )
         version = maps.get("version", MAP_VERSION)
         if not isinstance(version, int) or version > MAP_VERSION:
@@ -56,9 +66,13 @@ class UniversalInfo:
             None if "autotp_unsupported_parameter_patterns" in info else info.get("original_vocab_size")
         )
 
+    def is_pipeline_replicated(self, name: str) -> bool:
+        """Return whether the trainer says that the first pipeline stage's copy of a parameter is the right one."""
+        return self.pipeline_replicated.find(self._stored.get(name, name)) is not None
+
     @property
     def tied_names(self) -> set[str]:
-        """The names of tied pipeline modules' parameters among the patterns, which is all that may tell their keys."""
+        """The names of tied pipeline modules' parameters among the patterns; nothing else may tell their keys."""
         lists = (value for value in self._info.values() if isinstance(value, (list, tuple)))
         texts = (text for value in lists for text in value if isinstance(text, str) and len(text) < 1024)
         plain = (re.sub(r"\\([^0-9A-Za-z])", r"\1", text.removeprefix("^").removesuffix("$")) for text in texts)
@@ -95,12 +109,15 @@ class UniversalInfo:
         return Patterns(pairs, f"{self.path}: parameter_with_sub_params")
 
     def join(self, name: str, shapes: Sequence[Shape]) -> Join:
-        """How shards of ``shapes``, one a rank, make the parameter ``name``.
+        """Return how shards of ``shapes``, one a rank, make the parameter ``name``.
 
-        Raises InconsistentCheckpointError where the shapes are not those that the rule says, UnsupportedError where the
-        trainer said that there is no rule, and MalformedError where the metadata cannot be read.
+        Raises:
+            InconsistentCheckpointError: The shapes are not those that the rule says.
+            UnsupportedError: The trainer said that there is no rule.
+            MalformedError: The metadata cannot be read.
         """
         where = f"{self.path}: parameter {name!r}"
+        name = self._stored.get(name, name)
         if self.replicated.find(name) is not None and len(set(shapes)) == 1:
             return self._without_padding(name, replicated(shapes[0], len(shapes)), where)
         found = self.maps.find(name)
@@ -127,7 +144,8 @@ class UniversalInfo:
         return self._without_padding(name, concatenated(shapes, dim, where), where)
 
     def cut(self, name: str) -> ShardRule:
-        """What a loader of another degree must know of a parameter; which rule wins is as in ``merge_tp_slices``."""
+        """Return what a loader of another degree must know of a parameter; rules win as in ``merge_tp_slices``."""
+        name = self._stored.get(name, name)
         vocabulary = self.vocabulary.find(name) is not None
         padded: dict[str, Any] = {"vocabulary": vocabulary, "rows": self.vocabulary_size if vocabulary else None}
         view, parts = self.maps.find(name), self.parts.find(name)
@@ -163,8 +181,9 @@ class UniversalInfo:
         return along(join.shape, 0, runs, where, total=size)
 
     def _in_sub_params(self, shapes: Sequence[Shape], spec: SubParams, where: str) -> Join:
-        """``shape`` is the view that was cut; its entry at ``partition_dim`` lists the parts' sizes, or (before 0.4)
-        counts them.
+        """Return the join of a parameter of several others, cut as the view ``spec.shape``.
+
+        Its entry at ``partition_dim`` lists the parts' sizes, or (before 0.4) counts them.
         """
         pattern, shape, dim = spec.pattern, spec.shape, spec.dim
         if not 0 <= dim < len(shape):
@@ -218,7 +237,7 @@ class UniversalInfo:
 
 
 def of_view(logical: Shape, dim: int, runs: Sequence[Sequence[Interval]], shapes: Sequence[Shape], where: str) -> Join:
-    """As ``along``, of a view ``logical`` whose first dimensions the parameter itself has as one."""
+    """Return the join as ``along`` does, for a view ``logical`` whose first dimensions are one of the parameter's."""
     folded = len(logical) - len(shapes[0]) + 1
     if folded < 1:
         raise InconsistentCheckpointError(
@@ -242,7 +261,10 @@ def of_view(logical: Shape, dim: int, runs: Sequence[Sequence[Interval]], shapes
 
 
 def from_affine_map(entry: Any, shapes: Sequence[Shape], where: str) -> Join:
-    """The join that a map describes; each piece of it must be a range of one dimension and whole in the others."""
+    """Return the join that an affine map describes.
+
+    Each piece of the map must be a range of one dimension and whole in the others.
+    """
     try:
         logical = tuple(entry["logical_shape"])
         ranks = [entry["ranks"][rank] for rank in range(len(shapes))]
@@ -278,7 +300,7 @@ def from_affine_map(entry: Any, shapes: Sequence[Shape], where: str) -> Join:
             if not math.prod(shape):
                 continue
             if (
-                (source_strides, dest_strides) != (_row_major(logical), _row_major(held[rank]))
+                (source_strides, dest_strides) != (row_major(logical), row_major(held[rank]))
                 or source % inner
                 or dest % inner
             ):
@@ -298,10 +320,6 @@ def from_affine_map(entry: Any, shapes: Sequence[Shape], where: str) -> Join:
 
 
 def _piece(piece: Any) -> tuple[Shape, int, Shape, int, Shape, Any]:
-    """(shape, offset and strides in the full tensor, those in the shard, scale)."""
+    """Return the shape, the offset and strides in the full tensor, those in the shard, and the scale."""
     (source, source_strides), (dest, dest_strides) = piece["source"], piece["dest"]
     return tuple(piece["shape"]), source, tuple(source_strides), dest, tuple(dest_strides), piece.get("scale", 1.0)
-
-
-def _row_major(shape: Shape) -> Shape:
-    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))

@@ -1,114 +1,352 @@
-"""Which fp32 master belongs to which weight, where the optimizer keeps masters without names."""
+"""Which fp32 master belongs to which weight, where the optimizer keeps masters without names.
+
+Without ZeRO, DeepSpeed pickles the masters of 16-bit weights as lists of tensors, one a parameter group (0.19.8
+``runtime/fp16/unfused_optimizer.py`` ``fp32_groups``), or each group as one flat tensor
+(``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``). Nothing says which weights they are of, and which weights
+were frozen and have none. Two things tell:
+
+- **Values.** A weight is its master, cast. But norms of ones, biases of zeros, and weights that training has moved
+  by less than rounding shows, are equal to others.
+- **Order.** A group lists its parameters in the module's order, as ``named_parameters`` gives them. That is a custom
+  and no rule, so it counts only in a group that shows it: with two masters, at least, that values alone identify.
+
+An assignment is used if it is the only one. Otherwise the checkpoint does not say whose master it is, and a guess would
+give a weight the value of another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
 
-from dsconv.checkpoint.formats.deepspeed import consistency
-from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
+from dsconv.checkpoint.formats.deepspeed.values import Values
+from dsconv.checkpoint.map.pieces import row_major
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
-from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extent
+from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.errors import UnsupportedError
 
-Weights = Mapping[str, tuple[TorchFile, TensorRef]]
+MAX_LIVE = 10_000  # partial assignments at a time; a sound checkpoint has a few
+OTHERWISE = "--weights 16bit takes the model's own 16-bit weights, which need no optimizer"
 
 
-def match_masters(
-    states: ModuleStates, weights: Weights, entries: Mapping[str, TensorEntry], warnings: list[str]
-) -> dict[str, TensorRef]:
-    """The fp32 masters in the optimizer of ``states`` by name, of ``entries`` whose weights are ``weights``, in their
-    order.
+class Group(Protocol):
+    """One parameter group of the optimizer: slots in a row, each of one parameter."""
 
-    Empty where there are none or they cannot be told apart.
+    @property
+    def end(self) -> int:
+        """The position behind the last slot."""
+        ...
+
+    def slot(self, position: int, name: str) -> Slot | None:
+        """Return the slot at ``position`` as that of the parameter ``name``, judged by its shape; None where it cannot
+        be.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a group holds of one parameter: its master (None in fp32 training, where weights are masters).
+
+    ``number`` is the group's, [``position``, ``after``) what it takes up there.
     """
-    optimizer = states.optimizer
-    if not isinstance(optimizer, dict):
-        return {}
-    groups = optimizer.get("fp32_groups")
-    flat = optimizer.get("fp32_groups_flat")
-    names = [name for name, entry in entries.items() if entry.role == "parameter"]
-    if isinstance(groups, list) and groups:
-        tensors = [t for group in groups if isinstance(group, list) for t in group if isinstance(t, TensorRef)]
-        matched = _match(states.file, weights, names, tensors)
-    elif isinstance(flat, list) and all(isinstance(t, TensorRef) for t in flat):
-        matched = _match_flat(states.file, weights, names, flat)
-    else:
-        return {}
-    if matched is None:
-        warnings.append(
-            "the fp32 masters in the optimizer's state could not be matched to the parameters: the module's own weights"
-            " were taken"
-        )
-        return {}
-    return matched
+
+    number: int
+    position: int
+    after: int
+    master: TensorRef | None = None
 
 
-def agrees(file: TorchFile, weights: Weights, name: str, master: TensorRef) -> bool:
-    """Whether the first elements of a master in ``file``, cast, are the weight's."""
-    holder, weight = weights[name]
-    if (
-        weight.shape != master.shape
-        or not is_contiguous(weight.shape, weight.strides)
-        or not is_contiguous(master.shape, master.strides)
-    ):
-        return weight.shape == master.shape
-    count = min(consistency.SAMPLES * 4, weight.numel)
-    high = consistency.decode(read_extent(file.extent(master, 0, count)), master.dtype)
-    low = consistency.decode(read_extent(holder.extent(weight, 0, count)), weight.dtype)
-    if high is None or low is None:
-        return True
-    return all(consistency.cast(h, weight.dtype) == w or h != h for h, w in zip(high, low, strict=True))
+@dataclass(frozen=True)
+class TensorList:
+    """A group that lists a master tensor for each parameter."""
 
+    number: int
+    tensors: Sequence[TensorRef]
+    weights: Mapping[str, TensorEntry]
 
-def _match(
-    file: TorchFile, weights: Weights, names: list[str], tensors: list[TensorRef]
-) -> dict[str, TensorRef] | None:
-    """Give each master the next parameter, in the order of ``names``, of its shape and values; None where one finds
-    none.
-    """
-    free = dict.fromkeys(names)
-    matched: dict[str, TensorRef] = {}
-    position = 0
-    index = {name: i for i, name in enumerate(names)}
-    for master in tensors:
-        candidates = [name for name in free if agrees(file, weights, name, master)]
-        if not candidates:
+    @property
+    def end(self) -> int:
+        return len(self.tensors)
+
+    def slot(self, position: int, name: str) -> Slot | None:
+        master = self.tensors[position]
+        if master.shape != self.weights[name].shape:
             return None
-        name = next((c for c in candidates if index[c] >= position), candidates[0])
-        matched[name] = master
-        del free[name]
-        position = index[name] + 1
-    return matched
+        return Slot(self.number, position, position + 1, master)
 
 
-def _match_flat(
-    file: TorchFile, weights: Weights, names: list[str], flats: list[TensorRef]
-) -> dict[str, TensorRef] | None:
-    """The same for groups flattened into one tensor each: walk the names and cut the group as it goes."""
-    matched: dict[str, TensorRef] = {}
-    free = list(names)
-    for flat in flats:
-        offset = 0
-        while offset < flat.numel:
-            for name in free:
-                shape, numel = weights[name][1].shape, weights[name][1].numel
-                if not numel or offset + numel > flat.numel:
-                    continue
-                view = TensorRef(flat.storage, flat.dtype, flat.offset + offset, shape, row_major(shape))
-                if agrees(file, weights, name, view):
-                    matched[name] = view
-                    free.remove(name)
-                    offset += numel
-                    break
+@dataclass(frozen=True)
+class FlatTensor:
+    """A group whose masters lie end to end in one flat tensor. A parameter without elements takes no room there."""
+
+    number: int
+    flat: TensorRef
+    weights: Mapping[str, TensorEntry]
+
+    @property
+    def end(self) -> int:
+        return self.flat.numel
+
+    def slot(self, position: int, name: str) -> Slot | None:
+        weight = self.weights[name]
+        after = position + weight.numel
+        if position == after or after > self.flat.numel:
+            return None
+        return Slot(self.number, position, after, part_of(self.flat, position, weight.shape))
+
+
+def part_of(flat: TensorRef, position: int, shape: tuple[int, ...]) -> TensorRef:
+    """Return the elements of a flat tensor from ``position`` on as a tensor of ``shape``."""
+    return TensorRef(flat.storage, flat.dtype, flat.offset + position, shape, row_major(shape))
+
+
+def groups_of(optimizer: Any, weights: Mapping[str, TensorEntry]) -> list[Group]:
+    """Return the groups of masters in an optimizer's state; none where it has no masters (fp32 training, no optimizer).
+
+    Args:
+        optimizer: ``optimizer`` of the model states.
+        weights: The weights by name, whose shapes the slots must have.
+    """
+    if not isinstance(optimizer, dict):
+        return []
+    lists, flats = optimizer.get("fp32_groups"), optimizer.get("fp32_groups_flat")
+    if isinstance(lists, list) and lists:
+        found = [[t for t in group if isinstance(t, TensorRef)] if isinstance(group, list) else [] for group in lists]
+        return [TensorList(number, tensors, weights) for number, tensors in enumerate(found)]
+    if isinstance(flats, list) and all(isinstance(flat, TensorRef) for flat in flats):
+        return [FlatTensor(number, flat, weights) for number, flat in enumerate(flats)]
+    return []
+
+
+Judge = Callable[[Slot, str], bool]  # whether a slot can be of the parameter of a name
+
+
+class Ambiguous(UnsupportedError):
+    """More than one assignment fits, or none does."""
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """Assigns slots to names. ``sample`` judges by the first values, ``whole`` by all of them."""
+
+    names: Sequence[str]
+    groups: Sequence[Group]
+    sizes: Mapping[str, int]  # what each name takes up in a group
+    sample: Judge
+    whole: Judge
+
+    def slots_of(self, name: str, positions: Sequence[int], judge: Judge) -> list[Slot]:
+        """Return the next slot of each group that can be of ``name``."""
+        found = []
+        for group, position in zip(self.groups, positions, strict=True):
+            slot = group.slot(position, name) if position < group.end else None
+            if slot is not None and judge(slot, name):
+                found.append(slot)
+        return found
+
+    def in_order(self, judge: Judge) -> tuple[int, dict[str, Slot]]:
+        """Return how many assignments keep the module's order in every group (0, 1 or 2 for more), and one of them.
+
+        Walks the module with a position in each group: a parameter has the next slot of some group, or none. Positions
+        that are reached in several ways count as such, so that in the end the ways are known.
+        """
+        ends = tuple(group.end for group in self.groups)
+        # What the parameters from each one on can take up at most.
+        left = list(accumulate((self.sizes[name] for name in reversed(self.names)), initial=0))[::-1]
+        levels: list[dict[tuple[int, ...], tuple[int, tuple[int, ...], Slot | None]]] = [
+            {(0,) * len(ends): (1, (), None)}
+        ]
+        for at, name in enumerate(self.names):
+            reached: dict[tuple[int, ...], tuple[int, tuple[int, ...], Slot | None]] = {}
+            for positions, (ways, *_) in levels[-1].items():
+                steps: list[tuple[tuple[int, ...], Slot | None]] = [(positions, None)]
+                steps += [
+                    ((*positions[: slot.number], slot.after, *positions[slot.number + 1 :]), slot)
+                    for slot in self.slots_of(name, positions, judge)
+                ]
+                for after, kept in steps:
+                    if sum(ends) - sum(after) <= left[at + 1]:
+                        before = reached[after][0] if after in reached else 0
+                        reached[after] = (min(before + ways, 2), positions, kept)
+            if len(reached) > MAX_LIVE:
+                return 2, {}
+            levels.append(reached)
+        if ends not in levels[-1]:
+            return 0, {}
+        ways, position = levels[-1][ends][0], ends
+        found: dict[str, Slot] = {}
+        for at in range(len(self.names), 0, -1):
+            _, position, kept = levels[at][position]
+            if kept is not None:
+                found[self.names[at - 1]] = kept
+        return ways, {name: found[name] for name in self.names if name in found}
+
+    def by_value(self) -> dict[str, Slot] | None:
+        """Return the assignment that values alone give, whatever the order; None where they do not tell."""
+        found: dict[str, Slot] = {}
+        for group in self.groups:
+            position = 0
+            while position < group.end:
+                slots = [
+                    (name, slot)
+                    for name in self.names
+                    if (slot := group.slot(position, name)) is not None and self.whole(slot, name)
+                ]
+                if len(slots) != 1 or slots[0][0] in found:
+                    return None
+                name, slot = slots[0]
+                found[name] = slot
+                position = slot.after
+        return found
+
+    def candidates(self, slot: Slot) -> list[str]:
+        """Return the names that a slot could be of by its values, whatever the order."""
+        group, size = self.groups[slot.number], slot.after - slot.position
+        return [
+            name
+            for name in self.names
+            if self.sizes[name] == size
+            and (other := group.slot(slot.position, name)) is not None
+            and self.whole(other, name)
+        ]
+
+    def unproven(self, found: Mapping[str, Slot]) -> list[str]:
+        """Return the names whose slots only the order tells, in groups that do not show that they keep it."""
+        known: set[str] = set()
+        doubtful: list[tuple[str, list[str]]] = []
+        for number in range(len(self.groups)):
+            mine = {name: self.candidates(slot) for name, slot in found.items() if slot.number == number}
+            alone = [name for name, names in mine.items() if len(names) == 1]
+            if len(alone) >= 2:
+                known.update(mine)
             else:
-                return None
-    return matched
+                known.update(alone)
+                doubtful += [(name, names) for name, names in mine.items() if len(names) > 1]
+        while doubtful:
+            settled = [name for name, names in doubtful if set(names) - known == {name}]
+            if not settled:
+                return [name for name, _ in doubtful]
+            known.update(settled)
+            doubtful = [(name, names) for name, names in doubtful if name not in known]
+        return []
 
 
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.insert(0, step)
-        step *= size
-    return tuple(strides)
+def assign(matcher: Matcher, path: Path) -> dict[str, Slot]:
+    """Return the slot of each parameter that the optimizer owns.
+
+    Args:
+        matcher: Names, groups and what judges them.
+        path: The file, for messages.
+
+    Returns:
+        The slots by name, in the order of the names; a name that is absent was not trained.
+
+    Raises:
+        Ambiguous: The values and the order allow several assignments, or none.
+    """
+    ways, found = matcher.in_order(matcher.sample)
+    if ways > 1:
+        ways, found = matcher.in_order(matcher.whole)
+    if ways == 1 and not (doubtful := matcher.unproven(found)):
+        return found
+    by_value = matcher.by_value()
+    if by_value is not None:
+        return {name: by_value[name] for name in matcher.names if name in by_value}
+    if ways == 0:
+        raise Ambiguous(
+            f"{path}: without ZeRO (stage 0) the fp32 masters have no names, and they do not fit the model's weights"
+            f" by shape, values and order: the weights were changed without the optimizer, or the file is of two saves."
+            f" {OTHERWISE}"
+        )
+    alike = doubtful if ways == 1 else _alike(matcher)
+    raise Ambiguous(
+        f"{path}: without ZeRO (stage 0) the fp32 masters have no names, and which master belongs to which weight"
+        f" cannot be told for {len(alike)} weights, such as {', '.join(map(repr, alike[:2]))}: their 16-bit values are"
+        f" equal to others', and which weights were frozen is not recorded. {OTHERWISE}"
+    )
+
+
+def _alike(matcher: Matcher) -> list[str]:
+    """Return the names for which a slot fits that fits another name too; positions are those of a walk by samples."""
+    found: dict[str, None] = {}
+    for group in matcher.groups:
+        reached, seen = [0], {0}
+        while reached and len(seen) < MAX_LIVE:
+            position = reached.pop()
+            fitting = [
+                (name, slot)
+                for name in matcher.names
+                if position < group.end
+                and (slot := group.slot(position, name)) is not None
+                and matcher.whole(slot, name)
+            ]
+            if len(fitting) > 1:
+                found.update(dict.fromkeys(name for name, _ in fitting))
+            for _, slot in fitting:
+                if slot.after not in seen:
+                    seen.add(slot.after)
+                    reached.append(slot.after)
+    return sorted(found, key=matcher.names.index)
+
+
+def match_masters(file: TorchFile, optimizer: Any, weights: Mapping[str, TensorEntry]) -> dict[str, Slot]:
+    """Return the slot, with its master, of each weight that the optimizer trained.
+
+    Args:
+        file: The file that the optimizer's tensors are in.
+        optimizer: ``optimizer`` of the model states.
+        weights: The weights that may have a master, in the module's order.
+
+    Returns:
+        The slots by name; empty where the optimizer has no masters.
+
+    Raises:
+        Ambiguous: The checkpoint does not say whose master is whose.
+    """
+    groups = groups_of(optimizer, weights)
+    if not groups:
+        return {}
+    with Values(weights) as values:
+        return assign(matcher_of(file, groups, weights, values), file.path)
+
+
+def match_known_masters(
+    file: TorchFile, optimizer: Any, weights: Mapping[str, TensorEntry]
+) -> tuple[dict[str, Slot], int]:
+    """Return the same, and how many masters are of no weight at all, which are left out.
+
+    DeepSpeed does not save every weight of a model with experts. Masters in a flat tensor all need a weight, as nothing
+    else tells where one ends.
+    """
+    groups = groups_of(optimizer, weights)
+    if not groups:
+        return {}, 0
+    with Values(weights) as values:
+        known: list[Group] = []
+        unknown = 0
+        for group in groups:
+            if isinstance(group, TensorList):
+                tensors = [t for t in group.tensors if any(values.begin_alike(name, file, t) for name in weights)]
+                unknown += len(group.tensors) - len(tensors)
+                group = TensorList(group.number, tensors, weights)
+            known.append(group)
+        return assign(matcher_of(file, known, weights, values), file.path), unknown
+
+
+def matcher_of(file: TorchFile, groups: Sequence[Group], weights: Mapping[str, TensorEntry], values: Values) -> Matcher:
+    """Return the matcher that judges the masters of ``groups``, which lie in ``file``, by the values of ``weights``."""
+    is_flat = any(isinstance(group, FlatTensor) for group in groups)
+    sizes = {name: weight.numel if is_flat else 1 for name, weight in weights.items()}
+
+    def sample(slot: Slot, name: str) -> bool:
+        return slot.master is not None and values.begin_alike(name, file, slot.master)
+
+    def whole(slot: Slot, name: str) -> bool:
+        return slot.master is not None and values.agree(name, file, slot.master)
+
+    return Matcher(list(weights), groups, sizes, sample, whole)

@@ -10,23 +10,27 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from functools import partial
-from itertools import accumulate
 
 from dsconv.checkpoint.formats.deepspeed import consistency
-from dsconv.checkpoint.formats.deepspeed.flat import EqualShares, RankFlats, flat_pieces
+from dsconv.checkpoint.formats.deepspeed.fields import Shapes
+from dsconv.checkpoint.formats.deepspeed.flat import EqualShares, RankFlats
 from dsconv.checkpoint.formats.deepspeed.model_states import (
+    ModuleStates,
     read_module_states,
     refuse_missing_experts,
+    warn_of_absent,
+    warn_of_unlisted,
 )
 from dsconv.checkpoint.formats.deepspeed.partitions import (
     Partition,
     Place,
     ShapesOf,
-    alignment_paddings,
-    check_group,
     frozen_entry,
     master_entry,
     read_partitions,
+    read_zero3_states,
+    unwrapped_mappings,
+    walk_group,
 )
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.map.tensors import TensorEntry
@@ -37,28 +41,38 @@ from dsconv.zero_utils.partition import share_numel
 
 
 def read_rank(folder: TagFolder, warnings: list[str], shapes_of: ShapesOf | None = None) -> RankMap:
-    """The map of a model-parallel rank from its files alone (``TagFolder.of_rank``); raises what ``read_zero`` does.
+    """Return the map of a model-parallel rank with optimizer files.
 
-    ``shapes_of`` is for a checkpoint that keeps its weights elsewhere than in ``module``.
+    Args:
+        folder: The files of the rank (``TagFolder.of_rank``).
+        warnings: What was found is added.
+        shapes_of: Gives the shapes of parameters of a checkpoint that keeps its weights elsewhere than in ``module``.
+
+    Raises:
+        MissingShardError: A file is not there.
+        MalformedError: A file does not hold what its name says.
+        InconsistentCheckpointError: The files are not of one save.
+        UnsupportedError: The checkpoint has a feature that dsconv does not read.
     """
     partitions = read_partitions(folder, warnings)
     if "ds_zero_partition_groups" in partitions[0].state:
         raise UnsupportedError(
             f"{partitions[0].path}: AutoEP folded with model parallelism; this version does not merge that"
         )
-    return _map_of(folder, partitions, warnings, shapes_of)
+    return map_of(folder, partitions, warnings, shapes_of)
 
 
-def _map_of(
+def map_of(
     folder: TagFolder, partitions: list[Partition], warnings: list[str], shapes_of: ShapesOf | None = None
 ) -> RankMap:
+    """Return the map of a rank whose partitions have been read; the rest is as in ``read_rank``."""
     if partitions[0].is_zero3:
-        return _read_zero3(folder, partitions)
+        return _read_zero3(folder, partitions, warnings)
     return _read_zero12(folder, partitions, warnings, shapes_of)
 
 
-def _shapes_from_mappings(partitions: list[Partition], shapes_of: ShapesOf) -> list[dict[str, tuple[int, ...]]]:
-    """The parameters of each group, in order, of a stage-0 run with BF16_Optimizer.
+def _shapes_from_mappings(partitions: list[Partition], shapes_of: ShapesOf) -> list[Shapes]:
+    """Return the parameters of each group, in order, of a stage-0 run with BF16_Optimizer.
 
     Such a run writes optimizer files and no ``param_shapes`` (0.19.8 ``runtime/engine.py``
     ``_common_checkpoint_state``): names and order are in the ranks' ``param_slice_mappings``, shapes are those of the
@@ -101,7 +115,7 @@ def _read_zero12(
     states = read_module_states(next(iter(folder.model.values())))
     consistency.own_name(states.file)
     refuse_missing_experts(states)
-    world = len(partitions)
+    partitions = unwrapped_mappings(states, partitions)
     first = partitions[0]
     in_stage0 = not states.param_shapes and any(group.numel for group in first.groups)
     if in_stage0:
@@ -112,56 +126,33 @@ def _read_zero12(
         raise InconsistentCheckpointError(
             f"{states.path} lists {len(shapes)} parameter groups, {first.path} holds {len(first.groups)}"
         )
-    files = [p.file for p in partitions]
     entries: dict[str, TensorEntry] = {}
     places: dict[str, Place] = {}
     ties = states.ties()
     for g, group in enumerate(shapes):
         parts = [p.groups[g] for p in partitions]
-        starts = [0, *accumulate(part.numel for part in parts)]
-        paddings = alignment_paddings(first, g, group)
-        position = 0
-        for (name, shape), padding in zip(group.items(), paddings, strict=True):
-            numel = math.prod(shape)
-            if position + numel > starts[-1]:
-                raise InconsistentCheckpointError(
-                    f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer"
-                    f" files of {world} ranks hold {starts[-1]} together. A file is of another save, or of another"
-                    " model"
-                )
-            places[name] = Place(shape, g, partial(flat_pieces, files, starts=starts, begin=position, numel=numel))
-            layout = partial(flat_pieces, files, parts, starts, position, numel)
-            entries[name] = master_entry(name, parts[0].dtype, shape, layout, ties, "parameter")
-            position += numel + padding
-        check_group(folder, g, position, [part.numel for part in parts])
+        for name, place in walk_group(folder, partitions, g, group):
+            places[name] = place
+            entries[name] = master_entry(
+                name, parts[0].dtype, place.shape, partial(place.layout, parts), ties, "parameter"
+            )
     if first.state.get("param_slice_mappings") is not None:
         lengths = [[p.groups[g].numel for p in partitions] for g in range(len(shapes))]
         for partition_rank, partition in enumerate(partitions):
             consistency.slice_mappings(partition.path, partition.state, shapes, lengths, partition_rank)
     entries.update(states.module_entries(exclude=set(entries), ties=ties))
     consistency.masters_match_module(states, entries, warnings)
-    stage = first.state.get("zero_stage")
+    warn_of_unlisted(states, warnings)
+    warn_of_absent(states, entries, warnings)
+    stage = first.stage
     kind = f"ZeRO-{stage}" if stage else f"{'DeepSpeed stage 0' if in_stage0 else 'ZeRO-1'} (BF16_Optimizer)"
-    return RankMap(states, entries, partitions, kind, 0 if in_stage0 else stage or 1, world, places=places)
+    return RankMap(states, entries, partitions, kind, 0 if in_stage0 else stage or 1, len(partitions), places=places)
 
 
-def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
+def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> RankMap:
     world = len(partitions)
-    models = {dp: path for (_, dp), path in folder.zero3.items()}
-    missing = sorted(set(range(world)) - set(models))
-    if missing:
-        raise MissingShardError(
-            f"{folder.path}: ZeRO-3 of {world} ranks; missing the model states of rank"
-            f" {', '.join(map(str, missing[:8]))}: expected such as"
-            f" zero_pp_rank_{missing[0]}_mp_rank_{folder.mp_ranks[0]:02d}_model_states.pt"
-        )
-    states = read_module_states(models[0])
-    has_frozen = any(math.prod(shape) for shape in states.frozen_shapes.values())
-    # Without frozen weights the other ranks' model states hold nothing that rank 0's does not.
-    all_states = [states] + ([read_module_states(models[dp]) for dp in range(1, world)] if has_frozen else [])
-    for dp, other in enumerate(all_states):
-        consistency.written_as(other.file, dp)
-        consistency.same_save(states, other)
+    all_states = read_zero3_states(folder, world, _has_frozen)
+    states = all_states[0]
     _refuse_offloaded(folder, partitions)
     ranks = RankFlats([p.file for p in partitions], [p.groups for p in partitions], alone=True)
     totals = ranks.totals
@@ -199,16 +190,22 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition]) -> RankMap:
     for name, shape in states.frozen_shapes.items():
         if name not in entries:
             entries[name] = frozen_entry(name, shape, all_states, world, ties)
-    buffers = states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names))
-    entries.update(buffers)
+    entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
+    warn_of_absent(states, entries, warnings)
     return RankMap(states, entries, partitions, "ZeRO-3", 3, world, places=places)
 
 
-def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
-    """A sub-group that was swapped to NVMe is an empty tensor here (0.19.8 ``stage3.py`` ``_create_fp32_partitions``).
+def _has_frozen(states: ModuleStates) -> bool:
+    """Return whether each rank's model states hold a share of frozen weights."""
+    return any(math.prod(shape) for shape in states.frozen_shapes.values())
 
-    Its file is named by the ids that parameters had in the process, which the checkpoint does not record: which
-    parameters a file holds would be a guess.
+
+def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
+    """Raise UnsupportedError where masters were swapped to NVMe.
+
+    Such a sub-group is an empty tensor here (0.19.8 ``stage3.py`` ``_create_fp32_partitions``). Its file is named by
+    the ids that parameters had in the process, which the checkpoint does not record: which parameters a file holds
+    would be a guess.
     """
     swapped = sorted((folder.path / "offloaded_tensors").glob("rank*/*.swp"))
     if swapped and any(group.numel == 0 for partition in partitions for group in partition.groups):

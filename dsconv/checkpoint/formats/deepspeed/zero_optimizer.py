@@ -12,11 +12,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dsconv.checkpoint.formats.deepspeed import consistency
-from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
-from dsconv.checkpoint.formats.deepspeed.partitions import Place
+from dsconv.checkpoint.formats.deepspeed.fields import Fields
+from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, plain
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
+from dsconv.checkpoint.formats.deepspeed.values import decode
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import SmallTensor, Training, whole_rows
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
@@ -41,10 +41,19 @@ SHARDED = frozenset(
 )
 
 
-def read_training(
-    folder: TagFolder, states: ModuleStates, partitions: list[Partition], stage: int, places: dict[str, Place]
-) -> Training:
-    """Raises MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file and the state."""
+def read_training(folder: TagFolder, rank: RankMap) -> Training:
+    """Return the optimizer of one model-parallel rank.
+
+    Args:
+        folder: The files of the rank.
+        rank: Its map.
+
+    Raises:
+        MalformedError: An optimizer file does not hold what it should.
+        InconsistentCheckpointError: The files are not of one save.
+        UnsupportedError: The optimizer keeps states that are not one value a weight.
+    """
+    states, partitions, stage, places = rank.states, rank.partitions, rank.stage, rank.places
     first = partitions[0]
     rows = [_rows(partition) for partition in partitions]
     groups = range(len(first.groups))
@@ -53,10 +62,9 @@ def read_training(
     warnings: list[str] = []
     entries: dict[str, dict[str, TensorEntry]] = {}
     for name in sorted({name for flat in flats for name in flat}):
-        # Sub-groups that lack the state are stood in for by their masters, which no parameter that has it reaches.
+        # The masters stand in for the state of sub-groups that lack it; no parameter that has the state reaches them.
         by_rank = [
-            [flats[g][name][rank] if name in flats[g] else p.groups[g] for g in groups]
-            for rank, p in enumerate(partitions)
+            [flats[g][name][dp] if name in flats[g] else p.groups[g] for g in groups] for dp, p in enumerate(partitions)
         ]
         for parameter, place in places.items():
             if name not in flats[place.group]:
@@ -77,13 +85,13 @@ def read_training(
         groups_found = [{} for _ in groups]
         warnings.append(
             f"{first.path.name} was saved with elastic_checkpoint, which keeps no hyperparameters: those of the new"
-            " run's config will count"
+            " run's config are used"
         )
     version = first.state.get("ds_version", first.file.root.get("ds_version"))
     settings = {
         k: plain(v, first.file, f"optimizer_state_dict[{k!r}]") for k, v in first.state.items() if k not in SHARDED
     }
-    info = states.raw.get("universal_checkpoint_info")
+    info = states.universal_info
     return Training(
         stage=stage,
         states={parameter: entries.get(parameter, {}) for parameter in places},
@@ -95,21 +103,23 @@ def read_training(
             : len(partitions)
         ],
         counters=partial(counters, states),
-        cut=UniversalInfo(info, states.path).cut if isinstance(info, dict) else whole_rows,
+        cut=UniversalInfo(info, states.path, states.stored).cut if info else whole_rows,
         deepspeed_version=version if isinstance(version, str) else None,
         warnings=tuple(warnings),
     )
 
 
 def _base(partition: Partition) -> Any:
+    """Return the state of the base optimizer, which ZeRO wraps."""
     return partition.state.get("optimizer_state_dict" if partition.is_zero3 else "base_optimizer_state")
 
 
 def _rows(partition: Partition) -> list[dict[str, Any]]:
-    """The states of each group or sub-group of one rank; an empty row where the optimizer has made none yet."""
+    """Return the states of each group or sub-group of one rank; an empty row where the optimizer has none yet."""
     base = _base(partition)
     if isinstance(base, dict) and isinstance(base.get("state"), dict) and isinstance(base.get("param_groups"), list):
-        numbers = [n for group in base["param_groups"] if isinstance(group, dict) for n in group.get("params") or []]
+        listed = [Fields.of(partition.path, group, "a mapping in param_groups") for group in base["param_groups"]]
+        numbers = [number for group in listed for number in group.listing("params")]
         rows = [base["state"].get(n, {}) if type(n) is int else None for n in numbers]
     elif isinstance(base, list):
         rows = list(base)
@@ -127,7 +137,10 @@ def _rows(partition: Partition) -> list[dict[str, Any]]:
 
 
 def _flat_states(partitions: list[Partition], rows: list[dict[str, Any]], g: int) -> dict[str, list[TensorRef]]:
-    """{state: its flat tensor on each rank} of group or sub-group ``g``; a rank without elements may lack it."""
+    """Return {state: its flat tensor on each rank} of group or sub-group ``g``.
+
+    A rank without elements may lack the state.
+    """
     masters = [p.groups[g] for p in partitions]
     longest = max(m.numel for m in masters) + group_padding_limit(len(partitions))
     found: dict[str, list[TensorRef]] = {}
@@ -164,13 +177,13 @@ def _flat_states(partitions: list[Partition], rows: list[dict[str, Any]], g: int
 
 
 def _step(partitions: list[Partition], rows: list[dict[str, Any]], g: int) -> Any:
-    """The step counter of a group, which all ranks must agree on; None where there is none."""
+    """Return the step counter of a group, on which all ranks must agree; None where there is none."""
     found: dict[float, Any] = {}
     for partition, row in zip(partitions, rows, strict=True):
         if row.get(STEP) is None or partition.groups[g].numel == 0:
             continue
         value = plain(row[STEP], partition.file, f"the step of group {g}")
-        numbers = consistency.decode(value.data, value.dtype) if isinstance(value, SmallTensor) else [value]
+        numbers = decode(value.data, value.dtype) if isinstance(value, SmallTensor) else [value]
         if not numbers or len(numbers) != 1 or not isinstance(numbers[0], (int, float)):
             raise MalformedError(
                 f"{partition.path}: the optimizer's step of group {g} is {safe_repr(row[STEP])}; expected a number"
@@ -185,6 +198,7 @@ def _step(partitions: list[Partition], rows: list[dict[str, Any]], g: int) -> An
 
 
 def _param_groups(partition: Partition) -> list[dict[str, Any]]:
+    """Return the groups of hyperparameters; none with elastic_checkpoint."""
     base = _base(partition)
     groups = base["param_groups"] if isinstance(base, dict) else []
     return [plain(group, partition.file, "param_groups") for group in groups]

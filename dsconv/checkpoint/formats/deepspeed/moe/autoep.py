@@ -1,4 +1,4 @@
-"""AutoEP: Hugging Face MoE layers that DeepSpeed spread over ranks, put back as transformers has them; ZeRO-3 included.
+"""AutoEP: Hugging Face MoE layers that DeepSpeed spread over ranks, put back as transformers has them; also at ZeRO-3.
 
 AutoEP replaces a MoE block by one whose experts are three tensors a rank (w1 gate, w2 down, w3 up; dimension 0 counts
 this rank's experts) and calls its router, shared experts and their gate by names of its own. Here they come out as
@@ -14,24 +14,31 @@ partitioned).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from dsconv.checkpoint.formats.deepspeed import consistency
+from dsconv.checkpoint.config_files import find_config, read_config
+from dsconv.checkpoint.formats.deepspeed.fields import Shapes
 from dsconv.checkpoint.formats.deepspeed.flat import EqualShares, RankFlats
-from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
-from dsconv.checkpoint.formats.deepspeed.moe.experts import Assembly, ExpertLayer, ExpertTensor, Share, finish, owner_of
-from dsconv.checkpoint.formats.deepspeed.partitions import Partition, frozen_entry, master_entry
+from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, Ties
+from dsconv.checkpoint.formats.deepspeed.moe.experts import (
+    Assembly,
+    ExpertLayer,
+    ExpertTensor,
+    Share,
+    contents_of,
+    owner_of,
+)
+from dsconv.checkpoint.formats.deepspeed.partitions import Partition, frozen_entry, master_entry, read_zero3_states
+from dsconv.checkpoint.formats.deepspeed.rank_map import build_checkpoint
 from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.regions import box
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
-from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
-from dsconv.zero_utils.config_keys import lookup
+from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import share_numel
 
@@ -55,15 +62,17 @@ SECOND_GATE = ".gate.gate."  # the router is also registered as "gate" where tra
 
 @dataclass(frozen=True)
 class AutoEPLayer:
-    """One replaced block: ``path`` is its module, ``placement`` each rank's experts in the order in which it packs
-    them.
+    """One replaced block.
+
+    ``path`` is its module, ``placement`` each rank's experts in the order in which the rank packs them, ``ep_rank`` the
+    rank whose model states say this.
     """
 
     path: str
     experts: int
     placement: tuple[tuple[int, ...], ...]
     as_transformers: bool
-    ep_rank: int  # of the rank whose model states say this
+    ep_rank: int
 
     def owns(self, name: str) -> bool:
         prefix, _, weight = name.rpartition(".experts.")
@@ -90,19 +99,21 @@ class AutoEPLayer:
         )
 
     def stacks(self, ep_rank: int, tensors: list[ExpertTensor]) -> Iterator[tuple[str, TensorEntry]]:
-        """What rank ``ep_rank`` calls its three tensors, each with its shape there and the 16-bit pieces of its
-        first expert.
+        """Yield the names that rank ``ep_rank`` gives its three tensors, and each as that rank holds it in 16 bits.
+
+        The 16-bit tensor is put together from the files of the rank's experts.
         """
         mine = self.placement[ep_rank] if ep_rank < len(self.placement) else ()
         for weight in WEIGHTS if mine else ():
             name = f"{self.path}.experts.{weight}"
-            first = next((tensor for tensor in tensors if tensor.key == f"{name}.{mine[0]}"), None)
-            if first is not None:
-                layout = partial(first.file.pieces, first.tensor)
-                yield name, TensorEntry(name, first.tensor.dtype, (len(mine), *first.tensor.shape), layout)
+            by_key = {tensor.key: tensor for tensor in tensors}
+            held = [by_key[key] for expert in mine if (key := f"{name}.{expert}") in by_key]
+            if len(held) == len(mine) and len({(tensor.tensor.dtype, tensor.tensor.shape) for tensor in held}) == 1:
+                first = held[0].tensor
+                yield name, TensorEntry(name, first.dtype, (len(mine), *first.shape), partial(_stacked, held))
 
     def _share(self, weight: str, shape: tuple[int, ...], expert: int, start: int) -> Share:
-        """Expert ``expert``'s matrix of ``shape``, whose elements lie from ``start`` on in the rank's own tensor."""
+        """Return where an expert's matrix goes, whose elements lie from ``start`` on in the rank's own tensor."""
         if len(shape) != 2:
             raise MalformedError(
                 f"{self.path}.experts.{weight}: an expert's weight of shape {list(shape)}; expected a matrix"
@@ -118,25 +129,44 @@ class AutoEPLayer:
         )
 
 
+def _stacked(experts: list[ExpertTensor]) -> tuple[Piece, ...]:
+    """Return the pieces of experts' tensors one behind the other."""
+    pieces = []
+    for number, expert in enumerate(experts):
+        each = expert.tensor.numel
+        pieces += [replace(piece, start=piece.start + number * each) for piece in expert.file.pieces(expert.tensor)]
+    return tuple(pieces)
+
+
 @dataclass
 class Naming:
-    """AutoEP's layers by their number among MoE layers, and how names are turned back; without any, nothing is
-    renamed.
+    """AutoEP's layers by their number among MoE layers, and how names are turned back into the model's.
+
+    Without such layers nothing is renamed. ``prefixes`` maps a prefix of names to what is put in its place.
     """
 
     layers: dict[int, ExpertLayer] = field(default_factory=dict)
-    prefixes: dict[str, str] = field(default_factory=dict)  # {a prefix of names: what to put in its place}
+    prefixes: dict[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
+        """What the model is, for people."""
         return "AutoEP" if self.layers else "MoE"
 
     def name(self, name: str) -> str:
+        """Return the model's own name of a tensor."""
         old = next((prefix for prefix in self.prefixes if name.startswith(prefix)), None)
         return name if old is None else self.prefixes[old] + name[len(old) :]
 
+    def is_second(self, name: str) -> bool:
+        """Return whether ``name`` is the second name that AutoEP may give the router, where both are saved."""
+        return any(
+            isinstance(layer, AutoEPLayer) and name.startswith(f"{layer.path}{SECOND_GATE}")
+            for layer in self.layers.values()
+        )
+
     def renamed(self, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-        """``entries`` by the model's own names. The router's second name, which AutoEP may give it, is left out."""
+        """Return ``entries`` by the model's own names, without the second name that AutoEP may give the router."""
         result: dict[str, TensorEntry] = {}
         for entry in entries.values():
             name = self.name(entry.name)
@@ -151,24 +181,39 @@ class Naming:
         return result
 
 
+@dataclass(frozen=True)
+class Experts:
+    """A checkpoint with expert files: the main model states, AutoEP's naming, the MoE layers, their files' tensors."""
+
+    states: ModuleStates
+    naming: Naming
+    layers: list[ExpertLayer]
+    tensors: list[ExpertTensor]
+
+
 def naming_of(states: ModuleStates, folder: TagFolder, warnings: list[str]) -> Naming:
-    """What the model states say of AutoEP. Raises UnsupportedError for AutoEP folded with tensor parallelism."""
+    """Return what the model states say about AutoEP.
+
+    Raises:
+        UnsupportedError: AutoEP was folded with tensor parallelism.
+        MalformedError: The description of the layers is not one.
+    """
     if "folding" in states.raw and isinstance(states.raw["folding"], dict):
         raise UnsupportedError(
             f"{states.path}: AutoEP folded with tensor parallelism (AutoTP); this version does not merge that"
         )
-    rows = states.raw.get("ds_autoep_layers") or states.raw.get("autoep_layers")
+    rows = states.fields.listing("ds_autoep_layers") or states.fields.listing("autoep_layers")
     if not rows:
         return Naming()
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not all(isinstance(row, dict) for row in rows):
         raise MalformedError(f"{states.path}: ds_autoep_layers is {safe_repr(rows)}; expected a list of layers")
-    options = lookup(states.raw, "ds_config.expert_parallel")
+    options = states.config.get("expert_parallel")
     options = options if isinstance(options, dict) else {}
     own = [key for key in OVERRIDES if options.get(key) is not None]
     if own:
         warnings.append(
-            f"AutoEP ran with patterns of its own ({', '.join(own)}), so what the model called its experts is not"
-            " known: they keep AutoEP's names (experts.w1, w2 and w3 for gate, down and up; router.gate;"
+            f"AutoEP ran with name patterns of the run's own ({', '.join(own)}), so the model's names of its experts"
+            " are not known: they keep AutoEP's names (experts.w1, w2 and w3 for gate, down and up; router.gate;"
             " shared_experts)"
         )
     elif options.get("preset_model") not in PRESETS and _model_type(folder) not in MODEL_TYPES:
@@ -185,26 +230,25 @@ def naming_of(states: ModuleStates, folder: TagFolder, warnings: list[str]) -> N
             gated = any(name.startswith(f"{layer.path}.shared_experts_gate.") for name in states.module)
             for old in ("router.gate.", "router.", SECOND_GATE[1:]):
                 naming.prefixes[f"{layer.path}.{old}"] = f"{layer.path}.gate."
-            if gated:  # Qwen's, as in qwen2_moe and qwen3_5_moe; the other presets call it as AutoEP does
+            if gated:  # the models of Qwen (qwen2_moe, qwen3_5_moe); the other presets name it as AutoEP does
                 naming.prefixes[f"{layer.path}.shared_experts."] = f"{layer.path}.shared_expert."
                 naming.prefixes[f"{layer.path}.shared_experts_gate."] = f"{layer.path}.shared_expert_gate."
     return naming
 
 
 def _model_type(folder: TagFolder) -> str | None:
-    for path in (folder.save_dir / "config.json", folder.save_dir.parent / "config.json"):
-        if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                continue
-            kind = config.get("model_type") if isinstance(config, dict) else None
-            return kind if isinstance(kind, str) else None
-    return None
+    """Return the ``model_type`` of the config.json that belongs to the checkpoint; None where it is not known."""
+    path = find_config([folder.path, folder.save_dir])
+    config = read_config(path) if path is not None else None
+    kind = config.get("model_type") if config is not None else None
+    return kind if isinstance(kind, str) else None
 
 
 def _layer(row: dict[str, Any], states: ModuleStates, as_transformers: bool) -> tuple[int, AutoEPLayer]:
-    """A row of ``ds_autoep_layers``. Without a placement, experts are spread evenly and in order."""
+    """Return the number and the layer that a row of ``ds_autoep_layers`` describes.
+
+    Without a placement, experts are spread evenly and in order.
+    """
     path, placed = row.get("module_path"), row.get("expert_placement")
     number, experts, ep_size, ep_rank = (
         _natural(row.get(key, 0)) for key in ("moe_layer_id", "num_experts", "ep_size", "ep_rank")
@@ -226,39 +270,34 @@ def _layer(row: dict[str, Any], states: ModuleStates, as_transformers: bool) -> 
         raise MalformedError(
             f"{states.path}: ds_autoep_layers has a layer {safe_repr(row, 200)} that does not place each of its experts"
         )
+    path = states.unwrapped(path)
     return number, AutoEPLayer(path, experts, tuple(tuple(mine) for mine in placement), as_transformers, ep_rank)
 
 
 def _natural(value: Any) -> int:
-    """``value``, or -1 where it is no count."""
+    """Return ``value``, or -1 where it is not a count."""
     return value if type(value) is int and 0 <= value < MAX_EXPERTS else -1
 
 
-# ZeRO-3
-# ----------------------------------------------------------------------------------------------------------------
-
-
 def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:
-    """The tensor map of AutoEP under ZeRO-3 (``checkpoint_format: zero3_partitioned``), which has no expert files.
+    """Read the tensor map of AutoEP under ZeRO-3 (``checkpoint_format: zero3_partitioned``), without expert files.
 
     Each rank's model states say which experts it has, and its optimizer file over which ranks each sub-group is cut.
 
-    Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file.
+    Args:
+        folder: The tag's folder.
+        partitions: The optimizer file of each rank.
+        warnings: What was found is added.
+
+    Raises:
+        MissingShardError: A rank's model states are not there.
+        MalformedError: A file does not hold what its name says.
+        InconsistentCheckpointError: The files are not of one save.
+        UnsupportedError: AutoEP was folded with tensor parallelism.
     """
     world = len(partitions)
-    models = {dp: path for (_, dp), path in folder.zero3.items()}
-    missing = sorted(set(range(world)) - set(models))
-    if missing:
-        raise MissingShardError(
-            f"{folder.path}: ZeRO-3 of {world} ranks; missing the model states of rank"
-            f" {', '.join(map(str, missing[:8]))}: expected such as"
-            f" zero_pp_rank_{missing[0]}_mp_rank_00_model_states.pt"
-        )
-    all_states = [read_module_states(models[dp]) for dp in range(world)]
+    all_states = read_zero3_states(folder, world, every=lambda _: True)
     states = all_states[0]
-    for dp, other in enumerate(all_states):
-        consistency.written_as(other.file, dp)
-        consistency.same_save(states, other)
     naming = naming_of(states, folder, warnings)
     if not naming.layers:
         raise MalformedError(
@@ -266,8 +305,8 @@ def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings:
         )
     layers = list(naming.layers.values())
     ep_ranks = [_ep_ranks(other, folder) for other in all_states]
-    entries: dict[str, TensorEntry] = {}
-    experts, ties = Assembly(), states.ties()
+    ties = states.ties()
+    reading = _Reading(layers, ep_ranks, ties, world)
     groups = [_group_ranks(partition, rank, states, world) for rank, partition in enumerate(partitions)]
     for g, group in enumerate(states.param_shapes):
         for ranks in dict.fromkeys(groups[rank][g] for rank in range(world)):
@@ -275,9 +314,8 @@ def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings:
                 raise InconsistentCheckpointError(
                     f"{partitions[ranks[0]].path} shares sub-group {g} with ranks {list(ranks)}; those say otherwise"
                 )
-            _read_group(
-                g, group, [partitions[rank] for rank in ranks], ranks, layers, ep_ranks, entries, experts, ties, world
-            )
+            reading.add_group(g, group, [partitions[rank] for rank in ranks], ranks)
+    entries, experts = reading.entries, reading.experts
     entries.update((entry.name, entry) for entry in experts.entries(lambda name: "parameter"))
     for name, shape in states.frozen_shapes.items():
         if name not in entries:
@@ -285,17 +323,19 @@ def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings:
     entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
     files = [*(partition.file for partition in partitions), *(other.file for other in all_states)]
     ep_size = max(len(layer.placement) for layer in layers if isinstance(layer, AutoEPLayer))
-    return finish(folder, states, naming.renamed(entries), "ZeRO-3, AutoEP", 3, ep_size, layers, files, warnings)
+    named = naming.renamed(entries)
+    contents = contents_of(states, "ZeRO-3, AutoEP", 3, layers, named, files, warnings, ep_size)
+    return build_checkpoint(folder, states, contents)
 
 
 def _ep_ranks(states: ModuleStates, folder: TagFolder) -> dict[str, int]:
-    """{module: the rank among its expert-parallel ranks} of the rank whose model states these are."""
+    """Return {module: the rank among its expert-parallel ranks} of the rank whose model states these are."""
     layers = naming_of(states, folder, []).layers.values()
     return {layer.path: layer.ep_rank for layer in layers if isinstance(layer, AutoEPLayer)}
 
 
 def _group_ranks(partition: Partition, rank: int, states: ModuleStates, world: int) -> list[tuple[int, ...]]:
-    """The ranks that share each sub-group of this rank, in the order of their parts."""
+    """Return the ranks that share each sub-group of this rank, in the order of their parts."""
     rows = partition.state.get("ds_zero_partition_groups")
     if not isinstance(rows, list) or len(rows) != len(partition.groups) or len(rows) != len(states.param_shapes):
         raise InconsistentCheckpointError(
@@ -320,52 +360,60 @@ def _group_ranks(partition: Partition, rank: int, states: ModuleStates, world: i
     return result
 
 
-def _read_group(
-    g: int,
-    group: dict[str, tuple[int, ...]],
-    members: list[Partition],
-    ranks: tuple[int, ...],
-    layers: list[ExpertLayer],
-    ep_ranks: list[dict[str, int]],
-    entries: dict[str, TensorEntry],
-    experts: Assembly,
-    ties: dict[str, list[str]],
-    world: int,
-) -> None:
-    """Sub-group ``g``, of which each member holds an equal share of every parameter."""
-    flats = RankFlats([member.file for member in members], [[member.groups[g]] for member in members])
-    wanted = sum(share_numel(math.prod(shape), len(members)) for shape in group.values())
-    for member in members:
-        if member.groups[g].numel != wanted:
-            raise InconsistentCheckpointError(
-                f"{member.path} holds {member.groups[g].numel} elements of sub-group {g}; its parameters need {wanted}"
-                f" of each of {len(members)} ranks. The files are not of one save"
-            )
-    position = 0
-    for name, shape in group.items():
-        numel = math.prod(shape)
-        each = share_numel(numel, len(members))
-        pieces = EqualShares(flats, position, each, numel)
-        position += each
-        layer = owner_of(layers, name)
-        if not isinstance(layer, AutoEPLayer):
-            if len(members) != world:
+@dataclass
+class _Reading:
+    """What is read of AutoEP's sub-groups at ZeRO-3, and what tells where their tensors belong.
+
+    ``ep_ranks`` has each rank's place among the expert-parallel ranks of each module. ``entries`` are the tensors
+    outside of experts, ``experts`` those that several ranks hold together.
+    """
+
+    layers: list[ExpertLayer]
+    ep_ranks: list[dict[str, int]]
+    ties: Ties
+    world: int
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
+    experts: Assembly = field(default_factory=Assembly)
+
+    def add_group(self, g: int, group: Shapes, members: list[Partition], ranks: tuple[int, ...]) -> None:
+        """Add sub-group ``g``, of which each member holds an equal share of every parameter."""
+        flats = RankFlats([member.file for member in members], [[member.groups[g]] for member in members])
+        wanted = sum(share_numel(math.prod(shape), len(members)) for shape in group.values())
+        for member in members:
+            if member.groups[g].numel != wanted:
                 raise InconsistentCheckpointError(
-                    f"{members[0].path}: {name!r} is no expert's and is shared by {len(members)} of {world} ranks"
+                    f"{member.path} holds {member.groups[g].numel} elements of sub-group {g}; its parameters need"
+                    f" {wanted} of each of {len(members)} ranks. The files are not of one save"
                 )
-            entries[name] = master_entry(name, members[0].groups[g].dtype, shape, pieces, ties, "parameter")
-            continue
-        places = {ep_ranks[rank].get(layer.path) for rank in ranks}
-        if len(places) != 1 or None in places:
-            raise InconsistentCheckpointError(
-                f"{members[0].path} shares {name!r} with ranks {list(ranks)}, whose model states place them at"
-                f" expert-parallel ranks {sorted(map(str, places))}; expected one. Files of ranks were swapped, or are"
-                " of several saves"
-            )
-        for share in layer.shares(name, shape, next(iter(places)), len(layer.placement)):  # type: ignore[arg-type]
-            experts.add(
-                share,
-                members[0].groups[g].dtype,
-                partial(slice_pieces, pieces, share.start, share.numel, share.region),
-                members[0].path,
-            )
+        position = 0
+        for name, shape in group.items():
+            numel = math.prod(shape)
+            each = share_numel(numel, len(members))
+            pieces = EqualShares(flats, position, each, numel)
+            position += each
+            layer = owner_of(self.layers, name)
+            if not isinstance(layer, AutoEPLayer):
+                if len(members) != self.world:
+                    raise InconsistentCheckpointError(
+                        f"{members[0].path}: {name!r} is not an expert's and is shared by {len(members)} of"
+                        f" {self.world} ranks"
+                    )
+                self.entries[name] = master_entry(
+                    name, members[0].groups[g].dtype, shape, pieces, self.ties, "parameter"
+                )
+                continue
+            places = {self.ep_ranks[rank].get(layer.path) for rank in ranks}
+            place = next(iter(places))
+            if len(places) != 1 or place is None:
+                raise InconsistentCheckpointError(
+                    f"{members[0].path} shares {name!r} with ranks {list(ranks)}, whose model states place them at"
+                    f" expert-parallel ranks {sorted(map(str, places))}; expected one. Files of ranks were swapped,"
+                    " or are of several saves"
+                )
+            for share in layer.shares(name, shape, place, len(layer.placement)):
+                self.experts.add(
+                    share,
+                    members[0].groups[g].dtype,
+                    partial(slice_pieces, pieces, share.start, share.numel, share.region),
+                    members[0].path,
+                )

@@ -1,5 +1,4 @@
-"""Experts of a DeepSpeed MoE model: what each rank's experts are called in the whole model, and the files that hold one
-each.
+"""Experts of a DeepSpeed MoE model: their names in the whole model, and the files that hold one expert each.
 
 Facts read from DeepSpeed 0.19.8: ``runtime/engine.py`` ``_save_moe_checkpoint`` (a file an expert, named by the layer's
 number among MoE layers and the expert's global id, with global names inside; the main model states leave them out) and
@@ -14,13 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
+from dsconv.checkpoint.formats.deepspeed.rank_map import Contents, master_dtypes
 from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.pieces import Layout
 from dsconv.checkpoint.map.regions import Region
-from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
+from dsconv.checkpoint.map.renaming import Unwrapped
+from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
@@ -29,13 +31,12 @@ from dsconv.zero_utils.files import EXPERT, TagFolder
 MARK = ".deepspeed_moe.experts.deepspeed_experts."
 LOCAL = re.compile(r"(?P<layer>.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(?P<expert>\d+)(?P<rest>\..*)")
 
-Pieces = Callable[[], tuple[Piece, ...]]
-
 
 @dataclass(frozen=True)
 class Share:
-    """Where elements [start, start + numel) of a rank's own tensor go: ``region`` (None: all) of tensor ``name`` of
-    ``shape``.
+    """Where elements [start, start + numel) of a rank's own tensor go: to ``region`` of tensor ``name`` of ``shape``.
+
+    ``region`` is None for all of it.
     """
 
     name: str
@@ -49,31 +50,33 @@ class ExpertLayer(Protocol):
     """One MoE layer: what its parameters are called on a rank, in expert files, and in the whole model."""
 
     @property
-    def experts(self) -> int: ...
+    def experts(self) -> int:
+        """The number of its experts."""
+        ...
 
     def owns(self, name: str) -> bool:
-        """Whether ``name`` is that of a tensor of the layer's experts."""
+        """Return whether ``name`` is that of a tensor of the layer's experts."""
         ...
 
     def shares(self, name: str, shape: tuple[int, ...], ep_rank: int, ep_size: int) -> list[Share]:
-        """Where the tensor that rank ``ep_rank`` of ``ep_size`` calls ``name``, of ``shape`` there, belongs."""
+        """Return where the tensor that rank ``ep_rank`` of ``ep_size`` calls ``name``, of ``shape`` there, belongs."""
         ...
 
     def in_file(self, key: str, shape: tuple[int, ...], expert: int) -> Share | None:
-        """Where tensor ``key`` of the file of ``expert`` belongs; None where it is not of that expert."""
+        """Return where tensor ``key`` of the file of ``expert`` belongs; None where it is not of that expert."""
         ...
 
 
 @dataclass(frozen=True)
 class NativeLayer:
-    """A ``deepspeed.moe.layer.MoE``, ``path`` being its module: each expert's tensors are tensors of the model."""
+    """A ``deepspeed.moe.layer.MoE`` whose module is ``path``: each expert's tensors are tensors of the model."""
 
     path: str
     experts: int
 
     def owns(self, name: str) -> bool:
         match = LOCAL.fullmatch(name)
-        return bool(match) and match["layer"] == self.path  # type: ignore[index]
+        return match is not None and match["layer"] == self.path
 
     def shares(self, name: str, shape: tuple[int, ...], ep_rank: int, ep_size: int) -> list[Share]:
         match = LOCAL.fullmatch(name)
@@ -102,6 +105,7 @@ class ExpertTensor:
     tensor: TensorRef
 
     def pieces(self) -> tuple[Piece, ...]:
+        """Return the pieces that the tensor is of the whole model's."""
         return tuple(replace(piece, region=self.share.region) for piece in self.file.pieces(self.tensor))
 
 
@@ -111,10 +115,14 @@ class Assembly:
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, DType] = field(default_factory=dict)
-    parts: dict[str, dict[Region | None, Pieces]] = field(default_factory=dict)
+    parts: dict[str, dict[Region | None, Layout]] = field(default_factory=dict)
 
-    def add(self, share: Share, dtype: DType, pieces: Pieces, where: Path) -> None:
-        """``pieces`` fill the share's region. Of replicas, which hold the same, the first is taken."""
+    def add(self, share: Share, dtype: DType, pieces: Layout, where: Path) -> None:
+        """Add the pieces that fill the share's region. Of replicas, which hold the same, the first is taken.
+
+        Raises:
+            InconsistentCheckpointError: Another part of the tensor says another dtype or shape.
+        """
         if (
             self.shapes.setdefault(share.name, share.shape) != share.shape
             or self.dtypes.setdefault(share.name, dtype) != dtype
@@ -126,33 +134,43 @@ class Assembly:
         self.parts.setdefault(share.name, {}).setdefault(share.region, pieces)
 
     def holds(self, share: Share) -> bool:
+        """Return whether the share's part of its tensor has been added."""
         return share.region in self.parts.get(share.name, {})
 
     def entries(self, role: Callable[[str], str]) -> Iterator[TensorEntry]:
+        """Yield the tensors, whose roles ``role`` tells by name."""
         for name, parts in self.parts.items():
             yield TensorEntry(
-                name, self.dtypes[name], self.shapes[name], partial(_joined, list(parts.values())), (), role(name)
+                name, self.dtypes[name], self.shapes[name], partial(_in_turn, list(parts.values())), (), role(name)
             )
 
 
-def _joined(parts: list[Pieces]) -> tuple[Piece, ...]:
+def _in_turn(parts: list[Layout]) -> tuple[Piece, ...]:
     return tuple(piece for make in parts for piece in make())
 
 
 def owner_of(layers: list[ExpertLayer], name: str) -> ExpertLayer | None:
+    """Return the layer whose experts have a tensor called ``name``; None where there is none."""
     return next((layer for layer in layers if layer.owns(name)), None)
 
 
 def read_layers(
-    folder: TagFolder, counts: Any, known: dict[int, ExpertLayer], warnings: list[str]
+    folder: TagFolder, states: ModuleStates, known: dict[int, ExpertLayer], warnings: list[str]
 ) -> tuple[list[ExpertLayer], list[ExpertTensor]]:
-    """The MoE layers and what the expert files hold. ``counts`` is ``num_experts`` of the model states: a number a
-    layer.
+    """Return the MoE layers and what the expert files hold.
 
-    ``known`` are layers that the model states describe; the names of the others are those in their files.
+    Args:
+        folder: The tag's folder.
+        states: The main model states, which count each layer's experts (``num_experts``).
+        known: The layers that the model states describe, by number; the names of the others are those in their files.
+        warnings: A warning is added where files of more experts are ignored.
 
-    Raises MissingShardError where an expert's file is not there, InconsistentCheckpointError where one is another's.
+    Raises:
+        MissingShardError: An expert's file is not there.
+        InconsistentCheckpointError: A file holds another expert than its name says.
+        UnsupportedError: The files are of an old release or of a tensor-parallel run.
     """
+    counts = states.raw.get("num_experts")
     if not isinstance(counts, list) or not counts or not all(type(n) is int and n > 0 for n in counts):
         raise UnsupportedError(
             f"{folder.path}: the model states number their experts as {safe_repr(counts)}; dsconv reads the expert"
@@ -189,20 +207,29 @@ def read_layers(
     layers: list[ExpertLayer] = []
     tensors: list[ExpertTensor] = []
     for number, count in enumerate(counts):
-        files = [TorchFile(paths[number, expert]) for expert in range(count)]
-        layer = known.get(number) or _native_layer(files[0], count)
-        if any(owner_of(layers, key) for key in files[0].root):
+        files = [_expert_file(paths[number, expert]) for expert in range(count)]
+        layer = known.get(number) or _native_layer(files[0], count, states.unwrapped)
+        if any(owner_of(layers, states.unwrapped(key)) for key in files[0].root):
             raise InconsistentCheckpointError(
                 f"{files[0].path} holds another layer's expert: the files of two layers were swapped or copied"
             )
         layers.append(layer)
         for expert, file in enumerate(files):
-            tensors += _expert_tensors(layer, expert, file)
+            tensors += _expert_tensors(layer, expert, file, states.unwrapped)
+    states.elsewhere = {name for group in states.param_shapes for name in group if owner_of(layers, name) is not None}
     return layers, tensors
 
 
-def _native_layer(file: TorchFile, count: int) -> NativeLayer:
-    names = [key for key in file.root if isinstance(key, str)] if isinstance(file.root, dict) else []
+def _expert_file(path: Path) -> TorchFile:
+    """Return an expert's file; raise MalformedError unless it holds a state dict."""
+    file = TorchFile(path)
+    if not isinstance(file.root, dict) or not all(isinstance(name, str) for name in file.root):
+        raise MalformedError(f"{path}: not an expert's file: it holds a {type(file.root).__name__}")
+    return file
+
+
+def _native_layer(file: TorchFile, count: int, unwrapped: Unwrapped) -> NativeLayer:
+    names = [unwrapped(key) for key in file.root]
     match = LOCAL.fullmatch(names[0]) if names else None
     if match is None:
         raise MalformedError(
@@ -212,13 +239,12 @@ def _native_layer(file: TorchFile, count: int) -> NativeLayer:
     return NativeLayer(match["layer"], count)
 
 
-def _expert_tensors(layer: ExpertLayer, expert: int, file: TorchFile) -> Iterator[ExpertTensor]:
+def _expert_tensors(layer: ExpertLayer, expert: int, file: TorchFile, unwrapped: Unwrapped) -> Iterator[ExpertTensor]:
     consistency.written_as_expert(file)
-    if not isinstance(file.root, dict):
-        raise MalformedError(f"{file.path}: not an expert's file: it holds a {type(file.root).__name__}")
-    for key, tensor in file.root.items():
+    for stored, tensor in file.root.items():
         if not isinstance(tensor, TensorRef):
             continue
+        key = unwrapped(stored)
         share = layer.in_file(key, tensor.shape, expert)
         if share is None:
             raise InconsistentCheckpointError(
@@ -234,7 +260,10 @@ def _expert_tensors(layer: ExpertLayer, expert: int, file: TorchFile) -> Iterato
 
 
 def role_of(states: ModuleStates) -> Callable[[str], str]:
-    """What a tensor that has no master was: the names of buffers are listed as rank 0 calls its own experts'."""
+    """Return what tells the role of a tensor without a master.
+
+    Buffers are listed under the names that rank 0 gives its own experts.
+    """
     matches = [LOCAL.fullmatch(name) for name in states.buffer_names]
     buffers = {(match["layer"], match["rest"]) for match in matches if match}
 
@@ -248,8 +277,9 @@ def role_of(states: ModuleStates) -> Callable[[str], str]:
 def warn_of_lost(
     states: ModuleStates, layers: list[ExpertLayer], entries: dict[str, TensorEntry], warnings: list[str]
 ) -> None:
-    """DeepSpeed takes every name of a MoE module that holds the word 'expert' for an expert's and then saves only
-    true experts.
+    """Add warnings that name what DeepSpeed did not save.
+
+    It takes every name in a MoE module that holds the word 'expert' for an expert's, and then saves true experts only.
     """
     aliases = {alias for entry in entries.values() for alias in entry.aliases}
     lost = [n for n in states.buffer_names if n not in entries and n not in aliases and owner_of(layers, n) is None]
@@ -261,53 +291,48 @@ def warn_of_lost(
     suspects = [layer.path for layer in layers if isinstance(layer, NativeLayer) and "expert" in layer.path]
     if suspects and not states.frozen_shapes:
         warnings.append(
-            f"the module {suspects[0]!r} has 'expert' in its own name: of such MoE modules DeepSpeed saves the gate and"
-            f" the experts only. What more it has (use_residual){' and was frozen' if states.param_shapes else ''} is"
-            " in no file of the checkpoint"
+            f"the module {suspects[0]!r} has 'expert' in its own name: DeepSpeed saves the gate and the experts of such"
+            f" a MoE module and nothing else. What more it has (use_residual)"
+            f"{' and was frozen' if states.param_shapes else ''} is in no file of the checkpoint"
         )
 
 
-def finish(
-    folder: TagFolder,
+def contents_of(
     states: ModuleStates,
-    entries: dict[str, TensorEntry],
-    kind: str,
+    naming_kind: str,
     stage: int,
-    ep_size: int | None,
     layers: list[ExpertLayer],
+    entries: dict[str, TensorEntry],
     files: Iterable[TorchFile],
     warnings: list[str],
-) -> Checkpoint:
-    """The checkpoint of ``entries``; ``files`` are those that it was read from beside the model states."""
-    all_files = {file.path: file for file in (states.file, *files)}
-    if not all(file.archive.checksummed for file in all_files.values()):
-        warnings.append(
-            "the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen"
-        )
-    ranks = states.raw.get("dp_world_size")
-    world = {"data_parallel": ranks if type(ranks) is int else 1, "model_parallel": 1}
-    masters = {str(entry.dtype) for entry in entries.values() if entry.role == "parameter"}
-    return Checkpoint(
-        folder.path,
-        kind,
+    ep_size: int | None = None,
+) -> Contents:
+    """Return the contents of a checkpoint with experts.
+
+    Args:
+        states: The main model states.
+        naming_kind: What the checkpoint is, for people.
+        stage: The ZeRO stage.
+        layers: The MoE layers.
+        entries: The tensors by the model's own names.
+        files: The files that were read beside the model states.
+        warnings: What was found on the way.
+        ep_size: The number of expert-parallel ranks; None where it is not known.
+    """
+    world = {"data_parallel": states.data_parallel, "model_parallel": 1}
+    return Contents(
         states.in_module_order(entries),
-        folder=folder.save_dir,
-        step=states.step,
-        world=world if ep_size is None else world | {"expert_parallel": ep_size},
-        info={
-            "zero_stage": stage,
-            "tag": folder.tag,
-            "deepspeed_version": states.ds_version,
-            "master_dtype": "/".join(sorted(masters)),
+        naming_kind,
+        stage,
+        [states.file, *files],
+        warnings,
+        world if ep_size is None else world | {"expert_parallel": ep_size},
+        {
+            "master_dtype": master_dtypes(entries),
             "parameter_groups": len(states.param_shapes),
             "experts": [layer.experts for layer in layers],
         },
-        warnings=tuple(warnings),
-        sources=tuple(sorted(all_files)),
-        is_deepspeed=True,
-        no_training=(
-            "experts have optimizer states of their own, spread over other ranks than the rest's, and this version does"
-            " not convert those. Go on with as many expert-parallel ranks as saved it (AutoEP runs: or convert with"
-            " DeepSpeed's ds_to_universal)"
-        ),
+        "experts have optimizer states of their own, spread over other ranks than the rest's, and this version does not"
+        " convert those. Go on with as many expert-parallel ranks as saved it (AutoEP runs: or convert with DeepSpeed's"
+        " ds_to_universal)",
     )

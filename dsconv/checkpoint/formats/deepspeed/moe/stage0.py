@@ -1,47 +1,49 @@
-"""MoE checkpoints without ZeRO: the weights in ``module`` and the expert files, fp32 masters in ``expp_rank_N`` files.
+"""MoE checkpoints without ZeRO: weights in ``module`` and the expert files, fp32 masters in ``expp_rank_N`` files.
 
-Each expert-parallel rank, of the largest such group, writes its optimizer's state (DeepSpeed 0.19.8
-``runtime/engine.py`` ``_save_moe_checkpoint``). Its masters carry no names: each is given to a parameter of its shape
-and values.
+Each expert-parallel rank of the largest such group writes its optimizer's state (DeepSpeed 0.19.8
+``runtime/engine.py`` ``_save_moe_checkpoint``). Its masters have no names: ``unnamed_masters`` finds whose each is,
+among the weights that the rank holds.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
-from dsconv.checkpoint.formats.deepspeed import consistency
-from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
+from dsconv.checkpoint.formats.copies import same
 from dsconv.checkpoint.formats.deepspeed.moe import autoep
 from dsconv.checkpoint.formats.deepspeed.moe.experts import (
     LOCAL,
+    MARK,
     Assembly,
     ExpertLayer,
-    ExpertTensor,
-    finish,
+    NativeLayer,
+    contents_of,
     owner_of,
     role_of,
     warn_of_lost,
 )
+from dsconv.checkpoint.formats.deepspeed.rank_map import build_checkpoint
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, Slot, groups_of, match_known_masters
 from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.pickles.values import TensorRef
-from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extent
+from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import MissingShardError
 from dsconv.zero_utils.files import TagFolder
 
+MIN_TIED_NUMEL = 64  # shorter weights may be equal by chance, or because they are all ones
 
-def read_moe_stage0(
-    folder: TagFolder,
-    states: ModuleStates,
-    naming: autoep.Naming,
-    layers: list[ExpertLayer],
-    tensors: list[ExpertTensor],
-    warnings: list[str],
-) -> Checkpoint:
-    """The tensor map, as read_moe. Raises MissingShardError where an optimizer file is not there."""
+
+def read_moe_stage0(folder: TagFolder, found: autoep.Experts, warnings: list[str]) -> Checkpoint:
+    """Read the tensor map of a checkpoint with expert files and without ZeRO.
+
+    Raises:
+        MissingShardError: An optimizer file is not there.
+        UnsupportedError: Which master belongs to which weight cannot be told.
+    """
+    states, layers, tensors = found.states, found.layers, found.tensors
     if states.param_shapes:
         raise MissingShardError(
             f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there"
@@ -52,26 +54,27 @@ def read_moe_stage0(
     for tensor in tensors:
         weights.add(tensor.share, tensor.tensor.dtype, tensor.pieces, tensor.file.path)
     entries.update((entry.name, entry) for entry in weights.entries(role_of(states)))
-    # What was frozen is not said.
+    # Stage 0 does not say what was frozen.
     entries = {
         name: entry if entry.role == "buffer" else replace(entry, role="parameter") for name, entry in entries.items()
     }
-    optimizers = _optimizers(folder, states)
-    masters = _masters(folder, optimizers, entries, layers, tensors, weights, warnings)
+    optimizers = _optimizers(folder, found)
+    masters = _Masters(folder, found, entries, weights, warnings).read(optimizers)
     entries.update(masters)
     warn_of_lost(states, layers, entries, warnings)
     files = [*(optimizers if masters else ()), *(tensor.file for tensor in tensors)]
-    return finish(
-        folder, states, naming.renamed(entries), f"DeepSpeed stage 0, {naming.kind}", 0, None, layers, files, warnings
-    )
+    kind = f"DeepSpeed stage 0, {found.naming.kind}"
+    contents = contents_of(states, kind, 0, layers, found.naming.renamed(entries), files, warnings)
+    return build_checkpoint(folder, states, contents)
 
 
-def _optimizers(folder: TagFolder, states: ModuleStates) -> list[TorchFile]:
-    """The optimizer file of each expert-parallel rank. The main file repeats rank 0's, which shows that there must
-    be some.
+def _optimizers(folder: TagFolder, found: autoep.Experts) -> list[TorchFile]:
+    """Return the optimizer file of each expert-parallel rank.
+
+    The main file repeats rank 0's state, which shows that there must be some.
     """
-    held = states.optimizer if isinstance(states.optimizer, dict) else {}
-    ranks = range(1 + max(folder.expert_optimizers, default=0 if _groups(held) else -1))
+    has_masters = bool(groups_of(found.states.optimizer, {}))
+    ranks = range(1 + max(folder.expert_optimizers, default=0 if has_masters else -1))
     missing = [rank for rank in ranks if rank not in folder.expert_optimizers]
     if missing:
         raise MissingShardError(_lacks(folder, missing[0]))
@@ -85,162 +88,164 @@ def _lacks(folder: TagFolder, rank: int) -> str:
     )
 
 
-def _groups(optimizer: dict[str, Any]) -> bool:
-    return isinstance(optimizer.get("fp32_groups"), list) or isinstance(optimizer.get("fp32_groups_flat"), list)
+@dataclass
+class _Masters:
+    """The masters of all ranks' optimizer files, by the names of the weights.
 
-
-def _match(file: TorchFile, weights: dict[str, TensorEntry]) -> tuple[dict[str, TensorRef], int]:
-    """Each weight's master in the file, and how many masters are of no weight; nothing of fp32 training, which has
-    none.
+    ``entries`` are all weights and buffers; ``weights`` those that expert files hold. ``stacked`` collects masters of
+    AutoEP's tensors, to which several ranks contribute; ``unknown`` counts masters of no weight that was saved.
     """
-    optimizer = file.root.get("optimizer") if isinstance(file.root, dict) else None
-    if not isinstance(optimizer, dict):
-        return {}, 0
-    groups, flats = optimizer.get("fp32_groups"), optimizer.get("fp32_groups_flat")
-    if isinstance(groups, list):
-        return _match_tensors(
-            file, weights, [t for group in groups if isinstance(group, list) for t in group if isinstance(t, TensorRef)]
-        )
-    if isinstance(flats, list) and all(isinstance(t, TensorRef) for t in flats):
-        return _match_flat(file, weights, flats)
-    return {}, 0
 
+    folder: TagFolder
+    experts: autoep.Experts
+    entries: dict[str, TensorEntry]
+    weights: Assembly
+    warnings: list[str]
+    found: dict[str, TensorEntry] = field(default_factory=dict)
+    stacked: Assembly = field(default_factory=Assembly)
+    unknown: int = 0
 
-def _match_tensors(
-    file: TorchFile, weights: dict[str, TensorEntry], tensors: list[TensorRef]
-) -> tuple[dict[str, TensorRef], int]:
-    """Give each master the next free weight, in the weights' order, of its shape and values (FP16_UnfusedOptimizer)."""
-    names = list(weights)
-    index = {name: i for i, name in enumerate(names)}
-    matched: dict[str, TensorRef] = {}
-    position = unknown = 0
-    for master in tensors:
-        candidates = (name for name in names[position:] + names[:position] if name not in matched)
-        name = next((name for name in candidates if _agrees(file, master, weights[name])), None)
-        if name is None:
-            unknown += 1
-            continue
-        matched[name] = master
-        position = index[name] + 1
-    return matched, unknown
+    def read(self, files: list[TorchFile]) -> dict[str, TensorEntry]:
+        """Return the entries that are read from masters; none where the optimizers have none."""
+        stacked_names = {tensor.share.name for tensor in self.experts.tensors if tensor.share.region is not None}
+        whole = {
+            name: entry
+            for name, entry in self.entries.items()
+            if entry.role == "parameter" and name not in stacked_names and not self.experts.naming.is_second(name)
+        }
+        ties = _ties({name: entry for name, entry in whole.items() if MARK not in name})
+        alone = {name: entry for name, entry in whole.items() if name not in ties}
+        for ep_rank, file in enumerate(files):
+            self._read_rank(ep_rank, len(files), file, alone)
+        self.found.update((entry.name, entry) for entry in self.stacked.entries(lambda name: "parameter"))
+        self._need_all(whole, len(files))
+        for name, owner in ties.items():
+            if owner in self.found:
+                self.found[name] = replace(self.found[owner], name=name, aliases=whole[name].aliases)
+        if self.unknown:
+            self.warnings.append(
+                f"{self.unknown} fp32 masters of an optimizer file are of no weight that was saved: they were left out"
+            )
+        lacking = [name for name in (*whole, *stacked_names) if name not in self.found]
+        if self.found and lacking:
+            self.warnings.append(
+                f"{len(lacking)} parameters, the first {lacking[0]!r}, have no fp32 master in the optimizer files: "
+                "their 16-bit weights were taken"
+            )
+        return self.found
 
-
-def _match_flat(
-    file: TorchFile, weights: dict[str, TensorEntry], flats: list[TensorRef]
-) -> tuple[dict[str, TensorRef], int]:
-    """The same for groups flattened into one tensor each (FP16_Optimizer): cut a group as its next weight is found."""
-    matched: dict[str, TensorRef] = {}
-    for flat in flats:
-        offset = 0
-        while offset < flat.numel:
-            for name, weight in weights.items():
-                if name in matched or not 0 < weight.numel <= flat.numel - offset:
-                    continue
-                strides = tuple(math.prod(weight.shape[dim + 1 :]) for dim in range(len(weight.shape)))
-                view = TensorRef(flat.storage, flat.dtype, flat.offset + offset, weight.shape, strides)
-                if _agrees(file, view, weight):
-                    matched[name] = view
-                    offset += weight.numel
-                    break
-            else:
-                return {}, 1
-    return matched, 0
-
-
-def _agrees(file: TorchFile, master: TensorRef, weight: TensorEntry) -> bool:
-    """Whether a master in ``file`` has the weight's shape and, cast, its first elements."""
-    if master.shape != weight.shape or not weight.numel or not is_contiguous(master.shape, master.strides):
-        return master.shape == weight.shape
-    piece = file.pieces(master)[0]
-    first = weight.pieces[0]
-    count = min(4 * consistency.SAMPLES, first.numel)
-    high = consistency.decode(read_extent(replace(piece.extent, nbytes=count * master.dtype.itemsize)), master.dtype)
-    low = consistency.decode(read_extent(replace(first.extent, nbytes=count * weight.dtype.itemsize)), weight.dtype)
-    if first.strides is not None or high is None or low is None:
-        return True
-    return all(consistency.cast(h, weight.dtype) == w or h != h for h, w in zip(high, low, strict=True))
-
-
-def _masters(
-    folder: TagFolder,
-    files: list[TorchFile],
-    entries: dict[str, TensorEntry],
-    layers: list[ExpertLayer],
-    tensors: list[ExpertTensor],
-    weights: Assembly,
-    warnings: list[str],
-) -> dict[str, TensorEntry]:
-    """Entries read from masters, by name; empty where there are none."""
-    stacked_names = {tensor.share.name for tensor in tensors if tensor.share.region is not None}
-    whole = {name: entry for name, entry in entries.items() if entry.role == "parameter" and name not in stacked_names}
-    found: dict[str, TensorEntry] = {}
-    stacked = Assembly()
-    unknown = 0
-    for ep_rank, file in enumerate(files):
-        own = {
+    def _read_rank(self, ep_rank: int, ep_size: int, file: TorchFile, whole: dict[str, TensorEntry]) -> None:
+        optimizer = file.root.get("optimizer") if isinstance(file.root, dict) else None
+        layers = self.experts.layers
+        stacks = {
             name: entry
             for layer in layers
             if isinstance(layer, autoep.AutoEPLayer)
-            for name, entry in layer.stacks(ep_rank, tensors)
+            for name, entry in layer.stacks(ep_rank, self.experts.tensors)
         }
-        matched, missed = _match(file, whole | own)
-        unknown = max(unknown, missed)
-        for name, master in matched.items():
-            layer = owner_of(layers, name)
-            if isinstance(layer, autoep.AutoEPLayer):
-                for share in layer.shares(name, master.shape, ep_rank, len(layer.placement)):
-                    stacked.add(
-                        share,
-                        master.dtype,
-                        partial(slice_pieces, partial(file.pieces, master), share.start, share.numel, share.region),
-                        file.path,
-                    )
-            elif name not in found:
-                old = whole[name]
-                found[name] = TensorEntry(
-                    name, master.dtype, old.shape, partial(file.pieces, master), old.aliases, old.role
-                )
-                found[name].layout()
-    found.update((entry.name, entry) for entry in stacked.entries(lambda name: "parameter"))
-    partly = [name for name, parts in stacked.parts.items() if set(parts) != set(weights.parts[name])]
-    matches = {name: LOCAL.fullmatch(name) for name in whole}
-    have = {(match["layer"], match["rest"]) for name, match in matches.items() if match and name in found}
-    partly += [
-        name
-        for name, match in matches.items()
-        if match and name not in found and (match["layer"], match["rest"]) in have
-    ]
-    if partly:
-        raise MissingShardError(f"{_lacks(folder, len(files))} (no master of {partly[0]!r} was found)")
-    _copies(found, whole)
-    if unknown:
-        warnings.append(
-            f"{unknown} fp32 masters of an optimizer file are of no weight that was saved: they were left out"
-        )
-    lacking = [name for name in (*whole, *stacked_names) if name not in found]
-    if found and lacking:
-        warnings.append(
-            f"{len(lacking)} parameters, the first {lacking[0]!r}, have no fp32 master in the optimizer files: "
-            "their 16-bit weights were taken"
-        )
+        # A rank holds its share of each layer's experts, if all layers are spread over all these ranks.
+        mine = {name: entry for name, entry in whole.items() if _is_local(layers, name, ep_rank, ep_size)}
+        try:
+            matched, missed = match_known_masters(file, optimizer, _in_module_order(mine | stacks, layers))
+        except Ambiguous:
+            if len(mine) == len(whole):
+                raise
+            matched, missed = {}, -1
+        if missed and len(mine) < len(whole):
+            matched, missed = match_known_masters(file, optimizer, _in_module_order(whole | stacks, layers))
+        self.unknown = max(self.unknown, missed)
+        for name, slot in matched.items():
+            self._add(name, slot, ep_rank, file, whole)
+
+    def _add(self, name: str, slot: Slot, ep_rank: int, file: TorchFile, whole: dict[str, TensorEntry]) -> None:
+        master, layer = slot.master, owner_of(self.experts.layers, name)
+        if master is None:
+            return
+        layout = partial(file.pieces, master)
+        layout()  # bounds are proved now, not when the bytes are wanted
+        if isinstance(layer, autoep.AutoEPLayer):
+            for share in layer.shares(name, master.shape, ep_rank, len(layer.placement)):
+                pieces = partial(slice_pieces, layout, share.start, share.numel, share.region, name)
+                self.stacked.add(share, master.dtype, pieces, file.path)
+        elif name not in self.found:
+            old = whole[name]
+            self.found[name] = TensorEntry(name, master.dtype, old.shape, layout, old.aliases, old.role)
+
+    def _need_all(self, whole: dict[str, TensorEntry], files: int) -> None:
+        """Raise MissingShardError where some experts of a layer have a master of a tensor and others lack it."""
+        partly = [name for name, parts in self.stacked.parts.items() if set(parts) != set(self.weights.parts[name])]
+        matches = {name: LOCAL.fullmatch(name) for name in whole}
+        have = {(match["layer"], match["rest"]) for name, match in matches.items() if match and name in self.found}
+        partly += [
+            name
+            for name, match in matches.items()
+            if match and name not in self.found and (match["layer"], match["rest"]) in have
+        ]
+        if partly:
+            raise MissingShardError(f"{_lacks(self.folder, files)} (no master of {partly[0]!r} was found)")
+
+
+def _is_local(layers: Iterable[ExpertLayer], name: str, ep_rank: int, ep_size: int) -> bool:
+    """Return whether rank ``ep_rank`` of ``ep_size`` holds a weight: all but the experts of other ranks."""
+    match = LOCAL.fullmatch(name)
+    layer = next((layer for layer in layers if isinstance(layer, NativeLayer) and layer.owns(name)), None)
+    if match is None or layer is None or layer.experts % ep_size:
+        return True
+    return int(match["expert"]) // (layer.experts // ep_size) == ep_rank
+
+
+def _in_module_order(weights: dict[str, TensorEntry], layers: Iterable[ExpertLayer]) -> dict[str, TensorEntry]:
+    """Return weights in the order in which optimizer groups list them.
+
+    That is the module's, with experts behind the other weights of their MoE layer. AutoEP puts its routers last.
+    """
+    autoep_paths = {layer.path for layer in layers if isinstance(layer, autoep.AutoEPLayer)}
+
+    def layer_of(name: str) -> str | None:
+        """Return the module of the MoE layer whose expert has the weight."""
+        path, mark, _ = name.partition(MARK)
+        if mark:
+            return path
+        path, _, leaf = name.rpartition(".experts.")
+        return path if path in autoep_paths and leaf in autoep.WEIGHTS else None
+
+    owners = {name: layer_of(name) for name in weights}
+    last: dict[str, int] = {}  # the place of the last other weight of each MoE layer
+    for number, name in enumerate(weights):
+        parts = name.split(".") if owners[name] is None else []
+        last.update((".".join(parts[:end]), number) for end in range(1, len(parts)))
+    places: dict[str, tuple[int, int]] = {}
+    for number, (name, owner) in enumerate(owners.items()):
+        is_router = any(name.startswith(f"{path}.router.") for path in autoep_paths)
+        place = number if owner is None else last.get(owner, number)
+        places[name] = (len(weights) if is_router else place, number)
+    return {name: weights[name] for name in sorted(weights, key=places.__getitem__)}
+
+
+def _ties(whole: dict[str, TensorEntry]) -> dict[str, str]:
+    """Return the owner of each weight that is another one under a second name.
+
+    These checkpoints hold tied weights twice, and do not say that they are tied. Two weights outside of experts are
+    taken for one if all their bytes are equal, unless they are as short or as uniform as weights that are equal by
+    chance: norms of ones, biases of zeros.
+    """
+    classes: dict[tuple[object, ...], list[TensorEntry]] = {}
+    for entry in whole.values():
+        record = entry.pieces[0].extent.record if entry.pieces else None
+        if record is not None and record.crc32 is not None and entry.numel >= MIN_TIED_NUMEL:
+            key = (entry.shape, entry.dtype.name, record.nbytes, record.crc32)
+            classes.setdefault(key, []).append(entry)
+    found: dict[str, str] = {}
+    with Sources() as sources:
+        for first, *others in classes.values():
+            for other in others:
+                if same(first, 0, other, 0, first.numel, sources) and not _is_uniform(first, sources):
+                    found[other.name] = first.name
     return found
 
 
-def _copies(found: dict[str, TensorEntry], whole: dict[str, TensorEntry]) -> None:
-    """Give a weight without a master that of the weight whose bytes it has, by the CRC-32 of its record.
-
-    These checkpoints hold tied weights twice, and do not say that they are tied.
-    """
-
-    def key(entry: TensorEntry) -> Any:
-        record = entry.pieces[0].extent.record if entry.pieces else None
-        return (
-            (entry.shape, entry.dtype.name, record.nbytes, record.crc32)
-            if record and record.crc32 is not None
-            else None
-        )
-
-    masters = {key(whole[name]): entry for name, entry in found.items() if name in whole}
-    for name, entry in whole.items():
-        if name not in found and key(entry) in masters:
-            found[name] = replace(masters[key(entry)], name=name, aliases=entry.aliases)
+def _is_uniform(entry: TensorEntry, sources: Sources) -> bool:
+    """Return whether an element of a weight is equal to the next one, all over its beginning."""
+    count = min(entry.numel, MIN_TIED_NUMEL)
+    half = count // 2
+    return same(entry, 0, entry, half, half, sources)

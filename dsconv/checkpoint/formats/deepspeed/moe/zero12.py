@@ -1,4 +1,4 @@
-"""MoE checkpoints with expert files: native ``deepspeed.moe.layer.MoE``, and AutoEP below ZeRO-3.
+"""MoE checkpoints with expert files: of native ``deepspeed.moe.layer.MoE``, and of AutoEP below ZeRO-3.
 
 The main model states list the parameters of data-parallel rank 0, by the names that its own experts have there; every
 rank has the same list with other experts behind it. So each optimizer group of experts is laid out once for each
@@ -14,23 +14,25 @@ it may differ from rank to rank; each group carries its name).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed import consistency
-from dsconv.checkpoint.formats.deepspeed.flat import flat_pieces
-from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
+from dsconv.checkpoint.formats.deepspeed.model_states import (
+    ModuleStates,
+    Ties,
+    read_module_states,
+    warn_of_absent,
+    warn_of_unlisted,
+)
 from dsconv.checkpoint.formats.deepspeed.moe import autoep
 from dsconv.checkpoint.formats.deepspeed.moe.experts import (
     Assembly,
     ExpertLayer,
     ExpertTensor,
-    Pieces,
-    finish,
+    contents_of,
     owner_of,
     read_layers,
     role_of,
@@ -38,26 +40,31 @@ from dsconv.checkpoint.formats.deepspeed.moe.experts import (
 )
 from dsconv.checkpoint.formats.deepspeed.partitions import (
     Partition,
-    alignment_paddings,
-    check_group,
     master_entry,
     read_partitions,
+    unwrapped_mappings,
+    walk_group,
 )
+from dsconv.checkpoint.formats.deepspeed.rank_map import build_checkpoint
+from dsconv.checkpoint.formats.deepspeed.values import prefix_matches
 from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.errors import InconsistentCheckpointError, MissingShardError, UnsupportedError
-from dsconv.zero_utils.config_keys import lookup
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import expert_replicas
 
-Owners = dict[tuple[str, Any], Partition]  # of a tensor and region: one rank that holds masters of it
+Owners = dict[tuple[str, Any], Partition]  # one rank that holds masters of a tensor's region
 
 
 def read_moe(folder: TagFolder) -> Checkpoint:
-    """The tensor map of a checkpoint with expert files.
+    """Read the tensor map of a checkpoint with expert files.
 
-    Raises MissingShardError, MalformedError, InconsistentCheckpointError or UnsupportedError, each naming the file.
+    Raises:
+        MissingShardError: A file is not there.
+        MalformedError: A file does not hold what its name says.
+        InconsistentCheckpointError: The files are not of one save.
+        UnsupportedError: The checkpoint has a feature that dsconv does not read.
     """
     if not folder.model:
         raise MissingShardError(
@@ -72,18 +79,19 @@ def read_moe(folder: TagFolder) -> Checkpoint:
             f"{folder.path}: experts and tensor parallelism of {len(tensor_parallel)} mp_ranks; this version does not"
             " merge those together"
         )
-    layers, tensors = read_layers(folder, states.raw.get("num_experts"), naming.layers, warnings)
+    layers, tensors = read_layers(folder, states, naming.layers, warnings)
+    found = autoep.Experts(states, naming, layers, tensors)
     if folder.optimizer:
-        return _read_zero12(folder, states, naming, layers, tensors, warnings)
+        return _read_zero12(folder, found, warnings)
     from dsconv.checkpoint.formats.deepspeed.moe.stage0 import read_moe_stage0
 
-    return read_moe_stage0(folder, states, naming, layers, tensors, warnings)
+    return read_moe_stage0(folder, found, warnings)
 
 
 def _without_masters(
     entries: dict[str, TensorEntry], tensors: list[ExpertTensor], masters: Assembly, role: Callable[[str], str]
 ) -> None:
-    """Add the tensors of expert files of which the optimizer holds nothing: what was frozen, and buffers."""
+    """Add the tensors of expert files for which the optimizer holds nothing: what was frozen, and buffers."""
     rest = Assembly()
     for tensor in tensors:
         if not masters.holds(tensor.share):
@@ -96,12 +104,8 @@ def _without_masters(
     entries.update((entry.name, entry) for entry in rest.entries(role))
 
 
-# ZeRO-1 and 2
-# ----------------------------------------------------------------------------------------------------------
-
-
 def _group_keys(partition: Partition) -> list[tuple[str, int]] | None:
-    """(the group's name, how many of that name came before), a group; None where the optimizer's state has no names."""
+    """Return the name of each group and how many of that name came before; None where groups have no names."""
     base = partition.state.get("base_optimizer_state")
     groups = base.get("param_groups") if isinstance(base, dict) else None
     if not isinstance(groups, list) or len(groups) != len(partition.groups):
@@ -111,9 +115,7 @@ def _group_keys(partition: Partition) -> list[tuple[str, int]] | None:
 
 
 def in_order_of(first: Partition, partition: Partition) -> Partition:
-    """``partition`` with its groups in the order that ``first`` has them in; as it is where the two do not
-    correspond.
-    """
+    """Return ``partition`` with its groups in the order of ``first``'s; as it is where the two do not correspond."""
     wanted, have = _group_keys(first), _group_keys(partition)
     if wanted is None or have is None or wanted == have or sorted(wanted) != sorted(have):
         return partition
@@ -129,37 +131,11 @@ def in_order_of(first: Partition, partition: Partition) -> Partition:
     )
 
 
-def _flat_group(
-    folder: TagFolder, members: list[Partition], g: int, group: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Pieces]]:
-    """Each parameter of group ``g``, which the members hold end to end, and what makes its pieces."""
-    parts = [member.groups[g] for member in members]
-    starts = [0, *accumulate(part.numel for part in parts)]
-    files = [member.file for member in members]
-    position = 0
-    for (name, shape), padding in zip(group.items(), alignment_paddings(members[0], g, group), strict=True):
-        numel = math.prod(shape)
-        if position + numel > starts[-1]:
-            raise InconsistentCheckpointError(
-                f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the {len(members)}"
-                f" optimizer files from {members[0].path.name} on hold {starts[-1]} together. A file is of another"
-                " save, or of another model"
-            )
-        yield name, partial(flat_pieces, files, parts, starts, position, numel)
-        position += numel + padding
-    check_group(folder, g, position, [part.numel for part in parts])
-
-
 def _replicas_of_group(
-    folder: TagFolder,
-    states: ModuleStates,
-    first: Partition,
-    g: int,
-    group: dict[str, tuple[int, ...]],
-    layers: list[ExpertLayer],
-    world: int,
+    states: ModuleStates, first: Partition, g: int, layers: list[ExpertLayer], world: int
 ) -> list[list[int]] | None:
-    """Whose ranks hold group ``g``, by expert-parallel rank; None for a group of no experts."""
+    """Return the ranks that hold group ``g`` for each expert-parallel rank; None for a group without experts."""
+    group = states.param_shapes[g]
     owned = [name for name in group if owner_of(layers, name) is not None]
     if not owned and first.counts[g] == world:
         return None
@@ -170,20 +146,14 @@ def _replicas_of_group(
             f" {len(group)} parameters are experts'; expected experts only. The optimizer files and the model states"
             " are not of one save"
         )
-    data_first = lookup(states.raw, "ds_config.use_data_before_expert_parallelism") is True
+    data_first = states.config.get("use_data_before_expert_parallelism") is True
     return expert_replicas(world, world // replicas, data_first)
 
 
-def _read_zero12(
-    folder: TagFolder,
-    states: ModuleStates,
-    naming: autoep.Naming,
-    layers: list[ExpertLayer],
-    tensors: list[ExpertTensor],
-    warnings: list[str],
-) -> Checkpoint:
-    ranks = states.raw.get("dp_world_size")  # where only experts are trained, no group is partitioned over all ranks
-    partitions = read_partitions(folder, warnings, in_order_of, ranks if type(ranks) is int else 1)
+def _read_zero12(folder: TagFolder, found: autoep.Experts, warnings: list[str]) -> Checkpoint:
+    states, layers, tensors = found.states, found.layers, found.tensors
+    # Where only experts are trained, no group is partitioned over all ranks.
+    partitions = read_partitions(folder, warnings, in_order_of, states.data_parallel)
     first, world, shapes = partitions[0], len(partitions), states.param_shapes
     if len(shapes) != len(first.groups) or len(shapes) != len(first.counts):
         raise InconsistentCheckpointError(
@@ -195,26 +165,28 @@ def _read_zero12(
     lengths: list[list[int]] = []
     for g, group in enumerate(shapes):
         lengths.append([p.groups[g].numel for p in partitions])
-        replicas = _replicas_of_group(folder, states, first, g, group, layers, world)
+        replicas = _replicas_of_group(states, first, g, layers, world)
         if replicas is None:
-            for name, pieces in _flat_group(folder, partitions, g, group):
-                entries[name] = master_entry(name, first.groups[g].dtype, group[name], pieces, ties, "parameter")
+            parts = [p.groups[g] for p in partitions]
+            for name, place in walk_group(folder, partitions, g, group):
+                layout = partial(place.layout, parts)
+                entries[name] = master_entry(name, parts[0].dtype, place.shape, layout, ties, "parameter")
             continue
         for ep_rank, ranks in enumerate(replicas):
             members = [partitions[rank] for rank in ranks]
-            for name, pieces in _flat_group(folder, members, g, group):
+            parts = [member.groups[g] for member in members]
+            for name, place in walk_group(folder, members, g, group):
                 layer = owner_of(layers, name)
-                assert layer is not None  # _replicas_of_group looked
-                for share in layer.shares(name, group[name], ep_rank, len(replicas)):
-                    masters.add(
-                        share,
-                        members[0].groups[g].dtype,
-                        partial(slice_pieces, pieces, share.start, share.numel, share.region),
-                        members[0].path,
+                if layer is None:
+                    raise InconsistentCheckpointError(f"{first.path}: {name!r} of group {g} is not an expert's")
+                for share in layer.shares(name, place.shape, ep_rank, len(replicas)):
+                    layout = partial(
+                        slice_pieces, partial(place.layout, parts), share.start, share.numel, share.region, name
                     )
+                    masters.add(share, parts[0].dtype, layout, members[0].path)
                     owners[share.name, share.region] = members[0]
     if first.state.get("param_slice_mappings") is not None:
-        for rank, partition in enumerate(partitions):
+        for rank, partition in enumerate(unwrapped_mappings(states, partitions)):
             consistency.slice_mappings(partition.path, partition.state, shapes, lengths, rank)
     _masters_match_experts(masters, owners, tensors)
     entries.update((entry.name, entry) for entry in masters.entries(lambda name: "parameter"))
@@ -222,19 +194,29 @@ def _read_zero12(
     entries.update(states.module_entries(exclude=set(entries), ties=ties))
     _frozen_fragments(states, layers, entries, ties)
     consistency.masters_match_module(states, entries, warnings)
+    warn_of_unlisted(states, warnings, found.naming.is_second)
+    warn_of_absent(states, entries, warnings)
     warn_of_lost(states, layers, entries, warnings)
-    stage = first.state.get("zero_stage")
-    kind = f"ZeRO-{stage}" if stage else "ZeRO-1 (BF16_Optimizer)"
+    kind = f"ZeRO-{first.stage}" if first.stage else "ZeRO-1 (BF16_Optimizer)"
     files = [*(partition.file for partition in partitions), *(tensor.file for tensor in tensors)]
     ep_size = max(world // count for count in first.counts)
-    kind = f"{kind}, {naming.kind}"
-    return finish(folder, states, naming.renamed(entries), kind, stage or 1, ep_size, layers, files, warnings)
+    contents = contents_of(
+        states,
+        f"{kind}, {found.naming.kind}",
+        first.stage or 1,
+        layers,
+        found.naming.renamed(entries),
+        files,
+        warnings,
+        ep_size,
+    )
+    return build_checkpoint(folder, states, contents)
 
 
 def _frozen_fragments(
-    states: ModuleStates, layers: list[ExpertLayer], entries: dict[str, TensorEntry], ties: dict[str, list[str]]
+    states: ModuleStates, layers: list[ExpertLayer], entries: dict[str, TensorEntry], ties: Ties
 ) -> None:
-    """Add frozen weights that ``module`` lacks (see warn_of_lost); ZeRO-2 keeps them a second time, whole."""
+    """Add frozen weights that ``module`` lacks (see ``warn_of_lost``); ZeRO-2 keeps them a second time, whole."""
     for name, fragment in states.frozen_fragments.items():
         if name not in entries and owner_of(layers, name) is None and isinstance(fragment, TensorRef):
             entries[name] = master_entry(
@@ -243,7 +225,7 @@ def _frozen_fragments(
 
 
 def _masters_match_experts(masters: Assembly, owners: Owners, tensors: list[ExpertTensor]) -> None:
-    """Prove which rank's masters are which expert's. What an expert's file holds must be its masters, cast."""
+    """Prove which rank's masters are which expert's: what an expert's file holds must be its masters, cast."""
     held = {(tensor.share.name, tensor.share.region) for tensor in tensors}
     for name, parts in masters.parts.items():
         for region in parts:
@@ -258,7 +240,7 @@ def _masters_match_experts(masters: Assembly, owners: Owners, tensors: list[Expe
         dtype = masters.dtypes.get(tensor.share.name)
         if pieces is None or dtype is None:
             continue
-        if not all(consistency.begins_alike(piece, dtype, tensor.file, tensor.tensor) for piece in pieces()):
+        if not all(prefix_matches(piece, dtype, tensor.file, tensor.tensor) for piece in pieces()):
             differing.setdefault(tensor.file.path, tensor)
     if differing:
         tensor = next(iter(differing.values()))
