@@ -19,8 +19,7 @@ from dsconv.errors import DsconvError
 
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
-MAX_RANKS = 1 << 20  # a number in a file must not size a list; the largest runs have some 100,000 ranks
-expect_rank_count = partial(expect_int, least=1, most=MAX_RANKS)
+expect_rank_count = partial(expect_int, least=1)  # of any size: it must not size a list
 
 
 @dataclass(frozen=True)

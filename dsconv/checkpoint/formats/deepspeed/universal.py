@@ -245,11 +245,11 @@ def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
         )
     first = read_module_states(folder.zero3[0, 0])
     world = first.data_parallel if any(math.prod(shape) for shape in first.frozen_shapes.values()) else 1
-    missing = [dp for dp in range(world) if (0, dp) not in folder.zero3]
-    if missing:
+    missing = next((dp for dp in range(world) if (0, dp) not in folder.zero3), None)
+    if missing is not None:
         raise MissingShardError(
-            f"{folder.path}: frozen weights lie in the model states of {world} ranks; missing those of {len(missing)}: "
-            f"expected such as zero_pp_rank_{missing[0]}_mp_rank_00_model_states.pt"
+            f"{folder.path}: frozen weights lie in the model states of {world} ranks; missing those of rank {missing}: "
+            f"expected zero_pp_rank_{missing}_mp_rank_00_model_states.pt"
         )
     all_states = [first, *(read_module_states(folder.zero3[0, dp]) for dp in range(1, world))]
     for dp, other in enumerate(all_states):

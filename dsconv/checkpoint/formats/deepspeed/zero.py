@@ -191,7 +191,8 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
         if name not in entries:
             entries[name] = frozen_entry(name, shape, all_states, world, ties)
     entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
-    warn_of_absent(states, entries, warnings)
+    if 0 in folder.mp_ranks:  # the others' model states do not say which weights are tied
+        warn_of_absent(states, entries, warnings)
     return RankMap(states, entries, partitions, "ZeRO-3", 3, world, places=places)
 
 
