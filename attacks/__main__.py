@@ -13,6 +13,8 @@ import click
 
 from attacks import peers
 from attacks.containers import CONTAINERS, records_of
+from attacks.downloads import CLASSES
+from attacks.judging import faults
 from attacks.payload import CANARY_MODULE, CANARY_SOURCE, touch
 from attacks.places import Place, places, poisoned
 from attacks.table import TECHNIQUES
@@ -124,10 +126,10 @@ def show(rows: dict[str, list[Attack]]) -> None:
 
 @click.command()
 @click.option("--list", "list_all", is_flag=True, help="Print each file and what became of it.")
-@click.option("--only", metavar="TECHNIQUE", help="The programs of one technique.")
+@click.option("--only", metavar="TECHNIQUE", help="The programs of one technique, or the downloads of one class.")
 def main(list_all: bool, only: str | None) -> None:
     """Make the hostile files and give them to Python, DeepSpeed, torch, picklescan and dsconv. Exits 1 when dsconv
-    takes one.
+    takes one, or when a download does what it was made for.
     """
     try:  # once, before the forks
         import deepspeed.utils.zero_to_fp32  # noqa: F401
@@ -197,9 +199,23 @@ def main(list_all: bool, only: str | None) -> None:
             f"dsconv: every program in each of {len(found)} kinds of file: {count:,} files, {len(taken)} failures"
         )
         canaries = ran + (["everywhere"] if (top / "canary").exists() else [])
-        for line in [*taken, *canaries]:
+        harmed = downloads(top / "downloads", only)
+        for line in [*taken, *canaries, *harmed]:
             click.echo(f"FAILURE: {line}", err=True)
-    sys.exit(1 if taken or canaries else 0)
+    sys.exit(1 if taken or canaries or harmed else 0)
+
+
+def downloads(folder: Path, only: str | None) -> list[str]:
+    """Make each download, run its commands, print a row for each class, and return what did not hold."""
+    found = []
+    click.echo(f"\n{'dsconv: downloads':36}{'tried':>7}{'held':>12}")
+    for name, made in CLASSES.items():
+        if only not in (None, name):
+            continue
+        wrong = {d.title: faults(d, folder / name / str(at)) for at, d in enumerate(made)}
+        click.echo(f"  {name:34}{len(made):>7}{sum(not lines for lines in wrong.values()):>12}")
+        found += [f"{title}: {line}" for title, lines in wrong.items() for line in lines]
+    return found
 
 
 if __name__ == "__main__":

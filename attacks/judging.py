@@ -1,0 +1,112 @@
+"""Run the commands of a download as a user does, each in a process of its own, and say what did not hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shlex
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from attacks.downloads import SECRET, SECRET_VALUE, Download, safetensors
+
+CODES = (0, 2, 3, 4)  # done, usage, unreadable or malformed, refused as unsafe
+MISMATCH = 5
+# What is promised of any input of n bytes (holes of sparse files aside, which take no room): docs/safety.md.
+BASE_SECONDS, SECONDS_PER_BYTE = 1.0, 2e-6
+BASE_BYTES, BYTES_PER_BYTE = 100 << 20, 100
+LIMIT_SECONDS = 30
+SECRETS = (SECRET, struct.pack("<f", SECRET_VALUE))
+
+
+def allowed(box: Path) -> tuple[float, int]:
+    """Return the seconds of processor time and the bytes of memory that the download may cost."""
+    nbytes = sum(path.lstat().st_blocks * 512 for path in (box / "ckpt").rglob("*") if not path.is_symlink())
+    return BASE_SECONDS + nbytes * SECONDS_PER_BYTE, BASE_BYTES + nbytes * BYTES_PER_BYTE
+
+
+def state_of(folder: Path) -> dict[str, str]:
+    """Return {path: digest, or where a link leads} of all that is in a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = str(path.readlink())
+        else:
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    return found
+
+
+def faults(download: Download, box: Path) -> list[str]:
+    """Make the download in ``box``, run its commands, and return what did not hold."""
+    outside = box / "outside"
+    outside.mkdir(parents=True)
+    (outside / "secret").write_bytes(SECRET + b" and nothing else\n")
+    (outside / "weights.safetensors").write_bytes(safetensors({"b": SECRET_VALUE}))
+    (outside / "model.safetensors").write_bytes(safetensors({"a": SECRET_VALUE}))
+    download.make(box)
+    before, (seconds, nbytes) = state_of(outside), allowed(box)
+    found = []
+    for command in download.commands:
+        found += [f"{command}: {fault}" for fault in run(command, box, seconds, nbytes)]
+        if state_of(outside) != before:
+            return [*found, f"{command}: files outside of the download changed"]
+    return found + [f"{path} holds the secret" for path in leaks(box)]
+
+
+def run(command: str, box: Path, seconds: float, nbytes: int) -> list[str]:
+    """Run one command and return what did not hold: its exit code, its output, its time and its memory."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NO_COLOR": "1"}
+    with (box / "said").open("w+b") as said:
+        arguments = [sys.executable, "-m", "dsconv", *shlex.split(command)]
+        process = subprocess.Popen(
+            arguments, cwd=box, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+        )
+        usage = wait(process)
+        said.seek(0)
+        text = said.read().decode("utf-8", "replace")
+    if usage is None:
+        return [f"no answer within {LIMIT_SECONDS} s"]
+    spent, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    codes = (*CODES, MISMATCH) if command.startswith("verify") else CODES
+    found = []
+    if process.returncode not in codes:
+        found.append(f"exit code {process.returncode}: {text[-300:]!a}")
+    if "Traceback" in text:
+        found.append(f"a traceback: {text[-300:]!a}")
+    if any(not char.isprintable() and char != "\n" for char in text):
+        found.append(f"control characters in its output: {text[:300]!a}")
+    if SECRET.decode() in text:
+        found.append("the secret in its output")
+    if spent > seconds:
+        found.append(f"{spent:.1f} s of processor time, where {seconds:.1f} s are allowed")
+    if peak > nbytes:
+        found.append(f"{peak >> 20} MB of memory, where {nbytes >> 20} MB are allowed")
+    return found
+
+
+def wait(process: subprocess.Popen[bytes]) -> resource.struct_rusage | None:
+    """Return what a process used, or None after ending one that does not end."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return usage
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return None
+
+
+def leaks(box: Path) -> list[str]:
+    """Return the files outside of ``box/outside`` and of links that hold the secret."""
+    return [
+        str(path.relative_to(box))
+        for top in ("out", "out2")
+        for path in (box / top).rglob("*")
+        if path.is_file() and not path.is_symlink() and any(secret in path.read_bytes() for secret in SECRETS)
+    ]
