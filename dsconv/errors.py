@@ -37,8 +37,11 @@ class UsageError(DsconvError, ValueError):
     exit_code = EXIT_USAGE
 
 
-class CheckpointNotFoundError(DsconvError, FileNotFoundError):
-    """The path, the tag or the kind of file that makes a checkpoint does not exist."""
+class CheckpointNotFoundError(DsconvError, FileNotFoundError, ValueError):
+    """The path, the tag or the kind of file that makes a checkpoint does not exist.
+
+    It is also the ValueError that DeepSpeed's ``zero_to_fp32.py`` raises without ``latest``.
+    """
 
 
 class SeveralModelsError(CheckpointNotFoundError):
@@ -61,8 +64,11 @@ class SeveralModelsError(CheckpointNotFoundError):
         self.models = dict(models)
 
 
-class MissingShardError(DsconvError, FileNotFoundError):
-    """The checkpoint refers to shard files that do not exist."""
+class MissingShardError(DsconvError, FileNotFoundError, ValueError):
+    """The checkpoint refers to shard files that do not exist.
+
+    It is also the ValueError that DeepSpeed's ``zero_to_fp32.py`` raises for a wrong number of files.
+    """
 
 
 class MalformedError(DsconvError, ValueError):

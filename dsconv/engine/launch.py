@@ -176,7 +176,7 @@ def rank_error(error: BaseException, logs: Path) -> BaseException:
         name, _, message = _text(failure).partition(": ")
         kind = getattr(dsconv.errors, name, None)
         if isinstance(kind, type) and issubclass(kind, DsconvError) and kind is not dsconv.errors.RankFailedError:
-            return kind(message)
+            return kind.__new__(kind, message)  # some have arguments of their own
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
     return RunFailedError(f"rank {rank} failed: {_text(failure)} (its output is in {logs})")
 
