@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dsconv import errors as errors
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
     from dsconv.convert.dcp_writer import DcpReport, to_dcp
+    from dsconv.convert.diff import DiffReport, diff
     from dsconv.convert.merge import MergeReport, merge
     from dsconv.convert.push import push
     from dsconv.convert.push_upload import PushReport
@@ -37,6 +38,8 @@ _HOMES = {
     "push": "dsconv.convert.push",
     "UniversalReport": "dsconv.convert.universal_writer",
     "to_universal": "dsconv.convert.universal_writer",
+    "DiffReport": "dsconv.convert.diff",
+    "diff": "dsconv.convert.diff",
     "VerifyReport": "dsconv.convert.verify",
     "verify": "dsconv.convert.verify",
     "DcpReport": "dsconv.convert.dcp_writer",
@@ -52,6 +55,7 @@ __all__ = [
     "Checkpoint",
     "DSConfig",
     "DcpReport",
+    "DiffReport",
     "DsconvError",
     "LoadReport",
     "MergeReport",
@@ -60,6 +64,7 @@ __all__ = [
     "UniversalReport",
     "VerifyReport",
     "__version__",
+    "diff",
     "load_tp",
     "load_zero3",
     "merge",

@@ -10,6 +10,7 @@ import click
 from dsconv._version import __version__
 from dsconv.cli import console
 from dsconv.cli.config import config
+from dsconv.cli.diff import diff
 from dsconv.cli.doctor import doctor
 from dsconv.cli.estimate import estimate
 from dsconv.cli.inspect import inspect
@@ -56,6 +57,7 @@ COMMANDS = (
     to_dcp,
     inspect,
     verify,
+    diff,
     push,
     watch,
     config,

@@ -25,6 +25,7 @@ COMMANDS = [
     "to-dcp",
     "inspect",
     "verify",
+    "diff",
     "push",
     "watch",
     "config",

@@ -1,0 +1,80 @@
+"""``dsconv diff``."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from dsconv.cli import console
+from dsconv.cli.console import command
+
+if TYPE_CHECKING:
+    from dsconv.convert.diff import Distance
+
+SHOWN = 20
+
+
+@command(epilog="""\b
+Example:
+  dsconv diff base/ finetuned/              what did training change?
+  dsconv diff merged/ merged-bf16/ --all    what did a cast cost?""")  # fmt: skip
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--all", "show_all", is_flag=True, help=f"Show every tensor, not the {SHOWN} that changed most.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of the models on the Hub (default: main).")
+@console.JSON
+@console.QUIET
+@console.DEBUG
+def diff(a: str, b: str, show_all: bool, revision: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Measure how far two checkpoints of any formats are apart, tensor by tensor and layer by layer.
+
+    Values are compared as float64. For each tensor: the fraction of elements that changed, the largest change, the largest
+    change relative to the value, the norm of the change relative to the tensor's, and the cosine between the two. The exit
+    code is 0 whether they differ or not; use `dsconv verify` to prove that two checkpoints are equal.
+    """
+    from dsconv.convert.diff import diff as measure
+
+    console.quiet_downloads(quiet or as_json)
+    began = time.monotonic()
+    with console.progress(quiet or as_json) as progress:
+        report = measure(a, b, revision=revision, progress=progress)
+    seconds = time.monotonic() - began
+    if as_json:
+        console.show_json({**report.to_dict(), "seconds": round(seconds, 3)})
+        return
+    if quiet:
+        return
+    changed = [distance for distance in report.tensors if distance.changed]
+    console.say(
+        f"{len(changed)} of {console.count(len(report.tensors), 'tensor')} changed, {console.size(report.nbytes)} read,"
+        f" {seconds:.2f} s"
+    )
+    for title, distances in (("layer", [d for d in report.layers if d.changed]), ("tensor", changed)):
+        if distances:
+            _show(title, distances, show_all)
+    for name in report.only_in_a:
+        console.say(f"only in {report.a}: {name}")
+    for name in report.only_in_b:
+        console.say(f"only in {report.b}: {name}")
+    for name, why in report.not_compared.items():
+        console.say(f"not compared: {name}: {why}")
+
+
+def _show(title: str, distances: list[Distance], show_all: bool) -> None:
+    rows = [
+        [
+            distance.name,
+            f"{distance.changed_fraction:.2%}",
+            f"{distance.max_abs:.3g}",
+            f"{distance.max_relative:.3g}",
+            "–" if distance.relative_l2 is None else f"{distance.relative_l2:.3g}",
+            "–" if distance.cosine is None else f"{distance.cosine:.6f}",
+        ]
+        for distance in (distances if show_all else distances[:SHOWN])
+    ]
+    columns = [(title, "left"), *((word, "right") for word in ("changed", "max", "max rel", "rel L2", "cosine"))]
+    console.table(columns, rows)
+    if len(rows) < len(distances):
+        console.say(f"… and {len(distances) - len(rows)} more; --all shows them")
