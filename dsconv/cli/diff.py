@@ -30,9 +30,9 @@ Example:
 def diff(a: str, b: str, show_all: bool, revision: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure how far two checkpoints of any formats are apart, tensor by tensor and layer by layer.
 
-    Values are compared as float64. For each tensor: the fraction of elements that changed, the largest change, the largest
-    change relative to the value, the norm of the change relative to the tensor's, and the cosine between the two. The exit
-    code is 0 whether they differ or not; use `dsconv verify` to prove that two checkpoints are equal.
+    Values are compared as float64. A row shows the fraction of elements that changed, the largest change, the largest
+    change relative to a value, the norm of the change relative to the norm of A, and the cosine between the two. The
+    exit code is 0 whether they differ or not; `dsconv verify` proves that two checkpoints are equal.
     """
     from dsconv.convert.diff import diff as measure
 

@@ -1,7 +1,7 @@
 """``diff``: how far apart are two checkpoints, of any formats, tensor by tensor and layer by layer?
 
-``verify`` proves that two checkpoints are equal. ``diff`` measures by how much they are not: what training changed, which
-layers a fine-tune touched, what a cast cost. Both stream, in a few blocks of memory.
+``verify`` proves that two checkpoints are equal. ``diff`` measures by how much they are not: what training changed,
+which layers a fine-tune touched, what a cast cost. Both stream, in a few blocks of memory.
 """
 
 from __future__ import annotations
@@ -60,10 +60,8 @@ class Distance:
 
     def to_dict(self) -> dict[str, Any]:
         found = {**asdict(self), "changed_fraction": self.changed_fraction}
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in found.items()
-        }
+        endless = [key for key, value in found.items() if isinstance(value, float) and not math.isfinite(value)]
+        return found | dict.fromkeys(endless)  # JSON has neither infinity nor NaN
 
 
 @dataclass
@@ -124,10 +122,8 @@ class _Sums:
             difference[np.isnan(difference)] = np.inf
             self.found.max_abs = max(self.found.max_abs, float(difference.max()))
             held = a != 0
-            if held.any():
-                self.found.max_relative = max(
-                    self.found.max_relative, float((difference[held] / np.abs(a[held])).max())
-                )
+            relative = difference[held] / np.abs(a[held])
+            self.found.max_relative = max(self.found.max_relative, float(relative.max(initial=0.0)))
             self.of_difference += float(np.dot(difference, difference))
 
     def add_sums(self, other: _Sums) -> None:
@@ -162,8 +158,8 @@ def diff(
 ) -> DiffReport:
     """Measure how far the tensors of ``b`` are from those of ``a``, streaming.
 
-    Values are compared as float64, so a checkpoint and its cast to 16 bits differ by what the cast took away. A tied name
-    counts as present under each of its names.
+    Values are compared as float64, so a checkpoint and its cast to 16 bits differ by what the cast took away. A tied
+    name counts as present under each of its names.
 
     Args:
         a: A path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.
@@ -203,7 +199,8 @@ def diff(
     ]
     layers: dict[str, _Sums] = {}
     for name, of_tensor in sums.items():
-        layer = match[1] if (match := NUMBERED.match(name)) else name
+        numbered = NUMBERED.match(name)
+        layer = numbered[1] if numbered else name
         layers.setdefault(layer, _Sums(layer)).add_sums(of_tensor)
     report.tensors = _sorted(of_tensor.distance() for of_tensor in sums.values())
     report.layers = _sorted(of_layer.distance() for of_layer in layers.values())

@@ -71,7 +71,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
 
 
 def test_a_trained_checkpoint_and_its_cast(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    source = trained("llama-z3-bf16-w2").checkpoint
+    source = trained("gpt2-z3-bf16-w2").checkpoint
     dsconv.merge(source, tmp_path / "out", dtype="bf16", fsync=False)
     report = dsconv.diff(source, tmp_path / "out")
     assert report.tensors
