@@ -8,7 +8,7 @@ import os
 from dsconv.checkpoint.formats.table import EXPECTED, formats
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry, prove_tiling
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
-from dsconv.checkpoint.storage.local import stat_signature
+from dsconv.checkpoint.storage.local import first_signature
 from dsconv.checkpoint.storage.roots import Root, open_root
 from dsconv.checkpoint.transfer.reading import read_tensor
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
@@ -17,7 +17,12 @@ TensorEntry.reader = staticmethod(read_tensor)  # the map is a floor below the r
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], tag: str | None = None, revision: str | None = None, item: str | None = None
+    path: str | os.PathLike[str],
+    tag: str | None = None,
+    revision: str | None = None,
+    item: str | None = None,
+    *,
+    follow_links: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint for reading: read its metadata, and prove that its pieces tile every tensor exactly once.
 
@@ -29,6 +34,8 @@ def open_checkpoint(
         tag: Which checkpoint of a folder that holds several.
         revision: A branch, tag or commit of the Hub.
         item: The key of the model to open, where there are several: ``actor`` of ``{"actor": …, "critic": …}``.
+        follow_links: Read what links lead to that leave the checkpoint's folder. They are refused otherwise: in a
+            download, they could lead to private files.
 
     Returns:
         A read-only mapping of names to tensors. No tensor data has been read.
@@ -40,10 +47,10 @@ def open_checkpoint(
         MalformedError: A file is damaged or cannot be read.
         InconsistentCheckpointError: The files are not of one save.
         UnsupportedError: The format has a feature that dsconv does not read.
-        UnsafeError: A file asks for code to be run, or names a path outside its folder.
+        UnsafeError: A file asks for code to be run, or a name or a link leaves the checkpoint's folder.
         RemoteError: The Hub, a store or the network fails.
     """
-    root = open_root(path, revision)
+    root = open_root(path, revision, follow_links=follow_links)
     try:
         checkpoint = _read(root, tag, item)
         root.fetch_beside(dict.fromkeys((checkpoint.path, checkpoint.folder)))
@@ -56,7 +63,7 @@ def open_checkpoint(
         prove_tiling(entry)
     checkpoint.info.update(root.info)
     checkpoint.warnings = (*root.warnings, *checkpoint.warnings)
-    checkpoint.stamps = {source: stat_signature(source) for source in checkpoint.sources}
+    checkpoint.stamps = {source: first_signature(source) for source in checkpoint.sources}
     return checkpoint
 
 

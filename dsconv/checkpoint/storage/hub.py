@@ -19,8 +19,8 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
-from dsconv.checkpoint.storage.local import LocalFile, OpenFile
-from dsconv.checkpoint.storage.paths import SourcePath
+from dsconv.checkpoint.storage.local import OpenFile
+from dsconv.checkpoint.storage.paths import Bounds, SourcePath
 from dsconv.errors import CheckpointNotFoundError, DsconvError, RemoteError, UnsupportedError
 
 REPO = re.compile(r"[a-zA-Z0-9]([\w.-]{0,94}\w)?/[a-zA-Z0-9]([\w.-]{0,94}\w)?", re.ASCII)
@@ -121,18 +121,10 @@ class HubPath(SourcePath):
             if path.is_dir():
                 yield from path.rglob(pattern)
 
-    def read_bytes(self) -> bytes:
-        self.root_of.fetch([self])
-        return super().read_bytes()
-
-    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
-        self.root_of.fetch([self])
-        return super().read_text(encoding, errors)
-
     def open_for_reading(self) -> OpenFile:
-        """Raises CheckpointNotFoundError, RemoteError."""
+        """Open the file, after downloading it. Raises CheckpointNotFoundError, RemoteError."""
         self.root_of.fetch([self])
-        return LocalFile(self)
+        return super().open_for_reading()
 
 
 class HubRoot:
@@ -150,6 +142,7 @@ class HubRoot:
         self.revision = revision
         self.path = HubPath(_cache_folder(repo) / "snapshots" / sha)
         self.path.root_of = self
+        self.path.bounds = Bounds(Path(self.path), follow_links=False)
         self.info = {"repo": repo, "revision": sha}
         self.warnings: list[str] = []
         self.sizes = sizes
@@ -224,7 +217,8 @@ class CachedRoot:
     def __init__(self, repo: str, revision: str | None, folder: Path, why: str) -> None:
         self.repo = repo
         self.revision = revision
-        self.path = folder
+        self.path = SourcePath(folder)
+        self.path.bounds = Bounds(folder, follow_links=False)
         self.why = why
         self.info = {"repo": repo, "revision": folder.name}
         self.warnings: list[str] = []

@@ -8,13 +8,16 @@ that kind is opened.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
+from dsconv.errors import CheckpointNotFoundError, MalformedError
 
 # Read at each end of a zip: what torch.save writes around one tensor takes some 600 bytes before it and 900 after.
 EDGE_BYTES = 2048
+MAX_SMALL_BYTES = 200 << 20  # the largest file that is read whole; the largest tokenizer known has 35 MB
+Signature = tuple[int, int, int]  # size, time of the last change in ns, inode
 
 
 class OpenFile:
@@ -69,20 +72,33 @@ class OpenFile:
 
 
 class LocalFile(OpenFile):
-    """A file of the local disk, read through a descriptor. The constructor raises as ``open_for_reading`` does."""
+    """A regular file of the local disk, read through a descriptor. The constructor raises as ``open_for_reading`` does.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        signature: What ``stat_signature`` gives for the file that the descriptor is of, at the time of opening.
+    """
+
+    def __init__(self, path: Path, real: str | None = None) -> None:
+        """Open ``path``, or the file ``real`` that the links on its way lead to; errors name ``path``."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if real is not None else 0)
+        where = path if real is None else Path(real)
         try:
-            if not path.is_file():
-                raise CheckpointNotFoundError(
-                    f"{path}: no such file" if not path.exists() else f"{path}: not a regular file"
-                )
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except DsconvError:
+            _require_regular(path, os.lstat(where) if real is not None else where.stat())  # opening a device may act
+            self._descriptor = os.open(where, flags)
+        except CheckpointNotFoundError:
             raise
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointNotFoundError(f"{path}: no such file") from None
         except OSError as error:
             raise MalformedError(f"{path}: cannot be read: {error.strerror}") from None
-        super().__init__(path, os.fstat(self._descriptor).st_size)
+        found = os.fstat(self._descriptor)
+        try:
+            _require_regular(path, found)  # it may have been replaced since
+        except CheckpointNotFoundError:
+            os.close(self._descriptor)
+            raise
+        super().__init__(path, found.st_size)
+        self.signature = _signature(found)
 
     def read_into(self, offset_bytes: int, view: memoryview) -> None:
         done = 0
@@ -163,7 +179,33 @@ def open_for_reading(path: Path) -> OpenFile:
     return opened
 
 
-def stat_signature(path: Path) -> tuple[int, int, int] | None:
+def read_small(path: Path, limit_bytes: int = MAX_SMALL_BYTES) -> bytes:
+    """Return the content of a small file, such as a configuration.
+
+    The limit is compared with the size of the file that was opened, and no more than that is read.
+
+    Raises:
+        MalformedError: The file is larger, or cannot be read.
+        CheckpointNotFoundError: There is no such file, or it is not a regular one.
+        UnsafeError: A link on the way leaves the checkpoint.
+        RemoteError: A store or the Hub cannot be reached.
+    """
+    reads_itself = getattr(path, "read_small", None)
+    if reads_itself is not None:
+        data: bytes = reads_itself(limit_bytes)
+        return data
+    with open_for_reading(path) as file:
+        require_small(path, file.nbytes, limit_bytes)
+        return file.read(0, file.nbytes)
+
+
+def require_small(path: object, nbytes: int, limit_bytes: int) -> None:
+    """Raise MalformedError for a file that is larger than any of its kind."""
+    if nbytes > limit_bytes:
+        raise MalformedError(f"{path}: has {nbytes} bytes; a file of its kind has at most {limit_bytes}")
+
+
+def stat_signature(path: Path) -> Signature | None:
     """Return size, time of the last change in ns, and inode of a local file, by which a changed file is known.
 
     None stands for a file that is gone, and for every file of a store.
@@ -171,10 +213,25 @@ def stat_signature(path: Path) -> tuple[int, int, int] | None:
     if is_remote(path):
         return None
     try:
-        found = Path(os.fspath(path)).stat()  # of the disk, also where the Hub would answer for the path
+        return _signature(os.stat(path))  # noqa: PTH116 - of the disk, also where the Hub would answer for the path
     except OSError:
         return None
+
+
+def first_signature(path: Path) -> Signature | None:
+    """Return the signature that a file had when a format opened it, so that a change since then is noticed."""
+    remembered = getattr(path, "first_signature", None)
+    return (remembered() if remembered is not None else None) or stat_signature(path)
+
+
+def _signature(found: os.stat_result) -> Signature:
     return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _require_regular(path: Path, found: os.stat_result) -> None:
+    """Raise CheckpointNotFoundError for a folder, a pipe, a socket or a device; reading some of them never ends."""
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointNotFoundError(f"{path}: not a regular file")
 
 
 def is_remote(path: object) -> bool:

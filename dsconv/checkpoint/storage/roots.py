@@ -13,6 +13,8 @@ from typing import Any, Protocol, cast
 from urllib.parse import unquote
 
 from dsconv.checkpoint.storage import hub
+from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.paths import Bounds, SourcePath
 from dsconv.errors import CheckpointNotFoundError, DsconvError
 
 
@@ -49,8 +51,11 @@ class Root(Protocol):
 class PathRoot:
     """The root of a path of the local disk or of a store. It implements ``Root``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, follow_links: bool = False) -> None:
         self.path = path
+        if not is_remote(path):
+            self.path = SourcePath(path)
+            self.path.root_of, self.path.bounds = self, Bounds(Path(path), follow_links)
         self.info: dict[str, str] = {}
         self.warnings: list[str] = []
 
@@ -63,12 +68,13 @@ class PathRoot:
         return CheckpointNotFoundError(f"{self.path}: {what}: {expected}")
 
 
-def open_root(source: str | os.PathLike[str], revision: str | None = None) -> Root:
+def open_root(source: str | os.PathLike[str], revision: str | None = None, *, follow_links: bool = False) -> Root:
     """Return the root that ``source`` names.
 
     Args:
         source: A path, a URL, or the id of a repository of the Hub.
         revision: A branch, tag or commit of the Hub.
+        follow_links: Whether links of the local disk that leave the checkpoint are read.
 
     Raises:
         CheckpointNotFoundError: There is nothing at that path.
@@ -80,7 +86,7 @@ def open_root(source: str | os.PathLike[str], revision: str | None = None) -> Ro
     path = as_path(source if revision is None else hub.with_revision(str(source), revision))
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such file or folder")
-    return PathRoot(path)
+    return PathRoot(path, follow_links)
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
