@@ -29,6 +29,9 @@ Progress = Callable[[str, int, int], None]
 Decorator = Callable[[Any], Any]
 
 JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+FOLLOW_LINKS: Decorator = click.option(
+    "--follow-links", is_flag=True, help="Read what links lead to that leave the checkpoint (default: refuse)."
+)
 QUIET: Decorator = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 DEBUG: Decorator = click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
 

@@ -23,9 +23,10 @@ Example:
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read, if CKPT holds several.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
 @click.option("--all", "show_all", is_flag=True, help=f"List every tensor instead of the first {SHOWN_ROWS}.")
+@console.FOLLOW_LINKS
 @console.JSON
 @console.DEBUG
-def inspect(checkpoint: str, tag: str | None, revision: str | None, show_all: bool, as_json: bool, debug: bool) -> None:
+def inspect(checkpoint: str, show_all: bool, as_json: bool, debug: bool, **options: Any) -> None:
     """Show what a checkpoint holds.
 
     That is its format, step, world sizes, tensors, ties and problems. Only metadata is read, a few kilobytes whatever
@@ -34,7 +35,7 @@ def inspect(checkpoint: str, tag: str | None, revision: str | None, show_all: bo
     from dsconv.checkpoint import open_checkpoint
 
     console.quiet_downloads(as_json)
-    found = open_checkpoint(checkpoint, tag, revision)
+    found = open_checkpoint(checkpoint, **options)
     if as_json:
         console.show_json(describe(found))
     else:

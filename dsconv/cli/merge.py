@@ -18,6 +18,7 @@ ARGUMENTS = (
 SOURCE_OPTIONS = (
     click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names)."),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main)."),
+    console.FOLLOW_LINKS,
 )
 ITEM = click.option("--item", metavar="KEY", help="Which model of several, such as actor; the error lists them.")
 TENSOR_OPTIONS = (

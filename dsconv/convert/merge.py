@@ -12,7 +12,7 @@ from dsconv.checkpoint.map.dtypes import DType, parse_dtype
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.local import is_remote
-from dsconv.checkpoint.storage.roots import as_path
+from dsconv.checkpoint.storage.roots import PathRoot, as_path
 from dsconv.convert import sidecars
 from dsconv.convert.adapters.choosing import STEM as ADAPTER_STEM
 from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
@@ -75,8 +75,8 @@ def default_output(checkpoint: Checkpoint, suffix: str = "fp32") -> Path:
     if is_remote(checkpoint.path):
         return Path(f"{tag or checkpoint.path.stem or 'model'}-{suffix}")
     if tag:
-        return checkpoint.folder / f"{tag}-{suffix}"
-    path = checkpoint.path.resolve()
+        return Path(checkpoint.folder, f"{tag}-{suffix}")
+    path = Path(checkpoint.path).resolve()
     return path.parent / f"{path.stem if path.is_file() else path.name}-{suffix}"
 
 
@@ -87,6 +87,7 @@ def merge(
     tag: str | None = None,
     revision: str | None = None,
     item: str | None = None,
+    follow_links: bool = False,
     dtype: str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     exclude_frozen: bool = False,
@@ -115,6 +116,7 @@ def merge(
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
         revision: the branch, tag or commit of a model on the Hub.
         item: the key of the model to take, where the checkpoint holds several.
+        follow_links: read what links lead to that leave the checkpoint's folder, or ``config_from``.
         dtype: fp32, bf16 or fp16. Every floating tensor of 16 bits or more is cast to it, once, to nearest even.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a larger tensor exceeds it.
         exclude_frozen: leave out weights that were not trained.
@@ -148,8 +150,8 @@ def merge(
         dtype=parse_dtype(dtype) if dtype else None,
         max_shard_bytes=parse_size(max_shard_size),
         exclude_frozen=exclude_frozen,
-        adapter=AdapterOptions(adapter, adapter_name, fold_lora, base),
-        config_from=as_path(config_from) if config_from is not None else None,
+        adapter=AdapterOptions(adapter, adapter_name, fold_lora, base, follow_links),
+        config_from=PathRoot(as_path(config_from), follow_links).path if config_from is not None else None,
         dry_run=dry_run,
         verify_output=verify_output,
         push_to_hub=push_to_hub,
@@ -158,7 +160,11 @@ def merge(
     )
     if output is not None and not dry_run and not isinstance(source, Checkpoint) and _same(source, output):
         finish_interrupted(as_path(output))
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, revision, item)
+    checkpoint = (
+        source
+        if isinstance(source, Checkpoint)
+        else open_checkpoint(source, tag, revision, item, follow_links=follow_links)
+    )
     if output is None:
         suffix = (
             "adapter"

@@ -55,6 +55,7 @@ def to_universal(
     output: str | os.PathLike[str] | None = None,
     *,
     tag: str | None = None,
+    follow_links: bool = False,
     exclude_frozen: bool = False,
     dry_run: bool = False,
     verify_output: bool = False,
@@ -74,6 +75,7 @@ def to_universal(
             ``--output_folder`` of the official tool does: its parent gets a ``latest_universal`` that names it, so
             both ``load_checkpoint(parent)`` and ``load_checkpoint(output)`` find it.
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
+        follow_links: read what links lead to that leave the checkpoint's folder.
         exclude_frozen: make no files in ``zero/`` for frozen weights and buffers. No loader of DeepSpeed's looks for
             them there; they stay in the model states.
         dry_run: write nothing, and report the plan.
@@ -91,9 +93,9 @@ def to_universal(
             value a weight; OutputError when the output exists (without ``force``), is being written by another run or
             does not fit the disk; MismatchError when ``verify_output`` finds a difference.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, follow_links=follow_links)
     training = training_of(checkpoint)
-    target = Path(output) if output is not None else checkpoint.folder / f"{checkpoint.info['tag']}_universal"
+    target = Path(output) if output is not None else Path(checkpoint.folder, f"{checkpoint.info['tag']}_universal")
     plan = plan_universal(checkpoint, training, exclude_frozen)
     report = _report(checkpoint, training, target, plan, dry_run)
     if dry_run:

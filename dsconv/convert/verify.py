@@ -60,6 +60,7 @@ def verify(
     allow_cast: bool = False,
     subset: bool = False,
     revision: str | None = None,
+    follow_links: bool = False,
     renamed: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -73,6 +74,7 @@ def verify(
         allow_cast: a float of another dtype in ``b`` must be ``a``'s, cast once to nearest even.
         subset: tensors that only ``a`` has are not differences.
         revision: that of the one, or of both, that lie on the Hub.
+        follow_links: read what links lead to that leave the folders.
         renamed: {name in ``b``: name in ``a``}.
         progress: called with ("verify", bytes done, bytes in all).
 
@@ -83,7 +85,9 @@ def verify(
     first, second = (
         given
         if isinstance(given, Checkpoint)
-        else open_checkpoint(given, revision=revision if given in on_hub or not on_hub else None)
+        else open_checkpoint(
+            given, revision=revision if given in on_hub or not on_hub else None, follow_links=follow_links
+        )
         for given in (a, b)
     )
     report = VerifyReport(str(first.path), str(second.path))

@@ -25,12 +25,14 @@ class AdapterOptions:
         name: Which of several adapters.
         fold: Fold the adapter into its base.
         base: The base model, for ``fold``, where the checkpoint holds an adapter alone.
+        follow_links: Whether links that leave the folder of ``base`` are read.
     """
 
     alone: bool = False
     name: str | None = None
     fold: bool = False
     base: str | os.PathLike[str] | None = None
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.alone and self.fold:
@@ -79,7 +81,7 @@ def choose(
     """
     folders = [config_from] if config_from is not None else near
     if options.fold:
-        base = open_checkpoint(options.base) if options.base is not None else None
+        base = open_checkpoint(options.base, follow_links=options.follow_links) if options.base is not None else None
         folded = fold_lora(
             checkpoint, [*folders, *(near if config_from is not None else [])],
             base=base, adapter_name=options.name, dtype=dtype,

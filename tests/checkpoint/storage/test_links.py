@@ -18,6 +18,7 @@ from dsconv import merge, open_checkpoint
 from dsconv.checkpoint.storage.local import open_for_reading, read_small
 from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MissingShardError, UnsafeError
+from tests.cli.running import dsconv
 from tests.trained import Trained, load_safetensors, same
 
 FULL = torch.arange(12, dtype=torch.float32).view(3, 4)
@@ -95,6 +96,29 @@ def test_a_link_that_leaves_the_folder_is_refused(name: str, tmp_path: Path) -> 
     assert str(target) in str(error.value)
     found = open_checkpoint(tmp_path / "ckpt", follow_links=True)
     assert same(found["w"].read(), FULL)
+
+
+def test_every_command_takes_follow_links(tmp_path: Path) -> None:
+    linked_weights(tmp_path / "ckpt", tmp_path / "home")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").symlink_to(tmp_path / "ckpt" / "config.json")
+    for command, *arguments in (
+        ("inspect", "ckpt"),
+        ("merge", "ckpt", "merged"),
+        ("merge", "ckpt", "other", "--config-from", "config"),
+        ("verify", "ckpt", "merged"),
+        ("to-dcp", "ckpt", "dcp"),
+    ):
+        refused = dsconv(command, *arguments, cwd=tmp_path)
+        assert refused.code == 4, refused.err
+        assert "a link that leaves the checkpoint" in refused.err
+        followed = dsconv(command, *arguments, "--follow-links", cwd=tmp_path)
+        assert followed.code == 0, followed.err
+    assert same(load_safetensors(tmp_path / "other")["w"], FULL)
+    assert (tmp_path / "other" / "config.json").is_file()
+    linked_weights(tmp_path / "own", tmp_path / "home")
+    assert dsconv("to-universal", "own", "universal", cwd=tmp_path).code == 4
+    assert "safetensors" in dsconv("to-universal", "own", "universal", "--follow-links", cwd=tmp_path).err
 
 
 def test_files_of_deepspeed_and_dcp_are_held_to_the_same_rule(copied: Callable[[str], Path], tmp_path: Path) -> None:

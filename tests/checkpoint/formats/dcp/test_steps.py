@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def save_for_the_hub(folder: Path, seed: int) -> dict[str, Tensor]:
     return weights(seed)
 
 
-def holds(path: Path, truth: dict[str, Tensor], **options: str) -> dsconv.Checkpoint:
+def holds(path: Path, truth: dict[str, Tensor], **options: Any) -> dsconv.Checkpoint:
     found = dsconv.open_checkpoint(path, **options)
     assert set(found) == set(truth)
     assert all(same(found[name].read(), tensor) for name, tensor in truth.items())
