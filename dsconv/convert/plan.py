@@ -175,7 +175,7 @@ def _shard(filename: str, group: list[tuple[str, TensorEntry, DType]]) -> Shard:
         offsets = [tensor.offset_bytes, tensor.offset_bytes + tensor.nbytes]
         header[tensor.name] = {
             "dtype": tensor.dtype.safetensors,
-            "shape": list(tensor.entry.shape),
+            "shape": tensor.dtype.header_shape(tensor.entry.shape),
             "data_offsets": offsets,
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

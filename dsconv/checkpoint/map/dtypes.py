@@ -10,15 +10,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DType:
-    """One element type. ``itemsize`` is in bytes."""
+    """One element type. ``itemsize`` is in bytes.
+
+    Elements of less than a byte are packed: ``packed`` are how many of them take how many bytes. The map counts their
+    bytes, so that they are copied like any others: the last dimension of a shape is in bytes, as torch has it for
+    ``float4_e2m1fn_x2``. safetensors counts the elements themselves (``header_shape``).
+    """
 
     name: str  # torch's name, as in ``torch.bfloat16``
     safetensors: str
     itemsize: int
     floating: bool = False
+    packed: tuple[int, int] = (1, 1)
 
     def __str__(self) -> str:
         return self.name
+
+    def header_shape(self, shape: tuple[int, ...]) -> list[int]:
+        """Return a shape of the map as a safetensors header has it: in elements."""
+        elements, nbytes = self.packed
+        return [*shape[:-1], shape[-1] // nbytes * elements] if self.packed != (1, 1) else list(shape)
+
+    def map_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shape of a safetensors header as the map has it; None where a row does not end with a byte."""
+        elements, nbytes = self.packed
+        if self.packed == (1, 1):
+            return shape
+        return (*shape[:-1], shape[-1] // elements * nbytes) if shape and shape[-1] % elements == 0 else None
 
 
 _TABLE = (
@@ -31,6 +49,7 @@ _TABLE = (
     DType("float8_e8m0fnu", "F8_E8M0", 1, True),
     DType("float8_e4m3fnuz", "F8_E4M3FNUZ", 1, True),
     DType("float8_e5m2fnuz", "F8_E5M2FNUZ", 1, True),
+    DType("float4_e2m1fn_x2", "F4", 1, True, (2, 1)),
     DType("complex64", "C64", 8),
     DType("int64", "I64", 8),
     DType("int32", "I32", 4),
@@ -43,7 +62,12 @@ _TABLE = (
     DType("bool", "BOOL", 1),
 )
 BY_NAME = {dtype.name: dtype for dtype in _TABLE}
-BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE}
+# torch has no type for these; they are copied, and cannot be read into a torch tensor.
+_UNKNOWN_TO_TORCH = (
+    DType("float6_e2m3", "F6_E2M3", 1, True, (4, 3)),
+    DType("float6_e3m2", "F6_E3M2", 1, True, (4, 3)),
+)
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in (*_TABLE, *_UNKNOWN_TO_TORCH)}
 STORAGE_CLASSES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",

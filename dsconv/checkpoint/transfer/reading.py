@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsconv.checkpoint.map.regions import count_before, scatter
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.storage.local import OpenFile, open_for_reading
-from dsconv.errors import require_packages
+from dsconv.errors import UnsupportedError, require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +179,10 @@ def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:
         low, high, remaining = 0, rows, index
     shape = (high - low, *entry.shape[1:]) if entry.shape else ()
     row_numel = entry.numel // rows if rows else 0
-    tensor = torch.empty(shape, dtype=getattr(torch, entry.dtype.name))
+    dtype = getattr(torch, entry.dtype.name, None)
+    if dtype is None:
+        raise UnsupportedError(f"{entry.name!r} is of {entry.dtype}, which this release of torch does not have")
+    tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
         with Sources() as sources:
             read_flat_into(entry, low * row_numel, tensor_bytes(tensor), sources)

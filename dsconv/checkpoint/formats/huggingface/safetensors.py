@@ -190,7 +190,14 @@ def _item(path: Path, name: str, item: Any) -> tuple[DType, tuple[int, ...], int
         ) from None
     if dtype not in BY_SAFETENSORS:
         raise UnsupportedError(f"{path}: {safe_repr(name)} is of dtype {safe_repr(dtype)}, which dsconv does not read")
-    return BY_SAFETENSORS[dtype], tuple(shape), begin, end
+    found = BY_SAFETENSORS[dtype]
+    sizes = found.map_shape(tuple(shape))
+    if sizes is None:
+        raise UnsupportedError(
+            f"{path}: {safe_repr(name)} of {dtype} {safe_repr(shape)} has rows that do not end with a byte, which"
+            " dsconv does not read"
+        )
+    return found, sizes, begin, end
 
 
 def _nbytes(path: Path, name: str, dtype: DType, shape: tuple[int, ...]) -> int:
