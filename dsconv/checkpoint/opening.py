@@ -7,6 +7,7 @@ import os
 
 from dsconv.checkpoint.formats.table import EXPECTED, formats
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry, prove_tiling
+from dsconv.checkpoint.pickles.schema import expect_name
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import first_signature
 from dsconv.checkpoint.storage.roots import Root, open_root
@@ -59,6 +60,8 @@ def open_checkpoint(
     except OSError as error:
         raise MalformedError(f"{error.filename or root.path}: cannot be read: {error.strerror}") from None
     for entry in checkpoint.values():
+        for name in (entry.name, *entry.aliases):
+            expect_name(name, root.path, "the name of a tensor")
         _check_countable(root, entry)
         prove_tiling(entry)
     checkpoint.info.update(root.info)

@@ -18,9 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsconv.checkpoint.formats.huggingface.index import MAX_NAME_BYTES
+from dsconv.checkpoint.formats.items.state_dicts import MAX_DEPTH
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.regions import Sizes
 from dsconv.checkpoint.pickles import machine
+from dsconv.checkpoint.pickles.schema import are_sizes, is_name, wrong_name
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, Instance, safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading
 from dsconv.errors import (
@@ -156,24 +158,30 @@ def _add(whole: Metadata, path: Path) -> None:
         )
     places = _places(storage, path)
     for name, meta in tensors.items():
-        if not isinstance(name, str):
-            raise MalformedError(f"{path}: a tensor is called {safe_repr(name)}")
+        if not is_name(name):
+            raise wrong_name(name, path, "the name of an item")
         if isinstance(meta, Instance) and meta.cls.endswith(".BytesStorageMetadata"):
             whole.objects.setdefault(name, places.get((name, _key(None))))
             continue
         _add_tensor(whole, name, _tensor(name, _instance(meta, "TensorStorageMetadata", path), places, path))
     planner = root.get("planner_data")
     for name, parts in planner.items() if isinstance(planner, dict) else ():
-        if (
-            isinstance(name, str)
-            and isinstance(parts, (tuple, list))
-            and parts
-            and all(type(p) in (str, int) for p in parts)
-        ):
-            whole.paths.setdefault(name, tuple(map(str, parts)))
+        if isinstance(name, str) and name in tensors:
+            whole.paths.setdefault(name, _path(name, parts, path))
     for (name, _), stored in places.items():
         whole.stored.setdefault(stored.file, []).append((stored.offset_bytes, stored.nbytes, name))
     whole.files.append(path)
+
+
+def _path(name: str, parts: Any, path: Path) -> tuple[str, ...]:
+    """Return the keys that lead to an item in the nested state dict; a list's are numbers."""
+    if (
+        not isinstance(parts, (tuple, list))
+        or not 0 < len(parts) <= MAX_DEPTH
+        or not all(type(part) is int or is_name(part) for part in parts)
+    ):
+        raise MalformedError(f"{path}: planner_data leads to {safe_repr(name)} by {safe_repr(parts)}; expected keys")
+    return tuple(map(str, parts))
 
 
 def _add_tensor(whole: Metadata, name: str, tensor: TensorMeta) -> None:
@@ -208,7 +216,7 @@ def _places(storage: dict[Any, Any], path: Path) -> dict[tuple[str, str], Stored
     for key, value in storage.items():
         index, info = _instance(key, "MetadataIndex", path), _instance(value, "_StorageInfo", path)
         name, offset = index.get("fqn"), index.get("offset")
-        if not isinstance(name, str) or not (offset is None or _are_sizes(offset)):
+        if not is_name(name) or not (offset is None or _are_sizes(offset)):
             raise MalformedError(f"{path}: storage_data has the key {safe_repr(name)} at {safe_repr(offset)}")
         file, start, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
         if not isinstance(file, str):
@@ -271,4 +279,4 @@ def _tensor(name: str, meta: Instance, places: dict[tuple[str, str], Stored], pa
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(n) is int and 0 <= n < MAX_NUMEL for n in value)
+    return isinstance(value, tuple) and are_sizes(value)

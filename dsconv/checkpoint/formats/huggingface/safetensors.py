@@ -23,6 +23,7 @@ from dsconv.checkpoint.formats.huggingface.index import (
 )
 from dsconv.checkpoint.map.dtypes import BY_SAFETENSORS, DType
 from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
+from dsconv.checkpoint.pickles.schema import are_sizes
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading
 from dsconv.checkpoint.storage.roots import Root
@@ -182,7 +183,7 @@ def _item(path: Path, name: str, item: Any) -> tuple[DType, tuple[int, ...], int
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
         if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(item["data_offsets"], list):
             raise ValueError
-        if not all(type(n) is int and 0 <= n < MAX_NUMEL for n in (*shape, begin, end)) or begin > end:
+        if not are_sizes(shape) or not are_sizes((begin, end)) or begin > end:
             raise ValueError
     except (TypeError, ValueError):
         raise MalformedError(

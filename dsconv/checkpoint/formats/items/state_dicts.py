@@ -13,7 +13,9 @@ from dsconv.errors import MalformedError
 
 Parts = tuple[str, ...]
 MAX_DEPTH = 32  # of dictionaries in each other
-MAX_LEAVES = 2_000_000  # a dictionary that is referred to many times is walked many times
+# A dictionary that is referred to many times is walked many times; real files refer to one a few times at most.
+FREE_ITEMS = 100_000
+MAX_REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,20 @@ def walk(
         describe: Returns shape and whether it is floating for what counts as a tensor, None for anything else.
 
     Raises:
-        MalformedError: It is nested too deeply, contains itself, or has too many items.
+        MalformedError: It is nested too deeply, contains itself, or refers to the same dictionaries many times.
     """
     found: dict[Parts, tuple[Leaf, Any, Any]] = {}
+    walked: set[int] = set()
+    items = once = 0
 
     def visit(node: dict[Any, Any] | list[Any] | tuple[Any, ...], parts: Parts) -> None:
+        nonlocal items, once
+        items += len(node)
+        if id(node) not in walked:
+            walked.add(id(node))
+            once += len(node)
+        if items > FREE_ITEMS + MAX_REPEATS * once:
+            raise MalformedError(f"{path}: the same dictionaries are referred to again and again: not a checkpoint")
         if len(parts) > MAX_DEPTH:
             raise MalformedError(f"{path}: dictionaries are nested over {MAX_DEPTH} deep: not a checkpoint")
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
@@ -84,8 +95,6 @@ def walk(
                 continue
             described = describe(value)
             found[where] = (Leaf(where) if described is None else Leaf(where, *described), value, key)
-            if len(found) > MAX_LEAVES:
-                raise MalformedError(f"{path}: over {MAX_LEAVES} items: not a checkpoint")
 
     visit(root, ())
     return found

@@ -248,6 +248,13 @@ def legacy_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+def nested(depth: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {"w": torch.ones(2)}
+    for _ in range(depth):
+        inner = {"a": inner}
+    return inner
+
+
 ONE = legacy_bytes({"w": torch.arange(5, dtype=torch.float32)})
 REFUSED: dict[str, tuple[Any, type[DsconvError], str]] = {
     "several": (
@@ -266,6 +273,9 @@ REFUSED: dict[str, tuple[Any, type[DsconvError], str]] = {
         "no tensor of a model; it holds",
     ),
     "no tensors": ({"a": 1}, MalformedError, "not a state dict"),
+    "safetensors' own name": ({"__metadata__": torch.ones(2)}, MalformedError, "which safetensors keeps for itself"),
+    "half a character": ({"\ud800": torch.ones(2)}, MalformedError, "characters that UTF-8 can hold"),
+    "a nest of dictionaries": (nested(40), MalformedError, "nested over 32 deep"),
     "empty": ({}, MalformedError, "the state dict is empty"),
     "a list": ([torch.ones(2)], MalformedError, "holds a list"),
     "a tensor": (torch.ones(2), MalformedError, "holds a TensorRef|expected a state dict"),
@@ -419,3 +429,17 @@ def test_a_legacy_deepspeed_file_is_read_like_a_zip(tmp_path: Path) -> None:
     file = TorchFile(tmp_path / "a.pt")
     assert file.root["steps"].shape == ()
     assert file.value(file.root["steps"]) == (2**40 + 1).to_bytes(8, "little")
+
+
+def test_a_dictionary_that_holds_itself_and_one_that_is_shared_a_billion_times_are_refused(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"w": torch.ones(2)}
+    state["again"] = state
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(MalformedError, match="nested over 32 deep"):
+        open_checkpoint(tmp_path / "a.pt")
+    shared: dict[str, Any] = {"w": torch.ones(2)}
+    for _ in range(9):
+        shared = {str(i): shared for i in range(10)}
+    torch.save(shared, tmp_path / "b.pt")
+    with pytest.raises(MalformedError, match="referred to again and again: not a checkpoint"):
+        open_checkpoint(tmp_path / "b.pt")
