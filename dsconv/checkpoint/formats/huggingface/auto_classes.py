@@ -1,0 +1,52 @@
+"""Which ``AutoModelFor…`` of transformers loads an architecture, read from its source without importing it."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+# Of several classes that load an architecture, the one that people use.
+PREFERRED = (
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM",
+    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
+    "AutoModelForMaskedLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageClassification", "AutoModel",
+)  # fmt: skip
+# The class by what an architecture's name ends with, where transformers is not there to say it.
+ENDINGS = {
+    "ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification", "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+}  # fmt: skip
+
+
+def auto_class(architecture: str, kind: str) -> str:
+    """Return the class to call ``from_pretrained`` of: an Auto class where one loads it, else the architecture itself.
+
+    Args:
+        architecture: As config.json has it.
+        kind: Its model_type.
+    """
+    text = _source()
+    if text is None:
+        return next((auto for ending, auto in ENDINGS.items() if architecture.endswith(ending)), architecture)
+    pairs = re.findall(r"class (AutoModel\w*)\(_BaseAutoModelClass\):.*?_model_mapping = (\w+)", text, re.S)
+    item = re.compile(rf'\("{re.escape(kind)}",\s*\(?[^)]*"{re.escape(architecture)}"')
+    found = []
+    for auto, mapping in pairs:
+        begin = re.search(rf"^{mapping}_NAMES\b.*= OrderedDict\(", text, re.M)
+        if begin is not None and item.search(text, begin.end(), text.find("\n)", begin.end())):
+            found.append(auto)
+    return next((auto for auto in PREFERRED if auto in found), architecture)
+
+
+def _source() -> str | None:
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    try:
+        path = Path(spec.submodule_search_locations[0]) / "models" / "auto" / "modeling_auto.py"
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None

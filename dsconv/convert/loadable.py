@@ -1,0 +1,256 @@
+"""Does the output load? Its names and shapes are compared with the architecture that its config.json names.
+
+Three ways, the cheapest first: the architecture's source in transformers is read without importing it (milliseconds);
+where that does not tell, as of models whose weights transformers renames or fuses, transformers itself builds the model
+on the meta device, in this process where it is imported already, else in one of its own that runs beside the copy; and
+without transformers nothing is claimed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dsconv.checkpoint.formats.huggingface.auto_classes import auto_class
+from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
+from dsconv.convert.adapters.methods import adapters_in, is_saved_form
+from dsconv.convert.plan import Plan
+
+MAX_CONFIG_BYTES = 8 << 20
+PROBE_SECONDS = 120
+FOREIGN = {
+    "torchtitan": ("tok_embeddings.weight", ".attention.wq.", ".attention.qkv_linear.", ".feed_forward.w1."),
+    "Megatron-core": (".self_attention.linear_qkv.", ".mlp.linear_fc1.", "embedding.word_embeddings.weight"),
+}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Whether ``from_pretrained`` finds the weights that its architecture has, and no others.
+
+    Attributes:
+        loadable: None where it was not found out.
+        call: What loads it, as one writes it in Python; "" where that is not known.
+        missing: Names that the architecture has and the output has not, or in another shape.
+        unexpected: Names that the output has and the architecture has not.
+        problem: What is wrong and which option mends it; "" where nothing is.
+    """
+
+    loadable: bool | None = None
+    call: str = ""
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    problem: str = ""
+
+
+class LoadingCheck:
+    """A comparison that was begun, and may go on in a process of its own while the output is written.
+
+    Args:
+        plan: What is written.
+        files: {name: content} of the files beside the weights.
+        output: The folder's name, for what is said.
+    """
+
+    def __init__(self, plan: Plan, files: Mapping[str, bytes], output: str) -> None:
+        self._plan = plan
+        self._output = output
+        self._shapes = {tensor.name: tensor.entry.shape for tensor in plan.placed}
+        self._stack = contextlib.ExitStack()
+        self._process: subprocess.Popen[str] | None = None
+        self._loading: Loading | None = None
+        if "adapter_config.json" in files and plan.shards[0].filename.startswith("adapter_model"):
+            self._loading = Loading(True, f'PeftModel.from_pretrained(base, "{output}")')
+            return
+        self._config = _parse(files.get("config.json"))
+        self._architecture = _architecture(self._config)
+        if self._architecture is None:
+            self._loading = Loading()
+            return
+        skeleton = read_skeleton(self._config)
+        if skeleton is not None:
+            self._loading = self._judge(*compare(skeleton, self._shapes))
+        elif _has("torch") and _has("transformers") and "auto_map" not in self._config:
+            self._ask_transformers(files["config.json"])
+        else:
+            self._loading = Loading()
+
+    def __enter__(self) -> LoadingCheck:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+        self._stack.close()
+
+    @property
+    def known(self) -> bool:
+        """Whether the answer is there already."""
+        return self._loading is not None
+
+    def result(self) -> Loading:
+        """Return the answer, after waiting for it."""
+        if self._loading is None and self._process is not None:
+            try:
+                text, _ = self._process.communicate(timeout=PROBE_SECONDS)
+                answer = json.loads(text.strip().splitlines()[-1])
+            except (subprocess.TimeoutExpired, ValueError, IndexError):
+                answer = {"error": "transformers gave no answer"}
+            self._loading = self._answered(answer)
+        return self._loading or Loading()
+
+    def _ask_transformers(self, config: bytes) -> None:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dsconv-loading-")))
+        try:
+            (folder / "config.json").write_bytes(config)
+            for shard in self._plan.shards:
+                with open(folder / shard.filename, "wb") as file:
+                    file.write(shard.header)
+                    file.truncate(shard.nbytes)  # a hole: the data are not looked at
+            if (index := self._plan.index()) is not None:
+                (folder / self._plan.index_name).write_bytes(index)
+        except OSError:
+            self._loading = Loading()
+            return
+        if "torch" in sys.modules and "transformers.modeling_utils" in sys.modules:
+            from dsconv.convert.loading_probe import probe
+
+            self._loading = self._answered(probe(str(folder), str(self._architecture)))
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dsconv.convert.loading_probe", str(folder), str(self._architecture)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def _answered(self, answer: dict[str, Any]) -> Loading:
+        if "error" in answer:
+            return Loading()
+        return self._judge([*answer["missing"], *answer["mismatched"]], answer["unexpected"], answer["mismatched"])
+
+    def _judge(self, missing: list[str], unexpected: list[str], mismatched: list[str]) -> Loading:
+        architecture = str(self._architecture)
+        auto = auto_class(architecture, str(self._config.get("model_type")))
+        call = f'{auto}.from_pretrained("{self._output}")'
+        if not missing and not unexpected:
+            return Loading(True, call)
+        parts = []
+        if missing:
+            what = "missing" if not mismatched else "missing or of another shape"
+            parts.append(f"{len(missing)} of its weights are {what} (first {missing[0]!r})")
+        if unexpected:
+            parts.append(f"{len(unexpected)} tensors are not its own (first {unexpected[0]!r})")
+        problem = f"{self._output} does not load as {architecture}, which its config.json names: {' and '.join(parts)}"
+        return Loading(False, call, missing, unexpected, f"{problem}. {_advice(self._shapes, missing, unexpected)}")
+
+
+def compare(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str], list[str]]:
+    """Return the names that are missing (or of another shape), those that are unexpected, and those of another shape.
+
+    Args:
+        skeleton: What the architecture has.
+        shapes: {name: shape} of what there is.
+    """
+    found = _with_prefix(skeleton, shapes)
+    missing = set(skeleton.shapes) - set(found)
+    for name, owner in skeleton.tied.items():
+        if owner in found:
+            missing.discard(name)
+        elif name in found:
+            missing.discard(owner)
+    for name, owner in skeleton.tied.items():  # several names of one tensor
+        if owner in skeleton.shapes and owner not in missing:
+            missing.discard(name)
+    if skeleton.unneeded is not None:
+        missing = {name for name in missing if not skeleton.unneeded.search(name)}
+    unexpected = [name for name in found if name not in skeleton.shapes]
+    if skeleton.ignored is not None:
+        unexpected = [name for name in unexpected if not skeleton.ignored.search(name)]
+    mismatched = sorted(
+        name for name, shape in found.items()
+        if (wanted := skeleton.shapes.get(name)) is not None and wanted != tuple(shape)
+    )  # fmt: skip
+    return sorted(missing | set(mismatched)), sorted(unexpected), mismatched
+
+
+def _with_prefix(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    """Return ``shapes`` under the model's own names: transformers loads the part without a head into one with a head."""
+    prefix = skeleton.prefix
+    if not prefix:
+        return shapes
+    has = any(name.startswith(prefix) for name in skeleton.shapes)
+    given = any(name.startswith(prefix) for name in shapes)
+    if has and not given:
+        return {prefix + name if prefix + name in skeleton.shapes else name: shape for name, shape in shapes.items()}
+    if given and not has:
+        return {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    return shapes
+
+
+def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpected: list[str]) -> str:
+    """Return which option mends it."""
+    if any(0 in shape for shape in shapes.values()):
+        return "Some tensors are empty: this file was saved without gathering ZeRO-3's partitions. Merge the checkpoint"
+    if adapters_in(shapes) or is_saved_form(shapes):
+        return "These are the names of a PEFT model: use --adapter for the adapter, or --fold-lora for a plain model"
+    for framework, marks in FOREIGN.items():
+        if any(mark in name for name in unexpected for mark in marks):
+            return f"These are names of {framework}: use --names hf"
+    wanted = set(missing)
+    groups: dict[str, list[str]] = {}
+    for name in unexpected:
+        for prefix in _prefixes(name):
+            if name.removeprefix(prefix) in wanted:
+                groups.setdefault(prefix, []).append(name)
+    if groups:
+        prefix = max(groups, key=lambda one: len(groups[one]))
+        rest = [name for name in unexpected if not name.startswith(prefix)]
+        if not rest:
+            return f"Use --strip-prefix {prefix}"
+        return f"The model's own names follow {prefix!r}: use --include '{prefix}*' --strip-prefix {prefix}"
+    if missing and not unexpected:
+        return (
+            "The checkpoint does not hold them (frozen weights may have been left out when it was saved): take them from"
+            " the base model"
+        )
+    if unexpected and not missing:
+        return "from_pretrained leaves them out: load them yourself, or leave them out with --exclude"
+    return "Name the model's own folder with --config-from, or rename tensors with --rename"
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    for count in range(1, min(4, len(parts))):
+        yield ".".join(parts[:count]) + "."
+
+
+def _parse(data: bytes | None) -> dict[str, Any]:
+    if data is None or len(data) > MAX_CONFIG_BYTES:
+        return {}
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    kind = config.get("model_type")
+    return first if isinstance(first, str) and first.isidentifier() and isinstance(kind, str) else None
+
+
+def _has(package: str) -> bool:
+    return package in sys.modules or find_spec(package) is not None
