@@ -135,14 +135,24 @@ def _run(options: dict[str, Any]) -> None:
         console.say(f"{alias} is tied to {name}, stored once")
     if report.sidecars:
         console.say(f"with {', '.join(report.sidecars)}")
-    elif not options["adapter"]:
+    if report.pushed is not None:
+        console.show_push(report.pushed)
+    _show_loading(report, options["adapter"])
+
+
+def _show_loading(report: Any, is_adapter: bool) -> None:
+    """Say how the output is loaded, or how much of it would be missing (the warning above says which)."""
+    if report.loadable:
+        console.say(f"loads with {report.loads_with}")
+    elif report.loadable is False:
+        counts = f"{console.count(len(report.missing), 'weight')} missing, {len(report.unexpected)} unexpected"
+        console.say(f"does not load with {report.loads_with}: {counts}")
+    elif "config.json" not in report.sidecars and not is_adapter:
         console.say(
             "No config.json was found beside the checkpoint. Name the model's folder with --config-from to make OUT"
             " loadable.",
             err=True,
         )
-    if report.pushed is not None:
-        console.show_push(report.pushed)
 
 
 def _show_plan(report: Any) -> None:

@@ -11,7 +11,7 @@ Rules: peft 0.21 ``tuners/lora/model.py`` (``_create_and_replace``: ranks and al
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsconv.checkpoint.map.dtypes import DType
@@ -38,6 +38,14 @@ UNDERSTOOD = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A folded model, and the names of its tensors that the adapter changed or replaced."""
+
+    checkpoint: Checkpoint
+    touched: frozenset[str]
+
+
 def fold_lora(
     checkpoint: Checkpoint,
     folders: list[Path],
@@ -45,7 +53,7 @@ def fold_lora(
     base: Checkpoint | None = None,
     adapter_name: str | None = None,
     dtype: DType | None = None,
-) -> Checkpoint:
+) -> Folded:
     """Return the model that ``merge_and_unload`` gives, as a checkpoint under the base model's own names.
 
     Args:
@@ -86,7 +94,8 @@ def fold_lora(
     source = own if base is None else _by_name(base, folders)
     kind = _model_type(folders, base)
     entries = Folder(adapter.config, source, kind, dtype, upcast=base is not None, where=checkpoint.path)
-    return _checkpoint_of(checkpoint, base, entries.fold(layers, others))
+    result = entries.fold(layers, others)
+    return Folded(_checkpoint_of(checkpoint, base, result), frozenset(entries.touched))
 
 
 def _refuse_settings(adapter: Adapter, checkpoint: Checkpoint) -> None:

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.huggingface.auto_classes import auto_class
+from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of, auto_class
 from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
 from dsconv.convert.adapters.methods import adapters_in, is_saved_form
 from dsconv.convert.plan import Plan
@@ -72,8 +72,9 @@ class LoadingCheck:
             return
         self._config = _parse(files.get("config.json"))
         self._architecture = _architecture(self._config)
-        if self._architecture is None:
-            self._loading = Loading()
+        self._is_guess = self._architecture is None
+        if self._is_guess:
+            self._try_architectures(files.get("config.json"))
             return
         skeleton = read_skeleton(self._config)
         if skeleton is not None:
@@ -108,6 +109,22 @@ class LoadingCheck:
             self._loading = self._answered(answer)
         return self._loading or Loading()
 
+    def _try_architectures(self, config: bytes | None) -> None:
+        """Take the class of the model_type that all weights fit: a file without ``architectures`` claims no other."""
+        kind = self._config.get("model_type")
+        candidates = architectures_of(kind) if isinstance(kind, str) and "auto_map" not in self._config else []
+        skeletons = [read_skeleton({**self._config, "architectures": [name]}) for name in candidates]
+        for name, skeleton in zip(candidates, skeletons, strict=True):
+            if skeleton is not None and not any(compare(skeleton, self._shapes)):
+                self._architecture = name
+                self._loading = self._judge([], [], [])
+                return
+        if candidates and skeletons[0] is None and config is not None and _has("torch") and _has("transformers"):
+            self._architecture = candidates[0]
+            self._ask_transformers(config)
+        else:
+            self._loading = Loading()
+
     def _ask_transformers(self, config: bytes) -> None:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dsconv-loading-")))
         try:
@@ -135,7 +152,9 @@ class LoadingCheck:
         )
 
     def _answered(self, answer: dict[str, Any]) -> Loading:
-        if "error" in answer:
+        if "error" in answer or (
+            self._is_guess and (answer["missing"] or answer["unexpected"] or answer["mismatched"])
+        ):
             return Loading()
         return self._judge([*answer["missing"], *answer["mismatched"]], answer["unexpected"], answer["mismatched"])
 
@@ -185,7 +204,9 @@ def compare(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
 
 
 def _with_prefix(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
-    """Return ``shapes`` under the model's own names: transformers loads the part without a head into one with a head."""
+    """Return ``shapes`` under the model's own names: transformers loads the part without a head into one with a
+    head.
+    """
     prefix = skeleton.prefix
     if not prefix:
         return shapes
@@ -221,8 +242,8 @@ def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpecte
         return f"The model's own names follow {prefix!r}: use --include '{prefix}*' --strip-prefix {prefix}"
     if missing and not unexpected:
         return (
-            "The checkpoint does not hold them (frozen weights may have been left out when it was saved): take them from"
-            " the base model"
+            "The checkpoint does not hold them (frozen weights may have been left out when it was saved): take them"
+            " from the base model"
         )
     if unexpected and not missing:
         return "from_pretrained leaves them out: load them yourself, or leave them out with --exclude"

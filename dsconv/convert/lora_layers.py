@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Folder:
     dtype: DType | None
     upcast: bool
     where: Path
+    touched: set[str] = field(default_factory=set)
 
     def fold(self, layers: list[Parts], others: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
         """Return the folded model's entries by name."""
@@ -79,6 +80,7 @@ class Folder:
                         " not fold two products into tied weights. Use PEFT's merge_and_unload"
                     )
                 folded.add(name)
+                self.touched |= {name, *entry.aliases}
                 result[name] = entry
         for module, delta in tokens.items():
             name = self._owner(names, f"{module}.weight", module)
@@ -94,6 +96,7 @@ class Folder:
 
     def _replace(self, result: dict[str, TensorEntry], names: dict[str, str], name: str, entry: TensorEntry) -> None:
         """Put a tensor that was trained whole in the place of the base's; a tied one is on its own from there on."""
+        self.touched.add(name)
         owner = names.get(name)
         if owner is None:
             if self.upcast:

@@ -16,12 +16,14 @@ from dsconv.checkpoint.storage.roots import PathRoot, as_path
 from dsconv.convert import sidecars
 from dsconv.convert.adapters.choosing import STEM as ADAPTER_STEM
 from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
+from dsconv.convert.adapters.config import CONFIG as ADAPTER_CONFIG
+from dsconv.convert.loadable import Loading, LoadingCheck
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.safetensors_output import SafetensorsOutput
 from dsconv.convert.staging import finish_interrupted, recover_interrupted
-from dsconv.convert.ties import tied_keys
+from dsconv.convert.ties import tied_keys, tied_pairs
 from dsconv.convert.verify import verify
 from dsconv.convert.writing import WriteOptions, write
 from dsconv.errors import MismatchError
@@ -43,6 +45,17 @@ class MergeReport(Report):
     left_out: dict[str, int] = field(default_factory=dict)
     verified: bool = False
     pushed: dict[str, Any] | None = None
+    loadable: bool | None = None
+    loads_with: str = ""
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    def note_loading(self, loading: Loading) -> None:
+        """Take over whether the output loads, with a warning where it does not."""
+        self.loadable, self.loads_with = loading.loadable, loading.call
+        self.missing, self.unexpected = loading.missing, loading.unexpected
+        if loading.problem:
+            self.warnings.append(loading.problem)
 
 
 @dataclass(frozen=True)
@@ -193,14 +206,32 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
     checkpoint = chosen.checkpoint
     plan, extra = _plan(chosen, target, options)
     report = _report(checkpoint, target, plan, sorted(extra), options.dry_run)
-    report.warnings += chosen.warnings
-    if options.dry_run:
-        report.plan = [
-            tensor_row(t.name, t.entry, t.dtype, shard.filename, t.offset_bytes)
-            for shard in plan.shards
-            for t in shard.tensors
-        ]
-        return report
+    with LoadingCheck(plan, extra, str(target)) as loading:
+        if loading.known:
+            report.note_loading(loading.result())  # before the manifest, which has the warnings
+        if report.loadable is None:
+            report.warnings += chosen.warnings
+        if options.dry_run:
+            report.plan = [
+                tensor_row(t.name, t.entry, t.dtype, shard.filename, t.offset_bytes)
+                for shard in plan.shards
+                for t in shard.tensors
+            ]
+        else:
+            _write(checkpoint, target, plan, extra, report, options)
+        if not loading.known:
+            report.note_loading(loading.result())
+    return report
+
+
+def _write(
+    checkpoint: Checkpoint,
+    target: Path,
+    plan: Plan,
+    extra: dict[str, bytes],
+    report: MergeReport,
+    options: MergeOptions,
+) -> None:
     if options.push_to_hub is not None:
         from dsconv.convert.push import prepare, push_merged
 
@@ -214,7 +245,6 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
     write(destination, checkpoint, target, options.writing, check if options.verify_output else None)
     if options.push_to_hub is not None:
         report.pushed = push_merged(target, options.push_to_hub, options.private, options.writing.progress)
-    return report
 
 
 def _plan(chosen: Chosen, target: Path, options: MergeOptions) -> tuple[Plan, dict[str, bytes]]:
@@ -257,14 +287,26 @@ def _sidecar_files(config_from: Path | None, chosen: Chosen, plan: Plan, target:
     """Return {name: content} of what goes beside the weights. config.json names the dtype that most bytes have."""
     main = main_dtype(plan)
     found = {}
+    if chosen.folded is not None and config_from is not None and not (config_from / "config.json").is_file():
+        config_from = None  # it has the adapter's configuration
     for path in sidecars.find_sidecars(
         config_from, [folder for folder in chosen.near if folder.resolve() != target.resolve()]
     ):
-        if path.name in chosen.left_out:
+        if chosen.folded is not None and path.name == ADAPTER_CONFIG:
             continue
         data = path.read_bytes()
-        found[path.name] = sidecars.with_dtype(data, main) if path.name == "config.json" else data
+        if path.name == "config.json":
+            data = sidecars.with_dtype(data, main)
+            if chosen.folded and _are_untied(path, plan, chosen.folded):
+                data = sidecars.untied(data)
+        found[path.name] = data
     return found
+
+
+def _are_untied(config: Path, plan: Plan, touched: frozenset[str]) -> bool:
+    """Return whether two tensors that the architecture ties are apart, and one of them is not the base's any more."""
+    names = {tensor.name for tensor in plan.placed}
+    return any(names.issuperset(pair) and touched.intersection(pair) for pair in tied_pairs(config).items())
 
 
 def main_dtype(plan: Plan) -> DType | None:

@@ -109,3 +109,17 @@ def _set_dtype(config: dict[str, Any], name: str) -> bool:
         elif isinstance(value, dict):
             changed |= _set_dtype(value, name)
     return changed
+
+
+def untied(data: bytes) -> bytes:
+    """Return a config.json that does not tie the embeddings, whose weights are apart now.
+
+    peft 0.21 ``tuners/tuners_utils.py`` (``_unload_and_optionally_merge``) does the same.
+    """
+    try:
+        config = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(config, dict) or config.get("tie_word_embeddings") is False:
+        return data
+    return (json.dumps({**config, "tie_word_embeddings": False}, indent=2) + "\n").encode()

@@ -9,7 +9,6 @@ from pathlib import Path
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.convert.adapters.config import CONFIG
 from dsconv.convert.adapters.extract import extract_adapter, has_adapter
 from dsconv.convert.folding import fold_lora
 
@@ -53,14 +52,15 @@ class Chosen:
         checkpoint: Its tensors.
         files: The files beside an adapter; None where those of a model go beside it.
         near: Where config.json and the tokenizer may lie.
-        left_out: Files there that must not be copied.
+        folded: The tensors that a folded adapter changed; None where none was folded in. Then adapter_config.json does
+            not belong beside the weights, and embeddings that were tied may differ.
         warnings: What to say.
     """
 
     checkpoint: Checkpoint
     files: dict[str, bytes] | None = None
     near: list[Path] = field(default_factory=list)
-    left_out: tuple[str, ...] = ()
+    folded: frozenset[str] | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -86,7 +86,8 @@ def choose(
             checkpoint, [*folders, *(near if config_from is not None else [])],
             base=base, adapter_name=options.name, dtype=dtype,
         )  # fmt: skip
-        return Chosen(folded, near=near if base is None else [base.path, base.folder], left_out=(CONFIG,))
+        places = near if base is None else [base.path, base.folder]
+        return Chosen(folded.checkpoint, near=places, folded=folded.touched)
     if options.alone:
         if checkpoint.info.get("adapter") and options.name is None:
             return Chosen(checkpoint, near=near)  # the file of a PEFT folder, which is copied as it is

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,22 +36,19 @@ def expect_adapter(found: Path, expected: Path) -> None:
 def test_every_method_and_engine(case: str, tmp_path: Path) -> None:
     folder = gloo.ensure("peft_runs")[case]
     method, _ = peft_runs.CASES[case].options
-    wanted = {"adapter": True, "config_from": folder / "peft", "fsync": False}
-    if method == "lora-two":
-        wanted["adapter_name"] = "default"
+    name = "default" if method == "lora-two" else None
     if method in UNSAVED:
         with pytest.raises(UnsupportedError, match="shira_indices"):
-            dsconv.merge(folder / "ckpt", tmp_path / "out", **wanted)
+            merge(folder / "ckpt", tmp_path / "out", folder / "peft")
         return
-    report = dsconv.merge(folder / "ckpt", tmp_path / "out", verify_output=True, **wanted)
+    report = merge(folder / "ckpt", tmp_path / "out", folder / "peft", adapter_name=name, verify_output=True)
     expect_adapter(tmp_path / "out", folder / "peft")
     assert report.files == ["adapter_model.safetensors"]
     assert report.sidecars == ["adapter_config.json"]
     ours, theirs = ((place / "adapter_config.json").read_text() for place in (tmp_path / "out", folder / "peft"))
     assert json.loads(ours) == json.loads(theirs)
     if (folder / "saved").is_dir():
-        wanted.pop("adapter_name", None)
-        dsconv.merge(folder / "saved", tmp_path / "saved", **wanted)
+        merge(folder / "saved", tmp_path / "saved", folder / "peft")
         expect_adapter(tmp_path / "saved", folder / "peft")
 
 
@@ -69,18 +67,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def merge(source: Path, out: Path, config: Path, **options: object) -> dsconv.MergeReport:
+def merge(source: Path, out: Path, config: Path, **options: Any) -> dsconv.MergeReport:
     return dsconv.merge(source, out, adapter=True, config_from=config, fsync=False, **options)
 
 
-def test_peft_computes_the_same_logits(built: Path, tmp_path: Path) -> None:
+def logits_of(adapter: Path, ids: torch.Tensor) -> torch.Tensor:
+    """What the base model with an adapter gives."""
     from peft import PeftModel
 
+    model = PeftModel.from_pretrained(peft_methods.base_model(peft_methods.METHODS["lora"]), adapter).eval()
+    logits: torch.Tensor = model(input_ids=ids).logits
+    return logits
+
+
+def test_peft_computes_the_same_logits(built: Path, tmp_path: Path) -> None:
     merge(built / "lora.bin", tmp_path / "out", built / "lora")
     ids = torch.arange(12).reshape(2, 6)
-    base = [peft_methods.base_model(peft_methods.METHODS["lora"]) for _ in range(2)]
-    ours, theirs = (PeftModel.from_pretrained(b, f).eval() for b, f in zip(base, (tmp_path / "out", built / "lora"), strict=True))
-    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert torch.equal(logits_of(tmp_path / "out", ids), logits_of(built / "lora", ids))
 
 
 def test_one_of_several_adapters(built: Path, tmp_path: Path) -> None:
@@ -137,8 +140,6 @@ def test_a_vocabulary_that_has_grown_takes_its_embeddings_along(tmp_path: Path) 
 
 
 def test_verls_three_settings_stand_in_for_the_configuration(built: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-
     (tmp_path / "verl").mkdir()
     meta = {"r": 2, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
     (tmp_path / "verl" / "lora_train_meta.json").write_text(json.dumps(meta))
@@ -146,22 +147,22 @@ def test_verls_three_settings_stand_in_for_the_configuration(built: Path, tmp_pa
     expect_adapter(tmp_path / "out", built / "lora")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 8, ["q_proj", "v_proj"])
-    base = [peft_methods.base_model(peft_methods.METHODS["lora"]) for _ in range(2)]
     ids = torch.arange(6).reshape(1, 6)
-    ours, theirs = (PeftModel.from_pretrained(b, f).eval() for b, f in zip(base, (tmp_path / "out", built / "lora"), strict=True))
-    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert torch.equal(logits_of(tmp_path / "out", ids), logits_of(built / "lora", ids))
     (tmp_path / "verl" / "lora_train_meta.json").write_text(json.dumps({**meta, "r": 4}))
-    with pytest.raises(InconsistentCheckpointError, match="r is 4, and .*lora_A.* has rank 2"):
+    with pytest.raises(InconsistentCheckpointError, match=r"r is 4, and .*lora_A.* has rank 2"):
         merge(built / "lora.bin", tmp_path / "none", tmp_path / "verl")
 
 
 def test_what_is_missing_is_said(built: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointNotFoundError, match="no adapter_config.json beside the checkpoint"):
+    with pytest.raises(CheckpointNotFoundError, match=r"no adapter_config\.json beside the checkpoint"):
         merge(built / "lora.bin", tmp_path / "none", tmp_path / "empty")
     state = torch.load(built / "vera.bin", weights_only=True)
-    torch.save({name: tensor for name, tensor in state.items() if name != "base_model.vera_B.default"}, tmp_path / "v.bin")
-    with pytest.raises(InconsistentCheckpointError, match="VERA needs 'base_model.vera_B.default'"):
+    torch.save(
+        {name: tensor for name, tensor in state.items() if name != "base_model.vera_B.default"}, tmp_path / "v.bin"
+    )
+    with pytest.raises(InconsistentCheckpointError, match=r"VERA needs 'base_model\.vera_B\.default'"):
         merge(tmp_path / "v.bin", tmp_path / "none", built / "vera")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "NEW_METHOD"}))
     with pytest.raises(UnsupportedError, match="NEW_METHOD"):
@@ -174,7 +175,9 @@ def test_a_trained_tensor_that_peft_would_not_save_is_an_error(tmp_path: Path) -
     config = json.loads((folder / "peft" / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
     other = gloo.ensure("peft_runs")["lora-bias-all-zero3"]
-    with pytest.raises(InconsistentCheckpointError, match=r"k_proj\.bias'.* was trained, and an adapter of LORA does not save"):
+    with pytest.raises(
+        InconsistentCheckpointError, match=r"k_proj\.bias'.* was trained, and an adapter of LORA does not save"
+    ):
         merge(other / "ckpt", tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
 

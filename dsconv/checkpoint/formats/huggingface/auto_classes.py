@@ -31,14 +31,32 @@ def auto_class(architecture: str, kind: str) -> str:
     text = _source()
     if text is None:
         return next((auto for ending, auto in ENDINGS.items() if architecture.endswith(ending)), architecture)
-    pairs = re.findall(r"class (AutoModel\w*)\(_BaseAutoModelClass\):.*?_model_mapping = (\w+)", text, re.S)
+    pairs = re.findall(r"class (AutoModel\w*)\(_BaseAutoModelClass\):.*?_model_mapping = (\w+)", text, re.DOTALL)
     item = re.compile(rf'\("{re.escape(kind)}",\s*\(?[^)]*"{re.escape(architecture)}"')
     found = []
     for auto, mapping in pairs:
-        begin = re.search(rf"^{mapping}_NAMES\b.*= OrderedDict\(", text, re.M)
+        begin = re.search(rf"^{mapping}_NAMES\b.*= OrderedDict\(", text, re.MULTILINE)
         if begin is not None and item.search(text, begin.end(), text.find("\n)", begin.end())):
             found.append(auto)
     return next((auto for auto in PREFERRED if auto in found), architecture)
+
+
+def architectures_of(kind: str) -> list[str]:
+    """Return the classes that Auto classes have for a model_type, those of the classes that people use first."""
+    text = _source()
+    if text is None:
+        return []
+    item = re.compile(rf'\("{re.escape(kind)}",\s*"(\w+)"\)')
+    found = []
+    for auto in PREFERRED:
+        if (
+            mapping := re.search(rf"class {auto}\(_BaseAutoModelClass\):.*?_model_mapping = (\w+)", text, re.DOTALL)
+        ) is None:
+            continue
+        begin = re.search(rf"^{mapping[1]}_NAMES\b.*= OrderedDict\(", text, re.MULTILINE)
+        if begin and (match := item.search(text, begin.end(), text.find("\n)", begin.end()))):
+            found.append(match[1])
+    return list(dict.fromkeys(found))
 
 
 def _source() -> str | None:

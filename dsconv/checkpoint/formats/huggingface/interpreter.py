@@ -26,10 +26,13 @@ from dsconv.checkpoint.formats.huggingface.modules import (
 
 MAX_STEPS = 2_000_000  # statements and expressions of one model; the largest of transformers takes some 200,000
 BASES = {"nn.Module", "PreTrainedModel", "GenerationMixin", "GradientCheckpointingLayer", "PreTrainedConfig", "ABC"}
+# Functions whose result is no module, though it is not computed here.
+HARMLESS = {"getattr", "hasattr", "isinstance", "get_activation", "len", "int", "float", "bool", "str", "list", "set",
+            "max", "min", "sum", "any", "all", "range", "round", "abs", "partial", "tuple", "sorted"}  # fmt: skip
 BUILTINS: dict[str, Callable[..., Any]] = {
-    "range": range, "len": len, "int": int, "float": float, "bool": bool, "str": str, "max": max, "min": min, "abs": abs,
-    "sum": sum, "list": list, "tuple": tuple, "dict": dict, "enumerate": enumerate, "zip": zip, "round": round, "set": set,
-    "sorted": sorted, "any": any, "all": all,
+    "range": range, "len": len, "int": int, "float": float, "bool": bool, "str": str, "max": max, "min": min,
+    "abs": abs, "sum": sum, "list": list, "tuple": tuple, "dict": dict, "enumerate": enumerate, "zip": zip,
+    "round": round, "set": set, "sorted": sorted, "any": any, "all": all,
 }  # fmt: skip
 BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -175,14 +178,16 @@ class Interpreter:
                 self._run(body, trial)
                 outcomes.append(trial)
         owners = [outcome["__self__"] for outcome in outcomes]
-        if any(isinstance(owner, Module) for owner in owners):
-            if len({repr(sorted(owner.flat())) for owner in owners}) > 1:
-                raise CannotTell
-        first = outcomes[0]
+        trees = {repr(sorted(owner.flat())) for owner in owners if isinstance(owner, Module)}
+        if not owners or len(trees) > 1:
+            raise CannotTell
+        owner, first = scope["__self__"], outcomes[0]
+        changed = first["__self__"]
         for key, value in first.items():
             if len(outcomes) > 1 and not isinstance(value, (Module, Configuration)) and key != "__class__":
                 first[key] = value if repr(value) == repr(outcomes[1].get(key)) else UNKNOWN
-        scope.update(first)
+        scope.update({key: value for key, value in first.items() if value is not changed})
+        vars(owner).update(vars(changed))
 
     def _assign(self, target: ast.expr, value: Any, source: ast.expr, scope: dict[str, Any]) -> None:
         if isinstance(target, ast.Name):
@@ -192,7 +197,7 @@ class Interpreter:
             if len(values) != len(target.elts):
                 raise CannotTell
             for one, item in zip(target.elts, values, strict=True):
-                self._assign(one, item, source, scope)
+                self._assign(one, item, ast.Constant(None), scope)  # modules do not come in pairs
         elif isinstance(target, ast.Attribute):
             owner = self._value(target.value, scope)
             if isinstance(owner, Module):
@@ -215,7 +220,7 @@ class Interpreter:
         return node.value
 
     def _name(self, node: ast.Name, scope: dict[str, Any]) -> Any:
-        return scope.get(node.id, UNKNOWN)
+        return scope.get(node.id, self.classes.get(node.id, UNKNOWN))
 
     def _attribute(self, node: ast.Attribute, scope: dict[str, Any]) -> Any:
         owner = self._value(node.value, scope)
@@ -240,7 +245,7 @@ class Interpreter:
         owner, key = self._value(node.value, scope), self._value(node.slice, scope)
         if isinstance(owner, (list, tuple, dict, str)) and not isinstance(key, Unknown):
             try:
-                return owner[key]  # type: ignore[index]
+                return owner[key]
             except (KeyError, IndexError, TypeError):
                 return UNKNOWN
         return UNKNOWN
@@ -333,6 +338,8 @@ class Interpreter:
             return self._getattr(node, scope)
         if name in ("hasattr", "isinstance"):
             return UNKNOWN
+        if name == "setattr" or name.endswith(".__init__"):
+            raise CannotTell
         args, kwargs = self._call_arguments(node, scope)
         if name in ("nn.Parameter", "torch.nn.Parameter"):
             return args[0] if args and isinstance(args[0], Tensor) else Tensor(None)
@@ -350,6 +357,9 @@ class Interpreter:
             return copy.deepcopy(args[0]) if args else UNKNOWN
         if isinstance(node.func, ast.Attribute):
             return self._method(node.func, args, kwargs, scope)
+        called = self._value(node.func, scope)
+        if isinstance(called, ast.ClassDef):
+            return self.instantiate(called.name, args, kwargs)
         return UNKNOWN
 
     def _method(self, function: ast.Attribute, args: list[Any], kwargs: dict[str, Any], scope: dict[str, Any]) -> Any:
@@ -414,10 +424,16 @@ def _as_load(target: ast.expr) -> ast.expr:
 
 
 def _makes_a_module(source: ast.expr) -> bool:
-    """Return whether an expression that was not computed may be a module: a call of what looks like a class."""
+    """Return whether an expression that was not computed may be a module: a call that is none of a number's."""
     if isinstance(source, ast.IfExp):
         return _makes_a_module(source.body) or _makes_a_module(source.orelse)
+    if isinstance(source, ast.BoolOp):
+        return any(_makes_a_module(one) for one in source.values)
+    if isinstance(source, (ast.Name, ast.ListComp, ast.GeneratorExp)):
+        return True
     if not isinstance(source, ast.Call):
         return False
-    name = ast.unparse(source.func).rpartition(".")[2]
-    return not isinstance(source.func, (ast.Name, ast.Attribute)) or name[:1].isupper() or "from_config" in name
+    if isinstance(source.func, ast.Attribute):
+        owner = ast.unparse(source.func.value)
+        return owner == "self" or source.func.attr[:1].isupper() or "from_" in source.func.attr
+    return not isinstance(source.func, ast.Name) or source.func.id not in HARMLESS

@@ -1,10 +1,10 @@
 """The weights that an architecture of transformers has, told from its source without importing it.
 
 Importing torch and transformers takes seconds; reading two source files takes milliseconds. The ``__init__`` methods of
-a model's classes are followed from ``architectures`` of a config.json down, with the values of the configuration and the
-defaults of its class: ``self.q_proj = nn.Linear(config.hidden_size, …)`` is a weight of a name and a shape. Nothing of
-transformers is run. What these few kinds of statements and expressions do not decide is not guessed: the answer is then
-None, and whoever needs one asks transformers itself.
+a model's classes are followed from ``architectures`` of a config.json down, with the values of the configuration and
+the defaults of its class: ``self.q_proj = nn.Linear(config.hidden_size, …)`` is a weight of a name and a shape. Nothing
+of transformers is run. What these few kinds of statements and expressions do not decide is not guessed: the answer is
+then None, and whoever needs one asks transformers itself.
 
 Read from transformers 5.24: ``models/*/modeling_*.py``, ``models/*/configuration_*.py``, ``pytorch_utils.py`` (Conv1D).
 """
@@ -25,6 +25,8 @@ from dsconv.checkpoint.formats.huggingface.modules import CannotTell, Configurat
 from dsconv.checkpoint.formats.huggingface.transformers_source import class_literal, class_nodes
 
 Shape = tuple[int, ...]
+# Buffers that older files hold (modeling_utils.py, _adjust_missing_and_unexpected_keys).
+NO_LONGER_SAVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 # What configurations have from their base class, where a file does not say it (configuration_utils.py).
 INHERITED: dict[str, Any] = {
     "is_decoder": False, "add_cross_attention": False, "chunk_size_feed_forward": 0, "is_encoder_decoder": False,
@@ -63,29 +65,27 @@ def read_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
         architecture, kind = str(config["architectures"][0]), str(config["model_type"])
     except (KeyError, TypeError, IndexError):
         return None
-    if "auto_map" in config or "quantization_config" in config or _is_converted(kind):
+    if "auto_map" in config or "quantization_config" in config:
         return None
     classes = {node.name: node for node in class_nodes(kind)}
-    if architecture not in classes:
+    if architecture not in classes or _are_converted({kind, *classes}):
         return None
     try:
         values = _configuration(config, kind)
         model = Interpreter(classes).instantiate(architecture, [values], {})
-        if not isinstance(model, Module):
-            return None
         return _skeleton(architecture, model, classes, values)
     except (CannotTell, RecursionError, ArithmeticError, TypeError, ValueError, KeyError, IndexError, AttributeError):
         return None
 
 
-def _is_converted(kind: str) -> bool:
-    """Return whether transformers renames or fuses the weights of this model when it loads them."""
+def _are_converted(names: set[str]) -> bool:
+    """Return whether transformers renames or fuses weights when it loads them into a model of one of these names."""
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         return True
     source = Path(spec.submodule_search_locations[0]) / "conversion_mapping.py"
     try:
-        return f'"{kind}"' in source.read_text(encoding="utf-8")
+        return not names.isdisjoint(re.findall(r'"(\w+)"', source.read_text(encoding="utf-8")))
     except OSError:
         return False  # before transformers 5 there were none
 
@@ -107,6 +107,8 @@ def _configuration(config: Mapping[str, Any], kind: str) -> Configuration:
                     defaults.pop(statement.target.id, None)
         names |= class_literal(one, "attribute_map") or {}
     given = json.loads(json.dumps(config))
+    labels = given.get("id2label")  # num_labels is a property of its length
+    defaults["num_labels"] = len(labels) if isinstance(labels, dict) else 2
     values = Configuration(defaults | {names.get(key, key): value for key, value in given.items()}, names)
     Interpreter(by_name).call_if_defined(node, "__post_init__", values)
     return values
@@ -119,9 +121,7 @@ def _lineage(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Iterato
             yield from _lineage(classes[base.id], classes)
 
 
-def _skeleton(
-    architecture: str, model: Module, classes: Mapping[str, ast.ClassDef], values: Configuration
-) -> Skeleton:
+def _skeleton(architecture: str, model: Module, classes: Mapping[str, ast.ClassDef], values: Configuration) -> Skeleton:
     lineage = list(_lineage(classes[architecture], classes))
 
     def attribute(name: str) -> Any:
@@ -141,7 +141,9 @@ def _skeleton(
         tied,
         f"{prefix}." if isinstance(prefix, str) and prefix else "",
         _pattern(attribute("_keys_to_ignore_on_load_missing")),
-        _pattern([*(attribute("_keys_to_ignore_on_load_unexpected") or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]),
+        _pattern(
+            [*(attribute("_keys_to_ignore_on_load_unexpected") or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+        ),
     )
 
 
