@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
-from dsconv.checkpoint.formats.table import EXPECTED, formats
+from dsconv.checkpoint.formats.table import EXPECTED, Format, formats
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry, prove_tiling
 from dsconv.checkpoint.pickles.schema import expect_name
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import first_signature
 from dsconv.checkpoint.storage.roots import Root, open_root
 from dsconv.checkpoint.transfer.reading import read_tensor
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UsageError
 
 TensorEntry.reader = staticmethod(read_tensor)  # the map is a floor below the reading of bytes
+
+
+MASTERS, OWN_WEIGHTS = "masters", "16bit"  # what ``weights`` may be
 
 
 def open_checkpoint(
@@ -24,6 +28,7 @@ def open_checkpoint(
     item: str | None = None,
     *,
     follow_links: bool = False,
+    weights: str = MASTERS,
 ) -> Checkpoint:
     """Open a checkpoint for reading: read its metadata, and prove that its pieces tile every tensor exactly once.
 
@@ -37,6 +42,8 @@ def open_checkpoint(
         item: The key of the model to open, where there are several: ``actor`` of ``{"actor": …, "critic": …}``.
         follow_links: Read what links lead to that leave the checkpoint's folder. They are refused otherwise: in a
             download, they could lead to private files.
+        weights: Which weights of a DeepSpeed checkpoint: ``masters``, those of the optimizer, which are mostly fp32, or
+            ``16bit``, the model's own where they are whole (not at ZeRO-3), which need no optimizer files.
 
     Returns:
         A read-only mapping of names to tensors. No tensor data has been read.
@@ -50,10 +57,13 @@ def open_checkpoint(
         UnsupportedError: The format has a feature that dsconv does not read.
         UnsafeError: A file asks for code to be run, or a name or a link leaves the checkpoint's folder.
         RemoteError: The Hub, a store or the network fails.
+        UsageError: ``weights`` is neither of the two, or ``16bit`` for a checkpoint that is not DeepSpeed's.
     """
+    if weights not in (MASTERS, OWN_WEIGHTS):
+        raise UsageError(f"weights is {weights!r}; expected {MASTERS!r} or {OWN_WEIGHTS!r}")
     root = open_root(path, revision, follow_links=follow_links)
     try:
-        checkpoint = _read(root, tag, item)
+        checkpoint = _read(root, tag, item, weights)
         root.fetch_beside(dict.fromkeys((checkpoint.path, checkpoint.folder)))
     except DsconvError:
         raise
@@ -70,16 +80,27 @@ def open_checkpoint(
     return checkpoint
 
 
-def _read(root: Root, tag: str | None, item: str | None) -> Checkpoint:
+def _read(root: Root, tag: str | None, item: str | None, weights: str) -> Checkpoint:
     for kind in formats():
         if kind.detect(root, tag):
-            checkpoint = kind.read(root, tag, item)
+            checkpoint = kind.read(root, tag, item) if weights == MASTERS else _read_own_weights(kind, root, tag)
             if item is not None and "item" not in checkpoint.info:
                 raise CheckpointNotFoundError(
                     f"{root.path}: no model is called {safe_repr(item)}: there is one model, which needs no --item"
                 )
             return checkpoint
     raise root.nothing_found(EXPECTED)
+
+
+def _read_own_weights(kind: Format, root: Root, tag: str | None) -> Checkpoint:
+    """Read a checkpoint's 16-bit weights; raise UsageError for a format that has no others to choose from."""
+    read: Callable[[Root, str | None], Checkpoint] | None = getattr(kind, "read_own_weights", None)
+    if read is None:
+        raise UsageError(
+            f"{root.path}: --weights 16bit is for DeepSpeed checkpoints, which hold fp32 masters too; this one holds"
+            " one set of weights"
+        )
+    return read(root, tag)
 
 
 def _check_countable(root: Root, entry: TensorEntry) -> None:

@@ -23,6 +23,13 @@ SOURCE_OPTIONS = (
 ITEM = click.option("--item", metavar="KEY", help="Which model of several, such as actor; the error lists them.")
 TENSOR_OPTIONS = (
     click.option(
+        "--weights",
+        type=click.Choice(["masters", "16bit"]),
+        default="masters",
+        show_default=True,
+        help="Of a DeepSpeed checkpoint: the optimizer's fp32 masters, or the model's own 16-bit weights.",
+    ),
+    click.option(
         "--dtype",
         type=Dtype(),
         help="Cast floats, once, to nearest even (default: as stored).",

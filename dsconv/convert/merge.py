@@ -101,6 +101,7 @@ def merge(
     revision: str | None = None,
     item: str | None = None,
     follow_links: bool = False,
+    weights: str = "masters",
     dtype: str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     exclude_frozen: bool = False,
@@ -130,6 +131,7 @@ def merge(
         revision: the branch, tag or commit of a model on the Hub.
         item: the key of the model to take, where the checkpoint holds several.
         follow_links: read what links lead to that leave the checkpoint's folder, or ``config_from``.
+        weights: of a DeepSpeed checkpoint, ``masters`` of the optimizer, or the model's own ``16bit`` weights.
         dtype: fp32, bf16 or fp16. Every floating tensor of 16 bits or more is cast to it, once, to nearest even.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a larger tensor exceeds it.
         exclude_frozen: leave out weights that were not trained.
@@ -176,7 +178,7 @@ def merge(
     checkpoint = (
         source
         if isinstance(source, Checkpoint)
-        else open_checkpoint(source, tag, revision, item, follow_links=follow_links)
+        else open_checkpoint(source, tag, revision, item, weights=weights, follow_links=follow_links)
     )
     if output is None:
         suffix = (
@@ -184,7 +186,7 @@ def merge(
             if adapter
             else "folded"
             if fold_lora
-            else dtype or ("fp32" if checkpoint.is_deepspeed else "merged")
+            else dtype or (weights if weights != "masters" else "fp32" if checkpoint.is_deepspeed else "merged")
         )
         if item is not None:
             suffix = re.sub(r"[^\w.-]", "_", item) + f"-{suffix}"

@@ -109,7 +109,7 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
     flat = training.stage == 3 and uncut and _version(training.deepspeed_version) < READS_DICTS
     files: list[StateFile] = []
     for name, states in training.states.items():
-        folder = _folder(name, checkpoint)
+        folder = _folder(training.stored.get(name, name), checkpoint)
         master, cut = checkpoint[name], training.cut(name)
         for state, entry in {"fp32": master, **states}.items():
             _check_name(state, f"{checkpoint.path}: the optimizer's state")
@@ -126,7 +126,13 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
             break
         value = {"param": Streamed(float32, entry.shape)}
         files.append(
-            StateFile(f"{_folder(name, checkpoint)}/fp32.pt", TorchArchive("fp32", value), entry, float32, entry.role)
+            StateFile(
+                f"{_folder(training.stored.get(name, name), checkpoint)}/fp32.pt",
+                TorchArchive("fp32", value),
+                entry,
+                float32,
+                entry.role,
+            )
         )
     files.append(StateFile(SETTINGS, TorchArchive("optimizer_state", _settings(training))))
     models = tuple(ModelFile(path.name, path, path.stat().st_size) for path in training.model_files)

@@ -8,18 +8,23 @@ wrote no underscore before ``optim_states`` (``_get_all_zero_checkpoint_names`` 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
-from dsconv.errors import CheckpointNotFoundError, MalformedError
+from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError
 
-OPTIMIZER = re.compile(r"(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
+K = TypeVar("K", bound=Hashable)
+
+OPTIMIZER = re.compile(
+    r"(?P<bf16>bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)(?P<underscore>_?)optim_states\.pt"
+)
 ZERO3_MODEL = re.compile(r"zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 MODEL = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(?P<layer>\d+)-model(_(?P<mp>\d+)-model)?_states\.pt")
-LAYERS_OF_TRANSFORMERS = (
-    "dsconv_layers_of_transformers"  # client state of dsconv's engine: a pipeline's layers keep the model's names
-)
+# Client state of dsconv's engine: the layers of a pipeline keep the names of a transformers model.
+LAYERS_OF_TRANSFORMERS = "dsconv_layers_of_transformers"
 EXPERT = re.compile(r"(layer_(?P<layer>-?\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 MAX_TAG_BYTES = 4096
@@ -27,7 +32,16 @@ MAX_TAG_BYTES = 4096
 
 @dataclass
 class TagFolder:
-    """A tag's folder and its shard files by kind; ranks are ints, ``optimizer`` and ``zero3`` are keyed (mp, dp)."""
+    """A tag's folder and its shard files by kind.
+
+    ``model`` has the model-parallel rank as its key, ``optimizer`` and ``zero3`` have (mp, dp), and
+    ``expert_optimizers``, which only stage 0 has, the expert-parallel rank.
+
+    ``kinds`` has the optimizer files by the form of their names, such as ``bf16_zero_pp_rank_*_optim_states.pt``. Two
+    forms are of two runs. Which run the model states are of is not told by names, so ``optimizer`` is empty then until
+    one is chosen; ``chosen`` says that it was. ``own_weights`` says that the model's 16-bit weights are wanted, so that
+    there are no optimizer files to look for.
+    """
 
     path: Path
     tag: str
@@ -37,8 +51,11 @@ class TagFolder:
     model: dict[int, Path] = field(default_factory=dict)
     layers: list[Path] = field(default_factory=list)
     experts: list[Path] = field(default_factory=list)
-    expert_optimizers: dict[int, Path] = field(default_factory=dict)  # by expert-parallel rank; stage 0 only
+    expert_optimizers: dict[int, Path] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    kinds: dict[str, dict[tuple[int, int], Path]] = field(default_factory=dict)
+    chosen: bool = False
+    own_weights: bool = False
 
     @property
     def mp_ranks(self) -> list[int]:
@@ -48,33 +65,49 @@ class TagFolder:
     @property
     def files(self) -> list[Path]:
         """All files that were found."""
-        by_rank = (*self.optimizer.values(), *self.zero3.values(), *self.model.values())
+        optimizers = (path for kind in self.kinds.values() for path in kind.values())
+        by_rank = (*optimizers, *self.zero3.values(), *self.model.values())
         return [*by_rank, *self.layers, *self.experts, *self.expert_optimizers.values()]
 
     def of_rank(self, mp: int) -> TagFolder:
-        """The files of one model-parallel rank."""
-        return TagFolder(
-            self.path,
-            self.tag,
-            self.save_dir,
-            {key: path for key, path in self.optimizer.items() if key[0] == mp},
-            {key: path for key, path in self.zero3.items() if key[0] == mp},
-            {mp: self.model[mp]} if mp in self.model else {},
+        """Return the files of one model-parallel rank."""
+        return replace(
+            self,
+            optimizer={key: path for key, path in self.optimizer.items() if key[0] == mp},
+            zero3={key: path for key, path in self.zero3.items() if key[0] == mp},
+            model={mp: self.model[mp]} if mp in self.model else {},
+            layers=[],
+            experts=[],
+            expert_optimizers={},
+            warnings=[],
         )
+
+    def with_own_weights(self) -> TagFolder:
+        """Return the same folder for a reader that wants the model's 16-bit weights and no optimizer."""
+        return replace(self, optimizer={}, expert_optimizers={}, kinds={}, own_weights=True)
 
 
 def holds_states(folder: Path) -> bool:
-    """Whether DeepSpeed shard files lie right in ``folder``."""
+    """Return whether DeepSpeed shard files lie right in ``folder``."""
     return folder.is_dir() and any(
         pattern.fullmatch(name.name) for name in folder.iterdir() for pattern in (MODEL, ZERO3_MODEL, OPTIMIZER)
     )
 
 
 def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
-    """The tag folder that ``path`` means: a save dir, a tag dir, or a Trainer's ``checkpoint-N``.
+    """Return the tag folder that ``path`` means: a save dir, a tag dir, or a Trainer's ``checkpoint-N``.
 
-    Returns None where there is nothing of DeepSpeed. Raises CheckpointNotFoundError where the tag that was asked for,
-    or that ``latest`` names, is not there, and where there are several and none was chosen.
+    Args:
+        path: The folder that the user named.
+        tag: The tag that the user named, or None for the one that ``latest`` names.
+
+    Returns:
+        The tag's folder; None where there is nothing of DeepSpeed.
+
+    Raises:
+        CheckpointNotFoundError: The tag is not there, or there are several and none was chosen.
+        MalformedError: ``latest`` does not hold the name of a tag.
+        InconsistentCheckpointError: Two files claim to be of the same rank.
     """
     if tag is not None:
         chosen = path / _checked_tag(tag, path)
@@ -106,10 +139,12 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
 
 
 def tags_in(path: Path) -> list[str]:
+    """Return the names of the tag folders in ``path``, numbers in them in the order of their values."""
     return sorted((p.name for p in path.iterdir() if holds_states(p)), key=_natural) if path.is_dir() else []
 
 
 def read_latest(path: Path) -> str:
+    """Return the tag that a file ``latest`` names; raise MalformedError where it cannot be one."""
     if path.stat().st_size > MAX_TAG_BYTES:
         raise MalformedError(f"{path} has {path.stat().st_size} bytes; expected the name of a tag")
     try:
@@ -134,27 +169,39 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def scan(folder: Path, tag: str, save_dir: Path) -> TagFolder:
-    """Sort the files of a tag folder by kind. Where a bf16 and a plain optimizer file claim one rank, the newer
-    wins.
+    """Sort the files of a tag folder by kind.
+
+    Raises:
+        InconsistentCheckpointError: Two files claim to be of the same rank, such as mp_rank_0 and mp_rank_00.
     """
     found = TagFolder(folder, tag, save_dir)
+    layers: dict[tuple[int, int], Path] = {}
+    experts: dict[tuple[int, int, int], Path] = {}
     for path in sorted(folder.iterdir()):
         name = path.name
         if match := OPTIMIZER.fullmatch(name):
-            key = (int(match["mp"]), int(match["dp"]))
-            rival = found.optimizer.get(key)
-            if rival is not None:
-                older, path = sorted((rival, path), key=lambda p: p.stat().st_mtime_ns)
-                found.warnings.append(f"{older.name} left aside: {path.name} is newer and of the same rank")
-            found.optimizer[key] = path
+            form = f"{match['bf16'] or ''}zero_pp_rank_*{match['underscore']}optim_states.pt"
+            _put(found.kinds.setdefault(form, {}), (int(match["mp"]), int(match["dp"])), path)
         elif match := ZERO3_MODEL.fullmatch(name):
-            found.zero3[int(match["mp"]), int(match["dp"])] = path
+            _put(found.zero3, (int(match["mp"]), int(match["dp"])), path)
         elif match := MODEL.fullmatch(name):
-            found.model[int(match["mp"])] = path
-        elif LAYER.fullmatch(name):
-            found.layers.append(path)
-        elif EXPERT.fullmatch(name):
-            found.experts.append(path)
+            _put(found.model, int(match["mp"]), path)
+        elif match := LAYER.fullmatch(name):
+            _put(layers, (int(match["layer"]), int(match["mp"] or 0)), path)
+        elif match := EXPERT.fullmatch(name):
+            _put(experts, (int(match["layer"] or 0), int(match["expert"]), int(match["mp"])), path)
         elif match := EXPERT_OPTIMIZER.fullmatch(name):
-            found.expert_optimizers[int(match["ep"])] = path
+            _put(found.expert_optimizers, int(match["ep"]), path)
+    found.layers, found.experts = list(layers.values()), list(experts.values())
+    if len(found.kinds) == 1:
+        found.optimizer = next(iter(found.kinds.values()))
     return found
+
+
+def _put(files: dict[K, Path], rank: K, path: Path) -> None:
+    if rank in files:
+        raise InconsistentCheckpointError(
+            f"{path} and {files[rank].name} are both of the same rank by their names: they are of two saves. Move the"
+            " files of one of them to another folder"
+        )
+    files[rank] = path

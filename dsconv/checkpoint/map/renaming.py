@@ -110,4 +110,5 @@ def _renamed_training(training: Training, names: Mapping[str, str]) -> Training:
             names.get(name, name): replace(entry, name=names.get(name, name)) for name, entry in training.module.items()
         },
         cut=lambda name: training.cut(old.get(name, name)),
+        stored={names.get(name, name): stored for name, stored in training.stored.items()},
     )

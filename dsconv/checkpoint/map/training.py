@@ -7,7 +7,7 @@ are ``TensorEntry``s of the parameter's own shape and layout, so a destination t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 
 @dataclass(frozen=True)
 class SmallTensor:
-    """A tensor whose bytes (row-major, little-endian) were read along with the metadata: a step counter, a learning
-    rate.
-    """
+    """A tensor whose bytes (row-major, little-endian) were read with the metadata: a step counter, a learning rate."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -28,8 +26,9 @@ class SmallTensor:
 
 @dataclass(frozen=True)
 class SubParams:
-    """A parameter of several others: ``shape`` is the view that was cut, along ``dim``; ``patterns`` are all that
-    have it.
+    """A parameter that several others make up.
+
+    ``shape`` is the view that was cut, along ``dim``; ``patterns`` are all name patterns that have it.
     """
 
     pattern: str
@@ -40,12 +39,12 @@ class SubParams:
 
 @dataclass(frozen=True)
 class ShardRule:
-    """How tensor parallelism cuts a parameter, by what the trainer saved: who loads it at another degree must know.
+    """How tensor parallelism cuts a parameter, by what the trainer saved. A loader of another degree must know it.
 
-    ``dim``: along which dimension; None where it is not cut, or by a rule of the layer's own. ``halves``: two parts of
-    equal width, each cut by itself; ``parts``: any number of them. ``view``: the shape that was cut, where the
-    parameter itself may have several dimensions of it as one. ``vocabulary``: its rows may be padded; ``rows``: how
-    many are not padding.
+    ``dim`` is the dimension that is cut; None where none is, or where the layer has a rule of its own. ``halves`` says
+    that two parts of equal width are cut, each by itself; ``parts``, any number of them. ``view`` is the shape that was
+    cut, several dimensions of which may be one of the parameter's. ``vocabulary`` says that rows may be padded, and
+    ``rows`` how many are not padding.
     """
 
     dim: int | None = 0
@@ -57,7 +56,7 @@ class ShardRule:
 
 
 def whole_rows(name: str) -> ShardRule:
-    """Of a trainer that saved nothing about its parameters."""
+    """Return the rule for a trainer that saved nothing about its parameters: rows are cut."""
     return ShardRule()
 
 
@@ -65,14 +64,23 @@ def whole_rows(name: str) -> ShardRule:
 class Training:
     """The optimizer of a checkpoint.
 
-    ``states``: {parameter: {state, such as exp_avg: its entry}}, each entry named ``parameter/state``. ``steps``:
-    {parameter: its step counter}, a SmallTensor or a number; absent where the optimizer keeps none. ``param_groups``:
-    the optimizer's groups of hyperparameters; ``settings``: what else the optimizer's wrapper saved (loss scaler,
-    clipping, …). Both are plain values, SmallTensors, and Instances of classes of DeepSpeed. ``module``: tensors of the
-    model states that no parameter of ``states`` stands for: frozen weights, buffers, tied names. ``counters``: makes
-    the engine's own (global_steps, global_samples, skipped_steps, and the state of the lr_scheduler), as far as the
-    model states have them; it may raise UnsupportedError. ``model_files``: the model-states files, that of rank 0
-    first. ``cut``: how a parameter is cut, by its name; it may raise UnsupportedError or MalformedError.
+    Attributes:
+        stage: The ZeRO stage.
+        states: {parameter: {state, such as exp_avg: its entry}}, each entry named ``parameter/state``.
+        steps: {parameter: its step counter}, a SmallTensor or a number; absent where the optimizer keeps none.
+        param_groups: The optimizer's groups of hyperparameters.
+        settings: What else the optimizer's wrapper saved (loss scaler, clipping, …). Both this and ``param_groups`` are
+            plain values, SmallTensors, and Instances of DeepSpeed's classes.
+        module: Tensors of the model states that no parameter of ``states`` stands for: frozen weights, buffers, tied
+            names.
+        model_files: The model-states files, that of rank 0 first.
+        counters: Makes the engine's own counters (global_steps, global_samples, skipped_steps, and the state of the
+            lr_scheduler), as far as the model states have them; it may raise UnsupportedError.
+        cut: Tells how a parameter is cut, by its name; it may raise UnsupportedError or MalformedError.
+        deepspeed_version: The release that saved it; None where that is not known.
+        stored: What the trainer's module calls each parameter that has a wrapper in its name there
+            (``map/renaming.py``).
+        warnings: What was found on the way.
     """
 
     stage: int
@@ -85,4 +93,5 @@ class Training:
     counters: Callable[[], Mapping[str, Any]]
     cut: Callable[[str], ShardRule] = whole_rows
     deepspeed_version: str | None = None
+    stored: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

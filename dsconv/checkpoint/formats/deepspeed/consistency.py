@@ -132,15 +132,21 @@ def slice_mappings(
                 )
 
 
-def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], warnings: list[str]) -> None:
-    """Add a warning if weights in the model states of stages 1 and 2 do not begin with their masters' elements, cast.
+def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], warnings: list[str]) -> list[str]:
+    """Return the weights that do not begin with their masters' elements, cast; add a warning if there are any.
 
-    A handful of elements of each tensor is read. Weights may have been changed without the optimizer, and training goes
-    on from the masters, so a difference is no error.
+    The model states of stages 1 and 2 hold the weights too. A handful of elements of each is read. Weights may have
+    been changed without the optimizer, and training goes on from the masters, so a difference alone is no error.
+
+    Args:
+        states: The model states.
+        entries: The masters among these are compared.
+        warnings: Where the warning is added.
 
     Raises:
         InconsistentCheckpointError: A weight has another shape.
     """
+
     samples: list[tuple[str, DType, DType]] = []
     extents: list[Extent] = []
     for name, entry in entries.items():
@@ -173,3 +179,4 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             f" first {differing[0]!r}: the files are of different saves, or the weights were changed without the"
             " optimizer. The masters were taken"
         )
+    return differing

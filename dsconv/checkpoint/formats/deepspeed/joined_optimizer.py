@@ -89,6 +89,7 @@ def join_training(
             if isinstance(rules, PlanRules)
             else first.cut
         ),
+        stored={name: stored for training in of_ranks for name, stored in training.stored.items()},
         warnings=tuple(warnings),
     )
 

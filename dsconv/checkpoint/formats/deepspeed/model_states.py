@@ -70,6 +70,13 @@ class ModuleStates:
         return found if isinstance(found, dict) else {}
 
     @property
+    def stage(self) -> int:
+        """The ZeRO stage of the run, by its configuration; 0 where that names none."""
+        section = self.config.get("zero_optimization")
+        stage = section.get("stage") if isinstance(section, dict) else None
+        return stage if type(stage) is int and 0 <= stage <= 3 else 0
+
+    @property
     def universal_info(self) -> dict[str, Any] | None:
         """How tensor-parallel shards are joined, by the trainer; None where it saved nothing about that."""
         return self.fields.mapping("universal_checkpoint_info") or None
@@ -220,9 +227,7 @@ def warn_of_absent(states: ModuleStates, entries: Mapping[str, TensorEntry], war
             f"{states.path.name} names {len(hollow)} weights, such as {hollow[0]!r}, of which no file holds the data:"
             " they are missing in the output"
         )
-    stage = states.config.get("zero_optimization")
-    stage = stage.get("stage") if isinstance(stage, dict) else None
-    if not states.lists_frozen and "frozen_param_shapes" in states.raw and stage in (2, 3):
+    if not states.lists_frozen and "frozen_param_shapes" in states.raw and states.stage in (2, 3):
         warnings.append(
             f"{states.path.name} was saved with exclude_frozen_parameters=True: weights that were frozen are not in the"
             " checkpoint and are missing in the output. Take them from the model that the run began with"

@@ -136,6 +136,8 @@ def _read_stage(folder: TagFolder, mp: int, warnings: list[str], layers: dict[in
     if mine.optimizer:
         return zero.read_rank(mine, warnings, partial(_shapes_of, layers[mp % len(layers)]))
     states = stage0.read_states(mine)
+    if folder.own_weights:
+        return stage0.own_weights_map(states, {})
     return RankMap(states, {}, [], stage0.KIND, 0, states.data_parallel)
 
 
@@ -212,7 +214,8 @@ def _join_stages(
                 else:
                     entries[name] = entry
         buffers = {name for stage in stages for name in stage.states.buffer_names}
-        names = set(entries) | buffers
+        listed = {name for stage in stages for group in stage.states.param_shapes for name in group}
+        names = set(entries) | buffers | listed
         if rules is not None and not any(stage.partitions for stage in stages):
             names |= rules.tied_names
         for layer in layers.values():
@@ -228,12 +231,12 @@ def _join_stages(
             for name, entry in found.items():
                 if name in entries:
                     _same_copy(entries[name], entry, rules, warnings, sources)
-                elif any(stage.partitions for stage in stages):
+                elif any(stage.partitions for stage in stages) or (listed and name not in listed):
                     entries[name] = entry
                 else:
                     entries[name] = stage0.as_parameter(entry)
     _need_layers(layers, names, stages)
-    if not any(stage.partitions for stage in stages):
+    if not any(stage.partitions or stage.own_weights for stage in stages):
         _take_masters(stages, entries)
     return entries
 

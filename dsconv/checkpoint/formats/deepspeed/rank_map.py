@@ -26,7 +26,8 @@ class RankMap:
 
     ``entries`` have the shapes of the shard; ``states`` is the rank's (first) model-states file; ``kind`` is such as
     ``ZeRO-1``. ``masters`` are those of stage 0, which lie in the model states; ``places`` say where the optimizer
-    states of each parameter lie in the partitions of ZeRO.
+    states of each parameter lie in the partitions of ZeRO. ``own_weights`` says that the model's 16-bit weights were
+    asked for.
     """
 
     states: ModuleStates
@@ -37,6 +38,7 @@ class RankMap:
     data_parallel: int
     masters: Mapping[str, Slot] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
+    own_weights: bool = False
 
     @property
     def files(self) -> list[TorchFile]:
@@ -121,7 +123,10 @@ def contents_of(
         more_files: Files beside those of the ranks.
     """
     first = ranks[0]
-    if first.partitions:
+    info: dict[str, Any]
+    if first.own_weights:
+        info = {"weights": "16bit"}
+    elif first.partitions:
         info = {"master_dtype": master_dtypes(entries), "parameter_groups": len(first.states.param_shapes)}
     else:
         info = {} if first.stage else {"masters": sum(len(rank.masters) for rank in ranks)}
@@ -144,6 +149,8 @@ def master_dtypes(entries: Mapping[str, TensorEntry]) -> str:
 
 def _no_training(ranks: Sequence[RankMap]) -> str:
     """Return why nothing can be said about the optimizer of ``ranks``; nothing where it can."""
+    if any(rank.own_weights for rank in ranks):
+        return "the model's own 16-bit weights were asked for (--weights 16bit), which have no optimizer states"
     if all(rank.partitions for rank in ranks):
         return ""
     if not all(isinstance(rank.states.optimizer, dict) for rank in ranks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsconv.checkpoint.formats.deepspeed import stage0, zero
 from dsconv.checkpoint.formats.deepspeed.partitions import read_partitions
+from dsconv.checkpoint.formats.deepspeed.precisions import with_one_kind
 from dsconv.checkpoint.formats.deepspeed.ranks import single_rank_checkpoint
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.storage.roots import Root
@@ -36,8 +37,22 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     return read_folder(folder)
 
 
+def read_own_weights(root: Root, tag: str | None) -> Checkpoint:
+    """Read the model's own 16-bit weights, which need no optimizer files, in the place of fp32 masters.
+
+    Raises what ``read`` raises; UnsupportedError at ZeRO-3, whose model states hold no whole weights.
+    """
+    folder = find_tag_folder(root.path, tag)
+    if folder is None:
+        raise CheckpointNotFoundError(f"{root.path}: no DeepSpeed checkpoint")
+    folder = folder.with_own_weights()
+    root.fetch(folder.files)
+    return read_folder(folder)
+
+
 def read_folder(folder: TagFolder) -> Checkpoint:
     """Read the tensor map of a tag's folder; raise what ``read`` raises."""
+    folder = with_one_kind(folder)
     if folder.experts:
         from dsconv.checkpoint.formats.deepspeed.moe.zero12 import read_moe
 

@@ -11,12 +11,19 @@ from dataclasses import replace
 from functools import partial
 
 from dsconv.checkpoint.formats.deepspeed import consistency
-from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states, refuse_missing_experts
+from dsconv.checkpoint.formats.deepspeed.model_states import (
+    ModuleStates,
+    read_module_states,
+    refuse_missing_experts,
+    warn_of_absent,
+    warn_of_unlisted,
+)
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Slot, match_masters
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
-from dsconv.errors import MalformedError, MissingShardError
+from dsconv.errors import MalformedError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder
 
 KIND = "DeepSpeed stage 0"
@@ -34,6 +41,14 @@ def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
     entries = states.module_entries(exclude=set(), ties=states.ties())
     if not entries:
         raise MalformedError(f"{states.path}: the module holds no tensors")
+    if folder.own_weights:
+        trained = {name for group in states.param_shapes for name in group}
+        entries = {
+            name: as_parameter(entry) if name in trained or not trained else entry for name, entry in entries.items()
+        }
+        warn_of_unlisted(states, warnings)
+        warn_of_absent(states, entries, warnings)
+        return own_weights_map(states, entries)
     entries = {name: as_parameter(entry) for name, entry in entries.items()}
     masters = match_masters(states.file, states.optimizer, module_order(states, entries))
     if masters:
@@ -42,7 +57,18 @@ def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
 
 
 def read_states(folder: TagFolder) -> ModuleStates:
-    """Return the model states of a rank that should have no optimizer files; raise MissingShardError if it should."""
+    """Return the model states of a rank that should have no optimizer files.
+
+    Raises:
+        MissingShardError: It should have some, and the model's own weights were not asked for.
+        UnsupportedError: The model's own weights were asked for, and are sharded (ZeRO-3).
+        MalformedError: The weights have no elements.
+    """
+    if not folder.model and folder.own_weights:
+        raise UnsupportedError(
+            f"{folder.path}: ZeRO-3 keeps no whole 16-bit weights in the model states, which hold empty tensors in"
+            " their place. Merge the fp32 masters (--weights masters), or take the file that save_16bit_model wrote"
+        )
     if not folder.model:
         raise MissingShardError(
             f"{folder.path}: ZeRO-3 model states without optimizer files (zero_pp_rank_*_optim_states.pt), which hold"
@@ -50,13 +76,33 @@ def read_states(folder: TagFolder) -> ModuleStates:
         )
     states = read_module_states(next(iter(folder.model.values())))
     consistency.own_name(states.file)
-    if states.param_shapes:
+    if states.param_shapes and not folder.own_weights:
         raise MissingShardError(
             f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there"
-            " are none. Copy them from the nodes that wrote them"
+            f" are none. Copy them from the nodes that wrote them, or take the model's own 16-bit weights, which are"
+            " here, with --weights 16bit"
         )
     refuse_missing_experts(states)
+    _refuse_hollow(states)
     return states
+
+
+def _refuse_hollow(states: ModuleStates) -> None:
+    """Raise MalformedError where the weights are the empty tensors that ZeRO-3 puts in the place of its shards."""
+    tensors = [value for value in states.module.values() if isinstance(value, TensorRef)]
+    shapes = {shape for group in states.param_shapes for shape in group.values()} - {(0,)}
+    if tensors and all(value.shape == (0,) for value in tensors) and (shapes or not states.param_shapes):
+        raise MalformedError(
+            f"{states.path}: all {len(tensors)} weights are empty (shape [0]): the file was saved under ZeRO-3 without"
+            " gathering them, and holds none. Merge the checkpoint of that run that has *_optim_states.pt files"
+        )
+
+
+def own_weights_map(states: ModuleStates, entries: dict[str, TensorEntry]) -> RankMap:
+    """Return the map of a rank whose own weights were asked for, in the place of masters."""
+    stage = states.stage
+    kind = f"{f'ZeRO-{stage}' if stage else KIND}, 16-bit weights"
+    return RankMap(states, entries, [], kind, stage, states.data_parallel, own_weights=True)
 
 
 def module_order(states: ModuleStates, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -120,6 +120,7 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
         counters=partial(counters, states),
         cut=UniversalInfo(info, states.path, states.stored).cut if info else whole_rows,
         deepspeed_version=states.ds_version,
+        stored=states.stored,
         warnings=tuple(warnings),
     )
 

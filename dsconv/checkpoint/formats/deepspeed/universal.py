@@ -20,6 +20,7 @@ from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
 from dsconv.checkpoint.formats.deepspeed.partitions import frozen_entry
 from dsconv.checkpoint.formats.deepspeed.rank_map import Contents, build_checkpoint, master_dtypes
+from dsconv.checkpoint.formats.deepspeed.reader import read_folder
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.storage.roots import Root
@@ -64,6 +65,16 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     return _read(folder)
 
 
+def read_own_weights(root: Root, tag: str | None) -> Checkpoint:
+    """Read the model's own 16-bit weights out of the model states; raise what ``reader.read_own_weights`` raises."""
+    folder = _find(root.path, tag)
+    if folder is None:
+        raise CheckpointNotFoundError(f"{root.path}: no universal checkpoint")
+    folder = folder.with_own_weights()
+    root.fetch(folder.files)
+    return read_folder(folder)
+
+
 def _find(path: Path, tag: str | None) -> TagFolder | None:
     """Return a universal tag folder: ``path`` itself, or what its ``latest_universal`` names.
 
@@ -90,10 +101,10 @@ def _is_universal(folder: Path) -> bool:
 
 
 def _read(folder: TagFolder) -> Checkpoint:
-    if folder.optimizer:
+    if folder.kinds:
         raise InconsistentCheckpointError(
             f"{folder.path}: holds both a universal checkpoint ({FOLDER}/) and ZeRO optimizer files "
-            f"({next(iter(folder.optimizer.values())).name}): move one of them to a folder of its own"
+            f"({next(iter(folder.kinds))}): move one of them to a folder of its own"
         )
     stage = _stage(folder)
     all_states = _model_states(folder, stage)

@@ -141,7 +141,13 @@ def _read_zero12(
         for partition_rank, partition in enumerate(partitions):
             consistency.slice_mappings(partition.path, partition.state, shapes, lengths, partition_rank)
     entries.update(states.module_entries(exclude=set(entries), ties=ties))
-    consistency.masters_match_module(states, entries, warnings)
+    differing = consistency.masters_match_module(states, entries, warnings)
+    if differing and folder.chosen:
+        raise InconsistentCheckpointError(
+            f"{folder.path}: holds optimizer files of two runs ({' and '.join(folder.kinds)}), and those that"
+            f" {states.path.name} names by its configuration do not hold its weights, such as {differing[0]!r}. Restore"
+            " the files of one save"
+        )
     warn_of_unlisted(states, warnings)
     warn_of_absent(states, entries, warnings)
     stage = first.stage

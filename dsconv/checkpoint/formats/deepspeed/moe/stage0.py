@@ -44,10 +44,11 @@ def read_moe_stage0(folder: TagFolder, found: autoep.Experts, warnings: list[str
         UnsupportedError: Which master belongs to which weight cannot be told.
     """
     states, layers, tensors = found.states, found.layers, found.tensors
-    if states.param_shapes:
+    if states.param_shapes and not folder.own_weights:
         raise MissingShardError(
             f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there"
-            " are none. Copy them from the nodes that wrote them"
+            f" are none. Copy them from the nodes that wrote them, or take the model's own 16-bit weights, which are"
+            " here, with --weights 16bit"
         )
     entries = states.module_entries(exclude=set(), ties=states.ties())
     weights = Assembly()
@@ -58,13 +59,15 @@ def read_moe_stage0(folder: TagFolder, found: autoep.Experts, warnings: list[str
     entries = {
         name: entry if entry.role == "buffer" else replace(entry, role="parameter") for name, entry in entries.items()
     }
-    optimizers = _optimizers(folder, found)
+    optimizers = [] if folder.own_weights else _optimizers(folder, found)
     masters = _Masters(folder, found, entries, weights, warnings).read(optimizers)
     entries.update(masters)
     warn_of_lost(states, layers, entries, warnings)
     files = [*(optimizers if masters else ()), *(tensor.file for tensor in tensors)]
-    kind = f"DeepSpeed stage 0, {found.naming.kind}"
-    contents = contents_of(states, kind, 0, layers, found.naming.renamed(entries), files, warnings)
+    stage = states.stage if folder.own_weights else 0
+    kind = f"{f'ZeRO-{stage}' if stage else 'DeepSpeed stage 0'}, {found.naming.kind}"
+    kind += ", 16-bit weights" if folder.own_weights else ""
+    contents = contents_of(states, kind, stage, layers, found.naming.renamed(entries), files, warnings)
     return build_checkpoint(folder, states, contents)
 
 
