@@ -38,8 +38,8 @@ def with_one_kind(folder: TagFolder) -> TagFolder:
             raise InconsistentCheckpointError(
                 f"{folder.path}: by its configuration {states.path.name} is of a run"
                 f" {'in' if is_bf16 else 'without'} bf16, whose optimizer files are called"
-                f" {BF16 if is_bf16 else ''}zero_pp_rank_*; here are only {form}, which another run saved. Copy the right"
-                " files from the nodes that wrote them"
+                f" {BF16 if is_bf16 else ''}zero_pp_rank_*; here are only {form}, which another run saved. Copy the"
+                " right files from the nodes that wrote them"
             )
         return folder
     mine = [form for form in folder.kinds if is_bf16 is not None and form.startswith(BF16) == is_bf16]
