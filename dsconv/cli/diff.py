@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,10 +24,11 @@ Example:
 @click.argument("b", type=click.Path())
 @click.option("--all", "show_all", is_flag=True, help=f"Show every tensor, not the {SHOWN} that changed most.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of the models on the Hub (default: main).")
+@console.FOLLOW_LINKS
 @console.JSON
 @console.QUIET
 @console.DEBUG
-def diff(a: str, b: str, show_all: bool, revision: str | None, as_json: bool, quiet: bool, debug: bool) -> None:
+def diff(a: str, b: str, show_all: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Measure how far two checkpoints of any formats are apart, tensor by tensor and layer by layer.
 
     Values are compared as float64. A row shows the fraction of elements that changed, the largest change, the largest
@@ -39,7 +40,7 @@ def diff(a: str, b: str, show_all: bool, revision: str | None, as_json: bool, qu
     console.quiet_downloads(quiet or as_json)
     began = time.monotonic()
     with console.progress(quiet or as_json) as progress:
-        report = measure(a, b, revision=revision, progress=progress)
+        report = measure(a, b, progress=progress, **options)
     seconds = time.monotonic() - began
     if as_json:
         console.show_json({**report.to_dict(), "seconds": round(seconds, 3)})

@@ -154,6 +154,7 @@ def diff(
     b: str | os.PathLike[str] | Checkpoint,
     *,
     revision: str | None = None,
+    follow_links: bool = False,
     progress: Progress | None = None,
 ) -> DiffReport:
     """Measure how far the tensors of ``b`` are from those of ``a``, streaming.
@@ -165,12 +166,16 @@ def diff(
         a: A path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.
         b: The other one.
         revision: A branch, tag or commit, where the two lie on the Hub.
+        follow_links: Read what links lead to that leave the folders.
         progress: Called with ("diff", bytes done, bytes in all).
 
     Raises:
         DsconvError: What ``open_checkpoint`` raises.
     """
-    first, second = (g if isinstance(g, Checkpoint) else open_checkpoint(g, revision=revision) for g in (a, b))
+    first, second = (
+        given if isinstance(given, Checkpoint) else open_checkpoint(given, revision=revision, follow_links=follow_links)
+        for given in (a, b)
+    )
     report = DiffReport(str(first.path), str(second.path))
     sums: dict[str, _Sums] = {}
     seen: set[str] = set()
