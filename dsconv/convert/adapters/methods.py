@@ -67,7 +67,8 @@ TOKENS = "token_adapter"
 DELTA = "trainable_tokens_delta"
 SHADOW_CONTAINERS = ("shadow_backbone", "shadow_projection", "shadow_head", "shadow_down", "shadow_up",
                      "shadow_update_transform", "shadow_update_gate")  # fmt: skip
-_LAST_PARTS = (["weight"], ["bias"])
+# What follows a parameter's name when the adapter's does not: of modules, and of GLoRA's and OSF's own parts.
+_LAST_PARTS = [[name] for name in ("weight", "bias", "Xd", "Xu", "zeros", "X", "S_low", "U_low", "V_low")]
 
 
 def slot(name: str, starts: tuple[str, ...] = ALL_ATTRIBUTES) -> int | None:
