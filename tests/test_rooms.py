@@ -42,6 +42,7 @@ FLOORS_OF_CHECKPOINT = {
     "formats.table": 6,
     "opening": 7,
     "hidden_size": 7,
+    "summary": 7,
 }
 HEAVY = {
     "torch",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,42 +13,61 @@ from dsconv.cli.console import command
 
 if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint
+    from dsconv.checkpoint.map.tensors import TensorEntry
+    from dsconv.errors import SeveralModelsError
 
-SHOWN_ROWS = 40
+HEAD_ROWS, TAIL_ROWS = 32, 8
+Row = tuple[list[str], str, str, str, str, str]
 
 
 @command(epilog="""\b
 Example:
   dsconv inspect checkpoints/
+  dsconv inspect checkpoints/ --filter '*.q_proj.*' --all
   dsconv inspect checkpoints/ --json | jq .tensors[0]""")  # fmt: skip
 @click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read, if CKPT holds several.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
-@click.option("--all", "show_all", is_flag=True, help=f"List every tensor instead of the first {SHOWN_ROWS}.")
+@click.option("--item", metavar="KEY", help="Which model of several; without it they are listed.")
+@click.option("--all", "show_all", is_flag=True, help="List every tensor instead of layer by layer.")
+@click.option("--filter", "globs", multiple=True, metavar="GLOB", help="Show the tensors whose name matches.")
 @console.FOLLOW_LINKS
 @console.JSON
 @console.DEBUG
-def inspect(checkpoint: str, show_all: bool, as_json: bool, debug: bool, **options: Any) -> None:
+def inspect(
+    checkpoint: str, show_all: bool, globs: tuple[str, ...], as_json: bool, debug: bool, **options: Any
+) -> None:
     """Show what a checkpoint holds.
 
-    That is its format, step, world sizes, tensors, ties and problems. Only metadata is read, a few kilobytes whatever
-    the size of the model. org/model is downloaded to the Hub's cache; hf://org/model is read in place.
+    That is its format, who wrote it, step, world sizes, models, tensors, ties and problems. Only metadata is read, a
+    few kilobytes whatever the size of the model. org/model is downloaded to the Hub's cache; hf://org/model is read in
+    place.
     """
     from dsconv.checkpoint import open_checkpoint
+    from dsconv.errors import SeveralModelsError
 
     console.quiet_downloads(as_json)
-    found = open_checkpoint(checkpoint, **options)
+    try:
+        found = open_checkpoint(checkpoint, **options)
+    except SeveralModelsError as several:
+        _show_models(several, as_json)
+        return
+    entries = [entry for entry in found.values() if not globs or any(_matches(entry, glob) for glob in globs)]
     if as_json:
-        console.show_json(describe(found))
+        console.show_json(describe(found, entries))
     else:
-        _show(found, None if show_all else SHOWN_ROWS)
+        _show(found, entries, show_all)
 
 
-def describe(found: Checkpoint) -> dict[str, Any]:
-    """Return everything that ``--json`` prints."""
+def describe(found: Checkpoint, entries: list[TensorEntry] | None = None) -> dict[str, Any]:
+    """Return everything that ``--json`` prints; ``entries`` are the tensors to list, by default all."""
+    from dsconv.checkpoint.summary import content_of, trainer_of
+
     return {
         "path": str(found.path),
         "format": found.format,
+        "trainer": trainer_of(found),
+        "content": content_of(found),
         "step": found.step,
         "world": found.world,
         "info": found.info,
@@ -58,19 +79,36 @@ def describe(found: Checkpoint) -> dict[str, Any]:
         "tensors": [
             {"name": e.name, "dtype": str(e.dtype), "shape": list(e.shape), "role": e.role, "bytes": e.nbytes,
              "pieces": e.piece_count, "aliases": list(e.aliases)}
-            for e in found.values()
+            for e in (found.values() if entries is None else entries)
         ],
     }  # fmt: skip
+
+
+def _matches(entry: TensorEntry, glob: str) -> bool:
+    return any(fnmatchcase(name, glob) for name in (entry.name, *entry.aliases))
+
+
+def _show_models(several: SeveralModelsError, as_json: bool) -> None:
+    if as_json:
+        console.show_json({"path": str(several.where), "models": several.models})
+        return
+    console.say(f"{several.where} holds {console.count(len(several.models), 'model')}:")
+    console.table(
+        [("model", "left"), ("tensors", "right")], [(key, f"{n:,}" if n else "") for key, n in several.models.items()]
+    )
+    console.say("", "Choose one with --item, for inspect as for merge.")
 
 
 def _text(value: Any) -> str:
     """Return a value of ``info`` as text: counts as ``12 optim, 1 step``, a list by its items."""
     if isinstance(value, dict):
-        return ", ".join(f"{count} {name}" for name, count in value.items())
+        return console.counts(value)
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def _show(found: Checkpoint, limit: int | None) -> None:
+def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None:
+    from dsconv.checkpoint.summary import content_of, trainer_of
+
     world = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in found.world.items())
     kinds: dict[str, int] = {}
     for entry in found.values():
@@ -78,6 +116,8 @@ def _show(found: Checkpoint, limit: int | None) -> None:
     facts = (
         ("path", str(found.path)),
         ("format", found.format),
+        ("written by", trainer_of(found)),
+        ("content", content_of(found)),
         ("step", "" if found.step is None else str(found.step)),
         ("world", world),
         *((name.replace("_", " "), _text(value)) for name, value in found.info.items()),
@@ -88,22 +128,49 @@ def _show(found: Checkpoint, limit: int | None) -> None:
     )
     console.table([("", "left"), ("", "left")], [(label, value) for label, value in facts if value])
     console.say("")
-    entries = list(found.values())
-    rows = [
-        (
-            [entry.name, *(f"  = {alias}" for alias in entry.aliases)],
-            str(entry.dtype),
-            " × ".join(map(str, entry.shape)) or "scalar",
-            entry.role,
-            str(entry.piece_count),
-            console.size(entry.nbytes),
-        )
-        for entry in entries[:limit]
-    ]
+    rows = [_row([entry.name], [entry]) for entry in entries] if show_all else _grouped_rows(entries)
+    hidden = 0 if show_all else max(0, len(rows) - HEAD_ROWS - TAIL_ROWS)
+    if hidden:
+        more = [f"… {hidden:,} more rows; --all lists every tensor"]
+        rows[HEAD_ROWS : HEAD_ROWS + hidden] = [(more, "", "", "", "", "")]
     left = ("tensor", "dtype", "shape", "role")
     console.table([*((title, "left") for title in left), ("pieces", "right"), ("size", "right")], rows)
-    if limit is not None and len(entries) > limit:
-        console.say(f"… {len(entries) - limit:,} more; --all lists them")
+    if not entries:
+        console.say("no tensor has such a name")
     for warning in found.warnings:
         console.say("")
         console.say(warning, label="Problem:", fg="yellow")
+
+
+def _grouped_rows(entries: list[TensorEntry]) -> list[Row]:
+    from dsconv.checkpoint.summary import grouped
+
+    rows: list[Row] = []
+    for (before, indices), together in groupby(grouped(entries), key=lambda group: group.layers):
+        groups = list(together)
+        if not indices:
+            rows += [_row([before], group.entries) for group in groups]
+            continue
+        name = f"{before}.{indices}".removeprefix(".")
+        layers = min(len(group.entries) for group in groups)
+        if len(groups) == 1:
+            rows.append(_row([f"{name}.{groups[0].after}".removesuffix(".")], groups[0].entries))
+            continue
+        each = sum(len(group.entries) // layers for group in groups)
+        total = console.size(sum(group.nbytes for group in groups))
+        rows.append(([f"{name}: {console.count(each, 'tensor')} each"], "", "", "", "", total))
+        rows += [_row([f"  .{group.after}"], group.entries) for group in groups]
+    return rows
+
+
+def _row(name: list[str], entries: list[TensorEntry]) -> Row:
+    """Return the row of tensors of one kind; pieces and bytes are those of all of them."""
+    first = entries[0]
+    return (
+        [*name, *(f"  = {alias}" for entry in entries for alias in entry.aliases)],
+        str(first.dtype),
+        " × ".join(map(str, first.shape)) or "scalar",
+        "" if first.role == "parameter" else first.role,
+        str(sum(entry.piece_count for entry in entries)),
+        console.size(sum(entry.nbytes for entry in entries)),
+    )

@@ -87,7 +87,8 @@ def test_the_surface_of_the_command_line() -> None:
     ]
     assert surface == {
         "zero-to-fp32": merge,
-        "merge": merge,
+        "merge": sorted([*merge, "--item"]),
+        "diff": ["--all", "--debug", "--json", "--quiet", "--revision", "-d", "-q"],
         "to-dcp": [
             "--debug",
             "--dry-run",
@@ -123,7 +124,18 @@ def test_the_surface_of_the_command_line() -> None:
             "-q",
             "-t",
         ],
-        "inspect": ["--all", "--debug", "--follow-links", "--json", "--revision", "--tag", "-d", "-t"],
+        "inspect": [
+            "--all",
+            "--debug",
+            "--filter",
+            "--follow-links",
+            "--item",
+            "--json",
+            "--revision",
+            "--tag",
+            "-d",
+            "-t",
+        ],
         "train": [
             "--activation-checkpointing",
             "--backend",
@@ -370,10 +382,44 @@ def test_inspect_for_people(trained: Callable[[str], Trained]) -> None:
     assert "more; --all lists them" not in listed.out
 
 
-def test_inspect_lists_forty_and_all(tmp_path: Path) -> None:
-    save_file({f"layer.{i}": torch.zeros(2) for i in range(50)}, tmp_path / "model.safetensors")
-    assert "… 10 more; --all lists them" in dsconv("inspect", tmp_path).out
-    assert "layer.49" in dsconv("inspect", tmp_path, "--all").out
+def test_inspect_groups_layers(tmp_path: Path) -> None:
+    """300 tensors are a page of 80 columns; --all lists each, --filter some, and JSON keeps all."""
+    layer = {"q.weight": (8, 8), "k.weight": (4, 8), "mlp.experts.0.w": (2, 8), "mlp.experts.1.w": (2, 8), "norm": (8,)}
+    state = {"embed.weight": torch.zeros(16, 8), "norm.weight": torch.zeros(8)}
+    state |= {f"model.layers.{i}.{name}": torch.zeros(shape) for i in range(60) for name, shape in layer.items()}
+    state["model.layers.7.norm"] = torch.zeros(9)
+    save_file(state | {f"odd.{i}.w": torch.zeros(i + 1) for i in range(50)}, tmp_path / "model.safetensors")
+    shown = dsconv("inspect", tmp_path, COLUMNS="80").out
+    assert "model.layers.0–59: 4 tensors each" in shown
+    assert "  .mlp.experts.0–1.w  " in shown
+    assert "model.layers.0–6,8–59.norm" in shown
+    assert "model.layers.7.norm" in shown
+    assert "more rows; --all lists every tensor" in shown
+    assert "odd.49.w" in shown  # the tail
+    assert len(shown.splitlines()) < 60
+    assert max(map(len, shown.splitlines())) <= 80 + len(str(tmp_path))
+    every = dsconv("inspect", tmp_path, "--all").out
+    assert all(name in every for name in state)
+    some = dsconv("inspect", tmp_path, "--all", "--filter", "*.7.*", "--filter", "embed*").out
+    assert "model.layers.7.q.weight" in some
+    assert "embed.weight" in some
+    assert "model.layers.8." not in some
+    assert "no tensor has such a name" in dsconv("inspect", tmp_path, "--filter", "x").out
+    listed = dsconv("inspect", tmp_path, "--json").json
+    assert len(listed["tensors"]) == len(state) + 50
+    assert len(dsconv("inspect", tmp_path, "--json", "--filter", "odd.*").json["tensors"]) == 50
+
+
+def test_inspect_lists_models(tmp_path: Path) -> None:
+    critic = {"w": torch.ones(2, 3), "v": torch.ones(3)}
+    torch.save({"actor": {"w": torch.ones(2, 3)}, "critic": critic}, tmp_path / "a.pt")
+    shown = dsconv("inspect", tmp_path / "a.pt")
+    assert shown.code == 0
+    assert "holds 2 models" in shown.out
+    assert [line.split() for line in shown.out.splitlines() if line.startswith("critic")] == [["critic", "2"]]
+    assert dsconv("inspect", tmp_path / "a.pt", "--json").json["models"] == {"actor": 1, "critic": 2}
+    one = dsconv("inspect", tmp_path / "a.pt", "--item", "critic", "--json").json
+    assert (one["info"]["item"], len(one["tensors"])) == ("critic", 2)
 
 
 def test_inspect_for_programs(trained: Callable[[str], Trained]) -> None:
