@@ -89,7 +89,7 @@ INDIRECT = [
     Hostile(
         "a partial is called",
         lambda c: whole(call(call(glob("functools", "partial"), SYSTEM, touch(c)))),
-        "functools.partial",
+        "os.system",
     ),
     Hostile(
         "an attrgetter is called",

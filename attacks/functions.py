@@ -5,6 +5,7 @@ from __future__ import annotations
 from attacks.payload import (
     CANARY_MODULE,
     SYSTEM,
+    Hostile,
     argv,
     fixed,
     function,
@@ -13,7 +14,7 @@ from attacks.payload import (
     source,
     touch,
 )
-from tests.checkpoint.building import call, glob, lst, number, text, tup
+from tests.checkpoint.building import call, glob, lst, number, text, tup, whole
 
 FUNCTIONS = [
     function("posix", "system", touch),
@@ -62,7 +63,12 @@ FUNCTIONS = [
     function("webbrowser", "open", fixed(text("http://127.0.0.1:9/")), real=False),
     function("atexit", "register", fixed(SYSTEM), touch, real=False),
     function("threading", "Timer", fixed(number(0)), fixed(SYSTEM), fixed(lst()), real=False),
-    function("functools", "partial", fixed(SYSTEM), touch, real=False),
+    Hostile(
+        "a partial of os.system",
+        lambda c: whole(call(glob("functools", "partial"), SYSTEM, touch(c))),
+        "os.system",
+        real=False,
+    ),
     function("functools", "reduce", fixed(SYSTEM), argv, real=False),
     function("operator", "attrgetter", fixed(text("system")), real=False),
     function("operator", "methodcaller", fixed(text("system")), touch, real=False),

@@ -7,11 +7,11 @@ UnsupportedGlobal where the call asks for what dsconv does not do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from dsconv.checkpoint.map.dtypes import DType
-from dsconv.checkpoint.pickles import kept_classes
 from dsconv.checkpoint.pickles.budget import (
     DICT_BYTES,
     OBJECT_BYTES,
@@ -22,8 +22,10 @@ from dsconv.checkpoint.pickles.budget import (
     WorkBudget,
 )
 from dsconv.checkpoint.pickles.errors import BadArguments, Refused, UnsupportedGlobal
+from dsconv.checkpoint.pickles.kept_classes import KEPT
 from dsconv.checkpoint.pickles.values import (
     MAX_DIMENSIONS,
+    MAX_NAME_CHARS,
     MAX_NUMEL,
     FragmentAddress,
     Instance,
@@ -31,10 +33,12 @@ from dsconv.checkpoint.pickles.values import (
     OpaqueClass,
     StorageRef,
     TensorRef,
+    UnreadTensor,
     safe_repr,
 )
 
 WRAPPER = ("torch._utils", "_rebuild_wrapper_subclass")
+NESTED_NAME = re.compile(r"[A-Z]\w*", re.ASCII)
 
 
 def _require(condition: bool, what: str) -> None:
@@ -144,25 +148,42 @@ def rebuild_from_type(budget: WorkBudget, function: Any, kind: Any, args: Any, s
     _require(isinstance(kind, OpaqueClass), "a tensor subclass without a class")
     budget.spend(len(args))
     if isinstance(function, OpaqueClass) and (function.module, function.name) == WRAPPER:
-        if (kind.module, kind.name) in kept_classes.KEPT:
-            return Instance(kind.label, args, state)
-        raise UnsupportedGlobal(f"a tensor of class {kind}, which dsconv does not read")
+        made = Instance if (kind.module, kind.name) in KEPT else UnreadTensor
+        return made(kind.label, args, state)
     # Not by this function again: a file could nest that as deep as it likes.
     _require(callable(function) and function is not rebuild_from_type, "a tensor subclass rebuilt by something unknown")
     return function(budget, *args)
 
 
-def nested_class(budget: WorkBudget, *args: Any) -> OpaqueClass:
+def nested_class(budget: WorkBudget, *args: Any) -> OpaqueClass | Inert:
     """Return the class that ``getattr`` names inside another one, which is how protocols 2 and 3 write it.
 
-    Raises:
-        Refused: The pair is not one that real files hold.
+    Some releases of Python write the member of an enumeration so, too. A name that begins with a capital letter is that
+    of a class or a member; what could be a function is refused.
     """
-    if len(args) == 2 and isinstance(args[0], OpaqueClass) and isinstance(args[1], str):
-        owner, name = args
-        if (owner.module, f"{owner.name}.{name}") in kept_classes.NESTED:
-            return OpaqueClass(owner.module, f"{owner.name}.{name}")
+    owner, name = args if len(args) == 2 else (None, None)
+    if isinstance(owner, OpaqueClass) and isinstance(name, str) and NESTED_NAME.fullmatch(name):
+        nchars = len(owner.module) + len(owner.name) + len(name)
+        _require(nchars < MAX_NAME_CHARS, f"a class whose name has {nchars} characters; the limit is {MAX_NAME_CHARS}")
+        budget.allocate(2 * OBJECT_BYTES + 4 * nchars)
+        return OpaqueClass(owner.module, f"{owner.name}.{name}")
+    if isinstance(owner, Inert) and (owner.label, name) == ("zoneinfo.ZoneInfo", "_unpickle"):
+        return owner
     raise Refused(f"calls builtins.getattr{safe_repr(args)}")
+
+
+def type_of_none(budget: WorkBudget, *args: Any) -> OpaqueClass:
+    """Return the class of None, which files name as ``type(None)``. No other use of ``type`` is allowed."""
+    if len(args) == 1 and args[0] is None:
+        return OpaqueClass("types", "NoneType")
+    raise Refused(f"calls builtins.type{safe_repr(args)}")
+
+
+def partial(budget: WorkBudget, *args: Any) -> Opaque:
+    """Keep a functools.partial as data. What it would call is checked where the file names it."""
+    if not args or not (isinstance(args[0], (OpaqueClass, Opaque)) or callable(args[0])):
+        raise Refused(f"calls functools.partial{safe_repr(args)}")
+    return Opaque("functools.partial", args)
 
 
 def zero_stage(budget: WorkBudget, value: Any) -> int:
@@ -207,13 +228,25 @@ def make_set(budget: WorkBudget, *args: Any) -> frozenset[Any]:
     return frozenset(budget.key(item) for item in items)
 
 
-def inert(label: str) -> Callable[..., Opaque]:
-    """Return a function that makes an ``Opaque`` called ``label`` of any arguments, and builds nothing else.
+class Inert:
+    """A function for harmless values that dsconv has no use for, such as dates, paths and devices.
 
-    It serves harmless values that dsconv has no use for: dates, paths, devices.
+    It keeps the arguments of a call in an ``Opaque`` called ``label``, and builds nothing else.
     """
 
-    def make(budget: WorkBudget, *args: Any) -> Opaque:
-        return Opaque(label, args)
+    __slots__ = ("label",)
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def __call__(self, budget: WorkBudget, *args: Any) -> Opaque:
+        return Opaque(self.label, args)
+
+
+def unread_tensor(label: str) -> Callable[..., UnreadTensor]:
+    """Return a function that makes an ``UnreadTensor`` called ``label``."""
+
+    def make(budget: WorkBudget, *args: Any) -> UnreadTensor:
+        return UnreadTensor(label, args)
 
     return make

@@ -7,9 +7,7 @@ since 2.12. ``ShardedTensor`` is FSDP1's. The names were read from the sources o
 
 from __future__ import annotations
 
-# Protocols 2 and 3 write a nested class as a call of getattr.
-NESTED = frozenset({("torch.distributed._shard.sharded_tensor.api", "ShardedTensor.ProcessGroupState")})
-KEPT: frozenset[tuple[str, str]] = NESTED | {
+KEPT: frozenset[tuple[str, str]] = frozenset(
     (module, name)
     for module, names in {
         "torch.distributed.tensor": ("DTensor",),
@@ -22,7 +20,7 @@ KEPT: frozenset[tuple[str, str]] = NESTED | {
         "torch.distributed.device_mesh": ("DeviceMesh",),
         "torch.distributed._tensor.device_mesh": ("DeviceMesh",),
         "torch.distributed._mesh_layout": ("_MeshLayout", "_FlatLayout"),
-        "torch.distributed._shard.sharded_tensor.api": ("ShardedTensor",),
+        "torch.distributed._shard.sharded_tensor.api": ("ShardedTensor", "ShardedTensor.ProcessGroupState"),
         "torch.distributed._shard.sharded_tensor.shard": ("Shard",),
         "torch.distributed._shard.sharded_tensor.metadata": (
             "ShardedTensorMetadata",
@@ -42,4 +40,4 @@ KEPT: frozenset[tuple[str, str]] = NESTED | {
         "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
     }.items()
     for name in names
-}
+)

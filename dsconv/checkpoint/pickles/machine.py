@@ -17,18 +17,23 @@ from typing import Any
 
 from dsconv.checkpoint.pickles import allowlist
 from dsconv.checkpoint.pickles.budget import OBJECT_BYTES, WorkBudget
+from dsconv.checkpoint.pickles.constructors import Inert
 from dsconv.checkpoint.pickles.errors import BadArguments, BadPickle, Refused, UnsupportedGlobal
 from dsconv.checkpoint.pickles.kept_classes import KEPT
 from dsconv.checkpoint.pickles.opcodes import OPERATIONS
-from dsconv.checkpoint.pickles.values import Instance, Opaque, OpaqueClass, safe_repr
+from dsconv.checkpoint.pickles.values import MAX_NAME_CHARS, Instance, Opaque, OpaqueClass, UnreadTensor, safe_repr
 from dsconv.errors import DsconvError, MalformedError, UnsafeError, UnsupportedError
 
 MAX_PICKLE_BYTES = 256 << 20  # 100,000 tensors need some 20 MB
-MAX_NAME_CHARS = 1000  # of a class and its module
 STOP = ord(".")
 
 
-def load(data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: str = "data.pkl") -> Any:
+def load(
+    data: bytes,
+    path: Path,
+    persistent_load: Callable[[Any], Any],
+    what: str = "data.pkl",
+) -> Any:
     """Return the object that a pickle describes, of plain Python data and the classes of ``values``.
 
     Args:
@@ -45,18 +50,6 @@ def load(data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: s
     return Machine(data, path, persistent_load, what).run()
 
 
-def load_next(
-    data: bytes, position: int, path: Path, persistent_load: Callable[[Any], Any], what: str
-) -> tuple[Any, int]:
-    """Return the object of the pickle that begins at ``position`` of ``data``, and where the pickle ends.
-
-    The other arguments and the errors are those of ``load``.
-    """
-    machine = Machine(data, path, persistent_load, what)
-    machine.position = position
-    return machine.run(), machine.position
-
-
 class Machine:
     """One run over one pickle. The functions of ``opcodes`` work on its attributes.
 
@@ -68,21 +61,28 @@ class Machine:
         memo: The values by their memo numbers, as far as the numbers follow each other from 0.
         scattered: The values of all other memo numbers.
         budget: What is left of memory and steps.
+        opaque: How many objects of each class were not read, for classes that are not on the allowlist.
+        unread: The kinds of the tensors that were not read.
     """
 
-    def __init__(self, data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: str) -> None:
+    def __init__(
+        self, data: bytes, path: Path, persistent_load: Callable[[Any], Any], what: str, position: int = 0
+    ) -> None:
+        """Prepare to read the pickle that begins at ``position``; the other arguments are those of ``load``."""
         if len(data) > MAX_PICKLE_BYTES:
             raise MalformedError(f"{path}: {what} is a pickle of {len(data)} bytes; the limit is {MAX_PICKLE_BYTES}")
         self.data = data
         self.path = path
         self.what = what
         self.persistent_load = persistent_load
-        self.position = 0
+        self.position = position
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: list[Any] = []
         self.scattered: dict[int, Any] = {}
         self.budget = WorkBudget(len(data))
+        self.opaque: dict[str, int] = {}
+        self.unread: list[str] = []
         self._named: dict[tuple[str, str], Any] = {}
 
     def run(self) -> Any:
@@ -179,27 +179,36 @@ class Machine:
             return known
         self.budget.allocate(2 * OBJECT_BYTES + 4 * (len(module) + len(name)))
         unknown = OpaqueClass(module, name)
-        if (
-            pair not in allowlist.OBJECT_MAKERS
-            and pair not in allowlist.BASE_CLASSES
-            and allowlist.belongs_to_python(module)
-        ):
+        if pair not in allowlist.OBJECT_MAKERS and pair not in allowlist.LABELS and allowlist.belongs_to_python(module):
             raise self.refuse(f"names {unknown}, which no checkpoint needs")
         return unknown
 
-    def call(self, function: Any, args: Any) -> Any:
-        """Return what a call makes. This is the only place where anything is called that a file names."""
+    def call(self, function: Any, args: Any, may_be_member: bool = False) -> Any:
+        """Return what a call makes. This is the only place where anything is called that a file names.
+
+        Args:
+            function: What the file calls.
+            args: Its arguments, which should be a tuple.
+            may_be_member: Whether the opcode is the one by which Python pickles the members of enumerations.
+        """
         if not isinstance(args, tuple):
             raise BadPickle("calls something without a tuple of arguments")
         self.budget.allocate(OBJECT_BYTES)
         if isinstance(function, OpaqueClass):
             if allowlist.makes_objects(function) and args and isinstance(args[0], OpaqueClass):
                 return self.make(args[0], args[1:])
+            if allowlist.makes_objects(function) and args and isinstance(args[0], Inert):
+                return args[0](self.budget)
+            if may_be_member and allowlist.is_member(function, args):
+                return self._opaque(function.label, args)
             raise self.refuse(f"calls {function}{safe_repr(args)}")
         if not callable(function):
             raise self.refuse(f"calls {safe_repr(function)}, which is not a function")
         self.budget.spend(len(args))
-        return function(self.budget, *args)
+        made = function(self.budget, *args)
+        if type(made) is UnreadTensor:
+            self.unread.append(made.cls)
+        return made
 
     def make(self, cls: OpaqueClass, args: Any) -> Opaque | Instance:
         """Return what stands for an object of ``cls``. Its __init__ is not run, so it is data whatever the class."""
@@ -208,4 +217,8 @@ class Machine:
         self.budget.allocate(OBJECT_BYTES)
         if (cls.module, cls.name) in KEPT:
             return Instance(cls.label, args if isinstance(args, tuple) else ())
-        return Opaque(cls.label)
+        return self._opaque(cls.label, ())
+
+    def _opaque(self, label: str, args: tuple[Any, ...]) -> Opaque:
+        self.opaque[label] = self.opaque.get(label, 0) + 1
+        return Opaque(label, args)

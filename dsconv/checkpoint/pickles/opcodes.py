@@ -297,7 +297,7 @@ def _stack_global(m: Machine) -> None:
 
 def _reduce(m: Machine) -> None:
     args, function = m.stack.pop(), m.stack.pop()
-    m.stack.append(m.call(function, args))
+    m.stack.append(m.call(function, args, may_be_member=True))
 
 
 def _newobj(m: Machine) -> None:

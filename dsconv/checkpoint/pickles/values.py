@@ -14,6 +14,7 @@ from dsconv.checkpoint.pickles.errors import BadArguments
 
 MAX_DIMENSIONS = 64  # of a tensor, as in numpy; the product of a longer shape takes quadratic time
 MAX_NUMEL = 1 << 63  # torch counts elements in an int64
+MAX_NAME_CHARS = 1000  # of a class and its module
 MAX_SHOWN_NAME = 255  # characters of a class's name in a message
 
 
@@ -69,6 +70,15 @@ class Instance:
     def get(self, name: str, default: Any = None) -> Any:
         """Return the attribute ``name``, or ``default`` where the object has no such attribute."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
+
+
+class UnreadTensor(Instance):
+    """A tensor that is not a view of one storage: sparse, quantized, or of a class that wraps other tensors.
+
+    A client state may hold one. A format refuses it where it expects a weight, as it does any other Instance.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.map.tensors import Extent, Piece
-from dsconv.checkpoint.pickles import machine
+from dsconv.checkpoint.pickles.machine import MAX_PICKLE_BYTES, Machine
 from dsconv.checkpoint.pickles.values import StorageRef, TensorRef, safe_repr
 from dsconv.checkpoint.storage.local import OpenFile, Span, open_for_reading
 from dsconv.checkpoint.torchfile import legacy
@@ -29,12 +29,20 @@ class TorchFile:
         path: The file.
         root: The object that was saved, of plain data and the classes of ``pickles.values``.
         archive: The records of the file.
+        opaque: How many objects of each class were not read, for classes that are not on the allowlist.
     """
 
     root: Any
     archive: Archive
 
-    def __init__(self, path: Path, span: Span | None = None, known: KnownPickles | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        span: Span | None = None,
+        known: KnownPickles | None = None,
+        *,
+        may_hold_unread: bool = False,
+    ) -> None:
         """Read the directory and the pickle of a file.
 
         Args:
@@ -42,6 +50,8 @@ class TorchFile:
             span: The part of a larger file that is the ``.pt``, such as one item of a ``.distcp``.
             known: Pickles that were read before. Many small files hold the same pickle: its object is kept there and
                 only the storages of the next file are looked up.
+            may_hold_unread: Whether tensors that dsconv does not read may stand beside the weights. They become an
+                ``UnreadTensor``, so the caller must refuse one in the place of a weight.
 
         Raises:
             CheckpointNotFoundError: There is no such file.
@@ -51,6 +61,8 @@ class TorchFile:
         """
         self.path = path
         self._known = known
+        self._may_hold_unread = may_hold_unread
+        self.opaque: dict[str, int] = {}
         self._storages: dict[str, int] = {}  # key → bytes
         if span is not None:
             self._open(span)
@@ -59,7 +71,8 @@ class TorchFile:
             if file.nbytes == 0:
                 raise MalformedError(f"{path}: the file is empty")
             if legacy.is_legacy(file):
-                self.root, self.archive = legacy.read(file)
+                machine, self.root, self.archive = legacy.read(file)
+                self._take_notes(machine)
             else:
                 self._open(file)
 
@@ -77,16 +90,30 @@ class TorchFile:
 
     def _unpickled(self, data: bytes) -> Any:
         if self._known is None:
-            return machine.load(data, self.path, self._persistent)
+            return self._load(data)
         if data in self._known:
             root, self._storages = self._known[data]
             for key, nbytes in self._storages.items():
                 self._check_storage(key, nbytes)
             return root
-        root = machine.load(data, self.path, self._persistent)
+        root = self._load(data)
         if isinstance(root, TensorRef) and len(self._known) < MAX_KNOWN:
             self._known[data] = root, self._storages
         return root
+
+    def _load(self, data: bytes) -> Any:
+        machine = Machine(data, self.path, self._persistent, "data.pkl")
+        root = machine.run()
+        self._take_notes(machine)
+        return root
+
+    def _take_notes(self, machine: Machine) -> None:
+        self.opaque = machine.opaque
+        if machine.unread and not self._may_hold_unread:
+            raise UnsupportedError(
+                f"{self.path}: it holds a {machine.unread[0]}, a kind of tensor that dsconv does not read; make it a"
+                " plain tensor and save it again"
+            )
 
     def _read(self, file: OpenFile, name: str) -> bytes:
         from zlib_ng import zlib_ng
@@ -94,10 +121,8 @@ class TorchFile:
         record = self.archive.records.get(name)
         if record is None:
             raise MalformedError(f"{self.path}: no record {name!r}: not written by torch.save")
-        if record.nbytes > machine.MAX_PICKLE_BYTES:
-            raise MalformedError(
-                f"{self.path}: {name} has {record.nbytes} bytes; the limit is {machine.MAX_PICKLE_BYTES}"
-            )
+        if record.nbytes > MAX_PICKLE_BYTES:
+            raise MalformedError(f"{self.path}: {name} has {record.nbytes} bytes; the limit is {MAX_PICKLE_BYTES}")
         data = file.read(record.offset_bytes - file.offset_bytes, record.nbytes)
         if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
             raise MalformedError(f"{self.path}: {name} fails its CRC-32: the file was damaged after it was saved")
@@ -160,6 +185,15 @@ class TorchFile:
     def value(self, tensor: TensorRef) -> bytes:
         """Read the bytes of a small contiguous tensor, such as an optimizer's step counter."""
         return read_extent(self.extent(tensor, 0, tensor.numel))
+
+
+def unread_objects(files: Iterable[TorchFile]) -> dict[str, int]:
+    """Return {class: how many objects of it the files hold} for the classes that dsconv does not know."""
+    counts: dict[str, int] = {}
+    for file in files:
+        for label, count in file.opaque.items():
+            counts[label] = counts.get(label, 0) + count
+    return dict(sorted(counts.items()))
 
 
 def read_extent(extent: Extent) -> bytes:

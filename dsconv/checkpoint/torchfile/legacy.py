@@ -7,10 +7,11 @@ no checksums (torch 2.13 ``torch/serialization.py`` ``_legacy_save`` and ``_lega
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from dsconv.checkpoint.map.tensors import Record
-from dsconv.checkpoint.pickles import machine
+from dsconv.checkpoint.pickles.machine import MAX_PICKLE_BYTES, Machine
 from dsconv.checkpoint.pickles.values import OpaqueClass, StorageKind, StorageRef, safe_repr
 from dsconv.checkpoint.storage.local import OpenFile
 from dsconv.checkpoint.torchfile.zip import Archive
@@ -52,15 +53,37 @@ def storage_of(pid: Any, path: Any) -> StorageRef:
     return StorageRef(key, kind.dtype, numel)
 
 
-def read(file: OpenFile) -> tuple[Any, Archive]:
-    """Return the object, and the records of the storages under the names that they would have in a zip (``data/KEY``).
+@dataclass
+class Pickles:
+    """What the pickles at the start of a file say.
+
+    Attributes:
+        root: The object that was saved.
+        keys: The keys of its storages, in the order in which they follow.
+        storages: The storages by their keys.
+        position: Where the first storage begins.
+        machine: The machine that read the object.
+    """
+
+    root: Any
+    keys: Any
+    storages: dict[str, StorageRef]
+    position: int
+    machine: Machine
+
+
+def read(file: OpenFile) -> tuple[Machine, Any, Archive]:
+    """Return the machine that read the object, the object, and the records of its storages.
+
+    The records have the names that they would have in a zip (``data/KEY``).
 
     Raises:
         MalformedError: The file is truncated, or its storages do not follow each other.
         UnsupportedError: It was saved on a big-endian machine, or holds views of storages.
         UnsafeError: It calls what no checkpoint needs.
     """
-    root, keys, storages, position = _pickles(file)
+    pickles = _pickles(file)
+    keys, storages, position = pickles.keys, pickles.storages, pickles.position
     records: dict[str, Record] = {}
     if (
         not isinstance(keys, list)
@@ -89,15 +112,15 @@ def read(file: OpenFile) -> tuple[Any, Archive]:
         position += nbytes
     if position != file.nbytes:
         raise MalformedError(f"{file.path}: {file.nbytes - position} bytes follow the last storage")
-    return root, Archive(file.path, "", records, checksummed=False)
+    return pickles.machine, pickles.root, Archive(file.path, "", records, checksummed=False)
 
 
-def _pickles(file: OpenFile) -> tuple[Any, Any, dict[str, StorageRef], int]:
-    """Return (object, keys, storages by key, where the first storage begins).
+def _pickles(file: OpenFile) -> Pickles:
+    """Read the pickles at the start of the file.
 
     Only reading the pickles tells how long they are, so more of the file is read until they end.
     """
-    limit = min(file.nbytes, machine.MAX_PICKLE_BYTES)
+    limit = min(file.nbytes, MAX_PICKLE_BYTES)
     nbytes = min(limit, FIRST_READ_BYTES)
     while True:
         try:
@@ -108,7 +131,7 @@ def _pickles(file: OpenFile) -> tuple[Any, Any, dict[str, StorageRef], int]:
         nbytes = min(limit, nbytes * 8)
 
 
-def _parse(file: OpenFile, data: bytes) -> tuple[Any, Any, dict[str, StorageRef], int]:
+def _parse(file: OpenFile, data: bytes) -> Pickles:
     storages: dict[str, StorageRef] = {}
 
     def persistent(pid: Any) -> Any:
@@ -123,7 +146,8 @@ def _parse(file: OpenFile, data: bytes) -> tuple[Any, Any, dict[str, StorageRef]
             raise ValueError(f"storage {safe_repr(storage.key)} with two types or sizes")
         return storage
 
-    values, position = [], 0
+    machines: list[Machine] = []
+    values: list[Any] = []
     for what in (
         "the magic number",
         "the protocol's version",
@@ -131,8 +155,9 @@ def _parse(file: OpenFile, data: bytes) -> tuple[Any, Any, dict[str, StorageRef]
         "the object",
         "the list of storages",
     ):
-        value, position = machine.load_next(data, position, file.path, persistent, what)
-        values.append(value)
+        machine = Machine(data, file.path, persistent, what, machines[-1].position if machines else 0)
+        values.append(machine.run())
+        machines.append(machine)
     magic, protocol, system, root, keys = values
     if magic != MAGIC or protocol != PROTOCOL:
         raise MalformedError(
@@ -140,4 +165,4 @@ def _parse(file: OpenFile, data: bytes) -> tuple[Any, Any, dict[str, StorageRef]
         )
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise UnsupportedError(f"{file.path}: saved on a big-endian machine; dsconv reads little-endian files")
-    return root, keys, storages, position
+    return Pickles(root, keys, storages, machines[-1].position, machines[3])

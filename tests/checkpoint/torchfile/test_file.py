@@ -16,7 +16,7 @@ import torch
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.pickles.values import Opaque, TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extent
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsafeError, UnsupportedError
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsupportedError
 from tests.checkpoint.building import (
     Rec,
     call,
@@ -216,9 +216,7 @@ def test_kinds_of_tensor_that_need_code_are_refused_by_name(kind: str, tmp_path:
             if kind == "sparse"
             else torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
         )
-    with pytest.raises(
-        (UnsafeError, UnsupportedError), match=r"file\.pt: .*(_rebuild_sparse_tensor|_rebuild_qtensor|QInt8Storage)"
-    ):
+    with pytest.raises(UnsupportedError, match=r"file\.pt: .*(_rebuild_sparse_tensor|QInt8Storage)"):
         saved(tmp_path, value)
 
 

@@ -95,7 +95,7 @@ class ChunkFiles:
                 span = unpacked.add(file, stored, limit)
             else:
                 span = Span(file, stored.offset_bytes, stored.nbytes)
-            chunk = TorchFile(path, span, self._known)
+            chunk = TorchFile(path, span, self._known, may_hold_unread=True)
             tensor = chunk.root
             if not isinstance(tensor, TensorRef):
                 raise UnsupportedError(

@@ -260,7 +260,7 @@ def read_module_states(path: Path) -> ModuleStates:
         MalformedError: The file is not a model-states file, or a field is not what it should be.
         UnsafeError: The file asks for code to be run.
     """
-    file = TorchFile(path)
+    file = TorchFile(path, may_hold_unread=True)
     fields = Fields.of(path, file.root, "the mapping of a model-states file")
     if "module" not in fields.values:
         raise MalformedError(f"{path}: not a model-states file: it has no 'module'")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
-from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.checkpoint.torchfile.file import TorchFile, unread_objects
 from dsconv.zero_utils.files import TagFolder
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def build_checkpoint(folder: TagFolder, states: ModuleStates, contents: Contents
     }
     if states.unwrapped.removed:
         info["removed_prefixes"] = list(states.unwrapped.removed)
+    if unread := unread_objects(files.values()):
+        info["unread_objects"] = unread
     return Checkpoint(
         folder.path,
         contents.kind,

@@ -68,7 +68,7 @@ def plain(value: Any, file: TorchFile, where: str, depth: int = 0) -> Any:
         return {deeper(k): deeper(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(deeper(v) for v in value)
-    if isinstance(value, Instance):
+    if type(value) is Instance:
         return Instance(value.cls, deeper(value.args), deeper(value.state))
     if isinstance(value, Opaque) and value.cls.endswith("multiarray.scalar") and len(value.args) == 2:
         kind, data = value.args

@@ -20,7 +20,7 @@ from dsconv.checkpoint.formats.items.state_dicts import Leaf, walk
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
 from dsconv.checkpoint.storage.roots import Root
-from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.checkpoint.torchfile.file import TorchFile, unread_objects
 from dsconv.errors import MalformedError, UnsupportedError
 from dsconv.zero_utils.files import MODEL, OPTIMIZER, ZERO3_MODEL
 
@@ -117,6 +117,8 @@ def _info(opened: list[StateDict], models: dict[str, int], item: str | None, rem
             left_out[label] = left_out.get(label, 0) + count
     if left_out:
         info["left_out"] = dict(sorted(left_out.items()))
+    if unread := unread_objects(state_dict.file for state_dict in opened):
+        info["unread_objects"] = unread
     if models:
         info |= {"item": opened[0].file.path.stem, "models": models}
     elif len(first.models) > 1 or item is not None:
@@ -144,7 +146,7 @@ class StateDict:
         for pattern in (MODEL, ZERO3_MODEL, OPTIMIZER):
             if pattern.fullmatch(path.name):
                 raise UnsupportedError(f"{path}: one file of a DeepSpeed checkpoint; give its folder, {path.parent}")
-        self.file = TorchFile(path)
+        self.file = TorchFile(path, may_hold_unread=True)
         self.warnings: list[str] = [] if self.file.archive.checksummed else [f"{path.name} was {UNCHECKED}"]
         root = self.file.root
         if isinstance(root, (Opaque, Instance)):
