@@ -9,7 +9,7 @@ from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.formats.deepspeed.values import cast, decode, same_number
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import Extent, TensorEntry
-from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef
+from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extents
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.zero_utils import files
@@ -123,12 +123,12 @@ def slice_mappings(
         for name, fragment in mapping.items():
             if name not in shapes[g]:
                 raise InconsistentCheckpointError(
-                    f"{path}: holds parameter {name!r} in group {g}, which the model states do not list there"
+                    f"{path}: holds parameter {safe_repr(name)} in group {g}, which the model states do not list there"
                 )
             if isinstance(fragment, FragmentAddress) and fragment.start + fragment.numel > lengths[g][rank]:
                 raise InconsistentCheckpointError(
-                    f"{path}: parameter {name!r} should end at element {fragment.start + fragment.numel} of this file's"
-                    f" group {g}, which has {lengths[g][rank]}"
+                    f"{path}: parameter {safe_repr(name)} should end at element {fragment.start + fragment.numel} of"
+                    f" this file's group {g}, which has {lengths[g][rank]}"
                 )
 
 
@@ -155,7 +155,7 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
             continue
         if tensor.shape != entry.shape:
             raise InconsistentCheckpointError(
-                f"{states.path}: parameter {name!r} has shape {list(tensor.shape)} in the module and"
+                f"{states.path}: parameter {safe_repr(name)} has shape {list(tensor.shape)} in the module and"
                 f" {list(entry.shape)} in param_shapes"
             )
         if not is_contiguous(tensor.shape, tensor.strides):
