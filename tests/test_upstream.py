@@ -48,6 +48,19 @@ def test_every_citation_is_a_fact() -> None:
     assert not lacking, "\n".join(sorted(lacking))
 
 
+def test_no_docstring_repeats_the_version() -> None:
+    """The release that a rule was read from stands in upstream.toml alone; what older releases wrote is history."""
+    repeated = []
+    for package, version in RECORDED.items():
+        short = version if package == "deepspeed" else version.rpartition(".")[0]
+        cited = re.compile(
+            rf"\b{package} {re.escape(short)}(?:\.\d+)?\b[^\n]*\.py\b|\({re.escape(version)} ", re.IGNORECASE
+        )
+        for path, text in upstream.rules().items():
+            repeated += [f"{path}: {found.group()}" for found in cited.finditer(text)]
+    assert not repeated, "\n".join(repeated)
+
+
 def test_a_change_names_the_symbol_and_the_rules_file(monkeypatch: pytest.MonkeyPatch) -> None:
     real = upstream.digest_of
     monkeypatch.setattr(

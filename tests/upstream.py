@@ -6,16 +6,18 @@ symbol, so that the release stands in one place.
 
     python -m tests.upstream             # what changed in the installed packages, and which of dsconv's files cite it
     python -m tests.upstream --accept    # after a review: write the installed releases and their digests
+    python -m tests.upstream --add peft/tuners/lora/layer.py Linear.merge    # a new rule was read from this symbol
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -140,28 +142,38 @@ def changes() -> Iterator[str]:
             )
 
 
-def accept() -> None:
+def accept(added: Sequence[Fact] = ()) -> None:
     """Write the installed releases and digests into ``upstream.toml``; symbols that are gone are left as they are."""
     lines = [HEADER.rstrip()]
-    rows = facts()
+    rows = [*facts(), *(fact for fact in added if fact not in facts())]
     for package in sorted(versions()):
         lines += ["", f"[{package}]", f'version = "{metadata.version(package).partition("+")[0]}"']
         for file in sorted({fact.file for fact in rows if fact.package == package}):
             lines += ["", f'[{package}."{file}"]']
-            for fact in sorted((f for f in rows if (f.package, f.file) == (package, file)), key=lambda f: f.symbol):
+            mine = {fact.symbol: fact for fact in rows if (fact.package, fact.file) == (package, file)}
+            for _, fact in sorted(mine.items()):
                 found = digest_of(package, file, fact.symbol)
                 lines.append(f'"{fact.symbol}" = "{fact.digest if found.startswith("no ") else found}"')
     TABLE.write_text("\n".join(lines) + "\n")
 
 
 def main() -> int:
-    """Print what changed, or accept it."""
+    """Print what changed, accept it, or add a symbol."""
+    parser = argparse.ArgumentParser(description="What changed in the sources that dsconv's rules were read from.")
+    parser.add_argument("--accept", action="store_true", help="write the installed releases and digests")
+    parser.add_argument("--add", nargs=2, metavar=("PACKAGE/FILE", "SYMBOL"), help="list a symbol, or * for a file")
+    options = parser.parse_args()
     found = list(changes())
     print("\n".join(found) or "nothing changed")
-    if "--accept" in sys.argv[1:]:
+    if options.add:
+        (package, _, file), symbol = options.add[0].partition("/"), options.add[1]
+        digest = digest_of(package, file, symbol)
+        if digest.startswith("no "):
+            parser.error(f"{options.add[0]} {symbol}: {digest}")
+        accept([Fact(package, file, symbol, digest)])
+    elif options.accept:
         accept()
-        return 0
-    return bool(found)
+    return 0 if options.accept or options.add else bool(found)
 
 
 if __name__ == "__main__":

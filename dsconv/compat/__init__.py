@@ -2,7 +2,7 @@
 
     from dsconv.compat import get_fp32_state_dict_from_zero_checkpoint
 
-Public names, signatures and meaning are those of DeepSpeed 0.19.8 ``deepspeed/utils/zero_to_fp32.py`` and
+Public names, signatures and meaning are those of DeepSpeed ``deepspeed/utils/zero_to_fp32.py`` and
 ``zero_to_torch.py``. Nothing is unpickled, and tied, frozen and 0-d weights come out at every stage. Errors are
 ``dsconv.DsconvError`` and also the built-in errors that DeepSpeed raises: ``except ValueError`` and ``except
 FileNotFoundError`` go on working. A conversion may be called on every rank of a job at once.

@@ -1,6 +1,6 @@
 """Where each tensor goes in a DCP directory, and the bytes around it.
 
-A DCP directory (torch 2.13 ``torch/distributed/checkpoint/filesystem.py``) is ``__R_N.distcp`` files of torch.save
+A DCP directory (``torch/distributed/checkpoint/filesystem.py``) is ``__R_N.distcp`` files of torch.save
 zips, each of which holds a chunk of a tensor, and ``.metadata``, a pickle that says which chunk lies where. A reader
 loads in full every chunk of which it needs a part. Tensors are therefore cut into chunks of at most CHUNK_BYTES, so
 that a rank reads little more than its share.
@@ -27,7 +27,7 @@ ALIGNMENT = 64  # of each tensor's bytes in the file, as torch.save aligns them 
 METADATA = ".metadata"
 SUFFIX = ".distcp"
 ROOT = "archive"
-VERSION = "1.0.0"  # torch 2.13 filesystem.py CURRENT_DCP_VERSION
+VERSION = "1.0.0"  # torch filesystem.py CURRENT_DCP_VERSION
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def chunk_archive(dtype: DType, shape: tuple[int, ...]) -> TorchArchive:
 
 
 def metadata(plan: DcpPlan) -> bytes:
-    """Return the ``.metadata`` pickle (torch 2.13 ``torch/distributed/checkpoint/metadata.py``)."""
+    """Return the ``.metadata`` pickle (``torch/distributed/checkpoint/metadata.py``)."""
     described: dict[str, Made] = {}
     paths: dict[str, tuple[str, ...]] = {}
     stored: list[tuple[Made, Made]] = []

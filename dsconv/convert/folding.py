@@ -5,7 +5,7 @@ result is made of is a ``Checkpoint`` again: the base's entries under the base m
 touches computed (``computed.py``), those that it replaces taken from it. So the plan, the copy, the manifest and the
 verification are those of any merge, and memory is that of the tensor being folded.
 
-Rules: peft 0.21 ``tuners/lora/model.py`` (``_create_and_replace``: ranks and alphas by pattern),
+Rules: peft ``tuners/lora/model.py`` (``_create_and_replace``: ranks and alphas by pattern),
 ``tuners/lora/layer.py``, ``tuners/tuners_utils.py`` (``_unload_and_optionally_merge``)."""
 
 from __future__ import annotations

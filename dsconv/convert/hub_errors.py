@@ -14,7 +14,7 @@ MAX_SAID = 300
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status that the Hub answered with, or None.
 
-    The client may have wrapped the error (huggingface_hub 2.4 ``_upload_lfs_files``).
+    The client may have wrapped the error (huggingface_hub ``_upload_lfs_files``).
     """
     response = _response(error)
     status = getattr(response, "status_code", None)

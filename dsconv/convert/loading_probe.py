@@ -1,7 +1,7 @@
 """Ask transformers itself whether a folder loads: ``python -m dsconv.convert.loading_probe FOLDER ARCHITECTURE``.
 
 The folder holds a config.json and safetensors files whose data may be holes: the model is built on the meta device,
-with transformers' own renaming and fusing of weights, so that no byte of a tensor is read (transformers 5.24
+with transformers' own renaming and fusing of weights, so that no byte of a tensor is read (transformers
 ``modeling_utils.py``, ``from_pretrained(…, device_map="meta", output_loading_info=True)``)."""
 
 from __future__ import annotations

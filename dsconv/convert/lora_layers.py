@@ -1,6 +1,6 @@
 """The layers of a base that a LoRA changes: which parameter, by what product, with which scaling.
 
-Rules: peft 0.21 ``tuners/lora/model.py`` (``_create_and_replace``: ranks and alphas by pattern),
+Rules: peft ``tuners/lora/model.py`` (``_create_and_replace``: ranks and alphas by pattern),
 ``tuners/lora/layer.py`` (``ParamWrapper`` for target_parameters), ``utils/other.py`` (``get_pattern_key``, trained
 modules and tokens)."""
 
@@ -283,7 +283,7 @@ class Folder:
 
 
 def _by_pattern(patterns: Any, key: str, default: Any) -> Any:
-    """Return a layer's own value (peft 0.21 ``utils/other.py``, ``get_pattern_key``)."""
+    """Return a layer's own value (peft ``utils/other.py``, ``get_pattern_key``)."""
     if isinstance(patterns, dict):
         for pattern, value in patterns.items():
             try:

@@ -1,6 +1,6 @@
 """The arithmetic of a LoRA folded into its base, with PEFT's operations in PEFT's order, so that the bits agree.
 
-Read from peft 0.21: ``tuners/lora/layer.py`` (``get_delta_weight`` and ``merge`` of Linear, Embedding, _ConvNd and
+Read from peft: ``tuners/lora/layer.py`` (``get_delta_weight`` and ``merge`` of Linear, Embedding, _ConvNd and
 ParamWrapper), ``tuners/lora/variants.py`` and ``tuners/lora/dora.py`` (DoRA), ``tuners/trainable_tokens/layer.py``.
 Memory is a few times the one tensor that is folded.
 """

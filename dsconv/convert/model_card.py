@@ -22,7 +22,7 @@ from dsconv.convert.sidecars import read_json
 CARD = "README.md"
 BEGIN, END = "<!-- dsconv: begin, written anew by each push -->", "<!-- dsconv: end -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-# The metadata block, as the Hub finds it (huggingface_hub 2.4 repocard.py REGEX_YAML_BLOCK), and what a line of plain
+# The metadata block, as the Hub finds it (huggingface_hub repocard.py REGEX_YAML_BLOCK), and what a line of plain
 # YAML may be: one of these, or the block is left as it is, since keys cannot be added to `{a: b}`.
 BLOCK = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$))")
 YAML_LINE = re.compile(r"""\s*$|\s*\#|\s+\S|-\s|(?P<quote>["']?)(?P<key>[\w-]+)(?P=quote)\s*:(\s|$)""")

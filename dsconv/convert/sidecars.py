@@ -114,7 +114,7 @@ def _set_dtype(config: dict[str, Any], name: str) -> bool:
 def untied(data: bytes) -> bytes:
     """Return a config.json that does not tie the embeddings, whose weights are apart now.
 
-    peft 0.21 ``tuners/tuners_utils.py`` (``_unload_and_optionally_merge``) does the same.
+    peft ``tuners/tuners_utils.py`` (``_unload_and_optionally_merge``) does the same.
     """
     try:
         config = json.loads(data)

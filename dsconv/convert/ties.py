@@ -1,7 +1,7 @@
 """Under which of its names a tied weight is stored.
 
 transformers drops the names in a model's ``_tied_weights_keys`` when it saves, and looks for the other one when it
-loads (transformers 5.24 ``modeling_utils.py``, ``remove_tied_weights_from_state_dict``). The table is read from the
+loads (transformers ``modeling_utils.py``, ``remove_tied_weights_from_state_dict``). The table is read from the
 model's source file, not by importing transformers, which takes seconds; without it the name that DeepSpeed calls the
 owner is kept.
 """

@@ -4,7 +4,7 @@ A ``TorchArchive`` lays the file out: its pickle, its zip records, and where eac
 those there in any order (a ``Streamed`` tensor) and then writes ``fixed``, which is everything else, with the CRC-32s
 that are known only when the copy is finished. torch is not needed.
 
-The format is that of torch 2.13: ``torch/serialization.py`` (``_save``: data.pkl, byteorder, data/<key>, version;
+The format is that of torch: ``torch/serialization.py`` (``_save``: data.pkl, byteorder, data/<key>, version;
 persistent ids), ``torch/_utils.py`` (``_rebuild_tensor_v2``), ``torch/_tensor.py`` (``_reduce_ex_internal``: a dtype
 without a storage class is written by ``_rebuild_tensor_v3``), ``caffe2/serialize/inline_container.cc`` (records under
 one root, stored, aligned to 64 bytes by an extra field; the reader wants ``version``). Here each record's sizes stand

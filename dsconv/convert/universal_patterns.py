@@ -1,7 +1,7 @@
 """In which shape, and with which keys beside it, a parameter is written into a universal checkpoint.
 
 The keys tell a loader of another tensor-parallel size how to cut it; also from one model-parallel rank, where nothing
-was joined, it wants them. Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``),
+was joined, it wants them. Read from DeepSpeed ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``),
 ``checkpoint/constants.py`` and ``checkpoint/universal_checkpoint.py`` (``load_hp_checkpoint_state``). A parameter that
 an affine map describes (AutoTP's all are) gets no key: AutoTP's loader cuts it by the map of its own layer.
 """

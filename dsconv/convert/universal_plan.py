@@ -1,6 +1,6 @@
 """The files of a universal checkpoint: which states go where, in which form, and what the loader wants besides.
 
-Read from DeepSpeed 0.19.8: ``checkpoint/ds_to_universal.py`` (names of files, keys of a state's file), and what the
+Read from DeepSpeed: ``checkpoint/ds_to_universal.py`` (names of files, keys of a state's file), and what the
 loaders ask for, ``checkpoint/universal_checkpoint.py`` and ``runtime/base_optimizer.py`` (stages 1 and 2: a dict with
 ``param``, a ``step.pt`` a parameter, ``param_groups`` and ``ds_version`` in ``zero/optimizer_state.pt``),
 ``runtime/zero/stage3.py`` (``load_hp_checkpoint_state_from_checkpoint_dir_stage3``: a dict or a bare tensor,

@@ -5,7 +5,7 @@ again: a merge is whole or absent, a push of what the Hub has changes nothing, a
 state file, replaced in one step, says so.
 
 - ``latest`` names the newest checkpoint that the trainer calls saved; of a Trainer's ``checkpoint-N``, those count that
-  have ``latest`` and ``trainer_state.json``, which is written last (transformers 5.24 ``Trainer._save_checkpoint``).
+  have ``latest`` and ``trainer_state.json``, which is written last (transformers ``Trainer._save_checkpoint``).
 - A checkpoint is taken when none of its files has changed between two looks. One that cannot be merged is reported, and
   tried again when its files have changed: an asynchronous writer, or another host, may still have been at it.
 - What fails for want of the Hub or of disk space is reported once and tried again at each look, in order.

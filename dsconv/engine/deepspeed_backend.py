@@ -137,7 +137,7 @@ class DeepSpeedBackend:
     def _communication(self) -> float | None:
         """Return the seconds in collectives since the last step, from DeepSpeed's logger.
 
-        DeepSpeed 0.19.8 ``utils/comms_logging.py`` counts milliseconds.
+        DeepSpeed ``utils/comms_logging.py`` counts milliseconds.
         """
         if "comms" not in self.options.monitor:
             return None
@@ -150,7 +150,7 @@ class DeepSpeedBackend:
     def _keep_plain_norm(self) -> None:
         """Keep the gradient's norm, which the engine forgets without ZeRO in fp32.
 
-        See DeepSpeed 0.19.8 ``engine.py`` ``clip_fp32_gradients``.
+        See DeepSpeed ``engine.py`` ``clip_fp32_gradients``.
         """
         from deepspeed.runtime.utils import clip_grad_norm_
 
@@ -167,7 +167,7 @@ class DeepSpeedBackend:
         """Return this rank's share of the mean loss over all tokens, from its part of each sequence.
 
         This is Ulysses (arXiv 2309.14509). DeepSpeed sums gradients over the sequence-parallel ranks and averages them
-        over the data-parallel ones (0.19.8 ``stage_1_and_2.py``,
+        over the data-parallel ones (DeepSpeed ``stage_1_and_2.py``,
         "dp_world_size / float(self.sequence_parallel_size)"), so each rank must give its share. Stage 3 with
         ``reduce_scatter`` averages over all ranks (``stage3.py`` ``__avg_scatter_grads``), which a factor undoes.
         """
@@ -232,7 +232,7 @@ def _causal(source: Source) -> Any:
 
 
 def _ulysses(model: Any, options: RunOptions) -> Any:
-    """Replace transformers' "sdpa" by DeepSpeed's sequence-parallel attention (0.19.8 ``ulysses_sp.py``)."""
+    """Replace transformers' "sdpa" by DeepSpeed's sequence-parallel attention (DeepSpeed ``ulysses_sp.py``)."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     text = model.config.get_text_config()

@@ -79,7 +79,7 @@ class NativeBackend:
     def schedule(self, taken: int) -> None:
         """Set the schedule after ``taken`` steps.
 
-        It equals DeepSpeed's WarmupDecayLR (0.19.8 ``lr_schedules.py``) bit for bit.
+        It equals DeepSpeed's WarmupDecayLR (``lr_schedules.py``) bit for bit.
         """
         steps, warmup = self.options.steps, max(2, self.options.warmup)
 

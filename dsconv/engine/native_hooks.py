@@ -32,7 +32,7 @@ class Hook:
     def state(self) -> dict[str, torch.Tensor]:
         """Return what PowerSGD keeps on this rank for the next step: unsent errors, the last P and Q, its generator.
 
-        See torch 2.13 ``powerSGD_hook.py``. Other hooks give an empty mapping.
+        See torch ``powerSGD_hook.py``. Other hooks give an empty mapping.
         """
         if self.powersgd is None:
             return {}

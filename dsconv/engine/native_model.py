@@ -103,7 +103,7 @@ def _untie(model: Any) -> None:
 
 
 def _check_plan(model: Any, options: RunOptions) -> None:
-    """Raise UnsupportedError for what transformers 5.24 (``distributed/tensor_parallel.py``) shards or sums wrongly."""
+    """Raise UnsupportedError for what transformers (``distributed/tensor_parallel.py``) shards or sums wrongly."""
     layout, text = options.layout, model.config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text, name, None) or layout.tp
@@ -111,7 +111,7 @@ def _check_plan(model: Any, options: RunOptions) -> None:
             raise UnsupportedError(f"--tp {layout.tp} does not divide the model's {heads} {name}")
     styles = set((model.tp_plan or {}).values())
     packed = sorted(style for style in styles if style.startswith("packed"))
-    if packed:  # torch 2.13's DCP cannot save their strided shards
+    if packed:  # torch's DCP cannot save their strided shards
         raise UnsupportedError(
             f"--tp {layout.tp}: the plan of a {model.config.model_type} uses {packed[0]}, whose shards DCP cannot save"
         )
@@ -143,7 +143,7 @@ def _shard(model: Any, mesh: Any, options: RunOptions) -> None:
 
 
 def _compute_buffers(model: Any) -> None:
-    """Compute the buffers that no checkpoint holds, after the meta device (transformers 5.24
+    """Compute the buffers that no checkpoint holds, after the meta device (transformers
     ``distributed/mixin.py``).
     """
     for tensor in model.state_dict(keep_vars=True).values():

@@ -37,7 +37,7 @@ class PipelineBackend(DeepSpeedBackend):
             raise UsageError(
                 f"--pp {layout.pp}: each stage needs a layer, but the model has {source.config.num_hidden_layers}"
             )
-        # 0.19.8 `engine.py` `_load_checkpoint` does not take the file of such an optimizer.
+        # DeepSpeed `engine.py` `_load_checkpoint` does not take the file of such an optimizer.
         if options.dtype == "bf16" and layout.zero_stage == 0:
             raise UsageError(
                 "--pp with --dtype bf16 needs --zero-stage 1: without ZeRO, DeepSpeed's pipeline cannot load what it"
@@ -80,7 +80,7 @@ class PipelineBackend(DeepSpeedBackend):
     def _keep_plain_norm(self) -> None:
         """Clip by the norm of the whole gradient and keep it, without ZeRO in fp32.
 
-        The engine would forget the norm, and would take the first stage's for the whole: DeepSpeed 0.19.8
+        The engine would forget the norm, and would take the first stage's for the whole: DeepSpeed
         ``runtime/utils.py`` ``clip_grad_norm_`` counts gradients of model-parallel rank 0 only, and a pipeline's stages
         are such ranks. A tied weight counts once.
         """

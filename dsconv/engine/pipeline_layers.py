@@ -3,7 +3,7 @@
 A layer holds the model's own submodules under their own paths, so a parameter of the pipeline is called ``{number of
 the layer}.{its name in transformers}``; a tied embedding's is ``tied_modules.embed.{its name}``. Only hidden states
 pass from stage to stage. Positions, rotary embeddings and masks follow from their shape: each layer computes them with
-the calls of the model's own ``forward`` (transformers 5.24 ``modeling_llama.py``, ``modeling_mistral.py``,
+the calls of the model's own ``forward`` (transformers ``modeling_llama.py``, ``modeling_mistral.py``,
 ``modeling_qwen2.py``, ``modeling_qwen3.py``, ``modeling_gpt2.py``).
 """
 

@@ -17,7 +17,7 @@ from dsconv.errors import InconsistentCheckpointError, UnsupportedError
 def local_states(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield (name, state, this rank's part without padding) in the model's order; see ``Backend.local_states``.
 
-    ZeRO-3: partitions (DeepSpeed 0.19.8 ``stage3.py`` ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: fragments of a
+    ZeRO-3: partitions (DeepSpeed ``stage3.py`` ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: fragments of a
     flat partition (``utils/tensor_fragment.py``). Without ZeRO: whole, from the optimizer itself.
     """
     stage = engine.zero_optimization_stage()
@@ -88,7 +88,7 @@ def _flat_masters(engine: Any) -> dict[int, torch.Tensor]:
 def _whole_masters(engine: Any) -> dict[int, torch.Tensor]:
     """Return the masters of a 16-bit optimizer without ZeRO, by the id of the parameter.
 
-    They are tensors (DeepSpeed 0.19.8 ``fp16/unfused_optimizer.py``), or views of a group's flat one
+    They are tensors (DeepSpeed ``fp16/unfused_optimizer.py``), or views of a group's flat one
     (``fp16/fused_optimizer.py``).
     """
     optimizer = engine.optimizer
@@ -114,7 +114,7 @@ def fill_whole_masters(engine: Any, checkpoint: Checkpoint) -> None:
 def take_over(engine: Any, checkpoint: Checkpoint) -> None:
     """Load ``checkpoint``, of any layout, into an engine without ZeRO, whose every rank holds the whole model.
 
-    Sets what ``engine.load_checkpoint`` sets (DeepSpeed 0.19.8 ``engine.py`` ``_load_checkpoint``): weights, masters,
+    Sets what ``engine.load_checkpoint`` sets (DeepSpeed ``engine.py`` ``_load_checkpoint``): weights, masters,
     buffers, the optimizer's states and hyperparameters, the schedule, the loss scaler and the counters.
 
     Raises:

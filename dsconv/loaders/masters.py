@@ -16,10 +16,10 @@ from dsconv.loaders.memory import slot_of
 def master_slots(name: str, parameter: Any) -> Iterator[Slot]:
     """Yield the parts of a parameter's fp32 master that this rank's optimizer keeps; none without an optimizer.
 
-    ZeRO-3: the partition, as the parameter's own (DeepSpeed 0.19.8 ``runtime/zero/stage3.py``
+    ZeRO-3: the partition, as the parameter's own (DeepSpeed ``runtime/zero/stage3.py``
     ``_get_fp32_opt_state_partition``). ZeRO-1 and 2: the fragment that ``_hp_mapping`` names
     (``utils/tensor_fragment.py``). Raises UnsupportedError for masters on NVMe and under ``round_robin_gradients``,
-    where 0.19.8 maps fragments wrongly.
+    where DeepSpeed maps fragments wrongly.
     """
     if not parameter.requires_grad:
         return

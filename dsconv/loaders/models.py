@@ -31,7 +31,7 @@ def refuse_quantized(config: Any, checkpoint: Checkpoint) -> None:
 
     The bytes of quantized weights are not the model's values.
 
-    transformers 5.24 ``quantizers/auto.py`` ``get_hf_quantizer`` goes by the same field.
+    transformers ``quantizers/auto.py`` ``get_hf_quantizer`` goes by the same field.
     """
     found = getattr(config, "quantization_config", None)
     if found is None:

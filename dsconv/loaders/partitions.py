@@ -11,7 +11,7 @@ from dsconv.loaders.swapping import move_to_nvme
 
 
 def allocate_partition(init: Any, param: Any) -> None:
-    """Give a parameter empty partitions, hpZ's too, where ``_partition_param`` (0.19.8) would put them.
+    """Give a parameter empty partitions, hpZ's too, where ``_partition_param`` (DeepSpeed) would put them.
 
     Raises:
         UnsupportedError: The partition is larger than a buffer of the swapper.

@@ -53,7 +53,7 @@ def model_sizes(source: str, revision: str | None = None) -> ModelSizes:
 def sizes_of(model: Any, name: str) -> ModelSizes:
     """Return the sizes of a transformers model's parameters.
 
-    AutoTP (DeepSpeed 0.19.8 ``module_inject/auto_tp.py``) shards the matrices of linear layers, including the output
+    AutoTP (DeepSpeed ``module_inject/auto_tp.py``) shards the matrices of linear layers, including the output
     head's, and an embedding only if it is tied to the head. The few biases that it shards are counted as whole, and
     every shard as even.
     """

@@ -297,7 +297,7 @@ def _info(missing: set[str], unexpected: set[str]) -> Any:
 def finish_transformers(
     model: Any, matched: Matched, folder: Path | None, device_map: dict[str, Any] | None = None
 ) -> None:
-    """Finish a load as ``from_pretrained`` does (transformers 5.24 ``_finalize_model_loading``).
+    """Finish a load as ``from_pretrained`` does (transformers ``_finalize_model_loading``).
 
     Missing weights are initialised, weights are tied, and the generation configuration is read.
     """

@@ -1,6 +1,6 @@
 """Partitions that ``offload_param`` keeps on NVMe: a load fills the swapper's own buffers and DeepSpeed writes them.
 
-The rules are those of DeepSpeed 0.19.8 ``runtime/swap_tensor/partitioned_param_swapper.py``. A rank's swapper has
+The rules are those of DeepSpeed ``runtime/swap_tensor/partitioned_param_swapper.py``. A rank's swapper has
 ``buffer_count`` buffers of ``buffer_size`` elements. That is the memory a load takes, whatever the size of the model.
 The swapper's writes do not report a full disk, so space is reserved before and file sizes are checked after.
 """

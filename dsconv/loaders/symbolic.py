@@ -1,6 +1,6 @@
 """Unread tensors, on which transformers' weight conversions run as on real ones.
 
-A conversion (transformers 5.24 ``core_model_loading.py``) fuses experts, splits fused projections, stacks and joins.
+A conversion (transformers ``core_model_loading.py``) fuses experts, splits fused projections, stacks and joins.
 Operations that only move boxes are carried out on the boxes, so that a rank can still read just its own bytes. Anything
 else raises ``NotBoxes``, and the caller repeats the conversion with real tensors.
 """

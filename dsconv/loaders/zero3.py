@@ -1,7 +1,7 @@
 """``load_zero3``: load weights straight into ZeRO-3 partitions. No full parameter is read, built or sent.
 
 Under ZeRO-3 a rank keeps ``ds_tensor``, elements [r × n, (r + 1) × n) of the flattened parameter, n = ceil(numel /
-world) (DeepSpeed 0.19.8 ``runtime/zero/partition_parameters.py`` ``_partition_param``): one range of the checkpoint's
+world) (DeepSpeed ``runtime/zero/partition_parameters.py`` ``_partition_param``): one range of the checkpoint's
 bytes. ``deepspeed.zero.Init`` builds each parameter in full, broadcasts it and cuts it up; here it only gets its
 partition.
 """

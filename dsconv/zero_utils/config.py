@@ -1,6 +1,6 @@
 """A DeepSpeed config, read once and never changed: what it says, what is wrong with it, and its "auto" values resolved.
 
-What transformers 5.24 ``HfDeepSpeedConfig`` and ``HfTrainerDeepSpeedConfig`` (``integrations/deepspeed.py``, accelerate
+What transformers ``HfDeepSpeedConfig`` and ``HfTrainerDeepSpeedConfig`` (``integrations/deepspeed.py``, accelerate
 1.15 ``utils/deepspeed.py``) do, without their global state and without DeepSpeed installed. ``to_dict()`` is what
 those, the Trainer and ``deepspeed.initialize`` take.
 """

@@ -1,7 +1,7 @@
 """What transformers' Trainer writes in place of ``"auto"`` in a DeepSpeed config, and which values it requires to
 agree.
 
-The rules of transformers 5.24 ``integrations/deepspeed.py``, ``HfTrainerDeepSpeedConfig.trainer_config_process`` and
+The rules of transformers ``integrations/deepspeed.py``, ``HfTrainerDeepSpeedConfig.trainer_config_process`` and
 ``trainer_config_finalize``, as a function of plain values: nothing is read from, or left in, the process.
 """
 

@@ -1,7 +1,6 @@
-"""The keys that a DeepSpeed config may have, by section: DeepSpeed 0.19.8, and the ``"auto"`` that transformers 5.24
-fills.
+"""The keys that a DeepSpeed config may have, by section, and the ``"auto"`` that transformers fills.
 
-``tests/zero_utils/test_config_keys.py`` compares these tables with the DeepSpeed that is installed, so they do not rot.
+``tests/zero_utils/test_config_real.py`` compares these tables with the DeepSpeed that is installed, so they do not rot.
 A section's name is its dotted path, ``""`` the top level. What is below a section that is not listed
 (``optimizer.params``, ``tensor_parallel.partition_config``, …) is free: its keys are of somebody else's function.
 """
@@ -215,7 +214,7 @@ SECTIONS: dict[str, Section] = {
 SECTIONS["bfloat16"] = SECTIONS["bf16"]  # the old name, read where there is no bf16 (runtime/precision_config.py)
 SECTIONS["tensor_parallel.tensor_parallel"] = SECTIONS["tensor_parallel.tp"]
 
-# What 0.19.8 refuses with "has been removed" (runtime/config.py _REMOVED_TOP_LEVEL_CONFIG_KEYS,
+# What DeepSpeed refuses with "has been removed" (runtime/config.py _REMOVED_TOP_LEVEL_CONFIG_KEYS,
 # _REMOVED_ZERO_CONFIG_KEYS), and what to use instead.
 REMOVED = {
     "nebula": "Take it out: checkpoints are written by torch.save; checkpoint.writer has the faster writers.",
@@ -251,7 +250,7 @@ DEPRECATED = {
     "allgather_size": "Write zero_optimization.allgather_bucket_size.",
 }
 
-# Keys of older releases that 0.19.8 does not know, and what they are called now.
+# Keys of older releases that DeepSpeed no longer knows, and what they are called now.
 RENAMED = {
     "aio.thread_count": "intra_op_parallelism",
     "fp32_allreduce": 'communication_data_type: "fp32"',

@@ -1,4 +1,4 @@
-"""What is wrong with a DeepSpeed config, found without DeepSpeed; rules of DeepSpeed 0.19.8.
+"""What is wrong with a DeepSpeed config, found by DeepSpeed's rules and without DeepSpeed.
 
 Severities: ``error``, DeepSpeed refuses the config or cannot do what it says; ``warning``, it runs, and a key has no
 effect or not the one that it seems to have; ``info``, worth knowing. ``docs/config.md`` lists the rules.
@@ -145,7 +145,7 @@ def _values(config: Mapping[str, Any]) -> Iterator[Finding]:
             )
 
 
-# Where "auto" is a value of DeepSpeed's own, or is filled by accelerate 1.15 (utils/dataclasses.py DeepSpeedPlugin).
+# Where "auto" is a value of DeepSpeed's own, or is filled by accelerate (utils/dataclasses.py DeepSpeedPlugin).
 _AUTO_IS_A_VALUE = frozenset(
     f"""pipeline.stages data_types.keep_in_fp32_modules expert_parallel {ZERO}.zenflow {ZERO}.stage
     {ZERO}.offload_param.device {ZERO}.offload_optimizer.device {ZERO}.offload_param.nvme_path

@@ -1,6 +1,6 @@
 """The names of the files of a DeepSpeed checkpoint, and where a checkpoint's folder is.
 
-Sources, DeepSpeed 0.19.8 ``runtime/engine.py``: ``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
+Sources, DeepSpeed ``runtime/engine.py``: ``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
 ``_get_expert_ckpt_name``, ``_get_optimizer_ckpt_name``; ``runtime/pipe/module.py`` ``ckpt_layer_path``. Older releases
 wrote no underscore before ``optim_states`` (``_get_all_zero_checkpoint_names`` still tries that).
 """

@@ -1,7 +1,7 @@
 """What training with ZeRO holds in memory and writes to disk, by arithmetic.
 
 Three figures, which answer different questions. ``ideal_bytes`` is the ZeRO paper's (arXiv 1910.02054, section 3).
-``deepspeed_figure`` is what DeepSpeed's own estimators print. ``held`` is what DeepSpeed 0.19.8 allocates for a
+``deepspeed_figure`` is what DeepSpeed's own estimators print. ``held`` is what DeepSpeed allocates for a
 transformer under AdamW, as read in ``runtime/zero/{stage_1_and_2,stage3,bf16_optimizer}.py`` and
 ``runtime/fp16/unfused_optimizer.py`` and counted on real engines. All sizes are bytes of one rank unless the name says
 otherwise.
@@ -18,7 +18,7 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ADAM_BYTES = 8  # exp_avg and exp_avg_sq, fp32
 MASTER_BYTES = 4
 OFFLOADS = ("none", "cpu", "nvme")
-# runtime/zero/offload_config.py, DeepSpeed 0.19.8: buffers that swapping to NVMe keeps in CPU memory.
+# runtime/zero/offload_config.py, DeepSpeed: buffers that swapping to NVMe keeps in CPU memory.
 NVME_PARAM_BUFFERS, NVME_PARAM_BUFFER_NUMEL, NVME_OPTIMIZER_BUFFERS = 5, 100_000_000, 4
 
 
@@ -120,7 +120,7 @@ class Held:
 
 
 def settings(job: Job, tps: tuple[int, ...] = (1,)) -> list[Setting]:
-    """Every setting that DeepSpeed 0.19.8 can run, the cheapest first.
+    """Every setting that DeepSpeed can run, the cheapest first.
 
     NVMe needs stage 3. Without ZeRO, gradients accumulate in the model's dtype only (runtime/engine.py
     ``_do_optimizer_sanity_check``).
@@ -150,7 +150,7 @@ def ideal_bytes(model: ModelSizes, job: Job, setting: Setting) -> int:
 
 
 def deepspeed_figure(model: ModelSizes, job: Job, setting: Setting) -> tuple[int, int] | None:
-    """(bytes of a GPU, bytes of a node's CPU) as DeepSpeed 0.19.8 estimates; None where it has no estimator.
+    """(bytes of a GPU, bytes of a node's CPU) as DeepSpeed estimates; None where it has no estimator.
 
     ``estimate_zero2_model_states_mem_needs`` of runtime/zero/stage_1_and_2.py and
     ``estimate_zero3_model_states_mem_needs`` of stage3.py (with zero.Init). They take every training for 16-bit, know

@@ -1,6 +1,6 @@
 """The arithmetic by which ZeRO cuts parameters into partitions.
 
-Sources, DeepSpeed 0.19.8: ``runtime/zero/stage_1_and_2.py`` (groups flattened and padded to 2 × ranks;
+Sources, DeepSpeed: ``runtime/zero/stage_1_and_2.py`` (groups flattened and padded to 2 × ranks;
 ``_get_groups_without_padding`` cuts the padding before saving), ``runtime/bf16_optimizer.py`` (keeps the padding),
 ``runtime/zero/partition_parameters.py`` (stage 3: every parameter cut into ceil(numel / ranks)), ``utils/groups.py``
 ``_create_expert_and_data_parallel`` (which ranks share experts).
@@ -8,7 +8,7 @@ Sources, DeepSpeed 0.19.8: ``runtime/zero/stage_1_and_2.py`` (groups flattened a
 
 from __future__ import annotations
 
-ALIGNMENT_FACTOR = 2  # nccl_start_alignment_factor, stage_1_and_2.py and bf16_optimizer.py, DeepSpeed 0.19.8
+ALIGNMENT_FACTOR = 2  # nccl_start_alignment_factor, stage_1_and_2.py and bf16_optimizer.py, DeepSpeed
 
 
 def share_numel(numel: int, world: int) -> int:

@@ -37,7 +37,7 @@ def check_not_hollow(entries: Mapping[str, TensorEntry], where: Path, near: Iter
     """Refuse a file whose weights are empty, as a save under ZeRO-3 without gathering leaves them.
 
     Under ZeRO-3 a parameter's own tensor has the shape [0] while its values lie in the partitions of the ranks
-    (deepspeed 0.19.8 ``runtime/zero/partition_parameters.py`` ``free_param``). ``state_dict()`` of such a model, or a
+    (deepspeed ``runtime/zero/partition_parameters.py`` ``free_param``). ``state_dict()`` of such a model, or a
     save without ``stage3_gather_16bit_weights_on_model_save``, keeps the empty tensors.
 
     Args:

@@ -1,6 +1,6 @@
 """The element types that checkpoints hold, under the names that torch and safetensors give them.
 
-Sources: torch 2.13 ``torch/storage.py`` (storage classes), safetensors 0.8 ``safetensors/src/tensor.rs`` (``Dtype``).
+Sources: ``torch/storage.py`` (storage classes), safetensors 0.8 ``safetensors/src/tensor.rs`` (``Dtype``).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Placements are one for each dimension of the mesh and are applied from the first to the last: each cuts what the ones
 before it left. ``Shard`` cuts as torch.chunk does: ceil(n / parts) indices each, so that the last parts are smaller or
 empty. With a ``split_factor`` it is torch's ``_StridedShard``: the dimension is first cut in that many parts, and each
-of them is shared out (torch 2.13 ``torch/distributed/tensor/placement_types.py``, ``Shard.local_shard_size_and_offset``
+of them is shared out (``torch/distributed/tensor/placement_types.py``, ``Shard.local_shard_size_and_offset``
 and ``_StridedShard._split_tensor``; ``torch/distributed/tensor/_utils.py``, ``compute_local_shape_and_global_offset``).
 
 FSDP2 shares out what tensor parallelism left of a tensor, and writes that down as ``_StridedShard``. Where sizes are
@@ -86,7 +86,7 @@ def region_in_order(
 def shard_order(mesh: Sequence[int], placements: Placements, dim: int) -> tuple[int, ...] | None:
     """Return the dimensions of the mesh that cut ``dim``, first cut first; None if the split factors encode no order.
 
-    A split factor is the product of the sizes of the later dimensions of the mesh that cut before this one (torch 2.13
+    A split factor is the product of the sizes of the later dimensions of the mesh that cut before this one (torch
     ``_dtensor_spec.py``, ``_convert_shard_order_to_StridedShard``).
     """
     order: list[int] = []

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.map.training import Training
 
-# The attribute under which each wrapper keeps the module: torch 2.13 ``torch/_dynamo/eval_frame.py``
+# The attribute under which each wrapper keeps the module: ``torch/_dynamo/eval_frame.py``
 # ``OptimizedModule``, ``torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py``,
 # ``torch/distributed/fsdp/_common_utils.py``; Lightning 2.6 ``lightning_fabric/wrappers.py``.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 # DDP's attribute is a plain word that a model may use too: it is a wrapper's only where every name begins with it, the
-# rule of torch's ``consume_prefix_in_state_dict_if_present`` (torch 2.13 ``torch/nn/modules/utils.py``).
+# rule of torch's ``consume_prefix_in_state_dict_if_present`` (``torch/nn/modules/utils.py``).
 OUTER = "module."
 
 

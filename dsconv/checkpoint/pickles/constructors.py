@@ -93,7 +93,7 @@ def size(budget: WorkBudget, *args: Any) -> tuple[int, ...]:
 
 
 def rebuild_tensor(budget: WorkBudget, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRef:
-    """Build a tensor. ``rest`` is requires_grad, hooks and metadata (torch 2.13 ``torch/_utils.py``)."""
+    """Build a tensor. ``rest`` is requires_grad, hooks and metadata (``torch/_utils.py``)."""
     _require(isinstance(storage, StorageRef), "a tensor whose storage is not a storage")
     if type(offset) is not int or not 0 <= offset < MAX_NUMEL:
         raise BadArguments(f"a tensor at the storage offset {safe_repr(offset)}")
@@ -124,7 +124,7 @@ def rebuild_tensor_v3(
     dtype: Any,
     *rest: Any,
 ) -> TensorRef:
-    """Build a tensor whose dtype is named beside its untyped storage (torch 2.13 ``torch/_utils.py``)."""
+    """Build a tensor whose dtype is named beside its untyped storage (``torch/_utils.py``)."""
     _require(isinstance(storage, StorageRef), "a tensor whose storage is not a storage")
     if isinstance(dtype, OpaqueClass):
         raise UnsupportedGlobal(f"a tensor of {dtype}, which dsconv does not read")

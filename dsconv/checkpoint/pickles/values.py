@@ -126,7 +126,7 @@ class TensorRef:
 
 @dataclass(slots=True)
 class FragmentAddress:
-    """Where a ZeRO-1/2 partition holds its share of a parameter (deepspeed 0.19.8 ``utils/tensor_fragment.py``).
+    """Where a ZeRO-1/2 partition holds its share of a parameter (deepspeed ``utils/tensor_fragment.py``).
 
     The class is pickled as an empty object and then its state, so ``set_state`` fills it.
     """

@@ -2,7 +2,7 @@
 
 A repository's root lists what the Hub lists, and a file is downloaded into the cache when somebody opens it. What is in
 the cache is not downloaded again. (``hf://org/model`` is read in place instead, by range requests: ``remote.py``.)
-huggingface_hub 2.4 does the work; it reads ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and ``HF_HOME``. The first
+huggingface_hub does the work; it reads ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and ``HF_HOME``. The first
 three are passed to it here as well, since it reads them only when it is imported.
 """
 

@@ -129,7 +129,7 @@ class TorchFile:
         return data
 
     def _persistent(self, pid: Any) -> StorageRef:
-        """Return the storage of a persistent id (torch 2.13 ``torch/serialization.py`` ``persistent_id``)."""
+        """Return the storage of a persistent id (``torch/serialization.py`` ``persistent_id``)."""
         storage = storage_of(pid, self.path)
         self._check_storage(storage.key, storage.numel * (storage.dtype.itemsize if storage.dtype else 1))
         return storage

@@ -2,7 +2,7 @@
 
 Five pickles follow each other: a magic number, the protocol's version, the machine's properties, the object, and the
 keys of its storages in order. Then comes each storage: its number of elements in eight bytes, and its bytes. There are
-no checksums (torch 2.13 ``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``).
+no checksums (``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``).
 """
 
 from __future__ import annotations

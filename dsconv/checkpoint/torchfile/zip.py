@@ -1,6 +1,6 @@
 """Find where each record of a ``torch.save`` zip lies.
 
-``torch.save`` writes an uncompressed zip whose records are aligned to 64 bytes (torch 2.13
+``torch.save`` writes an uncompressed zip whose records are aligned to 64 bytes (torch
 ``torch/utils/serialization/config.py``, ``save.storage_alignment``), zip64 when large. The directory at the end is the
 authority. Each local header is read too, since its name and extra field may differ in length from the directory's.
 Whatever torch.save does not do is refused: compression, encryption, duplicate or odd names, records that overlap, bytes
@@ -41,7 +41,7 @@ class Archive:
         root: The name of the folder in which all records lie.
         records: The records by their names under that folder.
         checksummed: False when the file was saved with torch.serialization.set_crc32_options(False), which leaves
-            zeros where the CRC-32s belong (seen with torch 2.13).
+            zeros where the CRC-32s belong.
     """
 
     path: Path
@@ -62,7 +62,7 @@ def open_archive(file: OpenFile) -> Archive:
     """
     path = file.path
     directory, count, directory_offset = _read_directory(file)
-    if b"/constants.pkl" in directory:  # torch 2.13 torch/serialization.py _is_torchscript_zip
+    if b"/constants.pkl" in directory:  # torch/serialization.py _is_torchscript_zip
         raise UnsupportedError(
             f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() with torch.save"
         )
@@ -106,7 +106,7 @@ def open_archive(file: OpenFile) -> Archive:
     for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
             raise UnsafeError(f"{path}: zip records {safe_repr(name)} and {safe_repr(other)} overlap; refused")
-    # torch 2.13 serialization.py _is_zipfile looks at a file's first bytes, and unpickles what does not begin as a zip.
+    # torch serialization.py _is_zipfile looks at a file's first bytes, and unpickles what does not begin as a zip.
     if spans and spans[0][0]:
         raise UnsafeError(
             f"{path}: {spans[0][0]} bytes lie before the zip's first record; refused: readers differ on what such a"

@@ -1,6 +1,6 @@
 """What PEFT computes when it saves an adapter, with the same operations in the same order, so that the bits agree.
 
-Prompt learning saves the embeddings that its encoder gives, not the encoder (peft 0.21 ``peft_model.py``,
+Prompt learning saves the embeddings that its encoder gives, not the encoder (peft ``peft_model.py``,
 ``get_prompt_embedding_to_save``; ``tuners/{prompt_tuning,p_tuning,prefix_tuning,cpt,cartridge}/model.py``); VB-LoRA may
 keep the best vectors only (``tuners/vblora/model.py``); AdaLoRA drops the ranks that it pruned (``tuners/adalora/
 model.py``, ``resize_state_dict_by_rank_pattern``).

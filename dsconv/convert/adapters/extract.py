@@ -34,7 +34,7 @@ PREFIX = "base_model.model."
 # names are known here.
 INPUTS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings", "embeddings"}
 OUTPUTS = {"lm_head", "embed_out", "output", "output_projection"}
-TARGETED = ("embed_tokens", "lm_head")  # peft 0.21 utils/constants.py EMBEDDING_LAYER_NAMES
+TARGETED = ("embed_tokens", "lm_head")  # peft utils/constants.py EMBEDDING_LAYER_NAMES
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _choose(checkpoint: Checkpoint, names: list[str], saved: bool, wanted: str |
 def _prefixed(name: str, kind: str, keep: bool) -> str:
     """Return the name with PEFT's prefix, which models that were adapted by ``model.add_adapter`` lack.
 
-    transformers 5.24 ``modeling_utils.py`` (``save_pretrained``) puts it before their names, too.
+    transformers ``modeling_utils.py`` (``save_pretrained``) puts it before their names, too.
     """
     return name if keep or kind in PROMPTS or name.startswith("base_model.") else PREFIX + name
 
@@ -172,7 +172,7 @@ def _select(
 def _token_tensors(state: Mapping[str, TensorEntry], config: Mapping[str, Any], adapter: str) -> list[str]:
     """Return the trained tokens that PEFT saves: those of tied embeddings once, for the module that was asked for.
 
-    peft 0.21 ``utils/other.py`` (``set_additional_trainable_modules``, ``TrainableTokensWrapper``).
+    peft ``utils/other.py`` (``set_additional_trainable_modules``, ``TrainableTokensWrapper``).
     """
     end = f".{TOKENS}.{DELTA}.{adapter}"
     found = [name for name in state if name.endswith(end)]
@@ -194,7 +194,7 @@ def _token_tensors(state: Mapping[str, TensorEntry], config: Mapping[str, Any], 
 def _embedding_tensors(state: Mapping[str, TensorEntry], config: Mapping[str, Any], folders: list[Path]) -> list[str]:
     """Return the base model's embeddings that PEFT saves: where they are adapted, and where the vocabulary has grown.
 
-    peft 0.21 ``utils/save_and_load.py``, ``save_embedding_layers="auto"``.
+    peft ``utils/save_and_load.py``, ``save_embedding_layers="auto"``.
     """
     targets = config.get("target_modules")
     modules = {name.rpartition(".")[0] for name in state}

@@ -1,7 +1,7 @@
 """The methods of PEFT: how each calls its parameters, which of them it saves, and under which names.
 
 A model's state dict has the adapter's name inside (``q_proj.lora_A.default.weight``); what PEFT saves has it not. The
-rules are those of peft 0.21 ``utils/save_and_load.py`` (``get_peft_model_state_dict``) and of the methods that have one
+rules are those of peft ``utils/save_and_load.py`` (``get_peft_model_state_dict``) and of the methods that have one
 of their own (``tuners/*/model.py``: ``_get_adapter_state_dict`` and ``_remove_adapter_name_from_key``), told by names
 and adapter_config.json alone, so that neither peft nor torch is imported. PEFT walks the model's modules where these
 rules look at names: a tensor belongs to a method when a part of its name begins as the method's parameters do and the
@@ -88,7 +88,7 @@ def slot(name: str, starts: tuple[str, ...] = ALL_ATTRIBUTES) -> int | None:
 def is_saved_form(names: Iterable[str]) -> bool:
     """Return whether ``names`` are those that PEFT saves: parameters of a method without an adapter's name.
 
-    accelerate and the Trainer write such names into DCP directories (accelerate 1.15 ``utils/fsdp_utils.py``,
+    accelerate and the Trainer write such names into DCP directories (accelerate ``utils/fsdp_utils.py``,
     ``adapter_only``).
     """
     found = False

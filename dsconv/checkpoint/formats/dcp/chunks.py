@@ -1,6 +1,6 @@
 """Read the chunks of a ``.distcp`` file: zips of torch.save, one after another without alignment.
 
-The layout is that of torch 2.13 ``torch/distributed/checkpoint/filesystem.py`` ``_write_item``. A chunk is opened as
+The layout is that of ``torch/distributed/checkpoint/filesystem.py`` ``_write_item``. A chunk is opened as
 any ``.pt`` is, and must hold one tensor of the dtype and size that the metadata gives it. With the ZStandard extension
 (``_extension.py``) a chunk is a zstd frame of such a zip. Those that are needed are decompressed once, into an unnamed
 file that disappears with the checkpoint.

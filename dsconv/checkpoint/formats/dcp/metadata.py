@@ -1,6 +1,6 @@
 """Read the ``.metadata`` of a torch.distributed.checkpoint directory: its tensors and where their chunks lie.
 
-It is a bare pickle of ``Metadata`` (torch 2.13 ``torch/distributed/checkpoint/metadata.py``): ``state_dict_metadata``
+It is a bare pickle of ``Metadata`` (``torch/distributed/checkpoint/metadata.py``): ``state_dict_metadata``
 gives the dtype, the full shape and the chunks of each tensor; ``storage_data`` maps ``MetadataIndex(fqn, offset)`` to a
 span of a file (``_StorageInfo`` of ``filesystem.py``); ``planner_data`` maps each flat name to the path it had in the
 nested state dict, which is the only safe way back. Everything is checked here before it is used.

@@ -4,7 +4,7 @@ FSDP1 (sharded state dicts), FSDP2, HSDP, tensor parallelism and any mesh of the
 ``dcp.save``, accelerate and the Trainer (``pytorch_model_fsdp_0/``), torchtitan (``step-N/``), Megatron-core
 (``iter_NNNNNNN/``), NeMo Automodel (``epoch_E_step_S/model/``) and others. A chunk is a box of its tensor, even where
 FSDP2 and TP both cut one dimension (``_StridedShard``): DCP writes the box that a rank's share is, and refuses to save
-a share that is not a box (torch 2.13 ``default_planner.py`` ``_validate_global_plan``).
+a share that is not a box (torch ``default_planner.py`` ``_validate_global_plan``).
 """
 
 from __future__ import annotations

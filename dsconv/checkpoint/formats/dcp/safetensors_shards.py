@@ -1,7 +1,7 @@
 """Read shards that DCP's HuggingFaceStorageWriter writes: ``shard-RRRRR-model-PPPPP-of-NNNNN.safetensors``.
 
-The writers are torch 2.13 ``torch/distributed/checkpoint/hf_storage.py`` and ``filesystem.py``
-``_write_files_from_queue``, transformers 5.24 ``save_pretrained(distributed_checkpoint=True)`` and, in a folder
+The writers are ``torch/distributed/checkpoint/hf_storage.py`` and ``filesystem.py``
+``_write_files_from_queue``, transformers ``save_pretrained(distributed_checkpoint=True)`` and, in a folder
 ``sharded/``, torchtitan and torch with ``enable_consolidation``. Each rank R writes its chunk of each tensor, the
 chunks of part P in one file; ``__metadata__`` says where each chunk begins (``saved_offsets``).
 
@@ -32,7 +32,7 @@ from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
 
 SHARD = re.compile(r"shard-(?P<rank>\d{5,})-model-(?P<part>\d{5,})-of-(?P<parts>\d{5,})\.safetensors")
-SHARDED = "sharded"  # torch 2.13 _hf_utils.py SHARDED_DIR_NAME
+SHARDED = "sharded"  # torch _hf_utils.py SHARDED_DIR_NAME
 INFO = "DCP_SHARDING_INFO"
 
 

@@ -1,6 +1,6 @@
 """Find the model's folder in what a trainer leaves: a run of steps, a step, or a folder of several models.
 
-The layouts are those of torchtitan 0.3 (``step-N/``, the last of which may be in the Hub's form), of accelerate 1.15
+The layouts are those of torchtitan 0.3 (``step-N/``, the last of which may be in the Hub's form), of accelerate
 and the Trainer (``checkpoint-N/pytorch_model_fsdp_I/``; ``utils/constants.py`` ``FSDP_MODEL_NAME``), of Megatron-core
 0.16 (``iter_NNNNNNN/`` beside ``latest_checkpointed_iteration.txt``) and of NeMo Automodel 0.7
 (``epoch_E_step_S/{model,optim}/``).

@@ -21,7 +21,7 @@ def flat_pieces(
     begins.
 
     ``starts`` are the positions of the masters' parts and their end. The optimizer's other states lie as the masters
-    do, but keep the padding that masters are saved without (0.19.8 ``stage_1_and_2.py`` ``state_dict``).
+    do, but keep the padding that masters are saved without (DeepSpeed ``stage_1_and_2.py`` ``state_dict``).
     """
     pieces = []
     rank = bisect_right(starts, begin) - 1

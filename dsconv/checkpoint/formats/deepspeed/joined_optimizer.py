@@ -1,7 +1,7 @@
 """The optimizer states of a model that was cut: each model-parallel rank's, joined as the masters are.
 
 A state of a parameter lies as its master does, so the shards of tensor-parallel ranks are joined by the master's own
-rule, and a parameter of several pipeline stages is taken from the first that has it (DeepSpeed 0.19.8
+rule, and a parameter of several pipeline stages is taken from the first that has it (DeepSpeed
 ``checkpoint/ds_to_universal.py`` ``extract_zero_shards``). Hyperparameters and settings are those of the first rank
 (``_save_optimizer_state``).
 """

@@ -1,6 +1,6 @@
 """A DeepSpeed model-states file: names, shapes, buffers, frozen weights, and the 16-bit module.
 
-The keys are those of ``_common_checkpoint_state`` in DeepSpeed 0.19.8 ``runtime/engine.py``. The user's
+The keys are those of ``_common_checkpoint_state`` in DeepSpeed ``runtime/engine.py``. The user's
 ``client_state`` lies among them at the top level and is not looked at.
 
 Names are those of the model without its wrappers (``map/renaming.py``). DeepSpeed takes parameter names from the module
@@ -237,7 +237,7 @@ def warn_of_absent(states: ModuleStates, entries: Mapping[str, TensorEntry], war
 def refuse_missing_experts(states: ModuleStates) -> None:
     """Raise MissingShardError where the model has experts in files of their own; for folders without such files.
 
-    ``num_experts`` is written with expert files only (DeepSpeed 0.19.8 ``runtime/engine.py`` ``_save_moe_checkpoint``).
+    ``num_experts`` is written with expert files only (DeepSpeed ``runtime/engine.py`` ``_save_moe_checkpoint``).
     """
     if states.raw.get("num_experts"):
         raise MissingShardError(

@@ -1,6 +1,6 @@
 """Regular expressions out of a file, matched in linear time.
 
-A universal checkpoint's patterns are matched with ``re.match`` upstream (DeepSpeed 0.19.8
+A universal checkpoint's patterns are matched with ``re.match`` upstream (DeepSpeed
 ``checkpoint/ds_to_universal.py``), so they need not reach the name's end. A file may hold any pattern and Python's
 matcher takes exponential time for some; this one walks the name once with the set of places in the pattern that could
 come next. It knows characters, escapes, ``.``, ``\\d``, ``\\w``, classes, ``* + ?`` and anchors, which is what

@@ -166,7 +166,7 @@ def master_entry(name: str, dtype: DType, shape: tuple[int, ...], layout: Any, t
 def alignment_paddings(first: Partition, g: int, group: Shapes) -> list[int]:
     """Return the elements to skip after each parameter of a group.
 
-    They come from ``zero_optimization.parameter_alignment`` (DeepSpeed 0.19.8 ``runtime/zero/stage_1_and_2.py``).
+    They come from ``zero_optimization.parameter_alignment`` (DeepSpeed ``runtime/zero/stage_1_and_2.py``).
     """
     paddings = first.state.get("param_alignment_paddings")
     if paddings is None:

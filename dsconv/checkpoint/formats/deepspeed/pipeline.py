@@ -1,6 +1,6 @@
 """Pipeline checkpoints: a model whose layers are spread over stages, and perhaps over tensor-parallel ranks too.
 
-DeepSpeed 0.19.8 ``runtime/pipe/module.py`` saves each layer as ``layer_LL[-model_TT]-model_states.pt`` with names of
+DeepSpeed ``runtime/pipe/module.py`` saves each layer as ``layer_LL[-model_TT]-model_states.pt`` with names of
 its own (``l.weight``); ``mp_rank_XX`` (stage-major: stage × degree + tensor rank) has no weights, but the names that
 the trained module gives them (``1.l.weight``, ``tied_modules.KEY.weight``), and the optimizer files have the masters
 under those. A tied layer is on several stages and is written once. Without masters (stage 0 in fp32 or fp16) only the
@@ -270,7 +270,7 @@ def _same_copy(
 ) -> None:
     """Raise InconsistentCheckpointError unless two stages hold the same tensor.
 
-    If the trainer said so, the first stage's copy is the right one and a difference is a warning (0.19.8
+    If the trainer said so, the first stage's copy is the right one and a difference is a warning (DeepSpeed
     ``checkpoint/ds_to_universal.py`` ``extract_zero_shards`` skips ``pipeline_replicated_parameter_patterns`` on later
     stages).
     """

@@ -31,7 +31,7 @@ _NUMPY_CODES = {
 
 
 def counters(states: ModuleStates) -> dict[str, Any]:
-    """Return what ``load_checkpoint`` sets of the engine itself (0.19.8 ``runtime/engine.py`` ``_load_checkpoint``).
+    """Return what ``load_checkpoint`` sets of the engine itself (DeepSpeed ``runtime/engine.py`` ``_load_checkpoint``).
 
     Raises:
         UnsupportedError: One of them is not a plain value.

@@ -1,6 +1,6 @@
 """The optimizer states of a checkpoint without ZeRO: the base optimizer's own ``state_dict``, which has no names.
 
-Read from DeepSpeed 0.19.8. In fp32 ``optimizer`` is torch's ``state_dict``. With 16-bit weights that lies inside, under
+Read from DeepSpeed. In fp32 ``optimizer`` is torch's ``state_dict``. With 16-bit weights that lies inside, under
 ``optimizer_state_dict``, and its parameters are the masters: one tensor each (``runtime/fp16/unfused_optimizer.py``
 ``fp32_groups``), or one for each group (``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``).
 
@@ -259,7 +259,7 @@ def _steps(trained: Mapping[str, _Kept], states: ModuleStates) -> dict[str, Any]
 
 
 def _settings(states: ModuleStates) -> dict[str, Any]:
-    """Return what the optimizer's wrapper saved, its loss scaler as ZeRO saves one (0.19.8
+    """Return what the optimizer's wrapper saved, its loss scaler as ZeRO saves one (DeepSpeed
     ``runtime/fp16/loss_scaler.py``).
     """
     optimizer = states.optimizer

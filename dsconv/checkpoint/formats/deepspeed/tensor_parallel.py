@@ -1,6 +1,6 @@
 """Tensor-parallel checkpoints (AutoTP, Megatron-like): each mp rank's shard has a map of its own; the maps are joined.
 
-DeepSpeed 0.19.8 ``runtime/engine.py`` names the files of tensor-parallel rank t ``mp_rank_0t``, ZeRO's partitions
+DeepSpeed ``runtime/engine.py`` names the files of tensor-parallel rank t ``mp_rank_0t``, ZeRO's partitions
 within it ``zero_pp_rank_D_mp_rank_0t``. ``param_shapes`` and ``module`` have the shapes of the shard.
 """
 

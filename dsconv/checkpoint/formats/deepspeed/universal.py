@@ -1,6 +1,6 @@
 """DeepSpeed universal checkpoints: ``zero/<parameter>/fp32.pt``, one file a parameter, and model states beside them.
 
-Read from DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py``. From stages 1 and 2 a file holds a dict with ``param``, in
+Read from DeepSpeed ``checkpoint/ds_to_universal.py``. From stages 1 and 2 a file holds a dict with ``param``, in
 the parameter's full shape (rows that only pad a vocabulary are cut off: ``vocab_tensor``), from stage 3 a bare flat
 tensor. The names and shapes are those of the model states, which are copied from the source; so are buffers and frozen
 weights, of which ``zero/`` holds fp32 copies at most. dsconv makes such checkpoints of runs without ZeRO too
@@ -188,7 +188,7 @@ def _copies(
 ) -> dict[str, TensorEntry]:
     """Return the fp32 copies in ``zero/`` of a pipeline's frozen weights and buffers.
 
-    A universal checkpoint has no layer files. dsconv writes such copies, the official tool (0.19.8) does not.
+    A universal checkpoint has no layer files. dsconv writes such copies, the official tool does not.
     """
     names = sorted(
         path.parent.name for path in (folder.path / FOLDER).glob("*/fp32.pt") if path.parent.name not in known

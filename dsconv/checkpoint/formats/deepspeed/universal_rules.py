@@ -1,6 +1,6 @@
 """How tensor-parallel shards are joined, by the ``universal_checkpoint_info`` that the trainer saved with them.
 
-Read from DeepSpeed 0.19.8: ``checkpoint/ds_to_universal.py`` ``merge_tp_slices`` (which rule wins, ``re.match``, the
+Read from DeepSpeed: ``checkpoint/ds_to_universal.py`` ``merge_tp_slices`` (which rule wins, ``re.match``, the
 default of dimension 0), ``module_inject/layers.py`` ``collect_autotp_universal_checkpoint_info`` (what AutoTP writes)
 and ``checkpoint/affine.py`` (maps that say for each rank which views of the full tensor it holds). Megatron-DeepSpeed
 writes the same keys, without maps, under names such as ``\\d+.mlp.dense_h_to_4h.weight``.

@@ -1,6 +1,6 @@
 """Which fp32 master belongs to which weight, where the optimizer keeps masters without names.
 
-Without ZeRO, DeepSpeed pickles the masters of 16-bit weights as lists of tensors, one a parameter group (0.19.8
+Without ZeRO, DeepSpeed pickles the masters of 16-bit weights as lists of tensors, one a parameter group (DeepSpeed
 ``runtime/fp16/unfused_optimizer.py`` ``fp32_groups``), or each group as one flat tensor
 (``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``). Nothing says which weights they are of, and which weights
 were frozen and have none. Two things tell:

@@ -1,6 +1,6 @@
 """ZeRO-1, 2 and 3 checkpoints: fp32 masters from the optimizer files, the rest from the model states.
 
-Facts read from DeepSpeed 0.19.8: ``runtime/engine.py`` (``_common_checkpoint_state``, ``_get_zero_param_shapes``: the
+Facts read from DeepSpeed: ``runtime/engine.py`` (``_common_checkpoint_state``, ``_get_zero_param_shapes``: the
 order of ``param_shapes`` is the only key into the flat data), ``runtime/zero/stage_1_and_2.py`` and
 ``runtime/bf16_optimizer.py`` (``state_dict``), ``runtime/zero/stage3.py`` (``_rigid_state_dict``).
 """
@@ -74,7 +74,7 @@ def map_of(
 def _shapes_from_mappings(partitions: list[Partition], shapes_of: ShapesOf) -> list[Shapes]:
     """Return the parameters of each group, in order, of a stage-0 run with BF16_Optimizer.
 
-    Such a run writes optimizer files and no ``param_shapes`` (0.19.8 ``runtime/engine.py``
+    Such a run writes optimizer files and no ``param_shapes`` (DeepSpeed ``runtime/engine.py``
     ``_common_checkpoint_state``): names and order are in the ranks' ``param_slice_mappings``, shapes are those of the
     weights.
     """
@@ -210,7 +210,7 @@ def _has_frozen(states: ModuleStates) -> bool:
 def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
     """Raise UnsupportedError where masters were swapped to NVMe.
 
-    Such a sub-group is an empty tensor here (0.19.8 ``stage3.py`` ``_create_fp32_partitions``). Its file is named by
+    Such a sub-group is an empty tensor here (DeepSpeed ``stage3.py`` ``_create_fp32_partitions``). Its file is named by
     the ids that parameters had in the process, which the checkpoint does not record: which parameters a file holds
     would be a guess.
     """

@@ -1,6 +1,6 @@
 """The optimizer states of a ZeRO checkpoint: flat tensors beside the masters, with the masters' own layout.
 
-Read from DeepSpeed 0.19.8: ``runtime/zero/stage_1_and_2.py`` and ``runtime/bf16_optimizer.py`` (``state_dict``: one
+Read from DeepSpeed: ``runtime/zero/stage_1_and_2.py`` and ``runtime/bf16_optimizer.py`` (``state_dict``: one
 flat tensor a group, whose states are the base optimizer's own ``state_dict`` and keep the padding that the masters may
 lack; with ``elastic_checkpoint`` a list of states without padding and without hyperparameters),
 ``runtime/zero/stage3.py`` (``_rigid_state_dict``: one flat tensor a sub-group, numbered in the order of the parameter

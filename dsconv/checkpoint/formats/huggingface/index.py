@@ -125,7 +125,7 @@ def set_warning(file: Path) -> list[str]:
 def pick_file(folder: Path, first: str, item: str | None, count: Callable[[Path], int]) -> tuple[Path, dict[str, int]]:
     """Choose the file of a folder in which accelerate saved several models: ``model.safetensors``, ``model_1…``.
 
-    accelerate 1.15 ``checkpointing.py`` ``save_accelerator_state`` numbers the models that it prepared.
+    accelerate ``checkpointing.py`` ``save_accelerator_state`` numbers the models that it prepared.
 
     Args:
         folder: The folder.

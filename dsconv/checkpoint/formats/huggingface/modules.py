@@ -1,4 +1,4 @@
-"""Modules as trees of the shapes of their parameters, and the layers of ``torch.nn`` that have some (torch 2.13)."""
+"""Modules as trees of the shapes of their parameters, and the layers of ``torch.nn`` that have some."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None], item: str |
     if path.is_file():
         entries, files, warnings = read_file(path), [path], set_warning(path)
     elif (path / SINGLE).is_file():
-        if (path / INDEX).is_file():  # transformers 5.24 modeling_utils.py looks for the single file first
+        if (path / INDEX).is_file():  # transformers modeling_utils.py looks for the single file first
             warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")
         file, models = pick_file(path, SINGLE, item, lambda file: len(read_file(file)))
         entries, files = read_file(file), [file]

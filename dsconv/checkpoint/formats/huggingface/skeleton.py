@@ -6,7 +6,7 @@ the defaults of its class: ``self.q_proj = nn.Linear(config.hidden_size, …)`` 
 of transformers is run. What these few kinds of statements and expressions do not decide is not guessed: the answer is
 then None, and whoever needs one asks transformers itself.
 
-Read from transformers 5.24: ``models/*/modeling_*.py``, ``models/*/configuration_*.py``, ``pytorch_utils.py`` (Conv1D).
+Read from transformers: ``models/*/modeling_*.py``, ``models/*/configuration_*.py``, ``pytorch_utils.py`` (Conv1D).
 """
 
 from __future__ import annotations

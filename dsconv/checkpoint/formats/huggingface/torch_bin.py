@@ -2,7 +2,7 @@
 ``.ckpt`` files.
 
 File names are those of transformers 4 and 5.24 ``utils/__init__.py`` (``WEIGHTS_NAME``, ``WEIGHTS_INDEX_NAME``),
-PEFT's ``adapter_model.bin`` and accelerate 1.15 ``checkpointing.py`` (``pytorch_model_1.bin`` is its second model). A
+PEFT's ``adapter_model.bin`` and accelerate ``checkpointing.py`` (``pytorch_model_1.bin`` is its second model). A
 file may hold more than the weights: Lightning's ``.ckpt`` keeps them under ``state_dict`` (pytorch-lightning 2.6
 ``trainer/connectors/checkpoint_connector.py`` ``dump_checkpoint``), training scripts under any key.
 """
@@ -72,7 +72,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
         if RANK_FILE.fullmatch(path.name):
             warnings.append(f"{path.name} was read alone; if it is one rank's of several, rank 0's is not beside it")
     elif (path / SINGLE).is_file():
-        if (path / INDEX).is_file():  # transformers 5.24 modeling_utils.py looks for the single file first
+        if (path / INDEX).is_file():  # transformers modeling_utils.py looks for the single file first
             warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")
         file, models = pick_file(path, SINGLE, item, lambda file: len(StateDict(file).tensors))
         entries = entries_of(file)

@@ -8,7 +8,7 @@ Three questions are answered here, each for the architecture that a ``config.jso
 - Under which name is a tied weight stored? ``_tied_weights_keys`` says it.
 - How do tensor-parallel ranks shard the model? ``base_model_tp_plan`` and ``_tp_plan`` say it.
 
-Read from transformers 5.24: ``models/*/modeling_*.py`` and ``models/*/configuration_*.py``.
+Read from transformers: ``models/*/modeling_*.py`` and ``models/*/configuration_*.py``.
 """
 
 from __future__ import annotations

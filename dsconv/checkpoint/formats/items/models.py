@@ -27,7 +27,7 @@ from dsconv.errors import CheckpointNotFoundError, SeveralModelsError, Unsupport
 
 # Dictionaries of these names hold a model, and their own name is not part of the names in it.
 MODEL_KEYS = ("model", "module", "model_state_dict", "model_state", "state_dict")
-EXTRA_STATE = "_extra_state"  # torch 2.13 torch/nn/modules/module.py _EXTRA_STATE_KEY_SUFFIX
+EXTRA_STATE = "_extra_state"  # torch/nn/modules/module.py _EXTRA_STATE_KEY_SUFFIX
 TOP = "."  # the key of a model whose weights lie bare at the top
 MAX_SHOWN = 8
 

@@ -1,6 +1,6 @@
 """Find the optimizer among the items of a checkpoint by its structure, whatever it is called.
 
-The forms are those of torch 2.13 ``torch/optim/optimizer.py`` ``state_dict`` (``state`` and ``param_groups``), of
+The forms are those of ``torch/optim/optimizer.py`` ``state_dict`` (``state`` and ``param_groups``), of
 ``torch/distributed/checkpoint/state_dict.py`` (the same by parameter names, nested or, with
 ``flatten_optimizer_state_dict``, in dotted keys as torchtitan saves them), and of Megatron-core 0.16
 ``optimizer/distrib_optimizer.py`` (``exp_avg.NAME`` beside ``exp_avg_sq.NAME``).
@@ -17,7 +17,7 @@ from dsconv.checkpoint.pickles.values import safe_repr
 STATE = "state"
 GROUPS = "param_groups"
 PAIR = ("exp_avg", "exp_avg_sq")
-# What optimizers keep for a parameter: torch 2.13 torch/optim/*.py, and the masters of Megatron-core.
+# What optimizers keep for a parameter: torch/optim/*.py, and the masters of Megatron-core.
 SLOTS = frozenset(
     (
         *PAIR,

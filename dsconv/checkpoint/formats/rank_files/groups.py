@@ -1,6 +1,6 @@
 """Find the files of one save among the rank files of a folder, by their names.
 
-The names are those of verl 0.6 ``utils/checkpoint/fsdp_checkpoint_manager.py``, accelerate 1.15 ``utils/fsdp_utils.py``
+The names are those of verl 0.6 ``utils/checkpoint/fsdp_checkpoint_manager.py``, accelerate ``utils/fsdp_utils.py``
 and plain scripts.
 """
 

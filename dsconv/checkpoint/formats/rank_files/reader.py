@@ -2,7 +2,7 @@
 
 verl writes them (``model_world_size_N_rank_R.pt`` beside ``fsdp_config.json`` and ``huggingface/``; verl 0.6
 ``utils/checkpoint/fsdp_checkpoint_manager.py``), accelerate with ``use_dcp=False`` or LOCAL_STATE_DICT
-(``pytorch_model_fsdp_I_rankR.bin``, ``pytorch_model_fsdp_rankR.bin``; accelerate 1.15 ``utils/fsdp_utils.py``), and
+(``pytorch_model_fsdp_I_rankR.bin``, ``pytorch_model_fsdp_rankR.bin``; accelerate ``utils/fsdp_utils.py``), and
 plain scripts (``NAME_rank_R.pt``, ``rank_R.pt``).
 
 Each file says for each tensor on which mesh it lies and how, so a rank's share follows from the rank

@@ -5,7 +5,7 @@ this rank's experts) and calls its router, shared experts and their gate by name
 transformers 5 holds them: ``experts.gate_up_proj`` with the gate's rows before the up's, ``experts.down_proj``,
 ``gate``.
 
-Facts read from DeepSpeed 0.19.8: ``module_inject/auto_ep_layer.py`` ``AutoEPMoELayer.__init__`` (names),
+Facts read from DeepSpeed: ``module_inject/auto_ep_layer.py`` ``AutoEPMoELayer.__init__`` (names),
 ``moe/ep_repack.py`` (what is cut from where), ``checkpoint/autoep_affine.py`` (which experts a rank has, in which
 order), ``module_inject/auto_ep_presets`` (every preset names its blocks alike, but for shared experts),
 ``runtime/zero/stage3.py`` ``_zero3_partition_group_metadata`` (the ranks over which each ZeRO-3 sub-group is
@@ -42,7 +42,7 @@ from dsconv.errors import InconsistentCheckpointError, MalformedError, Unsupport
 from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import share_numel
 
-# Presets and the model types that they are for (0.19.8 module_inject/auto_ep_presets/*.py PRESET).
+# Presets and the model types that they are for (DeepSpeed module_inject/auto_ep_presets/*.py PRESET).
 PRESETS = {"mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "minimax_m3"}
 MODEL_TYPES = {
     "mixtral",

@@ -1,6 +1,6 @@
 """Experts of a DeepSpeed MoE model: their names in the whole model, and the files that hold one expert each.
 
-Facts read from DeepSpeed 0.19.8: ``runtime/engine.py`` ``_save_moe_checkpoint`` (a file an expert, named by the layer's
+Facts read from DeepSpeed: ``runtime/engine.py`` ``_save_moe_checkpoint`` (a file an expert, named by the layer's
 number among MoE layers and the expert's global id, with global names inside; the main model states leave them out) and
 ``moe/experts.py`` (a rank numbers its own experts from 0, in its parameters and so in ``param_shapes``).
 """

@@ -1,6 +1,6 @@
 """MoE checkpoints without ZeRO: weights in ``module`` and the expert files, fp32 masters in ``expp_rank_N`` files.
 
-Each expert-parallel rank of the largest such group writes its optimizer's state (DeepSpeed 0.19.8
+Each expert-parallel rank of the largest such group writes its optimizer's state (DeepSpeed
 ``runtime/engine.py`` ``_save_moe_checkpoint``). Its masters have no names: ``unnamed_masters`` finds whose each is,
 among the weights that the rank holds.
 """

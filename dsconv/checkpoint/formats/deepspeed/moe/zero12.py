@@ -5,7 +5,7 @@ rank has the same list with other experts behind it. So each optimizer group of 
 expert-parallel rank, over the ranks that are replicas of one another, and given global names. That layout is proven by
 the expert files: each stretch of the masters must begin, cast, as the expert's 16-bit weight does at that place.
 
-Facts read from DeepSpeed 0.19.8: ``runtime/zero/stage_1_and_2.py`` and ``runtime/bf16_optimizer.py``
+Facts read from DeepSpeed: ``runtime/zero/stage_1_and_2.py`` and ``runtime/bf16_optimizer.py``
 ``_configure_moe_settings`` (an expert group is partitioned over its replicas only), ``runtime/engine.py``
 ``_get_non_moe_state_dict`` and ``_save_moe_checkpoint``, ``moe/utils.py``
 ``split_params_into_different_moe_groups_for_optimizer`` (the order of the expert groups is that of a set of strings, so
