@@ -1,7 +1,7 @@
 """Optimizer files of two runs in one tag: which of them the model states belong to.
 
 DeepSpeed names the optimizer files of a bf16 run ``bf16_zero_pp_rank_*`` and those of other runs ``zero_pp_rank_*``
-(DeepSpeed ``runtime/engine.py`` ``_get_zero_ckpt_prefix``), while the model states have one name. A run that saves under
+(``runtime/engine.py`` ``_get_zero_ckpt_prefix``), while the model states have one name. A run that saves under
 the tag of another run, in another precision, so leaves the optimizer files of both. The model states are of the run
 that saved last, and they hold its configuration. File times tell nothing: a copy gives files any time.
 """
