@@ -37,6 +37,15 @@ TENSOR_OPTIONS = (
     click.option(
         "--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."
     ),
+    click.option("--include", multiple=True, metavar="GLOB", help="Write only tensors whose names fit; repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out tensors whose names fit; repeatable."),
+    click.option("--strip-prefix", multiple=True, metavar="P", help="Remove P from the start of names; repeatable."),
+    click.option(
+        "--rename",
+        multiple=True,
+        metavar="OLD=NEW",
+        help="Rename tensors called OLD or OLD.…; a * is one part between dots; repeatable.",
+    ),
     click.option("--adapter", is_flag=True, help="Write only the PEFT adapter, exactly as PEFT would save it."),
     click.option("--adapter-name", metavar="NAME", help="Which adapter, where the model holds several."),
     click.option("--fold-lora", is_flag=True, help="Fold the LoRA into its base, as PEFT's merge_and_unload does."),
@@ -86,7 +95,7 @@ def zero_to_fp32(**options: Any) -> None:
     CKPT is a save folder, a tag folder (global_step100/) or a Trainer's checkpoint-N. The weights are the optimizer's
     fp32 masters; frozen weights and buffers keep their stored dtype.
     """
-    _run(options)
+    _run(options, masters=True)
 
 
 @command(epilog="""\b
@@ -104,7 +113,8 @@ def merge(**options: Any) -> None:
     _run(options)
 
 
-def _run(options: dict[str, Any]) -> None:
+def _run(options: dict[str, Any], masters: bool = False) -> None:
+    """Merge and print the report. With ``masters`` a source that holds no fp32 masters is worth a warning."""
     from dsconv.convert import merge as convert
 
     source, output = options.pop("checkpoint"), options.pop("output")
@@ -123,6 +133,11 @@ def _run(options: dict[str, Any]) -> None:
     with console.progress(quiet or as_json) as progress:
         report = convert.merge(source, output, progress=progress, **options)
     seconds = time.monotonic() - began
+    if masters and not report.is_deepspeed and options["dtype"] is None:
+        report.warnings.append(
+            f"{source} is a {report.format} checkpoint, which holds no fp32 masters: its tensors keep their stored"
+            " dtype. --dtype fp32 casts them"
+        )
     if not console.show_report(report, seconds, as_json, quiet):
         return
     if report.dry_run:

@@ -52,6 +52,9 @@ def verify(context: click.Context, /, a: str, b: str, as_json: bool, quiet: bool
                 f"equal: {console.count(report.compared, 'tensor')}{cast}, {console.size(report.nbytes)},"
                 f" {seconds:.2f} s"
             )
+        if report.filters is not None:
+            given = [f"--{name.replace('_', '-')} {text}" for name, texts in report.filters.items() for text in texts]
+            console.say(f"as the manifest of B says: {', '.join(given)}")
         for difference in report.differences[:SHOWN]:
             console.say(str(difference))
         if len(report.differences) > SHOWN:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsconv.checkpoint.map.dtypes import parse_dtype
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
@@ -23,7 +24,10 @@ from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.sidecars import read_json
 from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.ties import tied_pairs
-from dsconv.convert.writing import WriteOptions, write
+from dsconv.convert.writing import WriteOptions, refusal, write
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(kw_only=True)
@@ -44,7 +48,7 @@ def to_dcp(
     *,
     tag: str | None = None,
     follow_links: bool = False,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     prefix: str = "",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     dry_run: bool = False,
@@ -63,7 +67,8 @@ def to_dcp(
         output: the folder to write.
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
         follow_links: read what links lead to that leave the checkpoint's folder.
-        dtype: fp32, bf16 or fp16. Every floating tensor of 16 bits or more is cast to it, once, to nearest even.
+        dtype: fp32, bf16 or fp16, by these names or torch's, or as a ``torch.dtype``. Every floating tensor of 16 bits
+            or more is cast to it, once, to nearest even.
         prefix: the key that the trainer keeps its model under, such as ``model.``.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a file of one chunk exceeds it.
         dry_run: write nothing, and report the plan.
@@ -80,7 +85,7 @@ def to_dcp(
             written by another run or does not fit the disk.
         ValueError: the dtype, the size or the prefix is not one.
     """
-    wanted = parse_dtype(dtype) if dtype else None
+    wanted = parse_dtype(dtype) if dtype is not None else None
     max_file_bytes = parse_size(max_shard_size)
     if prefix and not all(prefix.removesuffix(".").split(".")):
         raise ValueError(f"{prefix!r} is not a prefix: write it like model. or app.model.")
@@ -90,7 +95,9 @@ def to_dcp(
         checkpoint, dtype=wanted, prefix=prefix, max_file_bytes=max_file_bytes, extra_names=_tied_names(checkpoint)
     )
     report = _report(checkpoint, target, plan, dry_run)
+    destination = DcpOutput(plan)
     if dry_run:
+        report.warnings += refusal(destination, target, force)
         for tensor in plan.tensors:
             first = tensor.chunks[0]
             row = tensor_row(
@@ -100,7 +107,7 @@ def to_dcp(
         return report
     recover_interrupted(target)
     options = WriteOptions(force=force, fsync=fsync, workers=workers, progress=progress)
-    written = write(DcpOutput(plan), checkpoint, target, options)
+    written = write(destination, checkpoint, target, options)
     report.note_copy(written.bytes_read, written.overflowed)
     return report
 

@@ -3,28 +3,19 @@
 Names are looked up in an open folder, and no link is followed: neither where a file is created or opened, nor where a
 folder is cleared. Only the path of the folder that the user names is looked up as usual, and even that may not end in a
 link.
-
-A ``MarkedFolder`` is a hidden folder that dsconv made. Its file ``lock`` says so: it holds the folder's own inode,
-which a folder that was downloaded or copied cannot have, and the names of what dsconv put there. Only those are ever
-removed. The lock itself goes last, so that a run which takes the folder over never loses a file to the run before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import secrets
 import stat
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from dsconv.errors import OutputError
 
-LOCK = "lock"
-ALL = "*"  # the mark of a folder that dsconv has to itself: other libraries write into it at its bidding
-MAX_LOCK_BYTES = 64 << 20
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that a fifo is not waited for
 
@@ -187,7 +178,7 @@ class Folder:
         descriptor = self.open_file(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             try:
-                _write_all(descriptor, data)
+                write_all(descriptor, data)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -207,114 +198,6 @@ class Folder:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class MarkedFolder(Folder):
-    """A hidden folder that dsconv made, locked for this process. Use ``open_marked``."""
-
-    def __init__(self, descriptor: int, path: Path, parent: Folder, lock: int, marked: set[str]) -> None:
-        super().__init__(descriptor, path)
-        self._parent = parent
-        self._lock = lock
-        self._marked = marked
-
-    def mark(self, names: Sequence[str]) -> None:
-        """Note that dsconv makes files or folders of these names here, before it does.
-
-        Raises:
-            OutputError: it cannot be noted, and so the files must not be made.
-        """
-        new = [name for name in names if name not in self._marked]
-        try:
-            _write_all(self._lock, "".join(json.dumps(name) + "\n" for name in new).encode())
-        except OSError as error:
-            raise OutputError(f"{self.path / LOCK}: cannot be written: {error.strerror}") from None
-        self._marked.update(new)
-
-    def sync_marks(self) -> None:
-        """Have the marks on the disk. Raises OSError."""
-        os.fsync(self._lock)
-
-    def remove_marked(self, name: str) -> None:
-        """Remove what dsconv made here under a name, if it is there.
-
-        Raises:
-            OutputError: it was not made by dsconv.
-            OSError: the system refuses.
-        """
-        self._check(name)
-        self.remove(name)
-
-    def clear(self) -> None:
-        """Remove all that dsconv made here, but the lock.
-
-        Raises:
-            OutputError: something else is here, which the message names. Nothing is removed then.
-            OSError: the system refuses.
-        """
-        names = [name for name in self.names() if name != LOCK]
-        for name in names:
-            self._check(name)
-        for name in names:
-            self.remove(name)
-
-    def end(self) -> None:
-        """Remove the folder, its lock last, unless something else is in it. Raises OutputError or OSError."""
-        self.clear()
-        self.unlink(LOCK)
-        os.rmdir(self.path.name, dir_fd=self._parent.descriptor)  # fails where another run has begun in it
-
-    def _check(self, name: str) -> None:
-        found = self.stat(name)
-        if found is not None and (self._marked.isdisjoint((name, ALL)) or not _is_plain(found)):
-            raise OutputError(
-                f"{self.path / name} was not put there by dsconv, which clears that folder only of its own files: move"
-                f" it away, or remove {self.path} yourself"
-            )
-
-    def close(self) -> None:
-        """Let go of the lock and of the folder."""
-        os.close(self._lock)
-        super().close()
-
-
-def open_marked(parent: Folder, name: str) -> MarkedFolder | None:
-    """Open dsconv's own folder ``name`` in ``parent`` and lock it. It is made if need be.
-
-    Returns:
-        The folder; None where another process has the lock.
-
-    Raises:
-        OutputError: it is a link, no folder, or a folder that dsconv did not make here. Nothing in it was touched.
-        OSError: the system refuses.
-    """
-    made = parent.stat(name) is None
-    folder = parent.inner(name, make=made)
-    lock = None
-    try:
-        inside = folder.names()
-        if LOCK not in inside and inside:
-            raise _not_ours(folder, inside[0])
-        lock = folder.open_file(LOCK, os.O_RDWR | os.O_APPEND | (0 if inside else os.O_CREAT))
-        if not stat.S_ISREG(os.fstat(lock).st_mode):
-            raise _not_ours(folder, LOCK)
-        if not _is_locked(lock, folder):
-            os.close(lock)
-            folder.close()
-            return None
-        marked = _read_marks(lock, folder)
-        return MarkedFolder(folder.descriptor, folder.path, parent, lock, marked)
-    except BaseException:
-        if lock is not None:
-            if made:
-                with contextlib.suppress(OSError):
-                    folder.unlink(LOCK)
-            os.close(lock)
-        folder.close()
-        if made:
-            with contextlib.suppress(OSError):
-                os.rmdir(name, dir_fd=parent.descriptor)
-        raise
 
 
 @contextlib.contextmanager
@@ -364,48 +247,10 @@ def kind_of(found: os.stat_result) -> str:
     return "a file" if stat.S_ISREG(mode) else "a fifo" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
-def _is_plain(found: os.stat_result) -> bool:
+def is_plain(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
 
 
-def _is_locked(lock: int, folder: Folder) -> bool:
-    """Take the lock; return whether it is on the file that is there: a run that ended removed its own."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    found = folder.stat(LOCK)
-    return found is not None and os.path.samestat(os.fstat(lock), found)
-
-
-def _read_marks(lock: int, folder: Folder) -> set[str]:
-    """Return the names that were marked, and write the folder's own mark where it is new."""
-    header = f"dsconv made this folder, whose inode is {os.fstat(folder.descriptor).st_ino}, and in it:\n".encode()
-    size = os.fstat(lock).st_size
-    data = os.pread(lock, size, 0) if size <= MAX_LOCK_BYTES else b""
-    if not data.startswith(header):
-        if size > len(header) or not header.startswith(data) or folder.names() != [LOCK]:
-            raise _not_ours(folder, LOCK)
-        os.ftruncate(lock, 0)  # a run was killed while it wrote the mark
-        _write_all(lock, header)
-        return set()
-    whole = data[: data.rindex(b"\n") + 1]
-    if len(whole) != size:
-        os.ftruncate(lock, len(whole))  # a run was killed while it marked a file, which it had not made yet
-    marked = set()
-    for line in whole[len(header) :].splitlines():
-        with contextlib.suppress(ValueError):
-            marked.add(str(json.loads(line)))
-    return marked
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-def _not_ours(folder: Folder, name: str) -> OutputError:
-    return OutputError(
-        f"{folder.path} was not made by dsconv on this disk (it holds {name}), so that nothing in it is touched: move"
-        " it away"
-    )

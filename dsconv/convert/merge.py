@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsconv.checkpoint.map.dtypes import DType, parse_dtype
+from dsconv.checkpoint.map.dtypes import DType, parse_dtype, short_name
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.local import is_remote
@@ -17,6 +18,7 @@ from dsconv.convert import sidecars
 from dsconv.convert.adapters.choosing import STEM as ADAPTER_STEM
 from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
 from dsconv.convert.adapters.config import CONFIG as ADAPTER_CONFIG
+from dsconv.convert.filters import Filters
 from dsconv.convert.loadable import Loading, LoadingCheck
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.progress import Progress
@@ -24,9 +26,12 @@ from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.safetensors_output import SafetensorsOutput
 from dsconv.convert.staging import finish_interrupted, recover_interrupted
 from dsconv.convert.ties import tied_keys, tied_pairs
-from dsconv.convert.verify import verify
-from dsconv.convert.writing import WriteOptions, write
-from dsconv.errors import MismatchError
+from dsconv.convert.verify import CompareOptions, compare
+from dsconv.convert.writing import WriteOptions, refusal, write
+from dsconv.errors import MismatchError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(kw_only=True)
@@ -43,6 +48,7 @@ class MergeReport(Report):
     ties: dict[str, str]
     item: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    is_deepspeed: bool = False
     verified: bool = False
     pushed: dict[str, Any] | None = None
     loadable: bool | None = None
@@ -67,6 +73,7 @@ class MergeOptions:
     dtype: DType | None = None
     max_shard_bytes: int = parse_size(DEFAULT_SHARD_SIZE)
     exclude_frozen: bool = False
+    filters: Filters = field(default_factory=Filters)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     config_from: Path | None = None
     dry_run: bool = False
@@ -102,9 +109,13 @@ def merge(
     item: str | None = None,
     follow_links: bool = False,
     weights: str = "masters",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     exclude_frozen: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strip_prefix: Sequence[str] = (),
+    rename: Sequence[str] | Mapping[str, str] = (),
     adapter: bool = False,
     adapter_name: str | None = None,
     fold_lora: bool = False,
@@ -132,9 +143,14 @@ def merge(
         item: the key of the model to take, where the checkpoint holds several.
         follow_links: read what links lead to that leave the checkpoint's folder, or ``config_from``.
         weights: of a DeepSpeed checkpoint, ``masters`` of the optimizer, or the model's own ``16bit`` weights.
-        dtype: fp32, bf16 or fp16. Every floating tensor of 16 bits or more is cast to it, once, to nearest even.
+        dtype: fp32, bf16 or fp16, by these names or torch's, or as a ``torch.dtype``. Every floating tensor of 16 bits
+            or more is cast to it, once, to nearest even.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a larger tensor exceeds it.
         exclude_frozen: leave out weights that were not trained.
+        include: patterns with ``*``. Only tensors whose names fit one of them are written.
+        exclude: patterns. Tensors whose names fit one of them are not written.
+        strip_prefix: what is removed from the beginning of names; the first that fits.
+        rename: ``OLD=NEW``, where OLD is a name or the beginning of one up to a dot. See ``Filters``.
         adapter: write only the PEFT adapter, exactly as PEFT would save it.
         adapter_name: which of several adapters is written or folded.
         fold_lora: fold a LoRA into its base, as PEFT's ``merge_and_unload`` does; ``dtype`` is then the base's.
@@ -157,14 +173,16 @@ def merge(
         DsconvError: what ``open_checkpoint`` raises; OutputError when the output exists (without ``force``), is being
             written by another run, does not fit the disk or cannot be written as asked; MismatchError when
             ``verify_output`` finds a difference.
-        ValueError: the dtype or the size is not one.
+        ValueError: the dtype or the size is not one. UsageError is one too: a filter is not written as it should be,
+            fits no tensor, or goes with no adapter.
     """
     options = MergeOptions(
         tag=tag,
         revision=revision,
-        dtype=parse_dtype(dtype) if dtype else None,
+        dtype=parse_dtype(dtype) if dtype is not None else None,
         max_shard_bytes=parse_size(max_shard_size),
         exclude_frozen=exclude_frozen,
+        filters=Filters.of(include, exclude, strip_prefix, rename),
         adapter=AdapterOptions(adapter, adapter_name, fold_lora, base, follow_links),
         config_from=PathRoot(as_path(config_from), follow_links).path if config_from is not None else None,
         dry_run=dry_run,
@@ -173,6 +191,11 @@ def merge(
         private=private,
         writing=WriteOptions(force, fsync, sha256, workers, progress),
     )
+    if options.filters and (adapter or fold_lora):
+        raise UsageError(
+            "--include, --exclude, --strip-prefix and --rename cannot be combined with --adapter or --fold-lora, which"
+            " write what PEFT would"
+        )
     if output is not None and not dry_run and not isinstance(source, Checkpoint) and _same(source, output):
         finish_interrupted(as_path(output))
     checkpoint = (
@@ -186,7 +209,8 @@ def merge(
             if adapter
             else "folded"
             if fold_lora
-            else dtype or (weights if weights != "masters" else "fp32" if checkpoint.is_deepspeed else "merged")
+            else short_name(options.dtype)
+            or (weights if weights != "masters" else "fp32" if checkpoint.is_deepspeed else "merged")
         )
         if item is not None:
             suffix = re.sub(r"[^\w.-]", "_", item) + f"-{suffix}"
@@ -208,19 +232,23 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
     checkpoint = chosen.checkpoint
     plan, extra = _plan(chosen, target, options)
     report = _report(checkpoint, target, plan, sorted(extra), options.dry_run)
+    if options.filters and (filtered := _filtered(checkpoint, plan)):
+        report.left_out["tensors that the filters leave out"] = len(filtered)
+    destination = SafetensorsOutput(checkpoint, plan, extra, report, report.ties, options.filters)
     with LoadingCheck(plan, extra, str(target)) as loading:
         if loading.known:
             report.note_loading(loading.result())  # before the manifest, which has the warnings
         if report.loadable is None:
             report.warnings += chosen.warnings
         if options.dry_run:
+            report.warnings += refusal(destination, target, options.writing.force)
             report.plan = [
                 tensor_row(t.name, t.entry, t.dtype, shard.filename, t.offset_bytes)
                 for shard in plan.shards
                 for t in shard.tensors
             ]
         else:
-            _write(checkpoint, target, plan, extra, report, options)
+            _write(checkpoint, target, plan, destination, report, options)
         if not loading.known:
             report.note_loading(loading.result())
     return report
@@ -230,7 +258,7 @@ def _write(
     checkpoint: Checkpoint,
     target: Path,
     plan: Plan,
-    extra: dict[str, bytes],
+    destination: SafetensorsOutput,
     report: MergeReport,
     options: MergeOptions,
 ) -> None:
@@ -243,7 +271,6 @@ def _write(
     def check(folder: Path) -> None:
         _verify(checkpoint, folder, plan, report, options)
 
-    destination = SafetensorsOutput(checkpoint, plan, extra, report, report.ties)
     write(destination, checkpoint, target, options.writing, check if options.verify_output else None)
     if options.push_to_hub is not None:
         report.pushed = push_merged(target, options.push_to_hub, options.private, options.writing.progress)
@@ -254,12 +281,15 @@ def _plan(chosen: Chosen, target: Path, options: MergeOptions) -> tuple[Plan, di
     checkpoint = chosen.checkpoint
     folders = [options.config_from] if options.config_from else chosen.near
     is_adapter = bool(checkpoint.info.get("adapter"))  # it holds nothing else
+    dropped = tied_keys(find_config(folders)) if checkpoint.ties else ()
+    names = options.filters.names(checkpoint, dropped) if options.filters else None
     plan = make_plan(
         checkpoint,
         dtype=options.dtype,
         max_shard_bytes=max(options.max_shard_bytes, checkpoint.nbytes * 2) if is_adapter else options.max_shard_bytes,
         exclude_frozen=options.exclude_frozen and not options.adapter.alone,
-        dropped_names=tied_keys(find_config(folders)) if checkpoint.ties else (),
+        dropped_names=dropped,
+        rename=names.get if names is not None else None,
         stem=ADAPTER_STEM if is_adapter else "model",
     )
     if chosen.files is not None:
@@ -269,14 +299,14 @@ def _plan(chosen: Chosen, target: Path, options: MergeOptions) -> tuple[Plan, di
 
 def _verify(checkpoint: Checkpoint, folder: Path, plan: Plan, report: MergeReport, options: MergeOptions) -> None:
     """Raise MismatchError unless what was written into ``folder`` is what the checkpoint holds."""
-    result = verify(
-        checkpoint,
-        folder,
+    comparing = CompareOptions(
         allow_cast=options.dtype is not None,
         subset=options.exclude_frozen,
         renamed={t.name: t.entry.name for t in plan.placed},
+        left_out=_filtered(checkpoint, plan) if options.filters else (),
         progress=options.writing.progress,
     )
+    result = compare(checkpoint, open_checkpoint(folder), comparing)
     if not result.equal:
         raise MismatchError(
             f"{report.output}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was"
@@ -285,16 +315,23 @@ def _verify(checkpoint: Checkpoint, folder: Path, plan: Plan, report: MergeRepor
     report.verified = True
 
 
+def _filtered(checkpoint: Checkpoint, plan: Plan) -> set[str]:
+    """Return the names of the tensors that are not written."""
+    return set(checkpoint) - {tensor.entry.name for tensor in plan.placed}
+
+
 def _sidecar_files(config_from: Path | None, chosen: Chosen, plan: Plan, target: Path) -> dict[str, bytes]:
-    """Return {name: content} of what goes beside the weights. config.json names the dtype that most bytes have."""
+    """Return {name: content} of what goes beside the weights. config.json names the dtype that most bytes have.
+
+    Where the files lie in the target already, config.json alone is written, with the dtype that it has to name now.
+    """
     main = main_dtype(plan)
     found = {}
     if chosen.folded is not None and config_from is not None and not (config_from / "config.json").is_file():
         config_from = None  # it has the adapter's configuration
-    for path in sidecars.find_sidecars(
-        config_from, [folder for folder in chosen.near if folder.resolve() != target.resolve()]
-    ):
-        if chosen.folded is not None and path.name == ADAPTER_CONFIG:
+    for path in sidecars.find_sidecars(config_from, chosen.near):
+        in_place = path.name != "config.json" and path.parent.resolve() == target.resolve()
+        if in_place or (chosen.folded is not None and path.name == ADAPTER_CONFIG):
             continue
         data = path.read_bytes()
         if path.name == "config.json":
@@ -339,6 +376,7 @@ def _report(checkpoint: Checkpoint, target: Path, plan: Plan, extra: list[str], 
             if t.entry.aliases and name != t.name
         },
         item=checkpoint.info.get("item"),
+        is_deepspeed=checkpoint.is_deepspeed,
         left_out=dict(checkpoint.info.get("left_out") or {}),
         dry_run=dry_run,
         warnings=list(checkpoint.warnings),

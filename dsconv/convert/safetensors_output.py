@@ -12,6 +12,7 @@ from dsconv.checkpoint.formats.huggingface.safetensors import ADAPTER, SINGLE
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.checkpoint.transfer.copy import Target
 from dsconv.convert.destination import Destination, FileRange, FillingFile, OutputFile, Written
+from dsconv.convert.filters import Filters
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import Plan
 from dsconv.convert.report import Report
@@ -26,18 +27,26 @@ class SafetensorsOutput(Destination):
         sidecars: {name: content} of the files beside the weights.
         report: takes over what the copy did, and says what else the manifest holds.
         ties: {name: the name of the tensor that holds its data}.
+        filters: what was left out and renamed, which the manifest keeps.
     """
 
     what = "a model"
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, sidecars: Mapping[str, bytes], report: Report, ties: Mapping[str, str]
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        sidecars: Mapping[str, bytes],
+        report: Report,
+        ties: Mapping[str, str],
+        filters: Filters | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._plan = plan
         self._sidecars = sidecars
         self._report = report
         self._ties = ties
+        self._filters = filters
         self._index = plan.index()
         self._ranges: dict[str, FileRange] = {}
 
@@ -80,6 +89,7 @@ class SafetensorsOutput(Destination):
                 "dtype": str(t.dtype),
                 "shape": list(t.entry.shape),
                 "crc32": f"{self._ranges[t.name].checksum.value:08x}",
+                **({"source": t.entry.name} if self._filters and t.entry.name != t.name else {}),
             }
             for shard in self._plan.shards
             for t in shard.tensors
@@ -96,6 +106,7 @@ class SafetensorsOutput(Destination):
                 **checkpoint.info,
                 "files": {path.name: path.stat().st_size for path in checkpoint.sources},
             },
+            **({"filters": self._filters.to_dict()} if self._filters else {}),
             "ties": self._ties,
             "overflowed": report.overflowed,
             "warnings": report.warnings,

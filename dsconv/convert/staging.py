@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dsconv.checkpoint.storage.local import is_remote
-from dsconv.convert.folders import Folder, MarkedFolder, open_marked, refuse_special
+from dsconv.convert.folders import Folder, refuse_special
+from dsconv.convert.marked_folders import MarkedFolder, open_marked
 from dsconv.convert.progress import Progress, ProgressCounter
 from dsconv.convert.staged_file import StagedFile, write_at
 from dsconv.errors import OutputError

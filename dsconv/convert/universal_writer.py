@@ -33,7 +33,7 @@ from dsconv.convert.universal_plan import (
     training_of,
 )
 from dsconv.convert.universal_verify import verify_universal
-from dsconv.convert.writing import WriteOptions, write
+from dsconv.convert.writing import WriteOptions, refusal, write
 from dsconv.errors import OutputError
 
 MODEL_STATES = "_model_states.pt"
@@ -98,7 +98,9 @@ def to_universal(
     target = Path(output) if output is not None else Path(checkpoint.folder, f"{checkpoint.info['tag']}_universal")
     plan = plan_universal(checkpoint, training, exclude_frozen)
     report = _report(checkpoint, training, target, plan, dry_run)
+    destination = UniversalOutput(checkpoint, plan, target)
     if dry_run:
+        report.warnings += refusal(destination, target, force)
         report.plan = [*map(_state_row, plan.states), *map(_model_row, plan.models)]
         return report
     recover_interrupted(target)
@@ -108,7 +110,6 @@ def to_universal(
         report.verified = True
 
     options = WriteOptions(force=force, fsync=fsync, workers=workers, progress=progress)
-    destination = UniversalOutput(checkpoint, plan, target)
     written = write(destination, checkpoint, target, options, check if verify_output else None)
     report.note_copy(written.bytes_read, written.overflowed)
     report.warnings += [f"{text}: load the output's own folder, or name the tag" for text in written.warnings]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
@@ -14,7 +14,11 @@ from dsconv.checkpoint.transfer.casting import CASTABLE, Caster
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 from dsconv.convert.computed import ComputedEntry
+from dsconv.convert.filters import Filters
+from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.progress import Progress
+from dsconv.convert.sidecars import read_json
+from dsconv.errors import UsageError
 
 
 @dataclass
@@ -31,13 +35,17 @@ class Difference:
 
 @dataclass
 class VerifyReport:
-    """What was compared: ``compared`` counts tensors, ``nbytes`` bytes. ``differences`` is empty when all is equal."""
+    """What was compared: ``compared`` counts tensors, ``nbytes`` bytes. ``differences`` is empty when all is equal.
+
+    ``filters`` are those of the manifest of ``b``, where they were followed.
+    """
 
     a: str
     b: str
     compared: int = 0
     nbytes: int = 0
     cast: int = 0
+    filters: dict[str, list[str]] | None = None
     differences: list[Difference] = field(default_factory=list)
 
     @property
@@ -75,7 +83,8 @@ def verify(
         subset: tensors that only ``a`` has are not differences.
         revision: that of the one, or of both, that lie on the Hub.
         follow_links: read what links lead to that leave the folders.
-        renamed: {name in ``b``: name in ``a``}.
+        renamed: {name in ``b``: name in ``a``}. Without it the filters that the manifest of ``b`` keeps are followed
+            (``--include``, ``--exclude``, ``--strip-prefix``, ``--rename``).
         progress: called with ("verify", bytes done, bytes in all).
 
     Raises:
@@ -90,10 +99,35 @@ def verify(
         )
         for given in (a, b)
     )
+    options = CompareOptions(allow_cast, subset, renamed or {}, progress=progress)
+    if renamed is not None:
+        return compare(first, second, options)
+    filters, names, left_out = _noted(first, second)
+    report = compare(first, second, replace(options, renamed=names, left_out=left_out))
+    report.filters = filters
+    return report
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How two open checkpoints are compared. ``verify`` documents the first three and the last.
+
+    ``left_out`` are names in the first of tensors that the second need not have.
+    """
+
+    allow_cast: bool = False
+    subset: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    left_out: Collection[str] = ()
+    progress: Progress | None = None
+
+
+def compare(first: Checkpoint, second: Checkpoint, options: CompareOptions) -> VerifyReport:
+    """Compare every tensor of two open checkpoints; see ``verify``."""
     report = VerifyReport(str(first.path), str(second.path))
-    names = renamed or {}
+    names, allow_cast, progress = options.renamed, options.allow_cast, options.progress
     total, done = second.nbytes, 0
-    seen = set()
+    seen = set(options.left_out)
     with Sources() as sources:
         caster = Caster()
         buffers = (memoryview(bytearray(BLOCK_BYTES)), memoryview(bytearray(BLOCK_BYTES)))
@@ -110,11 +144,30 @@ def verify(
             done += entry.nbytes
             if progress is not None:
                 progress("verify", done, total)
-    if not subset:
+    if not options.subset:
         for entry in first.values():
             if entry.name not in seen and not any(alias in second for alias in entry.aliases):
                 report.differences.append(Difference(entry.name, f"only in {report.a}"))
     return report
+
+
+def _noted(
+    first: Checkpoint, second: Checkpoint
+) -> tuple[dict[str, list[str]] | None, Mapping[str, str], Collection[str]]:
+    """Return the filters that the manifest of ``second`` keeps, the names it gave, and what it left out."""
+    manifest = read_json(second.path / MANIFEST) if second.path.is_dir() else None
+    filters = Filters.read(manifest.get("filters")) if isinstance(manifest, dict) else None
+    if not filters:
+        return None, {}, ()
+    try:
+        left_out = {old for old, new in filters.names(first).items() if new is None}
+    except UsageError:
+        return None, {}, ()  # of another source: every difference is shown
+    tensors = manifest.get("tensors") if isinstance(manifest, dict) else None
+    noted = tensors.items() if isinstance(tensors, dict) else ()
+    sources = {name: item.get("source") for name, item in noted if isinstance(item, dict)}
+    names = {name: source for name, source in sources.items() if isinstance(source, str)}
+    return filters.to_dict(), names, left_out
 
 
 def _compare(

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsconv.convert.folders import MarkedFolder, open_marked, opened
+from dsconv.convert.folders import opened
 from dsconv.convert.manifest import MANIFEST
+from dsconv.convert.marked_folders import MarkedFolder, open_marked
 from dsconv.convert.merge import merge
 from dsconv.convert.progress import Progress
 from dsconv.convert.push import check_repo, open_api, push

@@ -123,6 +123,15 @@ def older_output(destination: Destination, target: Path, force: bool) -> list[st
     return names
 
 
+def refusal(destination: Destination, target: Path, force: bool) -> list[str]:
+    """Return the reason why ``write`` would refuse the target, for a dry run; nothing where it would not."""
+    try:
+        older_output(destination, target, force)
+    except OutputError as error:
+        return [f"without --dry-run this is refused: {error}"]
+    return []
+
+
 @contextlib.contextmanager
 def open_place(target: Path, fsync: bool | None) -> Iterator[Place]:
     """Open the folder ``target`` of the disk or of a store for one run. What was not committed is gone at the end.

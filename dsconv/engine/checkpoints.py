@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsconv.convert.folders import ALL, Folder, MarkedFolder, open_marked, opened
+from dsconv.convert.folders import Folder, opened
+from dsconv.convert.marked_folders import ALL, MarkedFolder, open_marked
 from dsconv.engine.data import Position
 from dsconv.engine.files import write_file
 from dsconv.engine.options import Layout

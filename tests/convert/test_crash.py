@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import dsconv
-from dsconv.convert import folders, staging
+from dsconv.convert import folders, marked_folders, staging
 from dsconv.errors import OutputError
 from tests.cli.running import slow_writes
 from tests.trained import Trained
@@ -57,22 +57,22 @@ def test_two_runs_on_one_output(trained: Callable[[str], Trained], tmp_path: Pat
 def test_a_lock_that_was_taken_away_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that waits at the door of one that ends must not take the lock of a folder that is gone."""
     with folders.Folder.open(tmp_path) as parent:
-        first = folders.open_marked(parent, "hidden")
+        first = marked_folders.open_marked(parent, "hidden")
         assert first is not None
         with first:
-            assert folders.open_marked(parent, "hidden") is None
+            assert marked_folders.open_marked(parent, "hidden") is None
             real = os.open
 
             def slow(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
                 descriptor = real(path, flags, *args, **kwargs)
-                if path == folders.LOCK and (tmp_path / "hidden" / folders.LOCK).exists():
+                if path == marked_folders.LOCK and (tmp_path / "hidden" / marked_folders.LOCK).exists():
                     first.end()
                 return descriptor
 
             monkeypatch.setattr(os, "open", slow)
-            assert folders.open_marked(parent, "hidden") is None
+            assert marked_folders.open_marked(parent, "hidden") is None
             monkeypatch.undo()
-        again = folders.open_marked(parent, "hidden")
+        again = marked_folders.open_marked(parent, "hidden")
         assert again is not None
         again.end()
         again.close()

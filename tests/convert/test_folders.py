@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import dsconv
-from dsconv.convert import folders
+from dsconv.convert import folders, marked_folders
 from dsconv.convert.staging import STAGING, open_staging
 from dsconv.convert.watch import locked_home
 from dsconv.engine import checkpoints
@@ -92,9 +92,9 @@ def test_nothing_is_cleared_before_the_source_was_opened(trained: Callable[[str]
     shutil.rmtree(out, ignore_errors=True)
     (out / STAGING).mkdir(parents=True)
     inode = (out / STAGING).stat().st_ino
-    lock = (kept / STAGING / folders.LOCK).read_text().splitlines()
+    lock = (kept / STAGING / marked_folders.LOCK).read_text().splitlines()
     lock[0] = f"dsconv made this folder, whose inode is {inode}, and in it:"
-    (out / STAGING / folders.LOCK).write_text("\n".join(lock) + "\n")
+    (out / STAGING / marked_folders.LOCK).write_text("\n".join(lock) + "\n")
     (out / STAGING / "model.safetensors").write_bytes(b"half")
     before = state(out)
     with pytest.raises(CheckpointNotFoundError):
@@ -205,9 +205,9 @@ def test_a_lock_that_is_no_file(kind: str, home: Path, trained: Callable[[str], 
     hidden = tmp_path / "out" / STAGING
     hidden.mkdir(parents=True)
     if kind == "link":
-        (hidden / folders.LOCK).symlink_to(home / "thesis.tex")
+        (hidden / marked_folders.LOCK).symlink_to(home / "thesis.tex")
     else:
-        os.mkfifo(hidden / folders.LOCK)
+        os.mkfifo(hidden / marked_folders.LOCK)
     before = state(tmp_path)
     with pytest.raises(OutputError, match=r"cannot be written to|was not made by dsconv"):
         dsconv.merge(trained(CASE).checkpoint, tmp_path / "out", force=True)

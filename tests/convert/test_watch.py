@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dsconv.convert.folders import MarkedFolder
+from dsconv.convert.marked_folders import MarkedFolder
 from dsconv.convert.watch import FAILED, PUSHED, WAITING, Event, Watcher, locked_home, watch
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, OutputError, RemoteError
 from tests.servers.hubwriting import Fault, Shell, WritableHub, download

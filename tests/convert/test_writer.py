@@ -244,7 +244,9 @@ def test_any_dtype_and_shape_survives(
     folder = tmp_path_factory.mktemp("any")
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for number, (dtype, shape) in enumerate(data):
+    for number, (dtype, drawn) in enumerate(data):
+        # A float of shape [0] is what ZeRO-3 leaves of a weight, and is refused: see check_not_hollow.
+        shape = [0, 2] if drawn == [0] and dtype.is_floating_point else drawn
         size = torch.empty(shape, dtype=dtype).numel() * dtype.itemsize
         bits = torch.randint(0, 2 if dtype is torch.bool else 256, (size,), dtype=torch.uint8, generator=generator)
         tensors[f"t{number} é"] = bits.view(dtype).reshape(shape)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import dsconv
-from dsconv.convert import folders, staging
+from dsconv.convert import marked_folders, staging
 from dsconv.errors import DsconvError
 from tests.cli.running import slow_writes
 from tests.crash.jobs import contents
@@ -104,6 +104,23 @@ def test_a_file_without_checksums_that_is_written_to(
     trained(CASE).check(load_safetensors(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("convert", [dsconv.merge, dsconv.to_dcp, dsconv.to_universal])
+def test_the_error_is_the_sources_own(convert: Callable[..., Any], copied: Any, tmp_path: Path) -> None:
+    """A file that goes away is an OSError as a failing disk is, and must not be told as one of the output."""
+    save_dir = copied(CASE)
+    (victim,) = save_dir.rglob(LAST)
+    checkpoint = dsconv.open_checkpoint(save_dir)
+    if convert is dsconv.to_universal:
+        assert checkpoint.training is not None
+        training = checkpoint.training()
+        checkpoint.training = lambda: training
+    victim.unlink()
+    with pytest.raises(DsconvError, match=rf"{victim.name}: no such file") as caught:
+        convert(checkpoint, tmp_path / "out", fsync=False)
+    assert "writing the output" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_disk_that_cannot_read(
     trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +182,7 @@ def test_of_two_processes_at_one_output_the_second_refuses(
     first = subprocess.Popen(
         [*slow_writes(0.02 if command == "to-universal" else 0.1), *arguments], stderr=subprocess.PIPE, text=True
     )
-    while not (out / staging.STAGING / folders.LOCK).exists():
+    while not (out / staging.STAGING / marked_folders.LOCK).exists():
         time.sleep(0.005)
         assert first.poll() is None
     time.sleep(0.05)

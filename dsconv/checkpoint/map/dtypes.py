@@ -84,13 +84,27 @@ STORAGE_CLASSES = {
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "half": "float16"}
 
 
-def parse_dtype(name: str) -> DType:
-    """The dtype for what a user types: ``fp32``, ``bf16``, ``fp16`` or torch's own name.
+OUTPUTS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # what weights are cast to, and its short name
 
-    Raises ValueError for a name that is none of these.
+
+def parse_dtype(given: object) -> DType:
+    """Return the dtype that a user asks for.
+
+    Args:
+        given: fp32, bf16, fp16, torch's names for these (with or without ``torch.``), or a ``torch.dtype``.
+
+    Raises:
+        ValueError: it is none of these. Weights cast to integers, say, would be destroyed.
     """
-    name = name.removeprefix("torch.")
-    try:
-        return BY_NAME[ALIASES.get(name, name)]
-    except KeyError:
-        raise ValueError(f"unknown dtype {name!r}: use fp32, bf16 or fp16") from None
+    name = str(given).removeprefix("torch.") if isinstance(given, str) or type(given).__name__ == "dtype" else ""
+    name = ALIASES.get(name, name)
+    if name not in OUTPUTS:
+        raise ValueError(
+            f"unknown dtype {given!r}: use fp32, bf16 or fp16; float32, bfloat16, float16 and torch.dtype are taken too"
+        )
+    return BY_NAME[name]
+
+
+def short_name(dtype: DType | None) -> str | None:
+    """Return fp32, bf16 or fp16; None for no dtype."""
+    return None if dtype is None else OUTPUTS.get(dtype.name, dtype.name)

@@ -1,0 +1,82 @@
+"""What ``merge`` takes and says: dtypes, a folder merged into itself, a target that holds a model already."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dsconv
+from tests.cli.running import dsconv as command
+from tests.trained import Trained, load_safetensors
+
+CASE = "llama_tied-z3-bf16-w3"
+WRONG = ["int8", "float64", "fp8", "float8_e4m3fn", "", "bf-16", 16, b"bf16", torch.int8, torch.float64, float]
+
+
+@pytest.mark.parametrize("given", WRONG, ids=str)
+@pytest.mark.parametrize("convert", [dsconv.merge, dsconv.to_dcp])
+def test_a_dtype_that_weights_are_not_cast_to(
+    convert: Callable[..., Any], given: Any, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"unknown dtype .*: use fp32, bf16 or fp16"):
+        convert(trained(CASE).checkpoint, tmp_path / "out", dtype=given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", ["bf16", "bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_the_ways_to_name_a_dtype(given: Any, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    dsconv.merge(trained(CASE).checkpoint, tmp_path / "out", dtype=given, fsync=False)
+    trained(CASE).check(load_safetensors(tmp_path / "out"), torch.bfloat16)
+
+
+def test_a_folder_that_is_merged_into_itself_keeps_its_files(
+    copied: Callable[[str], Path], trained: Callable[[str], Trained]
+) -> None:
+    """The config beside the weights names their dtype now; nothing else changes, and no parent's config is taken."""
+    save_dir = copied(CASE)
+    config = {"model_type": "llama", "dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16"}, "mine": [1]}
+    (save_dir / "config.json").write_text(json.dumps(config))
+    (save_dir / "tokenizer.json").write_text("{}")
+    (save_dir.parent / "config.json").write_text(json.dumps({"dtype": "float16"}))
+    before = {path: path.stat().st_ino for path in save_dir.rglob("*") if path.name != "config.json"}
+    report = dsconv.merge(save_dir, save_dir, fsync=False)
+    assert report.sidecars == ["config.json"]
+    found = json.loads((save_dir / "config.json").read_text())
+    assert found == {**config, "dtype": "float32", "text_config": {"torch_dtype": "float32"}}
+    assert {path: path.stat().st_ino for path in before} == before
+    trained(CASE).check(load_safetensors(save_dir))
+    dsconv.merge(save_dir / "global_step2", save_dir, dtype="bf16", force=True, fsync=False)
+    assert json.loads((save_dir / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("name", ["merge", "to-dcp", "to-universal"])
+def test_a_dry_run_says_what_the_run_would_be_refused_for(
+    name: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    source, out = trained(CASE).checkpoint, tmp_path / "out"
+    assert "refused" not in command(name, source, out, "--dry-run").err
+    assert command(name, source, out, "--no-fsync").code == 0
+    plan = command(name, source, out, "--dry-run")
+    assert plan.code == 0
+    assert "Warning: without --dry-run this is refused:" in plan.err
+    assert "already holds" in plan.err
+    assert "refused" not in command(name, source, out, "--dry-run", "--force").err
+
+
+def test_zero_to_fp32_of_a_model_without_masters_says_so(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.ones(3, dtype=torch.bfloat16)}, tmp_path / "model" / "model.safetensors")
+    ran = command("zero-to-fp32", tmp_path / "model", tmp_path / "out")
+    assert ran.code == 0
+    assert "checkpoint, which holds no fp32 masters: its tensors keep their stored dtype" in ran.err
+    shutil.rmtree(tmp_path / "out")
+    ran = command("zero-to-fp32", tmp_path / "model", tmp_path / "out", "--dtype", "fp32")
+    assert "masters" not in ran.err
+    assert load_safetensors(tmp_path / "out")["w"].dtype == torch.float32
