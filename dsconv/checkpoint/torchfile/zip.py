@@ -27,7 +27,10 @@ LOCAL = struct.Struct("<4s5H3L2H")
 MAX_COMMENT_BYTES = 65535
 MAX_DIRECTORY_BYTES = 64 << 20  # over half a million records; torch.save writes some 60 bytes for each
 FLAG_ENCRYPTED = 0x1
+FLAG_UTF8 = 0x800
 FLAG_SIZES_FOLLOW = 0x8  # the local header has zeros for CRC-32 and sizes; torch.save writes it so
+EXTRA_ZIP64 = 0x0001
+EXTRA_NAME = 0x7075  # Info-ZIP's Unicode path, which CPython 3.13 and later takes for the name
 FULL16 = 0xFFFF  # "see the zip64 field"
 FULL32 = 0xFFFFFFFF
 
@@ -67,16 +70,19 @@ def open_archive(file: OpenFile) -> Archive:
             f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() with torch.save"
         )
     listed: dict[str, tuple[str, int, int, int]] = {}
+    lowered: set[str] = set()
     roots: set[str] = set()
     position = 0
     for _ in range(count):
         name, crc32, nbytes, header_offset, position = _read_central(directory, position, path)
         root, inner = _split_name(name, path)
         roots.add(root)
-        if inner in listed:
+        # torch looks names up without regard to case (miniz 3.0 ``mz_zip_reader_locate_file`` without flags).
+        if inner.lower() in lowered:
             raise UnsafeError(
                 f"{path}: the zip has two records named {safe_repr(name)}; refused: readers differ on which one counts"
             )
+        lowered.add(inner.lower())
         if header_offset >= directory_offset:
             raise MalformedError(
                 f"{path}: record {safe_repr(name)} begins at byte {header_offset}, beyond the zip's records"
@@ -121,10 +127,8 @@ def open_archive(file: OpenFile) -> Archive:
 def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
     """Return the bytes of the central directory, the number of its entries, and where it begins."""
     path, size_bytes = file.path, file.nbytes
-    for most in (
-        EDGE_BYTES,
-        END.size + MAX_COMMENT_BYTES + END64_LOCATOR.size,
-    ):  # the last signature counts, wherever it is
+    # The last signature counts, wherever it is.
+    for most in (EDGE_BYTES, END.size + MAX_COMMENT_BYTES + END64_LOCATOR.size):
         tail_bytes = min(size_bytes, most)
         tail = file.read(size_bytes - tail_bytes, tail_bytes)
         at = tail.rfind(b"PK\x05\x06")
@@ -145,28 +149,8 @@ def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
     end_offset = size_bytes - tail_bytes + at
     locator_at = at - END64_LOCATOR.size
     if locator_at >= 0 and tail[locator_at : locator_at + 4] == b"PK\x06\x07":
-        _, _, end64_offset, _ = END64_LOCATOR.unpack_from(tail, locator_at)
-        if end64_offset + END64.size > size_bytes:
-            raise MalformedError(
-                f"{path}: the zip64 directory lies at byte {end64_offset}, beyond the file's {size_bytes}"
-            )
-        fields = END64.unpack(file.read(end64_offset, END64.size))
-        if fields[0] != b"PK\x06\x06":
-            raise MalformedError(f"{path}: no zip64 directory at byte {end64_offset}, where the file says it is")
-        locator_offset = size_bytes - tail_bytes + locator_at
-        if end64_offset + END64.size != locator_offset:
-            raise UnsafeError(
-                f"{path}: the zip64 end at byte {end64_offset} is not followed by its locator, which lies at byte"
-                f" {locator_offset}; refused: readers differ on which end is the zip's"
-            )
-        wide = fields[7:10]
-        if any(n not in (w, full) for n, w, full in zip(narrow, wide, (FULL16, FULL32, FULL32), strict=True)):
-            raise MalformedError(
-                f"{path}: the zip's two ends disagree: {narrow} and {list(wide)} for records, directory bytes and"
-                " offset"
-            )
-        count, directory_bytes, directory_offset = wide
-        end_offset = end64_offset
+        end_offset -= END64_LOCATOR.size + END64.size
+        count, directory_bytes, directory_offset = _read_end64(file, tail[locator_at:at], end_offset, narrow)
     if directory_offset + directory_bytes != end_offset:
         raise MalformedError(
             f"{path}: the zip directory ({directory_bytes} bytes at {directory_offset}) does not end at byte"
@@ -179,6 +163,40 @@ def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
     if count * CENTRAL.size > directory_bytes:
         raise MalformedError(f"{path}: the zip directory says {count} records and has room for fewer")
     return file.read(directory_offset, directory_bytes), count, directory_offset
+
+
+def _read_end64(file: OpenFile, locator: bytes, expected_offset: int, narrow: list[int]) -> tuple[int, int, int]:
+    """Return the number of records, the bytes of the directory and its offset from the zip64 end.
+
+    Python's zipfile looks for the zip64 end right before its locator, and torch where the locator says. So it must be
+    there by both (CPython 3.11 ``zipfile.py`` ``_EndRecData64``, miniz 3.0 ``mz_zip_reader_read_central_dir``).
+
+    Args:
+        file: The file.
+        locator: The bytes of the locator.
+        expected_offset: Where a zip64 end begins that touches the locator.
+        narrow: The same three numbers as the zip's other end says them, or "see zip64".
+    """
+    path = file.path
+    _, disk, offset, disks = END64_LOCATOR.unpack(locator)
+    if offset + END64.size > file.nbytes:
+        raise MalformedError(f"{path}: the zip64 directory lies at byte {offset}, beyond the file's {file.nbytes}")
+    fields = END64.unpack(file.read(offset, END64.size))
+    if fields[0] != b"PK\x06\x06":
+        raise MalformedError(f"{path}: no zip64 directory at byte {offset}, where the file says it is")
+    if offset != expected_offset or fields[1] != END64.size - 12:
+        raise UnsafeError(
+            f"{path}: the zip64 end at byte {offset} is not followed by its locator, which lies at byte"
+            f" {expected_offset + END64.size}; refused: readers differ on which end is the zip's"
+        )
+    if disk or disks > 1 or fields[4] or fields[5] or fields[6] != fields[7]:
+        raise MalformedError(f"{path}: a zip of several volumes; torch.save writes one")
+    wide = fields[7:10]
+    if any(n not in (w, full) for n, w, full in zip(narrow, wide, (FULL16, FULL32, FULL32), strict=True)):
+        raise MalformedError(
+            f"{path}: the zip's two ends disagree: {narrow} and {list(wide)} for records, directory bytes and offset"
+        )
+    return wide[0], wide[1], wide[2]
 
 
 def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int, int, int, int]:
@@ -197,6 +215,11 @@ def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int
         name = directory[name_at:extra_at].decode("utf-8")
     except UnicodeDecodeError:
         raise MalformedError(f"{path}: a record's name is not UTF-8") from None
+    extra = directory[extra_at : extra_at + extra_bytes]
+    if not name.isascii() and not flags & FLAG_UTF8:
+        raise UnsafeError(
+            f"{path}: record {safe_repr(name)} does not say that its name is UTF-8; refused: readers differ on the name"
+        )
     if fields[13] not in (0, FULL16):
         raise MalformedError(
             f"{path}: record {safe_repr(name)} belongs to a zip of several volumes; torch.save writes one"
@@ -208,7 +231,7 @@ def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int
             f"{path}: record {safe_repr(name)} is compressed (method {method}); torch.save does not compress. "
             "The file was re-zipped: unzip it and load and save it again with torch"
         )
-    nbytes, packed, header_offset = _zip64(directory[extra_at : extra_at + extra_bytes], nbytes, packed, header_offset)
+    nbytes, packed, header_offset = _zip64(extra, nbytes, packed, header_offset, f"{path}: record {safe_repr(name)}")
     if packed != nbytes:
         raise MalformedError(
             f"{path}: record {safe_repr(name)} is stored, yet its sizes differ ({packed} and {nbytes} bytes)"
@@ -216,12 +239,14 @@ def _read_central(directory: bytes, position: int, path: Path) -> tuple[str, int
     return name, crc32, nbytes, header_offset, following
 
 
-def _zip64(extra: bytes, nbytes: int, packed: int, header_offset: int) -> tuple[int, int, int]:
-    """Return the sizes and the offset, those that do not fit in 32 bits from the zip64 extra field (id 1)."""
+def _zip64(extra: bytes, nbytes: int, packed: int, header_offset: int, where: str) -> tuple[int, int, int]:
+    """Return the sizes and the offset, those that do not fit in 32 bits from the zip64 extra field."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
+        if kind == EXTRA_NAME:
+            raise UnsafeError(f"{where} has a second name in its extra field; refused: readers differ on the name")
+        if kind == EXTRA_ZIP64:
             field = extra[at + 4 : at + 4 + length]
             wide = [v[0] for v in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
             if nbytes == FULL32 and wide:

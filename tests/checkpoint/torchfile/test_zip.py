@@ -447,3 +447,52 @@ def test_a_zip64_end_that_does_not_touch_its_locator_is_refused(between: bytes, 
     locator = sound.rindex(b"PK\x06\x07")
     with pytest.raises(UnsafeError, match="is not followed by its locator"):
         opened(written(tmp_path, sound[:locator] + between + sound[locator:]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        (4, 56, "is not followed by its locator"),  # bytes of the zip64 end
+        (16, 1, "several volumes"),
+        (20, 1, "several volumes"),
+        (24, 1, "several volumes"),
+        (32, 1, "several volumes"),
+        (40, 1, "two ends disagree"),
+    ],
+)
+def test_a_zip64_end_of_other_fields_is_refused(field: int, value: int, says: str, tmp_path: Path) -> None:
+    data = bytearray(zip_bytes(SOUND, zip64=True))
+    data[data.rindex(b"PK\x06\x06") + field] = value
+    with pytest.raises((MalformedError, UnsafeError), match=says):
+        opened(written(tmp_path, bytes(data)))
+
+
+NAMES_THAT_READERS_DIFFER_ON = {
+    "two names that differ in case": (
+        [*SOUND, Rec("archive/DATA.PKL", PICKLE)],
+        "two records named 'archive/DATA.PKL'",
+    ),
+    "a name that is not marked as UTF-8": ([*SOUND, Rec("archive/data/ä", b"", flags=0)], "does not say that its name"),
+    "a second name": (
+        [*SOUND, Rec("archive/data/2", b"", extra=b"up\x09\x00\x01" + bytes(4) + b"abcd")],
+        "has a second name",
+    ),
+}
+
+
+@pytest.mark.parametrize("title", NAMES_THAT_READERS_DIFFER_ON)
+def test_names_that_readers_differ_on_are_refused(title: str, tmp_path: Path) -> None:
+    records, says = NAMES_THAT_READERS_DIFFER_ON[title]
+    with pytest.raises(UnsafeError, match=says):
+        opened(written(tmp_path, zip_bytes(records)))
+
+
+def test_torch_does_look_names_up_without_regard_to_case(tmp_path: Path) -> None:
+    """The reason for the refusal: torch finds a record under another case."""
+    records = [Rec(str(r.name).replace("data.pkl", "DATA.pkl"), r.data) for r in SOUND]
+    reader = torch._C.PyTorchFileReader(str(written(tmp_path, zip_bytes(records))))
+    assert bytes(reader.get_record("data.pkl")) == PICKLE
+
+
+def test_names_marked_as_utf8_are_read(tmp_path: Path) -> None:
+    assert "data/ä" in opened(written(tmp_path, zip_bytes([*SOUND, Rec("archive/data/ä", b"x")]))).records
