@@ -38,6 +38,12 @@ from dsconv.checkpoint.pickles.values import (
 )
 
 WRAPPER = ("torch._utils", "_rebuild_wrapper_subclass")
+# Tensors that wrap the plain, full-precision one that they keep under this attribute: FSDP gathers it as float8, and
+# saves it as it is (torchao 0.18 ``float8/fsdp_utils.py``; the other two are of releases before 0.9).
+PLAIN_INSIDE = {
+    ("torchao.float8.fsdp_utils", f"WeightWith{kind}Float8CastTensor"): "_tensor"
+    for kind in ("Dynamic", "Delayed", "Static")
+}
 NESTED_NAME = re.compile(r"[A-Z]\w*", re.ASCII)
 
 
@@ -148,6 +154,9 @@ def rebuild_from_type(budget: WorkBudget, function: Any, kind: Any, args: Any, s
     _require(isinstance(kind, OpaqueClass), "a tensor subclass without a class")
     budget.spend(len(args))
     if isinstance(function, OpaqueClass) and (function.module, function.name) == WRAPPER:
+        inner = state.get(PLAIN_INSIDE.get((kind.module, kind.name), "")) if isinstance(state, dict) else None
+        if isinstance(inner, TensorRef) and len(args) > 2 and (inner.dtype, inner.shape) == (args[1], args[2]):
+            return inner
         made = Instance if (kind.module, kind.name) in KEPT else UnreadTensor
         return made(kind.label, args, state)
     # Not by this function again: a file could nest that as deep as it likes.

@@ -28,6 +28,7 @@ from dsconv.errors import CheckpointNotFoundError, SeveralModelsError, Unsupport
 # Dictionaries of these names hold a model, and their own name is not part of the names in it.
 MODEL_KEYS = ("model", "module", "model_state_dict", "model_state", "state_dict")
 EXTRA_STATE = "_extra_state"  # torch/nn/modules/module.py _EXTRA_STATE_KEY_SUFFIX
+EXTRA_SHARD = f"{EXTRA_STATE}/shard_"  # Megatron-core 0.16 dist_checkpointing/mapping.py ShardedObject.unique_key
 TOP = "."  # the key of a model whose weights lie bare at the top
 MAX_SHOWN = 8
 
@@ -231,7 +232,7 @@ def _each(dictionaries: Mapping[str, _Dictionary], path: Parts) -> list[_Model]:
 
 def _is_extra(path: Parts) -> bool:
     """Return whether an item is, or lies in, what a module keeps beside its parameters (fp8 scales and the like)."""
-    return any(part.endswith(EXTRA_STATE) for part in path)
+    return any(part.endswith(EXTRA_STATE) or EXTRA_SHARD in part for part in path)
 
 
 def _label(leaf: Leaf, root: Parts, optimizer: str | None) -> str:
