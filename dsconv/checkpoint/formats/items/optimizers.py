@@ -8,7 +8,7 @@ The forms are those of ``torch/optim/optimizer.py`` ``state_dict`` (``state`` an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from dsconv.checkpoint.formats.items.state_dicts import Leaf, Parts
@@ -63,12 +63,50 @@ def optimizer_parts(leaves: Mapping[str, Leaf]) -> OptimizerParts:
             elif name in SLOTS:
                 slots.setdefault(names[:at], {}).setdefault(name, []).append(flat)
     found = OptimizerParts()
+    shapes = _shapes(leaves) if states or slots else {}
     for holder in [holder for holder in states if holder in groups]:
-        if not any(leaves[flat].is_weight for flat in groups[holder]):
-            for part, flats in ((STATE, states.pop(holder)), (GROUPS, groups[holder])):
-                found.of.update(dict.fromkeys(flats, _label(holder, part)))
-    _without_groups(leaves, parts, states, slots, found)
+        if any(leaves[flat].is_weight for flat in groups[holder]):
+            continue
+        owners = {".".join(parts[flat][len(holder) + 1 : -1]) for flat in groups[holder]}
+        depth = len(holder)
+        own = [
+            flat
+            for flat in states.pop(holder)
+            if _is_key(leaves[flat].path, depth) or _is_state(parts[flat][depth + 1 :], owners, shapes)
+        ]
+        for part, flats in ((STATE, own), (GROUPS, groups[holder])):
+            found.of.update(dict.fromkeys(flats, _label(holder, part)))
+    _without_groups(leaves, parts, states, slots, found, shapes)
     return found
+
+
+def _is_key(path: Parts, at: int) -> bool:
+    """Return whether the ``at``-th word of a path is a dictionary's key, and not a part of a dotted name."""
+    words = 0
+    for part in path:
+        if words == at:
+            return "." not in part
+        words += part.count(".") + 1
+    return False
+
+
+def _is_state(rest: Parts, owners: Collection[str], shapes: Mapping[str, set[tuple[int, ...]]]) -> bool:
+    """Return whether ``rest``, the words after ``state`` in a dotted name, are a parameter and what is kept for it.
+
+    A model's child module may be called ``state`` as well.
+    """
+    owner = ".".join(rest[:-1])
+    return bool(owner) and (owner in owners or owner in shapes or rest[-1] in SLOTS)
+
+
+def _shapes(leaves: Mapping[str, Leaf]) -> dict[str, set[tuple[int, ...]]]:
+    """Return the shapes of tensors that are not an optimizer's, by each end of their paths."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for leaf in leaves.values():
+        if leaf.shape is not None and not SLOTS.intersection(leaf.path[-1].split(".")):
+            for at in range(len(leaf.path)):
+                shapes.setdefault(".".join(leaf.path[at:]), set()).add(leaf.shape)
+    return shapes
 
 
 def _without_groups(
@@ -77,22 +115,22 @@ def _without_groups(
     states: Mapping[Parts, list[str]],
     slots: Mapping[Parts, Mapping[str, list[str]]],
     found: OptimizerParts,
+    shapes: Mapping[str, set[tuple[int, ...]]],
 ) -> None:
     """Add optimizers that no ``param_groups`` prove: states of parameters that are stored beside them."""
     suspects = [holder for holder in slots if all(name in slots[holder] for name in PAIR)]
     if not states and not suspects:
         return
-    shapes: dict[str, set[tuple[int, ...]]] = {}  # of every tensor, by each end of its path
-    for leaf in leaves.values():
-        if leaf.shape is not None and not SLOTS.intersection(leaf.path[-1].split(".")):
-            for at in range(len(leaf.path)):
-                shapes.setdefault(".".join(leaf.path[at:]), set()).add(leaf.shape)
     of_weights = {shape for known in shapes.values() for shape in known}
     for holder, flats in states.items():
-        owners = [(flat, ".".join(parts[flat][len(holder) + 1 : -1])) for flat in flats if leaves[flat].is_tensor]
-        stored = bool(owners) and all(owner in shapes for _, owner in owners)
-        if stored and any(leaves[flat].shape in shapes[owner] for flat, owner in owners):
-            _take(found, flats, _label(holder, STATE), "states of parameters that are stored beside them")
+        own = [
+            flat
+            for flat in flats
+            for known in (shapes.get(".".join(parts[flat][len(holder) + 1 : -1]), ()),)
+            if known and (leaves[flat].shape in known or leaves[flat].numel == 1)
+        ]
+        if any(leaves[flat].is_weight for flat in own):
+            _take(found, own, _label(holder, STATE), "states of parameters that are stored beside them")
     for holder in suspects:
         members = {flat: name for name, flats in slots[holder].items() for flat in flats}
         pairs = [

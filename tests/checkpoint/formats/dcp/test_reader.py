@@ -242,6 +242,9 @@ ADAM = ("exp_avg", "exp_avg_sq", "step")
         ([("model", "w"), *(("moments", "w", slot) for slot in ADAM)], ["w"]),
         ([("model", "w"), *(("optimizer", "state", slot, "w") for slot in ADAM)], ["w"]),
         ([("model", "w"), ("mine", "state", "w", "momentum")], ["w"]),
+        ([("w",), ("state.weight",), ("state.a.b",), ("state.w.exp_avg",), ("param_groups.w.lr!",)],
+         ["w", "state.weight", "state.a.b"]),
+        ([("w",), ("state.weight",), ("state.w.momentum",)], ["w", "state.weight"]),
         # These are weights, though they have such names.
         ([("w",), ("exp_avg",)], ["w", "exp_avg"]),
         ([("state.w",), ("state.v",)], ["state.w", "state.v"]),
