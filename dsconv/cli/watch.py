@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -42,16 +43,24 @@ checkpoint that 'latest' names."""
     metavar="SECONDS",
     help="Time between two checks.",
 )
-@click.option("--once", is_flag=True, help="Push what is new, then exit.")
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="How many merged copies may wait while the Hub is away; the oldest is dropped first.",
+)
+@click.option("--once", is_flag=True, help="Push what is new, then exit; not 0 while the newest is not pushed.")
 @console.QUIET
 @console.DEBUG
 @click.pass_context
 def watch(context: click.Context, /, run: str, repo: str, once: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Merge and push each new checkpoint of a training run.
 
-    RUN is the folder in which DeepSpeed writes 'latest', or a Trainer's output folder with checkpoint-N. Each
-    checkpoint becomes one commit on the main branch of REPO, in order. A watcher may be killed and started again. A
-    second watcher of the same run and repository is refused.
+    RUN is the folder in which DeepSpeed writes 'latest', a Trainer's output folder with checkpoint-N (with DeepSpeed or
+    without), or a folder of step-N. Each checkpoint becomes one commit on the main branch of REPO, in order. A
+    checkpoint is merged at once; while the Hub is away, merged copies wait in line. A watcher may be killed and started
+    again. A second watcher of the same run and repository is refused.
     """
     from dsconv.convert import watch as convert
 
@@ -59,14 +68,24 @@ def watch(context: click.Context, /, run: str, repo: str, once: bool, quiet: boo
         step = "" if event.step is None else f" (step {event.step})"
         if event.error is None:
             if not quiet:
-                console.say(f"{event.name}{step} → {repo}: {event.url}")
+                cost = f"{console.size(event.nbytes)}, {event.seconds:.1f} s"
+                console.say(f"{event.name}{step} → {repo}: {event.url} ({cost})")
             return
-        then = "will be tried again when its files change" if event.outcome == convert.FAILED else "will be tried again"
-        console.say(f"Error: {event.name}{step}: {event.error} ({'not pushed' if once else then})", err=True)
+        then = {
+            convert.WAITING: " (will be tried again)",
+            convert.FAILED: " (will be tried again when its files or the options change)",
+        }.get(event.outcome, "")
+        console.say(f"Error: {event.name}{step}: {event.error}{' (not pushed)' if once else then}", err=True)
 
     console.quiet_downloads(quiet)
-    with console.progress(quiet) as progress:
-        events = convert.watch(run, repo, once=once, on_event=show, progress=progress, **options)
+
+    def say(message: str) -> None:
+        if not quiet:
+            console.say(f"{message}{'' if once else '; waiting for one'}", err=True)
+
+    # Where stderr is no terminal, it is a log: one line a checkpoint.
+    with console.progress(quiet or not sys.stderr.isatty()) as progress:
+        events = convert.watch(run, repo, once=once, on_event=show, on_message=say, progress=progress, **options)
     failures = [event.error for event in events if event.error is not None]
     if failures:
         context.exit(getattr(failures[0], "exit_code", EXIT_UNREADABLE))

@@ -1,14 +1,14 @@
-"""``watch``: merge and push each new checkpoint of a DeepSpeed run, once each, while it trains.
+"""``watch``: merge and push each new checkpoint of a run, once each, while it trains.
 
 What there is to do follows from the run's folder and a state file, so a watcher may be killed at any moment and started
 again: a merge is whole or absent, a push of what the Hub has changes nothing, and a checkpoint counts as done when the
 state file, replaced in one step, says so.
 
-- ``latest`` names the newest checkpoint that the trainer calls saved; of a Trainer's ``checkpoint-N``, those count that
-  have ``latest`` and ``trainer_state.json``, which is written last (transformers ``Trainer._save_checkpoint``).
+- A checkpoint that was saved is merged at once, whether or not the Hub can be reached. Merged copies wait in line, so
+  that the trainer may take its own away. They are pushed in the order of saving.
 - A checkpoint is taken when none of its files has changed between two looks. One that cannot be merged is reported, and
-  tried again when its files have changed: an asynchronous writer, or another host, may still have been at it.
-- What fails for want of the Hub or of disk space is reported once and tried again at each look, in order.
+  tried again when its files, or the options of the watcher, have changed.
+- What is lost is told: a checkpoint that went away before it could be merged, and a copy that had to make room.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
-import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,21 +31,31 @@ from dsconv.convert.merge import merge
 from dsconv.convert.progress import Progress
 from dsconv.convert.push import check_repo, open_api, push
 from dsconv.convert.staging import STAGING
+from dsconv.convert.watched_run import QUIET_SECONDS, Files, Signs, WatchedRun, files_of, signs
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MismatchError, OutputError
-from dsconv.zero_utils.files import read_latest, tags_in
 
 HOME = ".dsconv-watch"
-STATE, MERGED = "state.json", "merged"
+STATE, COPY = "state.json", "merged-"
 MAX_STATE_BYTES = 64 << 20
+DEFAULT_KEEP = 3
 PUSHED, OLD, FAILED, WAITING = "pushed", "was there before", "failed", "waiting"
-TRAINER = re.compile(r"checkpoint-(\d+)")
+SEEN, MERGED, LOST, DROPPED = "seen", "merged", "lost", "dropped"
+DONE = (PUSHED, OLD, DROPPED)
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a checkpoint: it was ``pushed``, ``failed`` (until its files change) or is ``waiting`` (to be
-    tried
-    again).
+    """What became of a checkpoint.
+
+    Attributes:
+        name: The name of its folder in the run.
+        outcome: ``pushed``; ``waiting`` (it is tried again); ``failed`` (it is tried again when its files or the
+            options change); ``lost`` (it went away before it was merged); ``dropped`` (its copy had to make room).
+        step: The training step, once it is known.
+        url: The address of the commit, of what was pushed.
+        error: Why it was not pushed.
+        nbytes: Bytes that were merged.
+        seconds: The time that merging and pushing took.
     """
 
     name: str
@@ -53,121 +63,222 @@ class Event:
     step: int | None = None
     url: str | None = None
     error: Exception | None = None
+    nbytes: int = 0
+    seconds: float = 0.0
 
 
 class Watcher:
     """Watches one run for one repository. ``options`` are keywords of ``merge``; ``locked_home`` gives ``home``."""
 
-    def __init__(self, run: Path, home: MarkedFolder, repo: str, private: bool, options: dict[str, Any]) -> None:
-        self.run = run
+    def __init__(
+        self,
+        run: Path,
+        home: MarkedFolder,
+        repo: str,
+        private: bool,
+        options: dict[str, Any],
+        keep: int = DEFAULT_KEEP,
+    ) -> None:
+        self.run = WatchedRun(run)
         self.repo = repo
         self.private = private
         self.options = options
+        self.keep = keep
         self.home = home
-        self._seen: dict[str, str] = {}  # name → its files at the last look
+        self._looked: dict[str, Files] = {}  # name → its files at the last look
         self._told: dict[str, str] = {}  # name → why it waits, as was reported
-        self._state = self._read_state()
+        read = self._read_state()
+        self._is_first_look = read is None
+        self._state = read or {}
+        self.pending = False  # whether something was seen that the next look will take
+        self._remove_strays()
 
-    def look(self, settled: bool = False, progress: Progress | None = None) -> Iterator[Event]:
-        """Merge and push what is new, in order, and yield what became of each.
+    def look(
+        self, settled: bool = False, progress: Progress | None = None, signs: Signs | None = None
+    ) -> Iterator[Event]:
+        """Merge what is new, push what is merged, and yield what became of each checkpoint.
 
         Args:
-            settled: take the files as they are, without a second look at them.
-            progress: called with (phase, bytes done, bytes in all), from any thread.
+            settled: Take the files as they are, without a second look at them.
+            progress: Called with (phase, bytes done, bytes in all), from any thread.
+            signs: Names of checkpoints that were saved since the last look, which may be gone by now.
 
         Raises:
-            OutputError: the state cannot be kept.
+            OutputError: The state cannot be kept.
         """
-        for name in self._new():
-            files = fingerprint(self.run / name)
-            known = self._known(name)
-            if known.get("outcome") == FAILED and known["files"] == files:
+        self.pending = False
+        names = self.run.saved(self._state)
+        if self._is_first_look:  # ever: begin with the newest
+            self._is_first_look = False
+            for name in names[:-1]:
+                self._note(name, OLD, files_of(self.run.folder / name))
+            self._save()
+        for name in sorted(signs.take() if signs is not None else ()):
+            if name not in self._state and not (self.run.folder / name).is_dir():
+                self._note(name, SEEN, Files("", 0))
+        yield from self._tell_lost()
+        for name in names:
+            files, key = files_of(self.run.folder / name), self._key()
+            if not self._is_new(name, files, key):
                 continue
-            if not settled and self._seen.get(name) != files:
-                self._seen[name] = files
+            if self._state.get(name, {}).get("outcome") != MERGED:
+                self._note(name, SEEN, files)
+            if not settled and self._looked.get(name) != files:
+                self._looked[name] = files
+                self.pending = True
+            if self.pending:  # what was saved later waits for its turn
+                continue
+            yield from self._make_room(self.keep, self._planned_bytes(name))
+            event = self._merge(name, files, key, progress)
+            if event is not None and self._is_told_now(event):
+                yield event
+            if event is not None and event.outcome == WAITING:
+                break
+            yield from self._make_room(self.keep)
+        yield from self._push_line(progress)
+
+    def unpushed(self) -> Event | None:
+        """Return what is known of the newest checkpoint, if it is not pushed."""
+        names = self.run.saved(self._state)
+        known = self._state.get(names[-1], {}) if names else {}
+        if not names or known.get("outcome") in (PUSHED, OLD):
+            return None
+        error = OutputError(str(known.get("error") or f"{self.run.folder / names[-1]} is not pushed yet"))
+        return Event(names[-1], str(known.get("outcome", WAITING)), known.get("step"), error=error)
+
+    def _is_new(self, name: str, files: Files, key: str) -> bool:
+        known = self._state.get(name, {})
+        outcome = known.get("outcome")
+        if outcome in DONE:  # saved again, and not half taken away: that leaves no newer file
+            return bool(known["files"] != files.digest and files.newest_ns > known.get("newest_ns", 0))
+        if outcome in (FAILED, MERGED):
+            return bool(known["files"] != files.digest or known.get("key") != key)
+        return True
+
+    def _key(self) -> str:
+        """Return a digest of the options and of what the configuration's folder holds."""
+        config = self.options.get("config_from")
+        beside = files_of(Path(config)).digest if config and Path(config).is_dir() else ""
+        return hashlib.sha256(f"{sorted(self.options.items(), key=str)} {beside}".encode()).hexdigest()[:16]
+
+    def _tell_lost(self) -> Iterator[Event]:
+        for name, known in list(self._state.items()):
+            if known["outcome"] != SEEN or (self.run.folder / name).is_dir():
+                continue
+            if "copy" in known and self._is_whole(known["copy"]):  # a watcher was killed right after it merged
+                step = json.loads((self.home.path / known["copy"] / MANIFEST).read_bytes())["source"]["step"]
+                self._line_up(name, Files(known["files"], known["newest_ns"]), known["key"], known["copy"], step, 0.0)
+            else:
+                yield self._lose(name)
+
+    def _lose(self, name: str) -> Event:
+        error = CheckpointNotFoundError(f"{self.run.folder / name} was taken away before it could be merged")
+        self._note(name, LOST, Files("", 0), error=str(error))
+        return Event(name, LOST, error=error)
+
+    def _merge(self, name: str, files: Files, key: str, progress: Progress | None) -> Event | None:
+        """Merge a checkpoint into a copy that waits in line; an event where that did not work."""
+        began = time.monotonic()
+        path, tag = self.run.source(name)
+        copy = COPY + hashlib.sha256(f"{name} {files.digest} {key}".encode()).hexdigest()[:16]
+        output = self.home.path / copy
+        try:
+            self.home.mark([copy])
+            if not self._is_whole(copy):
+                self.home.remove_marked(copy)
+                if self._state.get(name, {}).get("outcome") != MERGED:
+                    self._note(name, SEEN, files, copy=copy, key=key)
+                merge(path, output, tag=tag, progress=progress, **self.options)
+            step = json.loads((output / MANIFEST).read_bytes())["source"]["step"]
+        except (DsconvError, OSError) as error:
+            if not (self.run.folder / name).is_dir():
+                return self._lose(name)
+            if isinstance(error, OutputError):
+                return Event(name, WAITING, error=error)
+            self._note(name, FAILED, files, key=key, error=str(error))
+            return Event(name, FAILED, error=error)
+        known = self._state.get(name, {})
+        if known.get("outcome") == MERGED and known["copy"] != copy:
+            self.home.remove_marked(known["copy"])
+        self._line_up(name, files, key, copy, step, time.monotonic() - began)
+        return None
+
+    def _is_whole(self, copy: str) -> bool:
+        output = self.home.path / copy
+        return (output / MANIFEST).is_file() and not (output / STAGING).exists()
+
+    def _line_up(self, name: str, files: Files, key: str, copy: str, step: int | None, seconds: float) -> None:
+        """Put a copy at the end of the line."""
+        nbytes = sum(path.stat().st_size for path in (self.home.path / copy).iterdir() if path.is_file())
+        order = 1 + max((known.get("order", 0) for known in self._state.values()), default=0)
+        facts = {"key": key, "copy": copy, "step": step, "nbytes": nbytes, "order": order, "seconds": round(seconds, 3)}
+        self._note(name, MERGED, files, **facts)
+
+    def _planned_bytes(self, name: str) -> int:
+        """Return the size of what a checkpoint will be merged into, where copies wait that could make room for it."""
+        if not self._waiting():
+            return 0
+        path, tag = self.run.source(name)
+        with contextlib.suppress(DsconvError, OSError):
+            return merge(path, self.home.path / COPY, tag=tag, dry_run=True, **self.options).nbytes
+        return 0
+
+    def _waiting(self) -> list[str]:
+        """Return the names of the copies in line, in the order of merging."""
+        state = self._state or {}
+        return sorted((n for n, known in state.items() if known["outcome"] == MERGED), key=lambda n: state[n]["order"])
+
+    def _make_room(self, keep: int, nbytes: int = 0) -> Iterator[Event]:
+        """Drop the oldest copies until ``keep`` are left and the disk has ``nbytes`` free; yield what was dropped."""
+        while (waiting := self._waiting()) and (len(waiting) > keep or nbytes > shutil.disk_usage(self.home.path).free):
+            name = waiting[0]
+            why = f"more than {keep} copies waited (--keep)" if len(waiting) > keep else "the disk was full"
+            error = OutputError(f"{name} was merged and could not be pushed; its copy was dropped, since {why}")
+            known = self._state[name]
+            self.home.remove_marked(known["copy"])
+            self._note(name, DROPPED, Files(known["files"], known["newest_ns"]), step=known["step"], error=str(error))
+            yield Event(name, DROPPED, known["step"], error=error)
+
+    def _push_line(self, progress: Progress | None) -> Iterator[Event]:
+        for name in self._waiting():
+            known = self._state[name]
+            began = time.monotonic()
+            try:
+                report = push(self.home.path / known["copy"], self.repo, private=self.private, progress=progress)
+            except MismatchError as error:  # the copy is damaged: merge again, if the source is still there
+                self.home.remove_marked(known["copy"])
+                self._note(name, SEEN, Files("", 0), error=str(error))
+                yield Event(name, WAITING, known["step"], error=error)
                 return
-            event = self._take(name, files, progress)
-            if event.outcome == WAITING:
-                if self._told.get(name) != str(event.error):
-                    self._told[name] = str(event.error)
+            except (DsconvError, OSError) as error:
+                event = Event(name, WAITING, known["step"], error=error)
+                known["error"] = str(error)
+                self._save()
+                if self._is_told_now(event):
                     yield event
                 return
-            self._note(event, files)
-            self._clear()
-            yield event
+            seconds = known.get("seconds", 0.0) + time.monotonic() - began
+            files = Files(known["files"], known["newest_ns"])
+            self._note(name, PUSHED, files, step=known["step"], url=report.url)
+            self.home.remove_marked(known["copy"])
+            yield Event(name, PUSHED, known["step"], report.url, nbytes=known["nbytes"], seconds=seconds)
 
-    def _new(self) -> list[str]:
-        """Return what is not done, in the order of saving, up to the newest that the trainer calls saved."""
-        try:
-            saved = self._saved()
-        except OSError:  # a folder went away under us
-            return []
-        if self._state is None:  # the first look ever: begin with the newest
-            self._state = {name: {"outcome": OLD, "files": fingerprint(self.run / name)} for name in saved[:-1]}
-            self._save()
-        new = [name for name in saved if self._known(name).get("outcome") not in (PUSHED, OLD)]
-        # A run that went back to an earlier step saves under the same name again: that is a new checkpoint.
-        if saved and saved[-1] not in new and self._known(saved[-1])["files"] != fingerprint(self.run / saved[-1]):
-            new.append(saved[-1])
-        return new
+    def _is_told_now(self, event: Event) -> bool:
+        """Whether what became of a checkpoint was not reported in these words yet."""
+        new = self._told.get(event.name) != str(event.error)
+        self._told[event.name] = str(event.error)
+        return new or event.outcome != WAITING
 
-    def _saved(self) -> list[str]:
-        if not (self.run / "latest").is_file():
-            names = [path.name for path in self.run.iterdir() if TRAINER.fullmatch(path.name)
-                     and (path / "latest").is_file() and (path / "trainer_state.json").is_file()]  # fmt: skip
-            return sorted(names, key=lambda name: int(name.rpartition("-")[2]))
-        tags = tags_in(self.run)
-        try:
-            latest = read_latest(self.run / "latest")
-        except MalformedError:
-            return []
-        if latest not in tags:  # not there yet, or half written
-            return []
-        times = {tag: max(path.stat().st_mtime_ns for path in (self.run / tag).iterdir()) for tag in tags}
-        order = sorted(tags, key=lambda tag: times[tag])  # where times are equal, by number
-        return order[: order.index(latest) + 1]
+    def _remove_strays(self) -> None:
+        """Remove copies that nobody waits for: a watcher was killed while it merged, or after it pushed."""
+        wanted = {known.get("copy") for known in self._state.values() if known["outcome"] in (SEEN, MERGED)}
+        for name in self.home.names():
+            if name.startswith(COPY) and name not in wanted:
+                self.home.remove_marked(name)
 
-    def _take(self, name: str, files: str, progress: Progress | None) -> Event:
-        wanted = hashlib.sha256(f"{files} {sorted(self.options.items())}".encode()).hexdigest()[:16]
-        output = self.home.path / MERGED / f"{name}-{wanted}"
-        tag = None if TRAINER.fullmatch(name) and (self.run / name / "latest").is_file() else name
-        step = None
-        try:
-            if not (output / MANIFEST).is_file() or (output / STAGING).exists():
-                self._clear()  # of another checkpoint, or half put into place
-                self.home.mark([MERGED])
-                self.home.inner(MERGED, make=True).close()
-                merge(self.run if tag else self.run / name, output, tag=tag, progress=progress, **self.options)
-        except OutputError as error:
-            return Event(name, WAITING, error=error)
-        except (DsconvError, OSError) as error:
-            gone = CheckpointNotFoundError(f"{self.run / name} was taken away before it could be merged")
-            return Event(name, FAILED, error=error if (self.run / name).is_dir() else gone)
-        try:
-            step = json.loads((output / MANIFEST).read_bytes())["source"]["step"]
-            report = push(output, self.repo, private=self.private, progress=progress)
-        except (DsconvError, OSError) as error:
-            if isinstance(error, MismatchError):
-                self._clear()  # to be merged again
-            return Event(name, WAITING, step, error=error)
-        return Event(name, PUSHED, step, report.url)
-
-    def _clear(self) -> None:
-        """Remove what was merged. Raises OutputError."""
-        try:
-            self.home.remove_marked(MERGED)
-        except OutputError:
-            raise
-        except OSError as error:
-            raise OutputError(f"{self.home.path / MERGED}: cannot be removed: {error.strerror}") from None
-
-    def _known(self, name: str) -> dict[str, Any]:
-        return (self._state or {}).get(name, {})
-
-    def _note(self, event: Event, files: str) -> None:
-        state = self._state = self._state or {}
-        noted = {"outcome": event.outcome, "files": files, "step": event.step, "url": event.url}
-        state[event.name] = noted if event.error is None else {**noted, "error": str(event.error)}
+    def _note(self, name: str, outcome: str, files: Files, **more: Any) -> None:
+        """Write down what became of a checkpoint."""
+        self._state[name] = {**more, "outcome": outcome, "files": files.digest, "newest_ns": files.newest_ns}
         self._save()
 
     def _read_state(self) -> dict[str, dict[str, Any]] | None:
@@ -204,58 +315,61 @@ def watch(
     private: bool = False,
     interval_seconds: float = 30.0,
     once: bool = False,
+    keep: int = DEFAULT_KEEP,
     on_event: Callable[[Event], None] = lambda event: None,
+    on_message: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
     **options: Any,
 ) -> list[Event]:
     """Watch the save folder ``run`` and push each new checkpoint to ``repo``.
 
     Args:
-        run: the folder in which the trainer writes ``latest``.
+        run: The folder in which the trainer saves: DeepSpeed's ``latest``, a Trainer's ``checkpoint-N``, or ``step-N``.
         repo: ``org/model``.
-        private: make the repository a private one, and refuse one that is there and public.
-        interval_seconds: the time between two looks.
-        once: push what is there, and return.
-        on_event: called with what became of each checkpoint.
-        progress: called with (phase, bytes done, bytes in all), from any thread.
-        options: keywords of ``merge``: dtype, max_shard_size, exclude_frozen, adapter, config_from, workers.
+        private: Make the repository a private one, and refuse one that is there and public.
+        interval_seconds: The longest time between two looks. A sign of the file system's brings the next look earlier.
+        once: Push what is there, and return.
+        keep: How many merged copies may wait for the Hub; beyond it the oldest is dropped, and told.
+        on_event: Called with what became of each checkpoint.
+        on_message: Called with what is worth saying besides: that nothing is there yet, and why.
+        progress: Called with (phase, bytes done, bytes in all), from any thread.
+        options: Keywords of ``merge``: dtype, max_shard_size, exclude_frozen, adapter, config_from, workers.
 
     Returns:
-        What became of each checkpoint. Only with ``once``: otherwise it does not return.
+        What became of each checkpoint, and of the newest in any case where it is not pushed. Only with ``once``:
+        otherwise it does not return.
 
     Raises:
-        DsconvError: OutputError where another watcher is at work or its state cannot be kept, RemoteError where the Hub
-            cannot be used at all (no package, no token, offline).
+        DsconvError: CheckpointNotFoundError where ``run`` is no run's folder, OutputError where another watcher is at
+            work or its state cannot be kept, RemoteError where the Hub cannot be used at all (no package, no token,
+            offline).
         ValueError: ``repo`` is not written as a repository is.
     """
     check_repo(repo)
     folder = Path(run)
-    if not folder.is_dir():
-        raise CheckpointNotFoundError(
-            f"{folder}: no such folder; what is watched is a run's save dir, where 'latest' is written"
-        )
+    watched = WatchedRun(folder)
+    watched.check()
     open_api(repo)
     events = []
-    with locked_home(folder, repo) as home:
-        watcher = Watcher(folder, home, repo, private, options)
+    said = ""
+    with locked_home(folder, repo) as home, signs(folder) as seen:
+        watcher = Watcher(folder, home, repo, private, options, keep)
         while True:
-            for event in watcher.look(settled=once, progress=progress):
+            why = watched.why_empty()
+            if why and why != said:
+                on_message(why)
+            said = why
+            for event in watcher.look(settled=once, progress=progress, signs=seen):
                 on_event(event)
                 events.append(event)
             if once:
+                rest = watcher.unpushed()
+                if rest is not None and all(event.name != rest.name for event in events):
+                    on_event(rest)
+                    events.append(rest)
                 return events
             events.clear()
-            time.sleep(interval_seconds)
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a digest of the names, sizes and times of a checkpoint's files, which changes when one was written to."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):  # taken away while we look
-        for path in sorted(folder.rglob("*")):
-            stat = path.stat()
-            found.append(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}")
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+            seen.wait(min(QUIET_SECONDS, interval_seconds) if watcher.pending else interval_seconds)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dsconv.convert.marked_folders import MarkedFolder
-from dsconv.convert.watch import FAILED, PUSHED, WAITING, Event, Watcher, locked_home, watch
+from dsconv.convert.watch import DROPPED, FAILED, LOST, PUSHED, SEEN, WAITING, Event, Watcher, locked_home, watch
+from dsconv.convert.watched_run import signs
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, OutputError, RemoteError
 from tests.servers.hubwriting import Fault, Shell, WritableHub, download
 from tests.trained import Trained, load_safetensors
@@ -135,7 +138,7 @@ def test_each_checkpoint_once_through_kills(
     line = first.next()
     assert line.startswith("Error: global_step20: ")
     assert shard.name in line
-    assert line.endswith("(tried again when its files change)\n")
+    assert line.endswith("(will be tried again when its files or the options change)\n")
     shard.write_bytes(data)
     assert first.next().startswith("global_step20 ")
     trained(CASES[1]).check(load_safetensors(hub.head("org/new")))
@@ -149,7 +152,8 @@ def test_each_checkpoint_once_through_kills(
     hub.faults = [Fault("/commit/", process.kill)]
     process.process.wait(SECONDS)
     assert len(hub.commits) == 4
-    assert run.state() == {"global_step10": "pushed", "global_step20": "pushed"}
+    pushed = [name for name, outcome in run.state().items() if outcome == PUSHED]
+    assert pushed == ["global_step10", "global_step20"]
     third = start("--private")
     assert [third.next().split()[0] for _ in range(2)] == ["global_step30", "global_step40"]
     assert len(hub.commits) == 5
@@ -190,14 +194,19 @@ def test_nothing_is_taken_before_a_second_look(hub: WritableHub, run: Run, home:
     run.save(2)
     target = run.save(4)
     assert list(watcher.look()) == []
-    assert list(watcher.look()) != []
     os.utime(next(target.iterdir()))
-    assert run.state() == {"global_step2": PUSHED}
-    assert list(watcher.look()) == []
+    assert outcomes(list(watcher.look())) == [("global_step2", PUSHED)]
+    assert run.state() == {"global_step2": PUSHED, "global_step4": SEEN}
     assert outcomes(list(watcher.look())) == [("global_step4", PUSHED)]
 
 
-def test_while_the_hub_is_away(hub: WritableHub, run: Run, home: MarkedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def copies_of(run: Run) -> list[Path]:
+    return sorted((run.folder / ".dsconv-watch" / "org--new").glob("merged-*"))
+
+
+def test_while_the_hub_is_away(
+    hub: WritableHub, run: Run, home: MarkedFolder, trained: Callable[[str], Trained]
+) -> None:
     watcher = Watcher(run.folder, home, "org/new", False, {})
     assert list(watcher.look()) == []
     run.save(2)
@@ -206,13 +215,20 @@ def test_while_the_hub_is_away(hub: WritableHub, run: Run, home: MarkedFolder, m
     (event,) = watcher.look(settled=True)
     assert (event.name, event.outcome, isinstance(event.error, RemoteError)) == ("global_step2", WAITING, True)
     assert list(watcher.look(settled=True)) == []  # said once
-    merged = next((run.folder / ".dsconv-watch" / "org--new" / "merged").iterdir())
-    written = (merged / "model.safetensors").stat().st_mtime_ns
+    copies = copies_of(run)
+    assert len(copies) == 2, "the second is merged too, since the trainer may take it away"
+    written = [(copy / "model.safetensors").stat().st_mtime_ns for copy in copies]
     assert list(watcher.look(settled=True)) == []
-    assert (merged / "model.safetensors").stat().st_mtime_ns == written  # not merged again for each try
+    assert [(copy / "model.safetensors").stat().st_mtime_ns for copy in copies] == written, (
+        "merged once, not for each try"
+    )
+    for step in (2, 4):
+        shutil.rmtree(run.folder / f"global_step{step}")
     hub.faults = []
-    assert outcomes(list(watcher.look(settled=True))) == [("global_step2", PUSHED), ("global_step4", PUSHED)]
-    assert not merged.parent.exists()
+    events = list(watcher.look(settled=True))
+    assert outcomes(events) == [("global_step2", PUSHED), ("global_step4", PUSHED)]
+    assert copies_of(run) == []
+    trained(CASES[1]).check(load_safetensors(hub.head("org/new")))
 
 
 def test_what_cannot_be_merged(hub: WritableHub, run: Run, tmp_path: Path) -> None:
@@ -228,7 +244,7 @@ def test_what_cannot_be_merged(hub: WritableHub, run: Run, tmp_path: Path) -> No
         PUSHED,
     )
     assert isinstance(failed.error, DsconvError)
-    assert watch(run.folder, "org/new", once=True) == []  # not again, as it is
+    assert watch(run.folder, "org/new", once=True) == []  # not again, as it is, and the newest is pushed
     ran = Shell(hub, tmp_path)("watch", run.folder, "--push-to-hub", "org/third", "--once", HF_HUB_DISABLE_XET="1")
     assert (ran.code, ran.out.split()[0]) == (0, "global_step4")
     run.save(6)
@@ -263,7 +279,7 @@ def test_a_trainers_folder(hub: WritableHub, run: Run, tmp_path: Path) -> None:
 
 
 def test_what_a_watcher_refuses(hub: WritableHub, run: Run, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match="no such folder; what is watched is a run's save dir"):
+    with pytest.raises(CheckpointNotFoundError, match="no such folder; watch the folder in which the trainer saves"):
         watch(tmp_path / "no", "org/new", once=True)
     with pytest.raises(ValueError, match="a repository of the Hub is written org/model"):
         watch(run.folder, "new", once=True)
@@ -277,3 +293,102 @@ def test_what_a_watcher_refuses(hub: WritableHub, run: Run, tmp_path: Path) -> N
     (run.folder / ".dsconv-watch" / "org--second").write_text("a file")
     with pytest.raises(OutputError, match="org--second is a file, and dsconv keeps a folder of that name there"):
         watch(run.folder, "org/second", once=True)
+    run.save(2)
+    with pytest.raises(CheckpointNotFoundError, match="is one checkpoint: watch the run's folder"):
+        watch(run.folder / "global_step2", "org/new", once=True)
+
+
+def test_a_folder_without_checkpoints_is_not_watched_in_silence(hub: WritableHub, run: Run) -> None:
+    said: list[str] = []
+    assert watch(run.folder, "org/new", once=True, on_message=said.append) == []
+    run.save(2, latest=False)
+    run.name(7)
+    assert watch(run.folder, "org/new", once=True, on_message=said.append) == []
+    assert "holds no complete checkpoint yet: neither 'latest'" in said[0]
+    assert "latest names 'global_step7', and no checkpoint of that name is there" in said[1].replace(
+        "'latest'", "latest"
+    )
+
+
+def test_what_goes_away_unmerged_is_told(hub: WritableHub, run: Run, home: MarkedFolder) -> None:
+    watcher = Watcher(run.folder, home, "org/new", False, {})
+    run.save(2)
+    assert list(watcher.look()) == []  # seen, and to be looked at once more
+    shutil.rmtree(run.folder / "global_step2")
+    run.save(4)
+    watcher = Watcher(run.folder, home, "org/new", False, {})  # a watcher that was started again
+    lost, pushed = watcher.look(settled=True)
+    assert (lost.name, lost.outcome, str(lost.error)) == (
+        "global_step2",
+        LOST,
+        f"{run.folder / 'global_step2'} was taken away before it could be merged",
+    )
+    assert (pushed.name, pushed.outcome) == ("global_step4", PUSHED)
+    assert list(watcher.look(settled=True)) == [], "told once"
+
+
+def test_a_checkpoint_that_lives_shorter_than_two_looks(hub: WritableHub, run: Run, home: MarkedFolder) -> None:
+    run.save(2)
+    watcher = Watcher(run.folder, home, "org/new", False, {})
+    assert outcomes(list(watcher.look(settled=True))) == [("global_step2", PUSHED)]
+    with signs(run.folder) as seen:
+        run.save(4)
+        seen.wait(SECONDS)  # the file system's event ends it, not the time
+        shutil.rmtree(run.folder / "global_step4")
+        run.name(2)
+        (lost,) = watcher.look(settled=True, signs=seen)
+    assert (lost.name, lost.outcome) == ("global_step4", LOST)
+
+
+def test_copies_wait_in_line_and_the_oldest_makes_room(hub: WritableHub, run: Run, home: MarkedFolder) -> None:
+    watcher = Watcher(run.folder, home, "org/new", False, {}, keep=2)
+    assert list(watcher.look()) == []
+    hub.faults = [Fault("/api/", 503, 10_000)]
+    dropped = []
+    for step in (2, 4, 6):
+        run.save(step)
+        dropped += [event for event in watcher.look(settled=True) if event.outcome == DROPPED]
+        shutil.rmtree(run.folder / f"global_step{step}")  # save_total_limit=1
+    (event,) = dropped
+    assert event.name == "global_step2"
+    assert "its copy was dropped, since more than 2 copies waited (--keep)" in str(event.error)
+    assert len(copies_of(run)) == 2
+    hub.faults = []
+    again = Watcher(run.folder, home, "org/new", False, {}, keep=2)
+    assert outcomes(list(again.look(settled=True))) == [("global_step4", PUSHED), ("global_step6", PUSHED)]
+    assert len(hub.commits) == 3
+
+
+def test_a_failure_is_forgotten_when_the_options_are_put_right(hub: WritableHub, run: Run, tmp_path: Path) -> None:
+    run.save(2)
+    wrong = tmp_path / "config"
+    wrong.mkdir()
+    (wrong / "config.json").write_text("{")
+    for _ in range(3):  # a cron job: not 0 while the newest is not pushed
+        (event,) = watch(run.folder, "org/new", once=True, config_from=wrong, adapter=True)
+        assert event.error is not None
+    assert outcomes(watch(run.folder, "org/new", once=True)) == [("global_step2", PUSHED)]
+    assert watch(run.folder, "org/new", once=True) == []
+
+
+def test_every_tag_that_is_saved_again_counts_again(hub: WritableHub, run: Run) -> None:
+    for step in (2, 4, 6):
+        run.save(step)
+        watch(run.folder, "org/new", once=True)
+    for step in (2, 4, 6):
+        run.save(step, CASES[1])
+    events = watch(run.folder, "org/new", once=True)
+    assert outcomes(events) == [(f"global_step{step}", PUSHED) for step in (2, 4, 6)]
+    next((run.folder / "global_step4").glob("*optim_states.pt")).unlink()  # half way through a rotation
+    assert watch(run.folder, "org/new", once=True) == []
+
+
+def test_a_trainer_without_deepspeed(hub: WritableHub, tmp_path: Path) -> None:
+    run = tmp_path / "output"
+    for step, value in ((5, 1.0), (10, 2.0)):
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file({"w": torch.full((3, 4), value)}, folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text("{}")
+    assert outcomes(watch(run, "org/new", once=True)) == [("checkpoint-10", PUSHED)]
+    assert load_safetensors(hub.head("org/new"))["w"].unique().tolist() == [2.0]
