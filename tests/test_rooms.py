@@ -61,6 +61,7 @@ MAX_LINES = 440
 MAX_PARAMETERS = 8
 # Functions that users call with keywords; each makes an options object at once.
 PUBLIC_KEYWORDS = {
+    "dsconv.convert.watch.watch",
     "dsconv.checkpoint.map.tensors.Checkpoint.__init__",
     "dsconv.cli.config.config",
     "dsconv.convert.dcp_writer.to_dcp",
