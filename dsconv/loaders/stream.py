@@ -21,6 +21,7 @@ from dsconv.checkpoint.transfer.fill import Filling, Patch, Reads, Slot, reads_o
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement
+from dsconv.loaders.fingerprint import fingerprint
 from dsconv.loaders.mapping import Computed, Matched, full_shape, match
 from dsconv.loaders.masters import master_slots
 from dsconv.loaders.memory import block_maker, slot_of
@@ -67,16 +68,18 @@ def stream_into(
         The report of this rank, which rank 0 prints too.
 
     Raises:
-        InconsistentCheckpointError: ``strict``, and a tensor is missing, unexpected or of another shape. Nothing has
-            been changed then.
+        InconsistentCheckpointError: ``strict``, and a tensor is missing, unexpected or of another shape, or the ranks
+            do not read copies of one checkpoint. Nothing has been changed then.
         UnsupportedError: The model has parameters that cannot be filled, or the checkpoint cannot be read.
         RankFailedError: Another rank failed.
         DsconvError: ``open_checkpoint`` failed.
     """
     began = time.monotonic()
     model = _unwrapped(model)
-    with agreement("stream_into"):
+    with agreement("stream_into") as told:
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+        told.fingerprint = fingerprint(checkpoint)
+    with agreement("stream_into"):
         how = FillOptions(strict, ignore_mismatched_sizes=not strict, workers=workers, progress=progress)
         report = fill_model(model, checkpoint, match(model, checkpoint), how)
     report.seconds = time.monotonic() - began

@@ -13,6 +13,7 @@ from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.errors import UnsupportedError, require_packages
 from dsconv.loaders.agreement import agreement
+from dsconv.loaders.fingerprint import fingerprint
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 
 
@@ -51,7 +52,8 @@ def load_tp(
         The model in evaluation mode; ``model.load_report`` is the ``LoadReport``.
 
     Raises:
-        InconsistentCheckpointError: A shape differs, or with ``strict`` a tensor is missing or unexpected.
+        InconsistentCheckpointError: A shape differs, with ``strict`` a tensor is missing or unexpected, or the ranks do
+            not read copies of one checkpoint.
         UnsupportedError: The model, the mesh or the checkpoint is of an unsupported kind.
         RankFailedError: Another rank failed.
         DsconvError: ``open_checkpoint`` failed.
@@ -61,12 +63,13 @@ def load_tp(
     from transformers.distributed import DistributedConfig
 
     began = time.monotonic()
-    with agreement("load_tp"):
+    with agreement("load_tp") as told:
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
         folder = config_folder(checkpoint)
         config = copy.deepcopy(read_config(checkpoint, folder) if config is None else config)
         refuse_quantized(config, checkpoint)
         kind = model_class_of(model_class, config)
+        told.fingerprint = fingerprint(checkpoint, kind.__name__)
         size = _tp_size(device_mesh)
         settings = DistributedConfig(tp_plan=None if tp_plan == "auto" else tp_plan, tp_size=size) if size > 1 else None
         wanted = _dtype(dtype, config, checkpoint)

@@ -18,6 +18,7 @@ from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.errors import UnsupportedError, require_packages
 from dsconv.loaders.agreement import agreement
+from dsconv.loaders.fingerprint import fingerprint
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 from dsconv.loaders.partitions import allocate_partition
 from dsconv.loaders.swapping import check_nvme
@@ -63,7 +64,8 @@ def load_zero3(
         The model in evaluation mode; ``model.load_report`` is the ``LoadReport``.
 
     Raises:
-        InconsistentCheckpointError: A shape differs, or with ``strict`` a tensor is missing or unexpected.
+        InconsistentCheckpointError: A shape differs, with ``strict`` a tensor is missing or unexpected, or the ranks do
+            not read copies of one checkpoint.
         UnsupportedError: The model, the configuration or the checkpoint is of an unsupported kind.
         RankFailedError: Another rank failed.
         DsconvError: ``open_checkpoint`` failed.
@@ -77,7 +79,7 @@ def load_zero3(
             " other stages"
         )
     _refuse_quantizing(settings)
-    with agreement("load_zero3"):
+    with agreement("load_zero3") as told:
         _check_offload(settings.get("zero_optimization"))
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
         folder = config_folder(checkpoint)
@@ -85,6 +87,7 @@ def load_zero3(
             config = read_config(checkpoint, folder)
         refuse_quantized(config, checkpoint)
         kind = model_class_of(model_class, config)
+        told.fingerprint = fingerprint(checkpoint, kind.__name__)
     from dsconv.loaders.mapping import leave_out_ties, match
     from dsconv.loaders.stream import FillOptions, fill_model, finish_transformers, print_once
 
