@@ -1,1 +1,1 @@
-"""What ZeRO is: how parameters are cut into partitions, and what the files of a checkpoint are called."""
+"""What ZeRO is: the arithmetic of its partitions, the names of its files, its configuration, its memory."""

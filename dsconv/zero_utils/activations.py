@@ -1,4 +1,4 @@
-"""An estimate of the activations that a decoder keeps for its backward.
+"""Estimate the activations that a decoder keeps for its backward pass.
 
 Korthikanti et al. (arXiv 2205.05198) count s·b·h·(34 + 5·a·s/h) bytes a layer of GPT in 16 bits. Flash attention, which
 torch's sdpa and FlashAttention run, keeps q, k, v, the output and one fp32 number a row and head in place of the 5·a·s²
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Decoder:
-    """``inner``: width of the feed-forward part that a token passes, all of its experts together."""
+    """The shape of a decoder. ``inner`` is the width of the feed-forward part that a token passes, all experts
+    together.
+    """
 
     layers: int
     hidden: int
@@ -28,12 +30,11 @@ class Decoder:
 
 
 def layer_bytes(decoder: Decoder, tokens: int, item: int, tp: int = 1) -> int:
-    """What one layer keeps; ``item`` is bytes of the model's dtype. TP divides attention and feed-forward, not the
-    norms.
+    """Return the bytes that one layer keeps. TP divides attention and feed-forward, not the norms.
 
     An RMS norm of transformers keeps its input in fp32, the normalised input and its output; torch's layer norm input
     and output. A gated feed-forward keeps gate, its activation, up and their product; another what goes into its
-    activation and what comes out.
+    activation and what comes out. ``item`` is the bytes of an element of the model's dtype.
     """
     norm = 4 + 2 * item if decoder.rms_norm else 2 * item
     queries, keys = decoder.heads * decoder.head_dim, decoder.key_value_heads * decoder.head_dim
@@ -47,11 +48,10 @@ def layer_bytes(decoder: Decoder, tokens: int, item: int, tp: int = 1) -> int:
 def activation_bytes(
     decoder: Decoder, micro_batch: int, seq_len: int, item: int, tp: int = 1, checkpointing: bool = False
 ) -> int:
-    """The most that is kept at once: all layers, or with checkpointing each layer's input and one layer; and the head.
+    """Return the most bytes that are kept at once.
 
-    The head: the last norm; logits in the model's dtype, their log-softmax in fp32, and its gradient or the logits'
-    fp32 copy.
-    """
+    These are all layers, or with checkpointing each layer's input and one layer, and the head: the last norm; logits in
+    the model's dtype, their log-softmax in fp32, and its gradient or the logits' fp32 copy."""
     tokens = micro_batch * seq_len
     layer = layer_bytes(decoder, tokens, item, tp)
     head = tokens * ((4 + 2 * item) * decoder.hidden + (8 + item) * decoder.vocabulary)

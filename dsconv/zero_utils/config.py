@@ -1,9 +1,8 @@
-"""A DeepSpeed config, read once and never changed: what it says, what is wrong with it, and its "auto" values resolved.
+"""A DeepSpeed config, read once and never changed: its values, what is wrong with them, and "auto" resolved.
 
-What transformers ``HfDeepSpeedConfig`` and ``HfTrainerDeepSpeedConfig`` (``integrations/deepspeed.py``, accelerate
-1.15 ``utils/deepspeed.py``) do, without their global state and without DeepSpeed installed. ``to_dict()`` is what
-those, the Trainer and ``deepspeed.initialize`` take.
-"""
+It does what transformers ``HfDeepSpeedConfig`` and ``HfTrainerDeepSpeedConfig`` (``integrations/deepspeed.py``,
+accelerate ``utils/deepspeed.py``) do, without global state and without DeepSpeed. The Trainer and
+``deepspeed.initialize`` take what ``to_dict()`` returns."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ from dsconv.zero_utils.config_auto import Mismatch, TrainingValues
 from dsconv.zero_utils.config_keys import lookup
 from dsconv.zero_utils.config_lint import Finding
 
-MAX_CONFIG_BYTES = 16 << 20  # a config is kilobytes: a checkpoint given by mistake is not read whole
-MAX_DEPTH = 64  # objects in objects; DeepSpeed's own keys need 6
+MAX_CONFIG_BYTES = 16 << 20  # a config has kilobytes; a checkpoint given by mistake is not read whole
+MAX_DEPTH = 64  # of nested objects; DeepSpeed's own keys need 6
 SHOWN_SOURCE = 60
 
 
@@ -39,11 +38,16 @@ class DSConfig:
 
     @classmethod
     def read(cls, source: str | os.PathLike[str] | Mapping[str, Any] | DSConfig) -> DSConfig:
-        """The config that ``source`` is: a dict, which is copied, a path, JSON text, or base64 of JSON, as DeepSpeed
-        takes them.
+        """Read a config.
 
-        A file may be Hjson, as DeepSpeed's own reader allows, where the package hjson is installed. Raises
-        CheckpointNotFoundError where there is no such file, and MalformedError for what is not an object of JSON.
+        Args:
+            source: A dict, which is copied, a path, JSON text, or base64 of JSON, as DeepSpeed takes them. A file may
+            be
+                Hjson, as DeepSpeed's own reader allows, if the package hjson is installed.
+
+        Raises:
+            CheckpointNotFoundError: There is no such file.
+            MalformedError: The text is not a JSON object.
         """
         if isinstance(source, DSConfig):
             return source
@@ -59,18 +63,16 @@ class DSConfig:
         return cls(name, _plain(values), tuple(findings))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A copy of the value at ``"a.b.c"``; ``default`` where the config does not have it."""
+        """Return a copy of the value at ``"a.b.c"``, or ``default`` if the config does not have it."""
         return copy.deepcopy(lookup(self._values, key, default))
 
     def to_dict(self) -> dict[str, Any]:
-        """A copy of the config, for ``HfDeepSpeedConfig``, ``TrainingArguments(deepspeed=…)`` or
-        ``deepspeed.initialize``.
-        """
+        """Return a copy for ``HfDeepSpeedConfig``, ``TrainingArguments(deepspeed=…)`` or ``deepspeed.initialize``."""
         return copy.deepcopy(self._values)
 
     @property
     def stage(self) -> int:
-        """The ZeRO stage, 0 where the config asks for none. Raises MalformedError where its value is no stage."""
+        """The ZeRO stage, 0 if the config does not ask for one. Raises MalformedError if the value is not a stage."""
         stage = config_lint.stage_of(self._values)
         if stage is None:
             raise MalformedError(
@@ -81,23 +83,25 @@ class DSConfig:
 
     @property
     def is_zero1(self) -> bool:
+        """Whether the ZeRO stage is 1."""
         return self.stage == 1
 
     @property
     def is_zero2(self) -> bool:
+        """Whether the ZeRO stage is 2."""
         return self.stage == 2
 
     @property
     def is_zero3(self) -> bool:
+        """Whether the ZeRO stage is 3."""
         return self.stage == 3
 
     @property
     def is_offload(self) -> bool:
-        """Whether optimizer or parameters are offloaded to the CPU or NVMe, at stage 2 or 3, as ``HfDeepSpeedConfig``
-        tells it.
+        """Whether the optimizer or parameters are offloaded to the CPU or NVMe at stage 2 or 3.
 
-        DeepSpeed offloads the optimizer at stage 1 too, which transformers does not count.
-        """
+        This is the definition of ``HfDeepSpeedConfig``. DeepSpeed offloads the optimizer at stage 1 too, which
+        transformers does not count."""
         devices = [
             lookup(self._values, f"zero_optimization.{name}.device") for name in ("offload_optimizer", "offload_param")
         ]
@@ -107,7 +111,7 @@ class DSConfig:
     def dtype(self) -> str:
         """The dtype in which the model runs: "bfloat16", "float16" or "float32", as torch names them.
 
-        Raises MalformedError where that is still "auto": resolve it first.
+        Raises MalformedError if it is still "auto": resolve it first.
         """
         for section, dtype in (("bf16", "bfloat16"), ("bfloat16", "bfloat16"), ("fp16", "float16")):
             if section == "bfloat16" and "bf16" in self._values:
@@ -127,22 +131,24 @@ class DSConfig:
         return config_auto.autos(self._values)
 
     def lint(self, world_size: int | None = None) -> list[Finding]:
-        """What is wrong with the config, errors first (see ``config_lint``); with ``world_size`` processes where
-        that is known.
+        """Return what is wrong with the config, errors first (see ``config_lint``).
+
+        ``world_size`` is the number of processes, if known.
         """
         found = [*self._read_findings, *config_lint.lint(self._values, world_size)]
         return sorted(found, key=lambda finding: config_lint.SEVERITIES.index(finding.severity))
 
     def filled(self, values: TrainingValues) -> tuple[DSConfig, list[Mismatch]]:
-        """The config with ``values`` in place of "auto", and where it says something else than they do."""
+        """Return the config with ``values`` in place of "auto", and where the config contradicts them."""
         filled = self.to_dict()
         mismatches = config_auto.fill(filled, values)
         return DSConfig(self.source, filled, self._read_findings), mismatches
 
     def resolved(self, values: TrainingValues) -> DSConfig:
-        """The config with ``values`` in place of "auto", as the Trainer resolves it.
+        """Return the config with ``values`` in place of "auto", as the Trainer resolves it.
 
-        Raises ConfigMismatchError, which tells all of them, where the config says something else than ``values``.
+        Raises:
+            ConfigMismatchError: The config contradicts ``values``; the message lists every place.
         """
         resolved, mismatches = self.filled(values)
         if mismatches:
@@ -161,7 +167,7 @@ def _plain(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_of(source: str | os.PathLike[str]) -> tuple[str, str]:
-    """(what to call it, the text) of a path, JSON text or base64."""
+    """Return (what to call it, the text) of a path, JSON text or base64."""
     text = os.fspath(source)
     if isinstance(source, str) and text.lstrip().startswith("{"):
         return "ds_config", text
@@ -193,7 +199,7 @@ def _text_of(source: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def _parse(name: str, text: str) -> tuple[Any, list[Finding]]:
-    """What JSON or, if need be, Hjson says, and what its text itself is to be warned of."""
+    """Return the values of JSON or Hjson text, and findings about the text itself."""
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -205,13 +211,13 @@ def _parse(name: str, text: str) -> tuple[Any, list[Finding]]:
         values = json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         values = _parse_hjson(name, text, pairs, error)
-        fix = "Take the comments and loose commas out."
+        fix = "Remove the comments and trailing commas."
         findings.append(
-            Finding("warning", "", "It is Hjson: DeepSpeed reads that, transformers and accelerate do not.", fix)
+            Finding("warning", "", "This is Hjson: DeepSpeed reads it, transformers and accelerate do not.", fix)
         )
     for key in repeated:
-        message = "It is written twice: DeepSpeed refuses that in a file, and others take the last."
-        findings.insert(0, Finding("error", key, message, "Take one of them out."))
+        message = "The key is written twice: DeepSpeed refuses that in a file, and others take the last."
+        findings.insert(0, Finding("error", key, message, "Remove one of them."))
     return values, findings
 
 

@@ -1,9 +1,8 @@
-"""What transformers' Trainer writes in place of ``"auto"`` in a DeepSpeed config, and which values it requires to
-agree.
+"""Fill in ``"auto"`` in a DeepSpeed config as transformers' Trainer does, and compare the values that must agree.
 
-The rules of transformers ``integrations/deepspeed.py``, ``HfTrainerDeepSpeedConfig.trainer_config_process`` and
-``trainer_config_finalize``, as a function of plain values: nothing is read from, or left in, the process.
-"""
+These are the rules of transformers ``integrations/deepspeed.py``,
+``HfTrainerDeepSpeedConfig.trainer_config_process`` and ``trainer_config_finalize``, as a function of plain values:
+nothing is read from, or left in, the process."""
 
 from __future__ import annotations
 
@@ -17,13 +16,27 @@ from dsconv.zero_utils.config_keys import lookup
 
 @dataclass(frozen=True)
 class TrainingValues:
-    """What "auto" may become; the names are those of ``TrainingArguments``. None: not known, so "auto" stays and
-    nothing is compared.
+    """The values that replace "auto", under their names in ``TrainingArguments``.
 
-    ``world_size`` counts processes; batch sizes count samples; ``learning_rate`` and the Adam values are as torch has
-    them; ``hidden_size`` is of the model (see ``hidden_size_of``); ``warmup_steps`` may be a share below 1 of
-    ``num_training_steps``. ``bf16`` and ``fp16`` are for training or full evaluation. ``auto_find_batch_size``: the
-    Trainer is searching a batch size, so those of the config need not agree.
+    None means unknown: "auto" stays, and nothing is compared.
+
+    Attributes:
+        world_size: The number of processes.
+        per_device_train_batch_size: Samples of a micro-batch on one rank.
+        gradient_accumulation_steps: Micro-batches per step.
+        max_grad_norm: The gradient clipping.
+        learning_rate: The peak learning rate.
+        adam_beta1: Adam's first decay rate.
+        adam_beta2: Adam's second decay rate.
+        adam_epsilon: Adam's epsilon.
+        weight_decay: The weight decay.
+        fp16: Whether training or full evaluation runs in fp16.
+        bf16: Whether training or full evaluation runs in bf16.
+        warmup_steps: Steps of warm-up, or below 1 a share of ``num_training_steps``.
+        num_training_steps: Steps in all.
+        hidden_size: The model's hidden size (see ``hidden_size_of``).
+        save_on_each_node: Whether each node saves to its own disk.
+        auto_find_batch_size: Whether the Trainer searches a batch size, so that those of the config need not agree.
     """
 
     world_size: int | None = None
@@ -45,7 +58,7 @@ class TrainingValues:
 
     @classmethod
     def of(cls, args: Any, *, hidden_size: int | None = None, num_training_steps: int | None = None) -> TrainingValues:
-        """The values of a ``transformers.TrainingArguments``, or of anything with its attributes."""
+        """Return the values of a ``transformers.TrainingArguments``, or of anything with its attributes."""
         return cls(
             world_size=args.world_size,
             per_device_train_batch_size=args.per_device_train_batch_size,
@@ -66,7 +79,7 @@ class TrainingValues:
 
     @property
     def train_batch_size(self) -> int | None:
-        """Samples a step of all ranks: what DeepSpeed requires ``train_batch_size`` to be."""
+        """Samples per step of all ranks, which DeepSpeed requires ``train_batch_size`` to be."""
         world, micro, steps = self.world_size, self.per_device_train_batch_size, self.gradient_accumulation_steps
         return None if world is None or micro is None or steps is None else world * micro * steps
 
@@ -84,9 +97,7 @@ class TrainingValues:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A value of the config that is not the one given: the config's key, the config's value, what was given and by
-    which name.
-    """
+    """A value of the config that differs from the one given: its key, both values, and the argument's name."""
 
     key: str
     found: Any
@@ -94,15 +105,13 @@ class Mismatch:
     argument: str
 
     def __str__(self) -> str:
-        return f"{self.key} is {self.found!r}, and {self.argument} is {self.expected!r}"
+        return f"{self.key} is {self.found!r}, but {self.argument} is {self.expected!r}"
 
 
 def fill(config: dict[str, Any], values: TrainingValues) -> list[Mismatch]:
-    """Put ``values`` in place of "auto" in ``config``, which is changed; the values of the config that disagree with
-    them.
+    """Replace "auto" in ``config``, in place, and return the values that contradict ``values``.
 
-    As the Trainer does: only keys that are there are filled or compared, and the sizes of stage 3 are filled at stage 3
-    only.
+    As in the Trainer, only existing keys are filled or compared, and the sizes of stage 3 are filled at stage 3 only.
     """
     mismatches = []
     for key, value, argument, must_match in _rules(values, lookup(config, "zero_optimization.stage") == 3):
@@ -120,9 +129,7 @@ def fill(config: dict[str, Any], values: TrainingValues) -> list[Mismatch]:
 
 
 def _rules(values: TrainingValues, stage3: bool) -> Iterator[tuple[str, Any, str, bool]]:
-    """(key, the value that "auto" becomes, None where it is not known, the argument that gives it, whether they must
-    agree).
-    """
+    """Yield (key, the value that replaces "auto", the argument that gives it, whether both must agree)."""
     batch = not values.auto_find_batch_size
     yield "train_micro_batch_size_per_gpu", values.per_device_train_batch_size, "per_device_train_batch_size", batch
     yield "gradient_accumulation_steps", values.gradient_accumulation_steps, "gradient_accumulation_steps", True
@@ -152,7 +159,7 @@ AUTO_KEYS = {key: argument for key, _, argument, _ in _rules(TrainingValues(), F
 
 
 def autos(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys whose value is "auto", in the order of the config."""
+    """Return the dotted keys whose value is "auto", in the order of the config."""
     found = []
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -163,7 +170,7 @@ def autos(config: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def hidden_size_of(model_config: object) -> int | None:
-    """The hidden size that a model's configuration states, as the Trainer looks for it; None where it states none.
+    """Return the hidden size in a model's configuration, where the Trainer looks for it; None if there is none.
 
     ``model_config`` is a transformers configuration, or what its ``config.json`` holds: ``hidden_size``, the largest of
     ``hidden_sizes``, or one of these in ``text_config``.

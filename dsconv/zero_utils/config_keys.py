@@ -1,8 +1,8 @@
-"""The keys that a DeepSpeed config may have, by section, and the ``"auto"`` that transformers fills.
+"""List the keys that a DeepSpeed config may have, by section,.
 
 ``tests/zero_utils/test_config_real.py`` compares these tables with the DeepSpeed that is installed, so they do not rot.
 A section's name is its dotted path, ``""`` the top level. What is below a section that is not listed
-(``optimizer.params``, ``tensor_parallel.partition_config``, …) is free: its keys are of somebody else's function.
+(``optimizer.params``, ``tensor_parallel.partition_config``, …) is free: its keys are another function's arguments.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 class Section:
     """The keys that a section has, the upstream file that reads it, and whether DeepSpeed refuses any other key.
 
-    ``strict`` sections are pydantic models with ``extra="forbid"`` (``runtime/config_utils.py``); in others a key that
-    nothing reads is ignored in silence.
+    ``strict`` sections are pydantic models with ``extra="forbid"`` (``runtime/config_utils.py``); in others an
+    unknown key is silently ignored.
     """
 
     source: str
@@ -217,27 +217,27 @@ SECTIONS["tensor_parallel.tensor_parallel"] = SECTIONS["tensor_parallel.tp"]
 # What DeepSpeed refuses with "has been removed" (runtime/config.py _REMOVED_TOP_LEVEL_CONFIG_KEYS,
 # _REMOVED_ZERO_CONFIG_KEYS), and what to use instead.
 REMOVED = {
-    "nebula": "Take it out: checkpoints are written by torch.save; checkpoint.writer has the faster writers.",
+    "nebula": "Remove it: checkpoints are written by torch.save; checkpoint.writer has the faster writers.",
     "compression_training": (
-        "Take it out; quantize with a library of its own, such as torchao, before or after the training."
+        "Remove it; quantize with a library of its own, such as torchao, before or after the training."
     ),
     "amp": 'Use "bf16": {"enabled": true}, "fp16": {"enabled": true} or "torch_autocast".',
-    "quantize_training": "Take it out; quantize with a library of its own, such as torchao.",
-    "sparse_gradients": "Take it out: gradients of torch.nn.Embedding(sparse=True) are reduced sparsely without a key.",
-    "eigenvalue": "Take it out: it served quantize_training, which is gone too.",
-    "sparse_attention": "Take it out; choose a sparse or flash attention in the model, such as attn_implementation=.",
+    "quantize_training": "Remove it; quantize with a library of its own, such as torchao.",
+    "sparse_gradients": "Remove it: gradients of torch.nn.Embedding(sparse=True) are reduced sparsely without a key.",
+    "eigenvalue": "Remove it: it served quantize_training, which is gone too.",
+    "sparse_attention": "Remove it; choose a sparse or flash attention in the model, such as attn_implementation=.",
     "elasticity": (
         "Set train_batch_size, train_micro_batch_size_per_gpu and gradient_accumulation_steps; to resume on another "
         "number of ranks: dsconv to-universal and checkpoint.load_universal."
     ),
-    "graph_harvesting": 'Take it out; "compile": {"deepcompile": true} is what compiles a training step now.',
+    "graph_harvesting": 'Remove it; "compile": {"deepcompile": true} is what compiles a training step now.',
     "curriculum_learning": "Move it to data_efficiency.data_sampling.curriculum_learning.",
-    "progressive_layer_drop": "Take it out: nothing took its place.",
+    "progressive_layer_drop": "Remove it: nothing took its place.",
     "zero_optimization.mics_shard_size": (
         "Use zero_optimization.zero_hpz_partition_size: the ranks of a node keep a second partition."
     ),
-    "zero_optimization.mics_hierarchical_params_gather": "Take it out; see zero_optimization.zero_hpz_partition_size.",
-    "zero_optimization.zeropp_loco_param": "Take it out: zero_quantized_gradients works without error feedback.",
+    "zero_optimization.mics_hierarchical_params_gather": "Remove it; see zero_optimization.zero_hpz_partition_size.",
+    "zero_optimization.zeropp_loco_param": "Remove it: zero_quantized_gradients works without error feedback.",
 }
 
 # Deprecated keys that still work (runtime/zero/config.py, runtime/precision_config.py), and what to write.

@@ -1,7 +1,7 @@
-"""What is wrong with a DeepSpeed config, found by DeepSpeed's rules and without DeepSpeed.
+"""Find what is wrong with a DeepSpeed config, without DeepSpeed, by its rules.
 
-Severities: ``error``, DeepSpeed refuses the config or cannot do what it says; ``warning``, it runs, and a key has no
-effect or not the one that it seems to have; ``info``, worth knowing. ``docs/config.md`` lists the rules.
+An ``error`` means that DeepSpeed refuses the config or cannot do what it says; a ``warning``, that it runs but a key
+has no effect or another than it seems to have; ``info`` is worth knowing. ``docs/config.md`` lists the rules.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from dsconv.zero_utils.config_keys import SECTIONS, lookup
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 ZERO = "zero_optimization"
-MAX_KEY_LENGTH = 80  # of a key that another is looked for: twice the longest that there is
+MAX_KEY_LENGTH = 80  # of a misspelt key; twice the longest known one
 TIMEOUT_FIX = (
-    "Take it out. What is read: deepspeed.init_distributed(timeout=timedelta(…)), the environment variable"
+    "Remove it. What is read: deepspeed.init_distributed(timeout=timedelta(…)), the environment variable"
     " DEEPSPEED_TIMEOUT (minutes, default 10), or TrainingArguments(ddp_timeout=…) (seconds, default 1800)."
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know about a config: how bad, at which dotted key, what, and what to do."""
+    """One finding: its severity, the dotted key, what is wrong, and what to do."""
 
     severity: Severity
     key: str
@@ -40,7 +40,7 @@ class Finding:
 
 
 def lint(config: Mapping[str, Any], world_size: int | None = None) -> list[Finding]:
-    """Everything found in a config, in the order of the rules. ``world_size`` counts processes."""
+    """Return all findings in the order of the rules. ``world_size`` is the number of processes."""
     rules = (_keys(config), _values(config), _zero(config), _precision(config), _optimizer(config), _scheduler(config))
     return [finding for rule in (*rules, _batch(config, world_size), _parallel(config)) for finding in rule]
 
@@ -49,7 +49,7 @@ def lint(config: Mapping[str, Any], world_size: int | None = None) -> list[Findi
 
 
 def _keys(config: Mapping[str, Any], section: str = "") -> Iterator[Finding]:
-    """Unknown, removed and deprecated keys, and sections that are no objects."""
+    """Find unknown, removed and deprecated keys, and sections that are not objects."""
     known = SECTIONS[section]
     for name, value in config.items():
         key = f"{section}.{name}" if section else str(name)
@@ -68,7 +68,7 @@ def _keys(config: Mapping[str, Any], section: str = "") -> Iterator[Finding]:
                     "error",
                     key,
                     f"It is {_shown(value)}; expected an object.",
-                    f'Write "{name}": {{…}}, or take it out.',
+                    f'Write "{name}": {{…}}, or remove it.',
                 )
         else:
             if key in keys.DEPRECATED:
@@ -84,7 +84,7 @@ _MAY_BE_NULL = frozenset(
 
 def _unknown(name: str, key: str, section: str) -> Finding:
     nearest = keys.RENAMED.get(key) or _nearest(name, section)
-    fix = f"Write {nearest}." if nearest else "Take it out."
+    fix = f"Write {nearest}." if nearest else "Remove it."
     where = section or "the top level"
     if SECTIONS[section].strict:
         return Finding("error", key, f"DeepSpeed refuses a key that it does not know in {where}.", fix)
@@ -94,12 +94,12 @@ def _unknown(name: str, key: str, section: str) -> Finding:
         "warning",
         key,
         f"DeepSpeed reads no such key at {where}, and ignores it in silence.",
-        "Take it out, unless it is yours.",
+        "Remove it, unless it is yours.",
     )
 
 
 def _nearest(name: str, section: str) -> str | None:
-    """The key that was meant: spelt alike here, of this very name in another section, or the closest one here."""
+    """Return the key that was meant: the same spelling here or in another section, or the closest one here."""
     plain = name.lower().replace("-", "_")
     if len(plain) > MAX_KEY_LENGTH:
         return None
@@ -117,7 +117,7 @@ def _nearest(name: str, section: str) -> str | None:
 
 
 def _values(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Values out of the few that a key takes, and "auto" where nothing fills it in."""
+    """Find values that a key does not take, and "auto" where nothing fills it in."""
     for key, choices in keys.CHOICES.items():
         value = lookup(config, key)
         folds = key not in ("scheduler.type", "torch_autocast.dtype") and not key.endswith(".device")
@@ -134,14 +134,14 @@ def _values(config: Mapping[str, Any]) -> Iterator[Finding]:
                 "info",
                 key,
                 'Nobody fills "auto" in here, so DeepSpeed takes its default.',
-                "Write a value, or take it out.",
+                "Write a value, or remove it.",
             )
         elif section in (*SECTIONS, "optimizer.params", "scheduler.params"):
             yield Finding(
                 "warning",
                 key,
                 'Nobody fills "auto" in here, so DeepSpeed gets the word itself.',
-                "Write a value, or take it out.",
+                "Write a value, or remove it.",
             )
 
 
@@ -157,7 +157,7 @@ _AUTO_IS_A_VALUE = frozenset(
 
 
 def stage_of(config: Mapping[str, Any]) -> int | None:
-    """The ZeRO stage that a config asks for, 0 where it asks for none; None where its value is no stage."""
+    """Return the ZeRO stage of a config, 0 if it asks for none, None if the value is not a stage."""
     zero = config.get(ZERO, {})
     if isinstance(zero, bool):  # the form of before 0.3 (runtime/zero/config.py read_zero_config_deprecated)
         return int(zero)
@@ -183,23 +183,26 @@ def _zero(config: Mapping[str, Any]) -> Iterator[Finding]:
         key = f"{ZERO}.{name}"
         if name in keys.ONLY_STAGE3 and stage != 3 and value not in (None, False):
             yield Finding(
-                "warning", key, f"It is of stage 3; at stage {stage} it has no effect.", "Set stage 3, or take it out."
+                "warning",
+                key,
+                f"It belongs to stage 3; at stage {stage} it has no effect.",
+                "Set stage 3, or remove it.",
             )
         if name in keys.ONLY_STAGES_1_2 and stage == 3:
-            yield Finding("info", key, "It is of stages 1 and 2; at stage 3 it has no effect.", "Take it out.")
+            yield Finding("info", key, "It belongs to stages 1 and 2; at stage 3 it has no effect.", "Remove it.")
     if zero.get("compute_grad_norm") is False and stage not in (1, 2):
         yield Finding(
-            "error", f"{ZERO}.compute_grad_norm", f"false needs stage 1 or 2, and the stage is {stage}.", "Take it out."
+            "error", f"{ZERO}.compute_grad_norm", f"false needs stage 1 or 2, and the stage is {stage}.", "Remove it."
         )
     if zero.get("elastic_checkpoint") is True:
-        fix = "Take it out; dsconv to-universal and checkpoint.load_universal resume on any number of ranks."
-        yield Finding("warning", f"{ZERO}.elastic_checkpoint", "It is a format of old; stage 3 does not have it.", fix)
+        fix = "Remove it; dsconv to-universal and checkpoint.load_universal resume on any number of ranks."
+        yield Finding("warning", f"{ZERO}.elastic_checkpoint", "It is an old format, which stage 3 does not have.", fix)
     if zero.get("legacy_stage1") is True:
-        yield Finding("error", f"{ZERO}.legacy_stage1", "DeepSpeed since 0.5.9 refuses it.", "Take it out.")
+        yield Finding("error", f"{ZERO}.legacy_stage1", "DeepSpeed since 0.5.9 refuses it.", "Remove it.")
     if config.get("gradient_allreduce_op") == "sum" and (
         stage == 3 or zero.get("zenflow") or lookup(config, "compile.deepcompile")
     ):
-        fix = "Take it out, or change the other."
+        fix = "Remove it, or change the other."
         yield Finding(
             "error", "gradient_allreduce_op", '"sum" works with neither stage 3, ZenFlow nor DeepCompile.', fix
         )
@@ -211,7 +214,7 @@ def _offload(zero: Mapping[str, Any], stage: int) -> Iterator[Finding]:
         if device not in ("cpu", "nvme"):
             continue
         if stage < lowest:
-            fix = f"Set {ZERO}.stage to {'1, 2 or 3' if lowest == 1 else '3'}, or take it out."
+            fix = f"Set {ZERO}.stage to {'1, 2 or 3' if lowest == 1 else '3'}, or remove it."
             yield Finding(
                 "error", key, f"It asks for offload to {device}, and stage {stage} offloads nothing of that.", fix
             )
@@ -231,11 +234,11 @@ def _offload(zero: Mapping[str, Any], stage: int) -> Iterator[Finding]:
         if lookup(zero, f"offload_optimizer.{option}", off) not in (off, "auto") and stage != 3:
             key = f"{ZERO}.offload_optimizer.{option}"
             severity: Severity = "error" if option == "ratio" else "warning"
-            yield Finding(severity, key, f"It needs stage 3, and the stage is {stage}.", "Set stage 3, or take it out.")
+            yield Finding(severity, key, f"It needs stage 3, and the stage is {stage}.", "Set stage 3, or remove it.")
     for name in ("cpu_offload", "cpu_offload_param"):
         if zero.get(name) is True and stage < (1 if name == "cpu_offload" else 3):
             yield Finding(
-                "error", f"{ZERO}.{name}", f"Stage {stage} offloads nothing of that.", "Set a stage, or take it out."
+                "error", f"{ZERO}.{name}", f"Stage {stage} offloads nothing of that.", "Set a stage, or remove it."
             )
 
 
@@ -259,7 +262,7 @@ def _precision(config: Mapping[str, Any]) -> Iterator[Finding]:
         f"{bf16}.bf16_optimizer_states",
     ):
         if lookup(config, name) is True and stage == 0:
-            yield Finding("error", name, "It needs ZeRO stage 1, 2 or 3.", f"Set {ZERO}.stage, or take it out.")
+            yield Finding("error", name, "It needs ZeRO stage 1, 2 or 3.", f"Set {ZERO}.stage, or remove it.")
     if (
         lookup(config, f"{bf16}.bf16_optimizer_states") is True
         and lookup(config, f"{bf16}.bf16_master_weights_and_grads") is not True
@@ -270,7 +273,7 @@ def _precision(config: Mapping[str, Any]) -> Iterator[Finding]:
     running = {"fp16": "fp16", bf16: "bf16"}[on[0]] if on else "fp32"
     if isinstance(asked, str) and running not in _aliases(asked):
         message = f"It is {_shown(asked)}, and the run is in {running}."
-        yield Finding("error", "data_types.param_dtype", message, "Take it out: fp16.enabled and bf16.enabled decide.")
+        yield Finding("error", "data_types.param_dtype", message, "Remove it: fp16.enabled and bf16.enabled decide.")
 
 
 def _aliases(dtype: str) -> str:
@@ -310,7 +313,7 @@ def _optimizer(config: Mapping[str, Any]) -> Iterator[Finding]:
         and config.get("zero_allow_untested_optimizer") is not True
     ):
         fix = "Set zero_allow_untested_optimizer to true, at the top level, or use AdamW."
-        yield Finding("error", "optimizer.type", f"ZeRO refuses {name} unless it is told that it may be untested.", fix)
+        yield Finding("error", "optimizer.type", f"ZeRO refuses {name} unless untested optimizers are allowed.", fix)
     if plain == "lamb" and (
         lookup(config, "fp16.enabled") is not True or lookup(config, "fp16.loss_scale", 0) not in (0, "auto")
     ):
@@ -329,7 +332,7 @@ def _scheduler(config: Mapping[str, Any]) -> Iterator[Finding]:
     for param in params:
         if param not in known:
             close = difflib.get_close_matches(str(param), sorted(known), n=1, cutoff=0.6)
-            fix = f"Write {close[0]}." if close else "Take it out."
+            fix = f"Write {close[0]}." if close else "Remove it."
             yield Finding("error", f"scheduler.params.{param}", f"{name} takes no such argument.", fix)
     for param in sorted(needed - set(params)):
         yield Finding(
@@ -366,15 +369,15 @@ def _batch(config: Mapping[str, Any], world_size: int | None) -> Iterator[Findin
     product = math.prod(known)
     if len(known) == 3 and whole != product:
         message = f"{whole} is not micro-batch {micro} × accumulation steps {steps} × ranks {ranks} = {product}."
-        yield Finding("error", names[0], message, f"Set it to {product}, or take it out: DeepSpeed multiplies.")
+        yield Finding("error", names[0], message, f"Set it to {product}, or remove it: DeepSpeed multiplies.")
     elif whole % product:
         given = [
             f"{what} {n}"
             for what, n in (("micro-batch", micro), ("accumulation steps", steps), ("ranks", ranks))
             if n in known
         ]
-        message = f"{whole} is no multiple of {' × '.join(given)} = {product}."
-        yield Finding("error", names[0], message, f"Set a multiple of {product}, or take it out: DeepSpeed multiplies.")
+        message = f"{whole} is not a multiple of {' × '.join(given)} = {product}."
+        yield Finding("error", names[0], message, f"Set a multiple of {product}, or remove it: DeepSpeed multiplies.")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -382,7 +385,9 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _data_ranks(config: Mapping[str, Any], world_size: int) -> int:
-    """Ranks that see different samples: all, but for those of sequence and tensor parallelism (runtime/config.py)."""
+    """Return the ranks that see different samples: all but those of sequence and tensor parallelism
+    (runtime/config.py).
+    """
     for key in ("sequence_parallel_size", "tensor_parallel.autotp_size"):
         size = lookup(config, key)
         if isinstance(size, int) and size > 1:
@@ -393,7 +398,7 @@ def _data_ranks(config: Mapping[str, Any], world_size: int) -> int:
 def _parallel(config: Mapping[str, Any]) -> Iterator[Finding]:
     stage = stage_of(config)
     if isinstance(config.get("pipeline"), Mapping) and stage is not None and stage >= 2:
-        fix = f"Set {ZERO}.stage to 0 or 1, or take the pipeline out."
+        fix = f"Set {ZERO}.stage to 0 or 1, or remove the pipeline."
         yield Finding(
             "error", "pipeline", f"Pipeline parallelism works with ZeRO-1 at most, and the stage is {stage}.", fix
         )
@@ -405,7 +410,7 @@ def _parallel(config: Mapping[str, Any]) -> Iterator[Finding]:
         }
         for rival in [key for key, there in {**rivals, f"{ZERO}.overlap_comm": overlaps}.items() if there]:
             message = f"false does not work with {rival}" + (" below stage 2." if rival.startswith(ZERO) else ".")
-            yield Finding("error", "managed_gradient_accumulation", message, "Take one of them out.")
+            yield Finding("error", "managed_gradient_accumulation", message, "Remove one of them.")
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""DeepSpeed configs to start from: every key with the reason for it; each but the NVMe one is run by the tests.
+"""DeepSpeed configs to start from, with a reason for every key. The tests run each but the NVMe one.
 
 "auto" is filled by transformers' Trainer, or by ``DSConfig.resolved``. Sizes count elements, not bytes.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config as rows of (dotted key, value, why), in the order in which it is written."""
+    """A config as rows of (dotted key, value, reason), in the order in which it is written."""
 
     name: str
     summary: str
@@ -20,7 +20,7 @@ class Recipe:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config, a fresh dict."""
+        """The config as a new dict."""
         config: dict[str, Any] = {}
         for key, value, _ in self.rows:
             *sections, name = key.split(".")
@@ -32,13 +32,13 @@ class Recipe:
 
     @property
     def comments(self) -> dict[str, str]:
-        """Why each key is there."""
+        """The reason for each key."""
         return {key: why for key, _, why in self.rows}
 
 
 _BATCH = (
-    ("train_micro_batch_size_per_gpu", "auto", "samples a rank takes at once: what memory allows"),
-    ("gradient_accumulation_steps", "auto", "micro-batches a step"),
+    ("train_micro_batch_size_per_gpu", "auto", "samples of a forward pass on one rank, as many as memory allows"),
+    ("gradient_accumulation_steps", "auto", "micro-batches per step"),
     ("train_batch_size", "auto", "micro-batch × accumulation × ranks; DeepSpeed refuses any other number"),
 )
 _TRAINING = (

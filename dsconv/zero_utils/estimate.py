@@ -1,4 +1,4 @@
-"""All settings of a job side by side, and the cheapest that fits."""
+"""Estimate all settings of a job side by side, and find the cheapest that fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from dsconv.zero_utils.memory import (
 
 @dataclass(frozen=True)
 class Row:
-    """One setting; bytes of a rank. ``deepspeed``: (a GPU, a node's CPU); ``disk``: a checkpoint, of all ranks."""
+    """One setting, in bytes of a rank. ``deepspeed`` is (a GPU, a node's CPU); ``disk`` is a checkpoint of all
+    ranks.
+    """
 
     setting: Setting
     held: Held
@@ -31,9 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """``rows``: the cheapest setting first; ``fit``: the first of them whose peak is at most ``limit``, None where
-    none is.
-    """
+    """An estimate. ``rows`` begin with the cheapest setting; ``fit`` is the first whose peak is at most ``limit``."""
 
     model: ModelSizes
     job: Job
@@ -43,10 +43,11 @@ class Report:
 
     @property
     def smallest(self) -> Row:
+        """The row with the smallest peak."""
         return min(self.rows, key=lambda row: row.held.peak)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in bytes."""
+        """Return everything for JSON, in bytes."""
         model = {
             "name": self.model.name,
             "parameters": self.model.numel,
@@ -82,8 +83,13 @@ class Report:
 
 
 def estimate(model: ModelSizes, job: Job, tps: tuple[int, ...] = (1,), limit: int | None = None) -> Report:
-    """Every setting of ``job`` at the tensor-parallel degrees ``tps``, which divide its ranks; ``limit``: bytes of a
-    GPU.
+    """Return every setting of a job.
+
+    Args:
+        model: The sizes of the model.
+        job: The hardware and the batch.
+        tps: Tensor-parallel degrees, which divide the ranks.
+        limit: Bytes of a GPU, for ``fit``.
     """
     rows = [
         Row(

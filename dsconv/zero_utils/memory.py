@@ -1,6 +1,6 @@
-"""What training with ZeRO holds in memory and writes to disk, by arithmetic.
+"""Compute what training with ZeRO holds in memory and writes to disk.
 
-Three figures, which answer different questions. ``ideal_bytes`` is the ZeRO paper's (arXiv 1910.02054, section 3).
+Three figures answer different questions. ``ideal_bytes`` is the ZeRO paper's (arXiv 1910.02054, section 3).
 ``deepspeed_figure`` is what DeepSpeed's own estimators print. ``held`` is what DeepSpeed allocates for a
 transformer under AdamW, as read in ``runtime/zero/{stage_1_and_2,stage3,bf16_optimizer}.py`` and
 ``runtime/fp16/unfused_optimizer.py`` and counted on real engines. All sizes are bytes of one rank unless the name says
@@ -24,10 +24,13 @@ NVME_PARAM_BUFFERS, NVME_PARAM_BUFFER_NUMEL, NVME_OPTIMIZER_BUFFERS = 5, 100_000
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A model's parameters in its own order, tied ones once: (elements, whether AutoTP cuts it).
+    """The sizes of a model.
 
-    ``largest_layer_numel``: of the parameters that one module itself holds. ``decoder``: what activations follow from;
-    None where the configuration is not a decoder's.
+    Attributes:
+        name: The model's name.
+        parameters: (elements, whether AutoTP shards it) of each parameter in the model's order, tied ones once.
+        largest_layer_numel: The most elements that a single module holds itself.
+        decoder: The shape from which activations follow; None if the configuration is not a decoder's.
     """
 
     name: str
@@ -37,22 +40,23 @@ class ModelSizes:
 
     @property
     def numel(self) -> int:
+        """The number of elements of all parameters."""
         return sum(numel for numel, _ in self.parameters)
 
     def of_tp_rank(self, tp: int) -> list[int]:
-        """Elements of each parameter on the tensor-parallel rank that has most."""
+        """Return the elements of each parameter on the tensor-parallel rank that holds the most."""
         return [share_numel(numel, tp) if cut else numel for numel, cut in self.parameters]
 
 
 @dataclass(frozen=True)
 class Job:
-    """The hardware, the batch, and the sizes of ``zero_optimization`` (the defaults are DeepSpeed's:
-    runtime/zero/config.py).
+    """The hardware, the batch, and the sizes of ``zero_optimization``.
 
-    ``fp32_grads``: ``data_types.grad_accum_dtype`` is fp32. ``accumulation``: micro-batches a step.
+    The defaults of the sizes are DeepSpeed's (runtime/zero/config.py). ``fp32_grads`` means that
+    ``data_types.grad_accum_dtype`` is fp32; ``accumulation`` counts micro-batches per step.
     """
 
-    nproc: int = 8  # ranks a node, one GPU each
+    nproc: int = 8  # ranks per node, one GPU each
     nodes: int = 1
     dtype: str = "bf16"
     fp32_grads: bool = False
@@ -66,12 +70,13 @@ class Job:
 
     @property
     def world(self) -> int:
+        """The number of ranks."""
         return self.nproc * self.nodes
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``offload``: of the optimizer, and at stage 3 of the parameters too."""
+    """A way to train. ``offload`` moves the optimizer, and at stage 3 the parameters too."""
 
     stage: int
     offload: str = "none"
@@ -80,12 +85,11 @@ class Setting:
 
     @property
     def cost(self) -> tuple[int, int, bool, int]:
-        """Cheaper settings are smaller: first no offload, then CPU, then NVMe; less TP; nothing recomputed; the lower
-        stage.
+        """A key that orders settings, the cheapest first.
 
-        Stages 0 to 2 send 2Ψ a step and stage 3 sends 3Ψ (ZeRO paper, section 7); recomputing costs another forward, a
-        third more arithmetic; TP puts collectives into every layer; offload puts the bus, then the disk, into every
-        step.
+        It prefers no offload to CPU to NVMe, then less TP, then no recomputation, then the lower stage. Stages 0 to 2
+        send 2Ψ a step and stage 3 sends 3Ψ (ZeRO paper, section 7); recomputing costs another forward, a third more
+        arithmetic; TP puts collectives into every layer; offload puts the bus, then the disk, into every step.
         """
         return OFFLOADS.index(self.offload), self.tp, self.checkpointing, self.stage
 
@@ -100,10 +104,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Held:
-    """What lies where. ``buffers``: communication buckets and parameters gathered for a moment; ``step``: what the
-    optimizer's step
-    adds. Activations are gone by then, so the GPU's peak has the larger of both.
-    """
+    """Bytes of one rank, by what holds them.
+
+    ``buffers`` are communication buckets and parameters that are gathered for a moment. ``step`` is what the
+    optimizer's step adds; activations are freed by then, so the peak counts the larger of both."""
 
     parameters: int
     gradients: int
@@ -116,11 +120,12 @@ class Held:
 
     @property
     def peak(self) -> int:
+        """The most bytes of the GPU at any moment."""
         return self.parameters + self.optimizer + max(self.gradients + self.buffers + self.activations, self.step)
 
 
 def settings(job: Job, tps: tuple[int, ...] = (1,)) -> list[Setting]:
-    """Every setting that DeepSpeed can run, the cheapest first.
+    """Return every setting that DeepSpeed can run, the cheapest first.
 
     NVMe needs stage 3. Without ZeRO, gradients accumulate in the model's dtype only (runtime/engine.py
     ``_do_optimizer_sanity_check``).
@@ -133,7 +138,7 @@ def settings(job: Job, tps: tuple[int, ...] = (1,)) -> list[Setting]:
 
 
 def ideal_bytes(model: ModelSizes, job: Job, setting: Setting) -> int:
-    """Model states of a rank, wherever they lie: 2Ψ + 2Ψ + 12Ψ in 16 bits, 4Ψ + 4Ψ + 8Ψ in fp32; nothing else.
+    """Return the model states of a rank, wherever they are kept: 2Ψ + 2Ψ + 12Ψ in 16 bits, 4Ψ + 4Ψ + 8Ψ in fp32.
 
     Stage 1 divides the optimizer's by the data-parallel degree, stage 2 the gradients too, stage 3 all; TP divides Ψ.
     """
@@ -150,11 +155,11 @@ def ideal_bytes(model: ModelSizes, job: Job, setting: Setting) -> int:
 
 
 def deepspeed_figure(model: ModelSizes, job: Job, setting: Setting) -> tuple[int, int] | None:
-    """(bytes of a GPU, bytes of a node's CPU) as DeepSpeed estimates; None where it has no estimator.
+    """Return (bytes of a GPU, bytes of a node's CPU) as DeepSpeed estimates; None if it has no estimator.
 
     ``estimate_zero2_model_states_mem_needs`` of runtime/zero/stage_1_and_2.py and
-    ``estimate_zero3_model_states_mem_needs`` of stage3.py (with zero.Init). They take every training for 16-bit, know
-    of no TP and no NVMe, and leave out activations and buckets.
+    ``estimate_zero3_model_states_mem_needs`` of stage3.py (with zero.Init). They assume 16-bit training, know
+    neither TP nor NVMe, and leave out activations and buckets.
     """
     if setting.stage < 2 or setting.tp > 1 or setting.offload == "nvme":
         return None
@@ -171,8 +176,9 @@ def deepspeed_figure(model: ModelSizes, job: Job, setting: Setting) -> tuple[int
 
 
 def held(model: ModelSizes, job: Job, setting: Setting) -> Held:
-    """What DeepSpeed allocates on the rank that has most. Not in it: the model's buffers, CUDA's context,
-    workspaces, fragmentation.
+    """Return what DeepSpeed allocates on the rank that holds the most.
+
+    The model's buffers, CUDA's context, workspaces and fragmentation are not counted.
     """
     rule = _stage0 if setting.stage == 0 else _stage3 if setting.stage == 3 else _stage12
     states = rule(model.of_tp_rank(setting.tp), job, setting)
@@ -183,7 +189,9 @@ def held(model: ModelSizes, job: Job, setting: Setting) -> Held:
 
 
 def _stage0(numels: list[int], job: Job, setting: Setting) -> Held:
-    """FP16_UnfusedOptimizer: a master of each parameter; at the step an fp32 gradient of each beside the 16-bit one."""
+    """Count FP16_UnfusedOptimizer: a master of each parameter, and at the step an fp32 gradient beside the 16-bit
+    one.
+    """
     item, psi = ITEM_BYTES[job.dtype], sum(numels)
     low = item == 2
     optimizer = psi * (ADAM_BYTES + MASTER_BYTES * low)
@@ -191,12 +199,12 @@ def _stage0(numels: list[int], job: Job, setting: Setting) -> Held:
 
 
 def _stage12(numels: list[int], job: Job, setting: Setting) -> Held:
-    """One flat group, padded; masters in fp32 even of fp32 parameters.
+    """Count one flat, padded group; even fp32 parameters have fp32 masters.
 
     Stage 1 keeps whole gradients until backward has ended. Stage 2 keeps those of every parameter that reaches into the
     partition (``grads_in_partition``), a second time while it accumulates, and in fp32 the partition once. The step
-    makes fp32 gradients of the partition after the 16-bit ones are let go. With offload, the CPU has fp32 gradients, a
-    16-bit copy of the partition and a buffer for the largest parameter besides, and the GPU such a buffer too.
+    makes fp32 gradients of the partition after the 16-bit ones are freed. With offload, the CPU also has fp32
+    gradients, a 16-bit copy of the partition and a buffer for the largest parameter, and the GPU has such a buffer too.
     """
     item, dp = ITEM_BYTES[job.dtype], job.world // setting.tp
     padded = group_numel(sum(numels), dp)
@@ -205,9 +213,7 @@ def _stage12(numels: list[int], job: Job, setting: Setting) -> Held:
     optimizer = share * (ADAM_BYTES + MASTER_BYTES)
     fp32_grads = job.fp32_grads and item == 2
     bucket = job.reduce_bucket_numel * item
-    if (
-        setting.offload == "none" and setting.stage == 1 and fp32_grads
-    ):  # BF16_Optimizer: fp32 gradients of all, and no bucket
+    if setting.offload == "none" and setting.stage == 1 and fp32_grads:  # BF16_Optimizer: fp32 gradients, no bucket
         return Held(padded * item, padded * 4 + psi * item, optimizer, 0, padded * 4 + psi * item)
     accumulating = job.accumulation > 1
     if setting.offload == "none":
@@ -221,12 +227,12 @@ def _stage12(numels: list[int], job: Job, setting: Setting) -> Held:
 
 
 def _stage3(numels: list[int], job: Job, setting: Setting) -> Held:
-    """Each parameter cut into ceil(numel / ranks). Those of at most the threshold stay whole besides; so do others, for
-    a while.
+    """Count parameters that are sharded into ceil(numel / ranks) each.
 
-    The bucket and the gradients' flat buffer are there from the start; the step makes fp32 gradients of one sub-group
-    at a time. What is gathered at a moment is bounded by ``stage3_max_live_parameters`` and by the largest parameter,
-    whichever is more.
+    Those up to the threshold also stay whole, and others do for a while. The bucket and the gradients' flat buffer are
+    allocated at the start; the step makes fp32 gradients of one sub-group
+    at a time. What is gathered at a moment is bounded by the larger of ``stage3_max_live_parameters``
+    and the largest parameter.
     """
     item, dp = ITEM_BYTES[job.dtype], job.world // setting.tp
     share, psi = sum(share_numel(numel, dp) for numel in numels), sum(numels)
@@ -246,11 +252,11 @@ def _stage3(numels: list[int], job: Job, setting: Setting) -> Held:
 
 
 def checkpoint_bytes(model: ModelSizes, job: Job, setting: Setting) -> int:
-    """Tensors in the files of ``save_checkpoint``, of all ranks together; pickles and zip directories come to kilobytes
-    a file.
+    """Return the bytes of tensors that ``save_checkpoint`` writes on all ranks together.
 
-    Weights in the model's dtype are written once a TP rank by stages 0 to 2, and not at all by stage 3; masters and
-    Adam's states always once (in fp32 without ZeRO there are no masters but the weights).
+    Pickles and zip directories add kilobytes to each file. Stages 0 to 2 write the weights in the model's dtype once
+    per TP rank, stage 3 never. Masters and Adam's states are always written once; in fp32 without ZeRO the weights are
+    the masters.
     """
     item, dp = ITEM_BYTES[job.dtype], job.world // setting.tp
     numels = model.of_tp_rank(setting.tp)

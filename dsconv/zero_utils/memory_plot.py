@@ -1,4 +1,4 @@
-"""A picture of an estimate: what each setting holds, in stacked bars."""
+"""Draw an estimate: what each setting holds, in stacked bars."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ GB = 1e9
 
 
 def draw(report: Report, path: Path) -> None:
-    """One bar a setting, of a GPU at its fullest moment; raises UnsupportedError without matplotlib or for an
-    unknown suffix.
+    """Draw one bar for each setting, of a GPU at its fullest moment.
+
+    Raises:
+        UnsupportedError: matplotlib is missing, or does not know the suffix of ``path``.
     """
     try:
         from matplotlib.figure import Figure
@@ -31,7 +33,7 @@ def draw(report: Report, path: Path) -> None:
     figure = Figure(figsize=(9, 1.8 + 0.27 * len(rows)), layout="constrained")
     if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
         raise UnsupportedError(
-            f"{path}: no kind of picture that matplotlib writes: give a name that ends in .png, .svg or .pdf"
+            f"{path}: matplotlib does not write such pictures: give a name that ends in .png, .svg or .pdf"
         )
     axes = figure.subplots()
     for place, row in enumerate(rows):
@@ -60,7 +62,7 @@ def draw(report: Report, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel("GB of a GPU at its fullest moment")
     job = report.job
-    batch = f"{job.micro_batch} × {job.seq_len} tokens a rank" if report.model.decoder else "without activations"
+    batch = f"{job.micro_batch} × {job.seq_len} tokens per rank" if report.model.decoder else "without activations"
     axes.set_title(
         f"{report.model.name}: {report.model.numel / 1e9:.2f} B parameters, {job.world} GPUs, {job.dtype}, {batch}",
         fontsize=10,

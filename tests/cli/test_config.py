@@ -77,7 +77,7 @@ def test_findings_and_mismatches_for_people(written: Path) -> None:
         "error    gradient_cliping\n"
         "         DeepSpeed reads no such key at the top level, and ignores it in silence. Write gradient_clipping.\n"
         "warning  communication_timeout\n"
-        "         Nothing reads it, so the timeout is not changed. Take it out."
+        "         Nothing reads it, so the timeout is not changed. Remove it."
     )
     assert "  optimizer.params.lr: learning_rate\n" in wrong.out
     assert json.loads(wrong.out[wrong.out.index("\n{\n") :]) == config

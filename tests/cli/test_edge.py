@@ -255,9 +255,9 @@ def test_sizes_without_a_unit_and_torchs_dtypes(model: Path, tmp_path: Path) -> 
 def test_zero_to_fp32_of_another_checkpoint_says_that_there_are_no_masters(model: Path, tmp_path: Path) -> None:
     found = run("zero-to-fp32", model, tmp_path / "out", "--no-fsync")
     assert found.returncode == 0
-    assert "is not a DeepSpeed checkpoint (safetensors) and has no fp32 masters" in found.stderr
+    assert "is a safetensors checkpoint, which holds no fp32 masters" in found.stderr
     found = run("zero-to-fp32", model, tmp_path / "out", "--force", "--json", "--no-fsync")
-    assert "no fp32 masters" in json.loads(found.stdout)["warnings"][0]
+    assert any("no fp32 masters" in warning for warning in json.loads(found.stdout)["warnings"])
     for arguments in (("zero-to-fp32", "--dtype", "fp32"), ("merge",)):
         found = run(arguments[0], model, tmp_path / "out", "--force", "--no-fsync", *arguments[1:])
         assert "masters" not in found.stderr

@@ -145,8 +145,8 @@ def test_mismatches_are_told_together() -> None:
     with pytest.raises(ConfigMismatchError) as caught:
         config.resolved(given)
     assert (
-        str(caught.value) == "ds_config: train_batch_size is 32, and world_size × per_device_train_batch_size ×"
-        " gradient_accumulation_steps is 8; optimizer.params.lr is 0.1, and learning_rate is 0.2. Make them equal,"
+        str(caught.value) == "ds_config: train_batch_size is 32, but world_size × per_device_train_batch_size ×"
+        " gradient_accumulation_steps is 8; optimizer.params.lr is 0.1, but learning_rate is 0.2. Make them equal,"
         ' or write "auto" in the config'
     )
     assert isinstance(caught.value, ValueError)

@@ -64,7 +64,7 @@ def test_batch_sizes_and_ranks() -> None:
         "error",
         "train_batch_size",
         "32 is not micro-batch 2 × accumulation steps 2 × ranks 4 = 16.",
-        "Set it to 16, or take it out: DeepSpeed multiplies.",
+        "Set it to 16, or remove it: DeepSpeed multiplies.",
     )
     assert not DSConfig.read(config | {"sequence_parallel_size": 2}).lint(world_size=16)
     assert not DSConfig.read({"train_batch_size": 32}).lint(world_size=8)
