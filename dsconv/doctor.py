@@ -1,4 +1,4 @@
-"""What is installed, what the machine has, and what works here: the first thing to send with a report."""
+"""Report what is installed, what the machine has, and what works here. It belongs in every bug report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PACKAGES = (
     "gcsfs",
     "zstandard",
 )
-# What needs more than the core: the modules it imports, and the extra that brings them.
+# What needs more than the core: the modules that it imports, and the extra that installs them.
 FEATURES = {
     "the Hub (org/model, --push-to-hub)": (("huggingface_hub",), "hub"),
     "https:// and other stores": (("fsspec", "aiohttp"), "remote"),
@@ -51,10 +51,13 @@ EVIL = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
 
 
 def diagnose(folder: Path) -> dict[str, Any]:
-    """Versions, devices, free bytes of ``folder`` and of the folders that are written to besides, and the checks of
-    what works.
+    """Return versions, devices, free bytes and the results of the checks.
 
-    Imports torch and whatever FEATURES names, which takes some seconds. A check that fails is told, not raised.
+    Torch and the modules in FEATURES are imported, which takes some seconds. A check that fails is reported, not
+    raised.
+
+    Args:
+        folder: A folder whose free bytes are reported, besides those of other folders that dsconv writes to.
     """
     cuda = _cuda()
     return {
@@ -83,12 +86,12 @@ def _memory_bytes() -> int:
 
 
 def _cuda() -> list[str]:
-    """The accelerators that torch sees; none where it cannot be imported, which is among the checks."""
+    """Return the accelerators that torch sees; none if it cannot be imported, which a check reports."""
     try:
         import torch
 
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    except Exception:  # noqa: BLE001 - a broken driver fails in ways of its own
+    except Exception:  # noqa: BLE001 - a broken driver fails in many ways
         return []
 
 
@@ -98,7 +101,7 @@ def _hub_cache() -> Path:
 
 
 def _free_bytes(path: Path) -> int | None:
-    """Of the file system that ``path`` lies in, or will lie in."""
+    """Return the free bytes of the file system that holds ``path``, or will hold it."""
     for near in (path, *path.parents):
         if near.exists():
             return shutil.disk_usage(near).free
@@ -109,7 +112,7 @@ def _check(what: str, run: Callable[[], str | None], fix: str = "") -> dict[str,
     began = time.monotonic()
     try:
         problem = run()
-    except Exception as error:  # noqa: BLE001 - the answer is what went wrong, whatever it was
+    except Exception as error:  # noqa: BLE001 - every failure is reported
         problem = f"{type(error).__name__}: {error}"
     return {
         "what": what,
@@ -127,7 +130,9 @@ def _core() -> list[dict[str, Any]]:
     return [
         _check("merging and verifying a checkpoint", _merge, "pip install --force-reinstall dsconv-toolkit"),
         _check(
-            "refusing a pickle that would run code", _refuse, "do not use this installation; report it (SECURITY.md)"
+            "refusing a pickle that would run code",
+            _refuse,
+            "do not use this installation, and report it (SECURITY.md)",
         ),
     ]
 
@@ -141,7 +146,7 @@ def _merge() -> str | None:
         file, output = Path(folder) / "model.safetensors", Path(folder) / "out"
         file.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<1000f", *range(1000)))
         merge(file, output)
-        return None if verify(file, output).equal else "what was merged is not what was saved"
+        return None if verify(file, output).equal else "the merged tensors differ from the saved ones"
 
 
 def _refuse() -> str | None:
@@ -161,7 +166,7 @@ def _feature(what: str, modules: tuple[str, ...], extra: str) -> dict[str, Any]:
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"
-        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which is the answer's
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which is for the report
             for name in modules:
                 importlib.import_module(name)
         return None

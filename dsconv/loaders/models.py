@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.config_files import find_config
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 
 
 def config_folder(checkpoint: Checkpoint) -> Path | None:
-    """Return the folder whose config.json describes the checkpoint's model: its own, the parent, or None."""
-    near = (checkpoint.path, checkpoint.folder, checkpoint.folder.parent)
-    return next((folder for folder in near if (folder / "config.json").is_file()), None)
+    """Return the folder of the config.json that describes the checkpoint's model, or None (see ``find_config``)."""
+    found = find_config([checkpoint.path, checkpoint.folder])
+    return None if found is None else found.parent
 
 
 def read_config(checkpoint: Checkpoint, folder: Path | None) -> Any:

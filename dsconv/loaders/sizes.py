@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dsconv.checkpoint.config_files import find_config
 from dsconv.checkpoint.storage import hub
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError, require_packages
 from dsconv.loaders.models import model_class_of
@@ -106,7 +107,7 @@ def _config_path(source: str, revision: str | None) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointNotFoundError(f"{path}: no such file or folder")
-    for folder in (path, path.absolute().parent):
-        if (folder / "config.json").is_file():
-            return folder / "config.json"
+    found = find_config([path])
+    if found is not None:
+        return found
     raise CheckpointNotFoundError(f"{path}: neither it nor its parent has a config.json, which gives the model's sizes")

@@ -34,7 +34,8 @@ dist.destroy_process_group()
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    return torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4))).state_dict()
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], torch_format: bool) -> Path:
