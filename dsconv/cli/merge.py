@@ -152,7 +152,7 @@ def _run(options: dict[str, Any], masters: bool = False) -> None:
         f" s{', verified' if report.verified else ''}"
     )
     if report.left_out:
-        click.echo(f"left out: {console.counts(report.left_out)}")
+        console.say(f"left out: {console.counts(report.left_out)}")
     for alias, name in report.ties.items():
         console.say(f"{alias} is tied to {name}, stored once")
     if report.sidecars:
@@ -194,6 +194,6 @@ def _show_plan(report: Any) -> None:
         f" {console.count(len(report.files), 'file')}; nothing was written (--dry-run)",
     )
     if report.left_out:
-        click.echo(f"left out: {console.counts(report.left_out)}")
+        console.say(f"left out: {console.counts(report.left_out)}")
     if report.sidecars:
         console.say(f"with {', '.join(report.sidecars)}")
