@@ -234,7 +234,8 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
     report = _report(checkpoint, target, plan, sorted(extra), options.dry_run)
     if options.filters and (filtered := _filtered(checkpoint, plan)):
         report.left_out["tensors that the filters leave out"] = len(filtered)
-    destination = SafetensorsOutput(checkpoint, plan, extra, report, report.ties, options.filters)
+    in_place = options.config_from is None and any(folder.resolve() == target.resolve() for folder in near)
+    destination = SafetensorsOutput(checkpoint, plan, extra, report, report.ties, options.filters, in_place)
     with LoadingCheck(plan, extra, str(target)) as loading:
         if loading.known:
             report.note_loading(loading.result())  # before the manifest, which has the warnings

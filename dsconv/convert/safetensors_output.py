@@ -28,6 +28,7 @@ class SafetensorsOutput(Destination):
         report: takes over what the copy did, and says what else the manifest holds.
         ties: {name: the name of the tensor that holds its data}.
         filters: what was left out and renamed, which the manifest keeps.
+        in_place: whether the sidecars were read from the target itself, and so may change there.
     """
 
     what = "a model"
@@ -40,6 +41,7 @@ class SafetensorsOutput(Destination):
         report: Report,
         ties: Mapping[str, str],
         filters: Filters | None = None,
+        in_place: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
         self._plan = plan
@@ -47,6 +49,7 @@ class SafetensorsOutput(Destination):
         self._report = report
         self._ties = ties
         self._filters = filters
+        self._in_place = in_place
         self._index = plan.index()
         self._ranges: dict[str, FileRange] = {}
 
@@ -76,9 +79,20 @@ class SafetensorsOutput(Destination):
         return [*self._sidecars, MANIFEST, *shards, *([] if self._index is None else [self._plan.index_name])]
 
     def older(self, target: Path) -> list[str]:
-        """Return the weights of an earlier model in ``target``: the index or the only shard first."""
+        """Return the weights of an earlier model in ``target``, the index or the only shard first.
+
+        Files beside the weights count where they hold something else than those of this output.
+        """
         names = [path.name for path in target.iterdir() if _is_weights(path.name)]
-        return sorted(names, key=lambda name: (not name.endswith(".index.json"), name not in (SINGLE, ADAPTER), name))
+        names.sort(key=lambda name: (not name.endswith(".index.json"), name not in (SINGLE, ADAPTER), name))
+        return names if self._in_place else names + [name for name in self._sidecars if self._differs(target / name)]
+
+    def _differs(self, path: Path) -> bool:
+        data = self._sidecars[path.name]
+        try:
+            return path.is_file() and (path.stat().st_size != len(data) or path.read_bytes() != data)
+        except OSError:
+            return True
 
     def _manifest(self, digests: Mapping[str, str]) -> bytes:
         """Return ``dsconv.manifest.json``: what the output was made from, and the CRC-32 of each tensor's bytes."""

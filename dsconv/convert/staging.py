@@ -261,7 +261,7 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
         OutputError: another run holds it, the folder cannot be made or is a link, or the hidden folder is not
             dsconv's own.
     """
-    created = not target.exists() or os.listdir(target) == [STAGING]  # by this run, or by one that was killed
+    created = _is_missing_or_debris(target)
     try:
         with _locked(target, sync) as staging:
             yield staging
@@ -269,6 +269,14 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
         if created:
             with contextlib.suppress(OSError):
                 target.rmdir()  # only when nothing was put there
+
+
+def _is_missing_or_debris(target: Path) -> bool:
+    """Return whether ``target`` is made by this run, or was made by one that was killed."""
+    try:
+        return not target.exists() or os.listdir(target) == [STAGING]
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import dsconv
+from dsconv.errors import OutputError
 from tests.cli.running import dsconv as command
 from tests.trained import Trained, load_safetensors
 
@@ -54,6 +55,23 @@ def test_a_folder_that_is_merged_into_itself_keeps_its_files(
     trained(CASE).check(load_safetensors(save_dir))
     dsconv.merge(save_dir / "global_step2", save_dir, dtype="bf16", force=True, fsync=False)
     assert json.loads((save_dir / "config.json").read_text()) == config
+
+
+def test_a_file_beside_the_weights_that_is_another_ones_is_not_replaced(
+    trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match=r"already holds a model \(config\.json\); give --force to replace it"):
+        dsconv.merge(trained(CASE).checkpoint, out, fsync=False)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert (out / "config.json").read_text() == '{"mine": 1}'
+    shutil.copy(trained(CASE).checkpoint / "config.json", out)
+    dsconv.merge(trained(CASE).checkpoint, out, fsync=False)  # the same file is no loss
+    (out / "config.json").write_text('{"mine": 1}')
+    dsconv.merge(trained(CASE).checkpoint, out, fsync=False, force=True)
+    assert (out / "config.json").read_bytes() == (trained(CASE).checkpoint / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["merge", "to-dcp", "to-universal"])
