@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import dsconv.errors
+from dsconv.convert.folders import refuse_link
 from dsconv.engine.worker import STOP, Job, Outcome, run_rank
 from dsconv.errors import DsconvError, RunFailedError
 
@@ -58,6 +59,7 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
 
     prepare()
     logs = Path(job.options.output_dir) / "logs"
+    refuse_link(logs)
     logs.mkdir(parents=True, exist_ok=True)
     config = LaunchConfig(
         min_nodes=1,
