@@ -76,10 +76,10 @@ class _Dictionary:
         self.has_matrices = False
 
     def add(self, flat: str, leaf: Leaf) -> None:
-        node = self
+        node, is_weight, is_matrix = self, leaf.is_weight, leaf.is_matrix
         for part in (*leaf.path[:-1], None):
-            node.has_weights |= leaf.is_weight
-            node.has_matrices |= leaf.is_matrix
+            node.has_weights |= is_weight
+            node.has_matrices |= is_matrix
             if part is not None:
                 node = node.inside.setdefault(part, _Dictionary())
         node.tensors[flat] = leaf

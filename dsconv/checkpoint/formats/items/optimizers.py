@@ -118,7 +118,11 @@ def _without_groups(
     shapes: Mapping[str, set[tuple[int, ...]]],
 ) -> None:
     """Add optimizers that no ``param_groups`` prove: states of parameters that are stored beside them."""
-    suspects = [holder for holder in slots if all(name in slots[holder] for name in PAIR)]
+    suspects = [
+        holder
+        for holder, kept in slots.items()
+        if all(name in kept for name in PAIR) and not all(flat in found.of for flat in kept[PAIR[0]])
+    ]
     if not states and not suspects:
         return
     of_weights = {shape for known in shapes.values() for shape in known}
