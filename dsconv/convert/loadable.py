@@ -21,7 +21,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of, auto_class
 from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
-from dsconv.convert.adapters.methods import adapters_in, is_saved_form
+from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.plan import Plan
 
 MAX_CONFIG_BYTES = 8 << 20
@@ -113,13 +113,16 @@ class LoadingCheck:
         """Take the class of the model_type that all weights fit: a file without ``architectures`` claims no other."""
         kind = self._config.get("model_type")
         candidates = architectures_of(kind) if isinstance(kind, str) and "auto_map" not in self._config else []
-        skeletons = [read_skeleton({**self._config, "architectures": [name]}) for name in candidates]
-        for name, skeleton in zip(candidates, skeletons, strict=True):
-            if skeleton is not None and not any(compare(skeleton, self._shapes)):
+        untold = []
+        for name in candidates:
+            skeleton = read_skeleton({**self._config, "architectures": [name]})
+            if skeleton is None:
+                untold.append(name)
+            elif not any(compare(skeleton, self._shapes)):
                 self._architecture = name
                 self._loading = self._judge([], [], [])
                 return
-        if candidates and skeletons[0] is None and config is not None and _has("torch") and _has("transformers"):
+        if candidates[:1] == untold[:1] != [] and config is not None and _has("torch") and _has("transformers"):
             self._architecture = candidates[0]
             self._ask_transformers(config)
         else:
@@ -223,7 +226,7 @@ def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpecte
     """Return which option mends it."""
     if any(0 in shape for shape in shapes.values()):
         return "Some tensors are empty: this file was saved without gathering ZeRO-3's partitions. Merge the checkpoint"
-    if adapters_in(shapes) or is_saved_form(shapes):
+    if is_peft_model(shapes):
         return "These are the names of a PEFT model: use --adapter for the adapter, or --fold-lora for a plain model"
     for framework, marks in FOREIGN.items():
         if any(mark in name for name in unexpected for mark in marks):

@@ -9,7 +9,8 @@ from pathlib import Path
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.convert.adapters.extract import extract_adapter, has_adapter
+from dsconv.convert.adapters.extract import extract_adapter
+from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.folding import fold_lora
 
 STEM = "adapter_model"
@@ -93,7 +94,7 @@ def choose(
             return Chosen(checkpoint, near=near)  # the file of a PEFT folder, which is copied as it is
         adapter = extract_adapter(checkpoint, folders, options.name)
         return Chosen(adapter.checkpoint, files=adapter.files, near=near)
-    if not checkpoint.info.get("adapter") and has_adapter(checkpoint):
+    if not checkpoint.info.get("adapter") and is_peft_model(checkpoint):
         warning = (
             f"{checkpoint.path}: these are the names of a PEFT model, base and adapter in one, which neither"
             " from_pretrained nor PeftModel loads. --adapter writes the adapter alone; --fold-lora folds a LoRA into"

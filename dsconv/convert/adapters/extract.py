@@ -54,11 +54,6 @@ class Adapter:
     files: dict[str, bytes]
 
 
-def has_adapter(checkpoint: Checkpoint) -> bool:
-    """Return whether the checkpoint's names are those of a PEFT model: base and adapter, or an adapter alone."""
-    return bool(adapters_in(checkpoint)) or is_saved_form(checkpoint)
-
-
 def extract_adapter(
     checkpoint: Checkpoint, folders: list[Path], wanted: str | None = None, *, keeps_base: bool = False
 ) -> Adapter:

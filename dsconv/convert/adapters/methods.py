@@ -120,6 +120,14 @@ def adapters_in(names: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
+def is_peft_model(names: Iterable[str]) -> bool:
+    """Return whether ``names`` are those of a model with an adapter in it, or of an adapter; no plain model has such."""
+    found = list(names)
+    wrapped = any(name.startswith("base_model.") or ".base_layer." in name for name in found)
+    encoded = any(name.startswith(f"{ENCODER}.") for name in found)
+    return encoded or (wrapped and (bool(adapters_in(found)) or is_saved_form(found)))
+
+
 def of_other_adapter(name: str, others: Iterable[str]) -> bool:
     """Return whether a tensor belongs to one of the adapters ``others`` (``_filter_state_dict_for_adapter_name``)."""
     return any(f".{other}." in name or name.endswith(f".{other}") for other in others)

@@ -31,13 +31,13 @@ def auto_class(architecture: str, kind: str) -> str:
     text = _source()
     if text is None:
         return next((auto for ending, auto in ENDINGS.items() if architecture.endswith(ending)), architecture)
-    pairs = re.findall(r"class (AutoModel\w*)\(_BaseAutoModelClass\):.*?_model_mapping = (\w+)", text, re.DOTALL)
     item = re.compile(rf'\("{re.escape(kind)}",\s*\(?[^)]*"{re.escape(architecture)}"')
-    found = []
-    for auto, mapping in pairs:
-        begin = re.search(rf"^{mapping}_NAMES\b.*= OrderedDict\(", text, re.MULTILINE)
-        if begin is not None and item.search(text, begin.end(), text.find("\n)", begin.end())):
-            found.append(auto)
+    found = set()
+    for match in item.finditer(text):
+        table = text.rfind("_NAMES", 0, match.start())  # MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict(
+        mapping = text[text.rfind("\n", 0, table) + 1 : table]
+        if used := text.find(f"_model_mapping = {mapping}\n", match.end()) + 1:
+            found.add(text[text.rfind("class ", 0, used) + 6 : text.rfind("(", 0, used)])
     return next((auto for auto in PREFERRED if auto in found), architecture)
 
 
