@@ -121,7 +121,7 @@ def adapters_in(names: Iterable[str]) -> list[str]:
 
 
 def is_peft_model(names: Iterable[str]) -> bool:
-    """Return whether ``names`` are those of a model with an adapter in it, or of an adapter; no plain model has such."""
+    """Return whether ``names`` are those of a model with an adapter, or of an adapter: no plain model has such."""
     found = list(names)
     wrapped = any(name.startswith("base_model.") or ".base_layer." in name for name in found)
     encoded = any(name.startswith(f"{ENCODER}.") for name in found)
