@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 
+from dsconv.loaders.report import LoadReport
 from dsconv.text import MAX_LINE, clean, redact
 
 
@@ -44,3 +45,13 @@ def test_long_text_is_cut_in_the_middle() -> None:
 )
 def test_what_gives_access_is_not_shown(text: str, shown: str) -> None:
     assert redact(text) == clean(text) == shown
+
+
+def test_a_load_report_shows_names_as_text() -> None:
+    evil = "w\x1b[2J\nloaded 5 tensors"
+    report = LoadReport(f"https://u:p@h/{evil}", "safetensors", missing=[evil], unexpected=[evil], warnings=[evil])
+    report.mismatched = {evil: ((1,), (2,))}
+    shown = report.summary().splitlines()
+    assert len(shown) == 5
+    assert all(line.isprintable() for line in shown)
+    assert "u:p" not in shown[0]

@@ -30,7 +30,7 @@ Decorator = Callable[[Any], Any]
 
 JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 FOLLOW_LINKS: Decorator = click.option(
-    "--follow-links", is_flag=True, help="Read what links lead to that leave the checkpoint (default: refuse)."
+    "--follow-links", is_flag=True, help="Follow links that leave the checkpoint (default: refuse them)."
 )
 QUIET: Decorator = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 DEBUG: Decorator = click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")

@@ -20,14 +20,14 @@ SOURCE_OPTIONS = (
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main)."),
     console.FOLLOW_LINKS,
 )
-ITEM = click.option("--item", metavar="KEY", help="Which model of several, such as actor; the error lists them.")
+ITEM = click.option("--item", metavar="KEY", help="Model to read, if CKPT holds several, such as actor.")
 TENSOR_OPTIONS = (
     click.option(
         "--weights",
         type=click.Choice(["masters", "16bit"]),
         default="masters",
         show_default=True,
-        help="Of a DeepSpeed checkpoint: the optimizer's fp32 masters, or the model's own 16-bit weights.",
+        help="What to read from a DeepSpeed checkpoint: fp32 masters, or the model's 16-bit weights.",
     ),
     click.option(
         "--dtype",
@@ -37,20 +37,26 @@ TENSOR_OPTIONS = (
     click.option(
         "--exclude-frozen", "--exclude_frozen_parameters", is_flag=True, help="Leave out weights that were not trained."
     ),
-    click.option("--include", multiple=True, metavar="GLOB", help="Write only tensors whose names fit; repeatable."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out tensors whose names fit; repeatable."),
-    click.option("--strip-prefix", multiple=True, metavar="P", help="Remove P from the start of names; repeatable."),
+    click.option(
+        "--include", multiple=True, metavar="GLOB", help="Write only tensors whose names match; may be repeated."
+    ),
+    click.option(
+        "--exclude", multiple=True, metavar="GLOB", help="Leave out tensors whose names match; may be repeated."
+    ),
+    click.option(
+        "--strip-prefix", multiple=True, metavar="P", help="Remove P from the start of names; may be repeated."
+    ),
     click.option(
         "--rename",
         multiple=True,
         metavar="OLD=NEW",
-        help="Rename tensors called OLD or OLD.…; a * is one part between dots; repeatable.",
+        help="Rename OLD and OLD.…; * matches one part between dots; may be repeated.",
     ),
     click.option("--adapter", is_flag=True, help="Write only the PEFT adapter, exactly as PEFT would save it."),
-    click.option("--adapter-name", metavar="NAME", help="Which adapter, where the model holds several."),
+    click.option("--adapter-name", metavar="NAME", help="Adapter to read, if the model holds several."),
     click.option("--fold-lora", is_flag=True, help="Fold the LoRA into its base, as PEFT's merge_and_unload does."),
     click.option(
-        "--base", type=click.Path(), metavar="MODEL", help="The base of --fold-lora, where CKPT is an adapter alone."
+        "--base", type=click.Path(), metavar="MODEL", help="Base model for --fold-lora, if CKPT is an adapter alone."
     ),
 )
 OUTPUT_OPTIONS = (
@@ -114,7 +120,7 @@ def merge(**options: Any) -> None:
 
 
 def _run(options: dict[str, Any], masters: bool = False) -> None:
-    """Merge and print the report. With ``masters`` a source that holds no fp32 masters is worth a warning."""
+    """Merge and print the report. ``masters`` warns if the source holds no fp32 masters."""
     from dsconv.convert import merge as convert
 
     source, output = options.pop("checkpoint"), options.pop("output")

@@ -21,7 +21,12 @@ def _layout_options(start: bool) -> Callable[[Function], Function]:
     """Return the options of the layout; for ``resume`` they have no defaults, so that what is not given stays."""
     number = click.IntRange(1)
     options = [
-        click.option("--nproc", type=number, metavar="W", help="Ranks in all (default: torchrun's, or 1)."),
+        click.option(
+            "--nproc",
+            type=number,
+            metavar="W",
+            help=f"Ranks in all (default: torchrun's, or {'1' if start else 'those of the run'}).",
+        ),
         click.option(
             "--zero-stage",
             type=click.IntRange(0, 3),

@@ -8,6 +8,7 @@ from typing import Any
 
 from dsconv.errors import InconsistentCheckpointError
 from dsconv.loaders.mapping import Matched
+from dsconv.text import clean
 
 SHOWN = 10
 
@@ -46,7 +47,10 @@ class LoadReport:
         return asdict(self)
 
     def summary(self) -> str:
-        """Return the text that is printed: what was loaded, and the names that did not match."""
+        """Return the text that is printed: what was loaded, and the names that did not match.
+
+        It is safe to show: names come from the checkpoint.
+        """
         read = f"this rank read {self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
         lines = [f"loaded {self.loaded} tensors of {self.source} ({self.format}): {read}"]
         for what, names in (
@@ -58,7 +62,7 @@ class LoadReport:
                 lines.append(f"  {len(names)} {what}: {_some(names)}")
         if self.overflowed:
             lines.append(f"  {self.overflowed} values are too large for the dtype and became infinite")
-        return "\n".join([*lines, *(f"  {warning}" for warning in self.warnings)])
+        return "\n".join(map(clean, [*lines, *(f"  {warning}" for warning in self.warnings)]))
 
 
 def _some(names: Iterable[str]) -> str:
