@@ -22,9 +22,10 @@ import sys
 from typing import Any
 
 from dsconv.checkpoint.map import dtypes
+from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.pickles import constructors
 from dsconv.checkpoint.pickles.kept_classes import KEPT
-from dsconv.checkpoint.pickles.values import OpaqueClass, StorageKind
+from dsconv.checkpoint.pickles.values import Opaque, OpaqueClass, StorageKind
 
 _EXCEPTIONS = tuple(
     name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, BaseException)
@@ -77,8 +78,8 @@ for _module, _names in {
     "uuid": ("UUID", "SafeUUID"),
     "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"),
     "pathlib._local": ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"),
-    "_io": ("BytesIO",),
-    "io": ("BytesIO",),
+    "_io": ("BytesIO", "StringIO"),
+    "io": ("BytesIO", "StringIO"),
     "argparse": ("Namespace",),
     "types": ("SimpleNamespace", "GenericAlias"),
     "random": ("Random",),
@@ -87,8 +88,14 @@ for _module, _names in {
     "ipaddress": ("IPv4Address", "IPv6Address", "IPv4Network", "IPv6Network"),
     "logging": ("getLogger",),
     "operator": ("getitem", "itemgetter"),
+    "_operator": ("getitem", "itemgetter"),
+    "http": ("HTTPStatus",),
+    "itertools": ("count", "repeat"),
+    "signal": ("Signals", "Handlers"),
+    "string": ("Template",),
     "zoneinfo": ("ZoneInfo", "ZoneInfo._unpickle"),
     "torch": ("device", "Generator"),
+    "torch._C": ("Generator",),
     "torch.serialization": ("_get_layout",),
     "numpy": ("dtype", "ndarray"),
     "numpy.core.multiarray": ("_reconstruct", "scalar"),
@@ -131,9 +138,12 @@ LABELS = {
     for module, names in {
         **dict.fromkeys(
             ("builtins", "__builtin__"),
-            ("object", "bool", "dict", "list", "int", "str", "float", "tuple", "long", "unicode", "Ellipsis"),
+            (
+                *("object", "bool", "dict", "list", "int", "str", "float", "tuple", "long", "unicode"),
+                *("Ellipsis", "NotImplemented", "abs", "len", "min", "print", "round", "sum"),
+            ),
         ),
-        "typing": ("Any", "Union", "Optional", "Literal", "List", "Dict", "Tuple", "Set", "Sequence", "Mapping"),
+        "typing": ("Any", "Union", "Optional", "Literal", "List", "Dict", "Tuple", "Set", "Callable"),
         "math": ("sqrt", "exp", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "tanh", "pow", "floor", "ceil"),
     }.items()
     for name in names
@@ -174,7 +184,7 @@ HARMFUL_CLASS = re.compile(
 )
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 CLASS = re.compile(r"_?[A-Z]\w*(\._?[A-Z]\w*)*", re.ASCII)
-MAX_MEMBER_CHARS = 1000
+MAX_MEMBER_ITEMS = 1000  # or characters
 
 
 def is_member(cls: OpaqueClass, args: tuple[Any, ...]) -> bool:
@@ -182,7 +192,7 @@ def is_member(cls: OpaqueClass, args: tuple[Any, ...]) -> bool:
 
     Python pickles a member as a call of its class with its value (CPython 3.10 to 3.14 ``enum.py`` ``__reduce_ex__``).
     The class must be named as PEP 8 says, must not be one of ``KEPT``, whose objects are never made so, nor one that
-    runs something when it is called with a text. The value must be None, a number, a text, or a tuple of them.
+    runs something when it is called with a text. The value must be data or a class, or a container of them.
     """
     return (
         len(args) == 1
@@ -196,10 +206,17 @@ def is_member(cls: OpaqueClass, args: tuple[Any, ...]) -> bool:
 
 
 def _is_value(value: Any) -> bool:
-    if isinstance(value, (str, tuple)) and len(value) > MAX_MEMBER_CHARS:
+    if isinstance(value, (str, bytes, list, tuple, set, frozenset, dict)) and len(value) > MAX_MEMBER_ITEMS:
         return False
-    items = value if isinstance(value, tuple) else (value,)
-    return all(item is None or isinstance(item, (int, float, str)) for item in items)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return all(map(_is_plain, value)) if isinstance(value, (list, tuple, set, frozenset)) else _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, OpaqueClass):
+        return CLASS.fullmatch(value.name) is not None or (value.module, value.name) in LABELS
+    return value is None or isinstance(value, (int, float, str, bytes, DType, Opaque))
 
 
 def makes_objects(cls: OpaqueClass) -> bool:

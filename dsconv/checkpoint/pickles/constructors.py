@@ -45,6 +45,8 @@ PLAIN_INSIDE = {
     for kind in ("Dynamic", "Delayed", "Static")
 }
 NESTED_NAME = re.compile(r"[A-Z]\w*", re.ASCII)
+METHOD_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+TORCH_FUNCTIONS = "torch._C._VariableFunctionsClass"  # whose static methods torch.relu and its like are
 
 
 def _require(condition: bool, what: str) -> None:
@@ -165,19 +167,25 @@ def rebuild_from_type(budget: WorkBudget, function: Any, kind: Any, args: Any, s
 
 
 def nested_class(budget: WorkBudget, *args: Any) -> OpaqueClass | Inert:
-    """Return the class that ``getattr`` names inside another one, which is how protocols 2 and 3 write it.
+    """Return what ``getattr`` names inside a class, which is how protocols 2 and 3 write a nested class.
 
-    Some releases of Python write the member of an enumeration so, too. A name that begins with a capital letter is that
-    of a class or a member; what could be a function is refused.
+    Some releases of Python write the member of an enumeration so, too, and all of them the method of an object. A name
+    in a class must begin with a capital letter, since what begins with a small one could be a function.
     """
     owner, name = args if len(args) == 2 else (None, None)
-    if isinstance(owner, OpaqueClass) and isinstance(name, str) and NESTED_NAME.fullmatch(name):
+    if isinstance(owner, Inert) and (owner.label, name) == ("zoneinfo.ZoneInfo", "_unpickle"):
+        return owner
+    if isinstance(owner, Opaque):  # the method of an object, named as the function of a partial
+        budget.spend(len(owner.cls))
+        module, _, owner_name = owner.cls.rpartition(".")
+        owner, pattern = OpaqueClass(module, owner_name), METHOD_NAME
+    else:
+        pattern = METHOD_NAME if isinstance(owner, OpaqueClass) and owner.label == TORCH_FUNCTIONS else NESTED_NAME
+    if isinstance(owner, OpaqueClass) and isinstance(name, str) and pattern.fullmatch(name):
         nchars = len(owner.module) + len(owner.name) + len(name)
         _require(nchars < MAX_NAME_CHARS, f"a class whose name has {nchars} characters; the limit is {MAX_NAME_CHARS}")
         budget.allocate(2 * OBJECT_BYTES + 4 * nchars)
         return OpaqueClass(owner.module, f"{owner.name}.{name}")
-    if isinstance(owner, Inert) and (owner.label, name) == ("zoneinfo.ZoneInfo", "_unpickle"):
-        return owner
     raise Refused(f"calls builtins.getattr{safe_repr(args)}")
 
 

@@ -10,12 +10,15 @@ import decimal
 import enum
 import fractions
 import functools
+import http
+import io
 import ipaddress
 import logging
 import math
 import pathlib
 import pickle
 import re
+import signal
 import types
 import typing
 import uuid
@@ -47,7 +50,19 @@ class Level(enum.IntFlag):
     HIGH = 2
 
 
+class Odd(enum.Enum):
+    TABLE = {"x": 1}
+    LIST = [1, 2]
+    DTYPE = torch.float16
+    NOTHING = None
+    TYPE = int
+    CLASS = Stage
+    BYTES = b"x"
+
+
 class Config:
+    def run(self, step: int) -> None: ...
+
     class Mode(str, enum.Enum):
         fast = "fast"
 
@@ -75,6 +90,13 @@ CLIENT_OBJECTS: dict[str, Callable[[], Any]] = {
     "an enumeration in a class": lambda: Config.Mode.fast,
     "an enumeration's class": lambda: Stage,
     "a dataclass in a class": Config.Inner,
+    "enumerations by other values": lambda: list(Odd),
+    "a generator": torch.Generator,
+    "a partial of a method": lambda: functools.partial(Config().run, 1),
+    "partials of functions": lambda: [functools.partial(torch.relu), functools.partial(print, "x")],
+    "the standard library's enumerations": lambda: [http.HTTPStatus.OK, signal.SIGTERM],
+    "type hints": lambda: [typing.Optional[int], typing.Callable[[int], int]],  # noqa: UP045
+    "streams": lambda: [io.BytesIO(b"x"), io.StringIO("x")],
     "a named tuple": lambda: Point(1, 2),
     "an error of the user's own": lambda: TooLong("no"),
     "an error": lambda: ValueError("no", 1),
@@ -143,8 +165,8 @@ def test_what_a_client_state_may_hold_is_read_as_labels(title: str, tmp_path: Pa
         file = TorchFile(path)
         assert isinstance(file.root["w"], TensorRef)
         assert file.value(file.root["w"]) == weight.numpy().tobytes()
-    if title not in ("a module", "an optimizer", "torch's own"):  # tensors need torch.save
-        for protocol in range(6):
+    if title not in ("a module", "an optimizer", "torch's own", "a generator"):  # tensors need torch.save
+        for protocol in range(2 if title == "streams" else 0, 6):
             load_raw(pickle.dumps(value, protocol=protocol))
 
 
@@ -224,8 +246,18 @@ REFUSED = {
     "a function by its name": call(glob("my.code", "strike"), text("x")),
     "a class without a value": call(glob("my.code", "Stage")),
     "a class with two values": call(glob("my.code", "Stage"), number(1), number(2)),
-    "a class with a list": call(glob("my.code", "Stage"), lst(number(1))),
-    "a class with an object": call(glob("my.code", "Stage"), glob("my.code", "Other")),
+    "a class with a function": call(glob("my.code", "Stage"), glob("my.code", "strike")),
+    "a class with a list of functions": call(glob("my.code", "Stage"), lst(glob("my.code", "strike"))),
+    "a process with a list": call(glob("psutil", "Popen"), lst(text("touch"), text("x"))),
+    "a method of an object that is called": call(
+        call(glob("builtins", "getattr"), glob("my.code", "Stage") + b")\x81", text("run")), text("x")
+    ),
+    "a hidden attribute of an object": call(
+        glob("builtins", "getattr"), glob("my.code", "Stage") + b")\x81", text("__class__")
+    ),
+    "a function of torch that is called": call(
+        call(glob("builtins", "getattr"), glob("torch._C", "_VariableFunctionsClass"), text("from_file")), text("x")
+    ),
     "a class with nested tuples": call(glob("my.code", "Stage"), tup(tup(number(1)))),
     "a process": call(glob("psutil", "Popen"), text("touch x")),
     "a process of another library": call(glob("gevent.subprocess", "Popen"), text("touch x")),
