@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urljoin
 
 from dsconv.checkpoint.storage.stores import Stat, Store
 from dsconv.errors import MalformedError, RemoteError
 
 ABSENT = (404, 410)
+ANSWER_SECONDS = 300  # for a whole answer, of at most 8 MB
+SILENCE_SECONDS = 60  # in which not a byte comes
+MAX_PAGE_BYTES = 16 << 20  # a server's listing of a folder
 CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 
 
@@ -26,6 +30,18 @@ class Probe:
     is_dir: bool
     nbytes: int | None
     ranges: bool
+    etag: str = ""
+
+
+class Links(HTMLParser):
+    """The ``href`` of each link of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
 class HttpStore(Store):
@@ -48,25 +64,24 @@ class HttpStore(Store):
 
     def stat(self, url: str) -> Stat | None:
         probe = self.probe(url)
-        return None if probe is None else Stat(probe.is_dir, probe.nbytes or 0)
+        return None if probe is None else Stat(probe.is_dir, probe.nbytes or 0, etag=probe.etag)
+
+    def stat_again(self, url: str) -> Stat | None:
+        self.probes.pop(url, None)
+        return self.stat(url)
 
     def list(self, url: str) -> dict[str, Stat]:
-        def names() -> dict[str, Stat]:
-            try:
-                found = self.fs.ls(url + "/", detail=False)
-            except FileNotFoundError:
-                return {}
-            below = [item for item in found if item.startswith(url + "/") and item != url + "/"]
-            return {
-                unquote(item.rstrip("/").rpartition("/")[2]): Stat(item.endswith("/"))
-                for item in below
-                if "?" not in item
-            }
+        from fsspec.asyn import sync
 
         try:
-            return self.attempt(url, names)
-        except RemoteError:  # many servers refuse to list a folder whose files they give
+            page = self.attempt(url, lambda: sync(self.fs.loop, self._read_all, url + "/", MAX_PAGE_BYTES))
+        except (RemoteError, MalformedError):  # many servers refuse to list a folder whose files they give
             return {}
+        links = Links()
+        links.feed(page.decode("utf-8", "replace"))
+        inside = (urljoin(url + "/", link).removeprefix(url + "/") for link in links.found)
+        names = (name for name in inside if name and "?" not in name and "#" not in name and "://" not in name)
+        return {unquote(name.rstrip("/")): Stat(name.endswith("/")) for name in names if "/" not in name.rstrip("/")}
 
     def require_ranges(self, url: str) -> None:
         probe = self.probe(url)
@@ -82,15 +97,34 @@ class HttpStore(Store):
         data: bytes = self.attempt(url, lambda: sync(self.fs.loop, self._read_range, url, start, stop))
         return data
 
-    async def _get(self, url: str, start: int, stop: int) -> Any:
+    def read_all(self, url: str, limit_bytes: int) -> bytes:
+        from fsspec.asyn import sync
+
+        data: bytes = self.attempt(url, lambda: sync(self.fs.loop, self._read_all, url, limit_bytes))
+        return data
+
+    async def _get(self, url: str, wanted: str = "") -> Any:
+        from aiohttp import ClientTimeout
         from yarl import URL
 
         session = await self.fs.set_session()
-        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        return session.get(URL(url, encoded=True), headers=headers, **self.fs.kwargs)
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={wanted}"} if wanted else {})}
+        timeout = ClientTimeout(total=ANSWER_SECONDS, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+        return session.get(URL(url, encoded=True), headers=headers, **{"timeout": timeout, **self.fs.kwargs})
+
+    async def _read_all(self, url: str, limit_bytes: int) -> bytes:
+        """Return a whole answer, which may have no end: no more than the limit is read."""
+        async with await self._get(url) as answer:
+            answer.raise_for_status()
+            data = bytearray()
+            async for part in answer.content.iter_chunked(64 << 10):
+                data += part
+                if len(data) > limit_bytes:
+                    raise MalformedError(f"{url}: has more than {limit_bytes} bytes, the most that such a file has")
+            return bytes(data)
 
     async def _probe(self, url: str) -> Probe | None:
-        async with await self._get(url, 0, 1) as answer:
+        async with await self._get(url, "0-0") as answer:
             if answer.status in ABSENT:
                 return None
             found = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
@@ -99,12 +133,12 @@ class HttpStore(Store):
             answer.raise_for_status()
             is_dir = answer.url.path.endswith("/")  # after redirects; true for a bare host too
             if answer.status == 206 and found:
-                return Probe(is_dir, int(found[3]), True)
+                return Probe(is_dir, int(found[3]), True, _etag(answer))
             length = answer.headers.get("Content-Length", "")
-            return Probe(is_dir, int(length) if length.isdigit() else None, False)
+            return Probe(is_dir, int(length) if length.isdigit() else None, False, _etag(answer))
 
     async def _read_range(self, url: str, start: int, stop: int) -> bytes:
-        async with await self._get(url, start, stop) as answer:
+        async with await self._get(url, f"{start}-{stop - 1}") as answer:
             answer.raise_for_status()
             found = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
             if answer.status != 206 or not found:
@@ -112,9 +146,21 @@ class HttpStore(Store):
                     f"{url}: the server does not honour range requests: asked for bytes {start} to {stop}, it answers"
                     f" {answer.status}"
                 )
+            probe = self.probes.get(url)
+            if probe is not None and (probe.nbytes, probe.etag) != (int(found[3]), _etag(answer)):
+                raise MalformedError(f"{url}: it was written to while it was read: run again when nothing writes there")
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise RemoteError(
+                    f"{url}: the server compresses what it was asked for as it is"
+                    f" ({answer.headers['Content-Encoding']!r}), so the bytes cannot be placed; download the file"
+                )
             if found[1] is None or (int(found[1]), int(found[2])) != (start, stop - 1):
                 raise MalformedError(
                     f"{url}: truncated: asked for bytes {start} to {stop}, the server gives"
                     f" {answer.headers['Content-Range']!r}"
                 )
             return bytes(await answer.content.readexactly(stop - start))
+
+
+def _etag(answer: Any) -> str:
+    return str(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")

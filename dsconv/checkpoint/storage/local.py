@@ -11,13 +11,14 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from dsconv.errors import CheckpointNotFoundError, MalformedError
 
 # Read at each end of a zip: what torch.save writes around one tensor takes some 600 bytes before it and 900 after.
 EDGE_BYTES = 2048
 MAX_SMALL_BYTES = 200 << 20  # the largest file that is read whole; the largest tokenizer known has 35 MB
-Signature = tuple[int, int, int]  # size, time of the last change in ns, inode
+Signature = tuple[Any, ...]  # see ``stat_signature``
 
 
 class OpenFile:
@@ -206,12 +207,18 @@ def require_small(path: object, nbytes: int, limit_bytes: int) -> None:
 
 
 def stat_signature(path: Path) -> Signature | None:
-    """Return size, time of the last change in ns, and inode of a local file, by which a changed file is known.
+    """Return what a changed file is known by, as it is now; None for a file that is gone.
 
-    None stands for a file that is gone, and for every file of a store.
+    It is size, time of the last change in ns, and inode of a local file, and size and ETag of a file in a store (size
+    and time, where the store gives no ETag).
+
+    Raises:
+        RemoteError: The store cannot be reached.
     """
-    if is_remote(path):
-        return None
+    asks_itself = getattr(path, "signature", None)
+    if asks_itself is not None:
+        found: Signature | None = asks_itself()
+        return found
     try:
         return _signature(os.stat(path))  # noqa: PTH116 - of the disk, also where the Hub would answer for the path
     except OSError:

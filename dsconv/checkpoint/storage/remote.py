@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 from dsconv.checkpoint.storage.http import HttpStore
 from dsconv.checkpoint.storage.hub import connection
-from dsconv.checkpoint.storage.local import OpenFile
+from dsconv.checkpoint.storage.local import OpenFile, read_small
 from dsconv.checkpoint.storage.stores import Stat, Store
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UnsupportedError
 
@@ -174,10 +174,23 @@ class RemotePath:
             if child.is_dir():
                 yield from child.rglob(pattern)
 
-    def read_bytes(self) -> bytes:
-        """Return the content of a small file. Raises CheckpointNotFoundError, RemoteError."""
+    def first_signature(self) -> tuple[int, str] | None:
+        """Return what the store said about the file when it was first asked; see ``local.first_signature``."""
+        found = self.tree.stat(str(self))
+        return None if found is None else found.signature
+
+    def signature(self) -> tuple[int, str] | None:
+        """Return what the store says about the file now; see ``local.stat_signature``."""
+        found = self.tree.store.stat_again(str(self))
+        return None if found is None else found.signature
+
+    def read_small(self, limit_bytes: int) -> bytes:
+        """Return the content of a small file; see ``local.read_small``."""
         self.stat()
-        return self.tree.store.read_all(str(self))
+        return self.tree.store.read_all(str(self), limit_bytes)
+
+    def read_bytes(self) -> bytes:
+        return read_small(self)  # type: ignore[arg-type]  # it stands in for a Path
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)

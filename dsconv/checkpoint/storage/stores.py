@@ -14,14 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from dsconv.checkpoint.storage.local import require_small
 from dsconv.errors import DsconvError, RemoteError
 
 T = TypeVar("T")
 FIRST_WAIT_SECONDS = 0.25  # doubled after each try, and varied, so that workers do not all come back at once
+PATIENCE_SECONDS = 300  # since the first try; a later failure is the last
 PARTIAL = ".dsconv-partial"  # the folder for files that are not whole yet, as on the disk
 DEFERS = {"s3", "s3a"}  # stores that show an upload once it is completed, and whose library lets the caller do that
 PART_BYTES = 16 << 20  # a part of an upload; those in flight are held in memory
 MAX_PARTS = 9_000  # S3 takes 10,000
+ETAGS = ("ETag", "etag", "generation", "blob_id")  # what S3, Azure, Google and the Hub call it
 PERMANENT = (
     FileNotFoundError,
     PermissionError,
@@ -39,6 +42,12 @@ class Stat:
     is_dir: bool
     st_size: int = 0
     st_mtime_ns: int = 0
+    etag: str = ""  # of the content, where the store gives one
+
+    @property
+    def signature(self) -> tuple[int, str]:
+        """What tells a file from a later one of its name. A listing may round times, so the ETag goes first."""
+        return self.st_size, self.etag or str(self.st_mtime_ns)
 
 
 class Store:
@@ -63,6 +72,10 @@ class Store:
 
         return self.attempt(url, info)
 
+    def stat_again(self, url: str) -> Stat | None:
+        """Return what lies at a URL now, whatever was known about it."""
+        return self.stat(url)
+
     def list(self, url: str) -> dict[str, Stat]:
         """Return {name: what it is} of a folder; empty where there is no such folder."""
 
@@ -86,18 +99,23 @@ class Store:
     def require_ranges(self, url: str) -> None:
         """Raise RemoteError where the store cannot give parts of a file."""
 
-    def read_all(self, url: str) -> bytes:
-        return self.attempt(url, lambda: bytes(self.fs.cat_file(url)))
+    def read_all(self, url: str, limit_bytes: int) -> bytes:
+        """Return the content of a small file. Raises MalformedError for one of more than ``limit_bytes``."""
+        found = self.stat(url)
+        require_small(url, found.st_size if found else 0, limit_bytes)
+        return self.read_range(url, 0, found.st_size) if found and found.st_size else b""
 
     def attempt(self, url: str, action: Callable[[], T]) -> T:
         """Return ``action()``, tried again with growing pauses while its failure may pass. Raises RemoteError."""
+        began = time.monotonic()
         for number in range(1, self.tries + 1):
             try:
                 return action()
             except DsconvError:
                 raise
             except Exception as error:  # noqa: BLE001 - every library behind fsspec has errors of its own
-                if number == self.tries or not _passes(error):
+                late = time.monotonic() - began > PATIENCE_SECONDS
+                if number == self.tries or late or not _passes(error):
                     raise _remote_error(url, error, number) from None
             time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1) * random.uniform(0.75, 1.25))
         raise AssertionError
@@ -172,7 +190,8 @@ class Writer:
 def _stat(info: dict[str, Any]) -> Stat:
     when = info.get("LastModified") or info.get("mtime") or info.get("created") or 0
     seconds = float(when.timestamp() if hasattr(when, "timestamp") else when if isinstance(when, (int, float)) else 0)
-    return Stat(info.get("type") == "directory", int(info.get("size") or 0), int(seconds * 1e9))
+    etag = next((str(info[key]) for key in ETAGS if info.get(key)), "")
+    return Stat(info.get("type") == "directory", int(info.get("size") or 0), int(seconds * 1e9), etag)
 
 
 def _passes(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from tests.fixtures.cases import ALL
 from tests.trained import Trained
 
 ORDER = [row.name for row in FORMATS]
-MAKERS = ("autotp", "dcp", "moe", "pipeline", "rankfiles", "universal", "universal_mp", "universal_parallel")
+MAKERS = ("autotp", "dcp", "moe", "pipeline", "rankfiles", "universal", "universal_mp")
 
 
 def named_by_users(maker: str, folder: Path) -> dict[Path, str]:
