@@ -276,6 +276,11 @@ def read_module_states(path: Path) -> ModuleStates:
         *buffers,
         *(name for pair in shared.items() for name in pair),
     ]
+    for key in ("dp_world_size", "mp_world_size"):
+        fields.count(key)
+    for key in ("ds_autoep_layers", "autoep_layers"):
+        fields.listing(key)
+    fields.mapping("universal_checkpoint_info")
     outer = all(OUTER in unwrap(listed).removed for listed in (in_tree, module) if listed)
     names, in_module = unwrap(in_tree, outer), unwrap(module, outer)
     return ModuleStates(

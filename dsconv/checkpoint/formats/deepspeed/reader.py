@@ -75,7 +75,7 @@ def read_zero(folder: TagFolder) -> Checkpoint:
     warnings = list(folder.warnings)
     partitions = read_partitions(folder, warnings)
     if "ds_zero_partition_groups" in partitions[0].state:
-        from dsconv.checkpoint.formats.deepspeed.moe.autoep import read_zero3_experts
+        from dsconv.checkpoint.formats.deepspeed.moe.zero3 import read_zero3_experts
 
         return read_zero3_experts(folder, partitions, warnings)
     return single_rank_checkpoint(folder, zero.map_of(folder, partitions, warnings), warnings)

@@ -189,8 +189,7 @@ def _by_shape(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
     def any_fits(slot: Slot, name: str) -> bool:
         return True
 
-    matcher = Matcher(names, groups, dict.fromkeys(names, 1), any_fits, any_fits)
-    ways, found = matcher.in_order(any_fits)
+    ways, found = Matcher(names, groups, dict.fromkeys(names, 1), any_fits).in_order()
     if ways != 1:
         why = "fit the parameters in several ways" if ways else "do not fit the module's parameters in their order"
         raise UnsupportedError(

@@ -18,6 +18,8 @@ from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
+from dsconv.checkpoint.formats.deepspeed.moe.autoep import naming_of, whole_experts
+from dsconv.checkpoint.formats.deepspeed.moe.experts import owner_of
 from dsconv.checkpoint.formats.deepspeed.partitions import frozen_entry
 from dsconv.checkpoint.formats.deepspeed.rank_map import Contents, build_checkpoint, master_dtypes
 from dsconv.checkpoint.formats.deepspeed.reader import read_folder
@@ -118,12 +120,13 @@ def _read(folder: TagFolder) -> Checkpoint:
     if stage == 0:
         shapes = _with_states(folder, listing)
         whole = whole if states.module else None
-    entries = {
-        name: replace(
-            _parameter(folder, name, states.stored.get(name, name), shape, whole), aliases=tuple(ties.get(name, ()))
-        )
-        for name, shape in shapes.items()
-    }
+    naming = naming_of(states, folder, warnings)
+    entries = {}
+    for name, shape in shapes.items():
+        is_expert = owner_of(list(naming.layers.values()), name) is not None
+        # The model states list a rank's own experts, the files hold all of them.
+        entry = _parameter(folder, name, states.stored.get(name, name), shape, None if is_expert else whole)
+        entries[name] = replace(entry, aliases=tuple(ties.get(name, ())))
     if stage == 3 and model_parallel > 1:
         _refuse_shards(
             folder, [name for of in all_states for name in of.frozen_shapes if name not in entries], model_parallel
@@ -144,6 +147,7 @@ def _read(folder: TagFolder) -> Checkpoint:
         if model_parallel == 1:
             consistency.masters_match_module(states, uncut, warnings)
     world = len(all_states) if stage == 3 and model_parallel == 1 else states.data_parallel
+    entries = naming.renamed(whole_experts(entries, naming))
     info: dict[str, Any] = {"master_dtype": master_dtypes(entries)}
     if stage:
         info["parameter_groups"] = len(states.param_shapes)
@@ -167,12 +171,13 @@ def _with_states(folder: TagFolder, all_states: list[ModuleStates]) -> dict[str,
     here: its shapes are not known and come out as ().
     """
     trained = {path.parent.name for path in (folder.path / FOLDER).glob("*/*.pt") if path.name != "fp32.pt"}
-    shapes = {
-        name: value.shape for of in all_states for name, value in of.module.items() if isinstance(value, TensorRef)
-    }
-    if not shapes:
-        return dict.fromkeys(sorted(trained), ())
-    return {name: shape for name, shape in shapes.items() if name in trained}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for states in all_states:
+        for name, value in states.module.items():
+            if isinstance(value, TensorRef) and states.stored.get(name, name) in trained:
+                shapes[name] = value.shape
+    has_module = any(isinstance(value, TensorRef) for states in all_states for value in states.module.values())
+    return shapes if has_module else dict.fromkeys(sorted(trained), ())
 
 
 def _refuse_shards(folder: TagFolder, frozen: list[str], model_parallel: int) -> None:

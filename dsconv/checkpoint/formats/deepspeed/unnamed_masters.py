@@ -132,24 +132,23 @@ class Ambiguous(UnsupportedError):
 
 @dataclass(frozen=True)
 class Matcher:
-    """Assigns slots to names. ``sample`` judges by the first values, ``whole`` by all of them."""
+    """Assigns slots to names. ``judge`` says whether a slot can be that of a name."""
 
     names: Sequence[str]
     groups: Sequence[Group]
     sizes: Mapping[str, int]  # what each name takes up in a group
-    sample: Judge
-    whole: Judge
+    judge: Judge
 
-    def slots_of(self, name: str, positions: Sequence[int], judge: Judge) -> list[Slot]:
+    def slots_of(self, name: str, positions: Sequence[int]) -> list[Slot]:
         """Return the next slot of each group that can be of ``name``."""
         found = []
         for group, position in zip(self.groups, positions, strict=True):
             slot = group.slot(position, name) if position < group.end else None
-            if slot is not None and judge(slot, name):
+            if slot is not None and self.judge(slot, name):
                 found.append(slot)
         return found
 
-    def in_order(self, judge: Judge) -> tuple[int, dict[str, Slot]]:
+    def in_order(self) -> tuple[int, dict[str, Slot]]:
         """Return how many assignments keep the module's order in every group (0, 1 or 2 for more), and one of them.
 
         Walks the module with a position in each group: a parameter has the next slot of some group, or none. Positions
@@ -167,7 +166,7 @@ class Matcher:
                 steps: list[tuple[tuple[int, ...], Slot | None]] = [(positions, None)]
                 steps += [
                     ((*positions[: slot.number], slot.after, *positions[slot.number + 1 :]), slot)
-                    for slot in self.slots_of(name, positions, judge)
+                    for slot in self.slots_of(name, positions)
                 ]
                 for after, kept in steps:
                     if sum(ends) - sum(after) <= left[at + 1]:
@@ -195,7 +194,7 @@ class Matcher:
                 slots = [
                     (name, slot)
                     for name in self.names
-                    if (slot := group.slot(position, name)) is not None and self.whole(slot, name)
+                    if (slot := group.slot(position, name)) is not None and self.judge(slot, name)
                 ]
                 if len(slots) != 1 or slots[0][0] in found:
                     return None
@@ -212,7 +211,7 @@ class Matcher:
             for name in self.names
             if self.sizes[name] == size
             and (other := group.slot(slot.position, name)) is not None
-            and self.whole(other, name)
+            and self.judge(other, name)
         ]
 
     def unproven(self, found: Mapping[str, Slot]) -> list[str]:
@@ -249,21 +248,19 @@ def assign(matcher: Matcher, path: Path) -> dict[str, Slot]:
     Raises:
         Ambiguous: The values and the order allow several assignments, or none.
     """
-    ways, found = matcher.in_order(matcher.sample)
-    if ways > 1:
-        ways, found = matcher.in_order(matcher.whole)
+    ways, found = matcher.in_order()
     if ways == 1 and not (doubtful := matcher.unproven(found)):
         return found
     by_value = matcher.by_value()
     if by_value is not None:
         return {name: by_value[name] for name in matcher.names if name in by_value}
-    if ways == 0:
+    alike = doubtful if ways == 1 else _alike(matcher)
+    if ways == 0 and not alike:
         raise Ambiguous(
             f"{path}: without ZeRO (stage 0) the fp32 masters have no names, and they do not fit the model's weights"
             f" by shape, values and order: the weights were changed without the optimizer, or the file is of two saves."
             f" {OTHERWISE}"
         )
-    alike = doubtful if ways == 1 else _alike(matcher)
     raise Ambiguous(
         f"{path}: without ZeRO (stage 0) the fp32 masters have no names, and which master belongs to which weight"
         f" cannot be told for {len(alike)} weights, such as {', '.join(map(repr, alike[:2]))}: their 16-bit values are"
@@ -272,7 +269,7 @@ def assign(matcher: Matcher, path: Path) -> dict[str, Slot]:
 
 
 def _alike(matcher: Matcher) -> list[str]:
-    """Return the names for which a slot fits that fits another name too; positions are those of a walk by samples."""
+    """Return the names for which a slot fits that fits another name too; in a walk along each group."""
     found: dict[str, None] = {}
     for group in matcher.groups:
         reached, seen = [0], {0}
@@ -283,7 +280,7 @@ def _alike(matcher: Matcher) -> list[str]:
                 for name in matcher.names
                 if position < group.end
                 and (slot := group.slot(position, name)) is not None
-                and matcher.whole(slot, name)
+                and matcher.judge(slot, name)
             ]
             if len(fitting) > 1:
                 found.update(dict.fromkeys(name for name, _ in fitting))
@@ -343,10 +340,7 @@ def matcher_of(file: TorchFile, groups: Sequence[Group], weights: Mapping[str, T
     is_flat = any(isinstance(group, FlatTensor) for group in groups)
     sizes = {name: weight.numel if is_flat else 1 for name, weight in weights.items()}
 
-    def sample(slot: Slot, name: str) -> bool:
-        return slot.master is not None and values.begin_alike(name, file, slot.master)
-
-    def whole(slot: Slot, name: str) -> bool:
+    def agree(slot: Slot, name: str) -> bool:
         return slot.master is not None and values.agree(name, file, slot.master)
 
-    return Matcher(list(weights), groups, sizes, sample, whole)
+    return Matcher(list(weights), groups, sizes, agree)

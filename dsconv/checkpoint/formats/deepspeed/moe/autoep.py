@@ -18,29 +18,24 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.config_files import find_config, read_config
-from dsconv.checkpoint.formats.deepspeed.fields import Shapes
-from dsconv.checkpoint.formats.deepspeed.flat import EqualShares, RankFlats
-from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, Ties
+from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.formats.deepspeed.moe.experts import (
     Assembly,
     ExpertLayer,
     ExpertTensor,
     Share,
-    contents_of,
     owner_of,
 )
-from dsconv.checkpoint.formats.deepspeed.partitions import Partition, frozen_entry, master_entry, read_zero3_states
-from dsconv.checkpoint.formats.deepspeed.rank_map import build_checkpoint
 from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.regions import box
-from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
+from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder
-from dsconv.zero_utils.partition import share_numel
 
 # Presets and the model types that they are for (DeepSpeed module_inject/auto_ep_presets/*.py PRESET).
 PRESETS = {"mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "minimax_m3"}
@@ -89,6 +84,11 @@ class AutoEPLayer:
         each = math.prod(shape[1:])
         weight = name.rpartition(".")[2]
         return [self._share(weight, shape[1:], expert, index * each) for index, expert in enumerate(mine)]
+
+    def shares_of_all(self, name: str, shape: tuple[int, ...]) -> list[Share]:
+        """Return where the experts of a tensor belong that holds all of them in order."""
+        weight, each = name.rpartition(".")[2], math.prod(shape[1:])
+        return [self._share(weight, shape[1:], expert, expert * each) for expert in range(self.experts)]
 
     def in_file(self, key: str, shape: tuple[int, ...], expert: int) -> Share | None:
         name, _, number = key.rpartition(".")
@@ -236,6 +236,34 @@ def naming_of(states: ModuleStates, folder: TagFolder, warnings: list[str]) -> N
     return naming
 
 
+def whole_experts(entries: dict[str, TensorEntry], naming: Naming) -> dict[str, TensorEntry]:
+    """Return ``entries`` with AutoEP's tensors of all experts, one behind the other, as the model has them.
+
+    A universal checkpoint holds them so (0.19.8 ``checkpoint/autoep_universal.py``).
+
+    Raises:
+        InconsistentCheckpointError: A tensor is of another number of experts.
+    """
+    layers = list(naming.layers.values())
+    result: dict[str, TensorEntry] = {}
+    experts = Assembly()
+    for name, entry in entries.items():
+        layer = owner_of(layers, name)
+        if not isinstance(layer, AutoEPLayer):
+            result[name] = entry
+            continue
+        where = entry.pieces[0].extent.record.path if entry.pieces else Path(name)
+        if len(entry.shape) != 3 or entry.shape[0] != layer.experts:
+            raise InconsistentCheckpointError(
+                f"{where}: {name!r} has shape {list(entry.shape)}, and the model states say {layer.experts} experts"
+            )
+        for share in layer.shares_of_all(name, entry.shape):
+            pieces = partial(slice_pieces, entry.layout, share.start, share.numel, share.region, name)
+            experts.add(share, entry.dtype, pieces, where)
+    result.update((entry.name, entry) for entry in experts.entries(lambda name: "parameter"))
+    return result
+
+
 def _model_type(folder: TagFolder) -> str | None:
     """Return the ``model_type`` of the config.json that belongs to the checkpoint; None where it is not known."""
     path = find_config([folder.path, folder.save_dir])
@@ -277,143 +305,3 @@ def _layer(row: dict[str, Any], states: ModuleStates, as_transformers: bool) -> 
 def _natural(value: Any) -> int:
     """Return ``value``, or -1 where it is not a count."""
     return value if type(value) is int and 0 <= value < MAX_EXPERTS else -1
-
-
-def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:
-    """Read the tensor map of AutoEP under ZeRO-3 (``checkpoint_format: zero3_partitioned``), without expert files.
-
-    Each rank's model states say which experts it has, and its optimizer file over which ranks each sub-group is cut.
-
-    Args:
-        folder: The tag's folder.
-        partitions: The optimizer file of each rank.
-        warnings: What was found is added.
-
-    Raises:
-        MissingShardError: A rank's model states are not there.
-        MalformedError: A file does not hold what its name says.
-        InconsistentCheckpointError: The files are not of one save.
-        UnsupportedError: AutoEP was folded with tensor parallelism.
-    """
-    world = len(partitions)
-    all_states = read_zero3_states(folder, world, every=lambda _: True)
-    states = all_states[0]
-    naming = naming_of(states, folder, warnings)
-    if not naming.layers:
-        raise MalformedError(
-            f"{states.path}: no ds_autoep_layers, and {partitions[0].path.name} partitions experts over their own ranks"
-        )
-    layers = list(naming.layers.values())
-    ep_ranks = [_ep_ranks(other, folder) for other in all_states]
-    ties = states.ties()
-    reading = _Reading(layers, ep_ranks, ties, world)
-    groups = [_group_ranks(partition, rank, states, world) for rank, partition in enumerate(partitions)]
-    for g, group in enumerate(states.param_shapes):
-        for ranks in dict.fromkeys(groups[rank][g] for rank in range(world)):
-            if any(groups[rank][g] != ranks for rank in ranks):
-                raise InconsistentCheckpointError(
-                    f"{partitions[ranks[0]].path} shares sub-group {g} with ranks {list(ranks)}; those say otherwise"
-                )
-            reading.add_group(g, group, [partitions[rank] for rank in ranks], ranks)
-    entries, experts = reading.entries, reading.experts
-    entries.update((entry.name, entry) for entry in experts.entries(lambda name: "parameter"))
-    for name, shape in states.frozen_shapes.items():
-        if name not in entries:
-            entries[name] = frozen_entry(name, shape, all_states, world, ties)
-    entries.update(states.module_entries(exclude=set(entries), ties=ties, only=set(states.buffer_names)))
-    files = [*(partition.file for partition in partitions), *(other.file for other in all_states)]
-    ep_size = max(len(layer.placement) for layer in layers if isinstance(layer, AutoEPLayer))
-    named = naming.renamed(entries)
-    contents = contents_of(states, "ZeRO-3, AutoEP", 3, layers, named, files, warnings, ep_size)
-    return build_checkpoint(folder, states, contents)
-
-
-def _ep_ranks(states: ModuleStates, folder: TagFolder) -> dict[str, int]:
-    """Return {module: the rank among its expert-parallel ranks} of the rank whose model states these are."""
-    layers = naming_of(states, folder, []).layers.values()
-    return {layer.path: layer.ep_rank for layer in layers if isinstance(layer, AutoEPLayer)}
-
-
-def _group_ranks(partition: Partition, rank: int, states: ModuleStates, world: int) -> list[tuple[int, ...]]:
-    """Return the ranks that share each sub-group of this rank, in the order of their parts."""
-    rows = partition.state.get("ds_zero_partition_groups")
-    if not isinstance(rows, list) or len(rows) != len(partition.groups) or len(rows) != len(states.param_shapes):
-        raise InconsistentCheckpointError(
-            f"{partition.path} holds {len(partition.groups)} sub-groups, {states.path.name} lists"
-            f" {len(states.param_shapes)}: the files are not of one save"
-        )
-    result = []
-    for row in rows:
-        ranks = row.get("partition_ranks") if isinstance(row, dict) else None
-        if (
-            not isinstance(ranks, list)
-            or not all(type(r) is int and 0 <= r < world for r in ranks)
-            or len(set(ranks)) != len(ranks)
-            or rank not in ranks
-            or row.get("partition_count") != len(ranks)
-        ):
-            raise MalformedError(
-                f"{partition.path}: ds_zero_partition_groups has {safe_repr(row, 160)}; expected the ranks of {world}"
-                " that share it"
-            )
-        result.append(tuple(ranks))
-    return result
-
-
-@dataclass
-class _Reading:
-    """What is read of AutoEP's sub-groups at ZeRO-3, and what tells where their tensors belong.
-
-    ``ep_ranks`` has each rank's place among the expert-parallel ranks of each module. ``entries`` are the tensors
-    outside of experts, ``experts`` those that several ranks hold together.
-    """
-
-    layers: list[ExpertLayer]
-    ep_ranks: list[dict[str, int]]
-    ties: Ties
-    world: int
-    entries: dict[str, TensorEntry] = field(default_factory=dict)
-    experts: Assembly = field(default_factory=Assembly)
-
-    def add_group(self, g: int, group: Shapes, members: list[Partition], ranks: tuple[int, ...]) -> None:
-        """Add sub-group ``g``, of which each member holds an equal share of every parameter."""
-        flats = RankFlats([member.file for member in members], [[member.groups[g]] for member in members])
-        wanted = sum(share_numel(math.prod(shape), len(members)) for shape in group.values())
-        for member in members:
-            if member.groups[g].numel != wanted:
-                raise InconsistentCheckpointError(
-                    f"{member.path} holds {member.groups[g].numel} elements of sub-group {g}; its parameters need"
-                    f" {wanted} of each of {len(members)} ranks. The files are not of one save"
-                )
-        position = 0
-        for name, shape in group.items():
-            numel = math.prod(shape)
-            each = share_numel(numel, len(members))
-            pieces = EqualShares(flats, position, each, numel)
-            position += each
-            layer = owner_of(self.layers, name)
-            if not isinstance(layer, AutoEPLayer):
-                if len(members) != self.world:
-                    raise InconsistentCheckpointError(
-                        f"{members[0].path}: {name!r} is not an expert's and is shared by {len(members)} of"
-                        f" {self.world} ranks"
-                    )
-                self.entries[name] = master_entry(
-                    name, members[0].groups[g].dtype, shape, pieces, self.ties, "parameter"
-                )
-                continue
-            places = {self.ep_ranks[rank].get(layer.path) for rank in ranks}
-            place = next(iter(places))
-            if len(places) != 1 or place is None:
-                raise InconsistentCheckpointError(
-                    f"{members[0].path} shares {name!r} with ranks {list(ranks)}, whose model states place them at"
-                    f" expert-parallel ranks {sorted(map(str, places))}; expected one. Files of ranks were swapped,"
-                    " or are of several saves"
-                )
-            for share in layer.shares(name, shape, place, len(layer.placement)):
-                self.experts.add(
-                    share,
-                    members[0].groups[g].dtype,
-                    partial(slice_pieces, pieces, share.start, share.numel, share.region),
-                    members[0].path,
-                )

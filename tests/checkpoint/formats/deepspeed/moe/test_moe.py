@@ -4,6 +4,7 @@ name.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -428,3 +429,15 @@ def test_names_of_autoep_are_kept_where_the_models_are_not_known(made: Callable[
     assert "model.layers.1.mlp.experts.w3" in checkpoint
     assert "moe_layer_pattern" in checkpoint.warnings[0]
     assert "config.json" in dsconv.open_checkpoint(made("qwen2_moe-z2-fp32-w4-ep2").checkpoint).warnings[0]
+
+
+@pytest.mark.parametrize("name", ["mixtral-z1-bf16-w2-ep2", "mixtral-z3-fp32-w2-ep2"])
+def test_the_official_universal_checkpoint_of_autoep(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
+    """DeepSpeed's own tool writes all experts as one tensor under AutoEP's names."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
+    command += ["--num_merge_workers", "1", "--input_folder", str(made(name).checkpoint / "global_step2")]
+    command += ["--output_folder", str(tmp_path / "universal")]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    checkpoint = dsconv.open_checkpoint(tmp_path / "universal")
+    assert checkpoint.format == "DeepSpeed universal"
+    check(made(name), {key: entry.read() for key, entry in checkpoint.items()})

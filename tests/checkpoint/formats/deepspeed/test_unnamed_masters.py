@@ -1,0 +1,114 @@
+"""Stage 0 in 16 bits at realistic learning rates: each master goes to its own weight, or the checkpoint is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsconv
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import match_masters
+from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.errors import UnsupportedError
+from tests.fixtures import gloo
+from tests.fixtures.realistic import CASES
+from tests.trained import Trained, load_safetensors, same
+
+TOLD = ("full", "full-fp16", "decay", "frozen-last", "frozen-norms", "frozen-middle-fp16", "wrapped-z0")
+NOT_TOLD = ("frozen-first", "reversed")
+
+
+@pytest.fixture(scope="module")
+def made() -> Callable[[str], Trained]:
+    folders = gloo.ensure("realistic")
+    return lambda name: Trained(folders[name])
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_each_master_goes_to_its_own_weight(made: Callable[[str], Trained], name: str) -> None:
+    checkpoint = dsconv.open_checkpoint(made(name).checkpoint)
+    made(name).check({name: entry.read() for name, entry in checkpoint.items()})
+    norms = [made(name).truth[f"blocks.{number}.norm.weight"] for number in range(3)]
+    low = [norm.to(torch.bfloat16) for norm in norms]
+    assert same(low[0], low[1]), "the weights should be equal, so that values do not tell them apart"
+    frozen = {key for key, entry in checkpoint.items() if entry.role == "frozen"}
+    assert frozen == {key for key in made(name).truth if key.startswith(CASES[name].options.frozen or ("nothing",))}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_was_trained_is_never_left_out(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
+    dsconv.merge(made(name).checkpoint, tmp_path / "out", exclude_frozen=True, fsync=False)
+    frozen = CASES[name].options.frozen or ("nothing",)
+    assert set(load_safetensors(tmp_path / "out")) == {key for key in made(name).truth if not key.startswith(frozen)}
+
+
+@pytest.mark.parametrize("name", NOT_TOLD)
+def test_what_cannot_be_told_is_refused(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"which master belongs to which weight cannot be told.*--weights 16bit"):
+        dsconv.open_checkpoint(made(name).checkpoint)
+    dsconv.merge(made(name).checkpoint, tmp_path / "out", weights="16bit", fsync=False)
+    module = load_safetensors(made(name).folder / "truth_module.safetensors")
+    found = load_safetensors(tmp_path / "out")
+    assert set(found) == set(module)
+    assert all(same(found[key], value) for key, value in module.items())
+
+
+@pytest.mark.parametrize("name", [*TOLD, *NOT_TOLD])
+def test_groups_in_one_flat_tensor(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
+    """FP16_Optimizer, which needs a GPU's FusedAdam, keeps the same masters end to end."""
+    source = next(made(name).checkpoint.glob("*/mp_rank_00_model_states.pt"))
+    states = torch.load(source, weights_only=False)
+    groups = states["optimizer"].pop("fp32_groups")
+    states["optimizer"]["fp32_groups_flat"] = [torch.cat([t.detach().reshape(-1) for t in group]) for group in groups]
+    path = tmp_path / "best" / source.name
+    path.parent.mkdir()
+    torch.save(states, path)
+    if name in NOT_TOLD:
+        with pytest.raises(UnsupportedError, match="--weights 16bit"):
+            dsconv.open_checkpoint(path.parent)
+        return
+    checkpoint = dsconv.open_checkpoint(path.parent)
+    made(name).check({name: entry.read() for name, entry in checkpoint.items()})
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_optimizer_states_follow_their_masters(made: Callable[[str], Trained], name: str) -> None:
+    checkpoint = dsconv.open_checkpoint(made(name).checkpoint)
+    assert checkpoint.training is not None
+    training = checkpoint.training()
+    trained = [key for key, entry in checkpoint.items() if entry.role == "parameter"]
+    assert sorted(training.states) == sorted(trained)
+    path = next(made(name).checkpoint.glob("*/mp_rank_00_model_states.pt"))
+    optimizer = torch.load(path, weights_only=False)["optimizer"]
+    masters = [t for group in optimizer["fp32_groups"] for t in group]
+    rows = optimizer["optimizer_state_dict"]["state"]
+    for key in trained:
+        (number,) = [n for n, master in enumerate(masters) if same(master.detach(), checkpoint[key].read())]
+        assert same(training.states[key]["exp_avg"].read(), rows[number]["exp_avg"]), key
+
+
+def test_masters_that_fit_no_weight_are_refused(made: Callable[[str], Trained], tmp_path: Path) -> None:
+    """Weights that were changed without the optimizer are not given somebody else's master."""
+    source = next(made("full").checkpoint.glob("*/mp_rank_00_model_states.pt"))
+    states = torch.load(source, weights_only=False)
+    states["module"]["blocks.1.mix.weight"] = states["module"]["blocks.1.mix.weight"] + 1
+    path = tmp_path / "best" / source.name
+    path.parent.mkdir()
+    torch.save(states, path)
+    with pytest.raises(UnsupportedError, match=r"fp32 masters have no names.*--weights 16bit"):
+        dsconv.open_checkpoint(path.parent)
+
+
+def test_a_weight_that_differs_at_its_end_alone(tmp_path: Path) -> None:
+    """The first elements of two weights are equal; the rest tells which master is whose."""
+    first = torch.ones(300)
+    second = first.clone()
+    second[-1] = 2
+    torch.save({"optimizer": {"fp32_groups": [[second + 1e-5, first + 1e-5]]}, "module": {}}, tmp_path / "x.pt")
+    torch.save({"a": first.bfloat16(), "b": second.bfloat16()}, tmp_path / "w.pt")
+    weights = dict(dsconv.open_checkpoint(tmp_path / "w.pt").items())
+    file = TorchFile(tmp_path / "x.pt")
+    found = match_masters(file, file.root["optimizer"], weights)
+    assert {name: slot.position for name, slot in found.items()} == {"a": 1, "b": 0}
