@@ -48,9 +48,12 @@ checkpoint that 'latest' names."""
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="How many merged copies may wait while the Hub is away; the oldest is dropped first.",
+    metavar="N",
+    help="Merged copies to hold while the Hub cannot be reached; the oldest goes first.",
 )
-@click.option("--once", is_flag=True, help="Push what is new, then exit; not 0 while the newest is not pushed.")
+@click.option(
+    "--once", is_flag=True, help="Push what is new, then exit; the exit code is not 0 if the newest was not pushed."
+)
 @console.QUIET
 @console.DEBUG
 @click.pass_context
