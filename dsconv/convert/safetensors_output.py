@@ -83,9 +83,12 @@ class SafetensorsOutput(Destination):
 
         Files beside the weights count where they hold something else than those of this output.
         """
-        names = [path.name for path in target.iterdir() if _is_weights(path.name)]
+        there = {path.name: path for path in target.iterdir()}
+        names = [name for name in there if _is_weights(name)]
         names.sort(key=lambda name: (not name.endswith(".index.json"), name not in (SINGLE, ADAPTER), name))
-        return names if self._in_place else names + [name for name in self._sidecars if self._differs(target / name)]
+        if self._in_place:
+            return names
+        return names + [name for name in self._sidecars if name in there and self._differs(there[name])]
 
     def _differs(self, path: Path) -> bool:
         data = self._sidecars[path.name]

@@ -26,7 +26,14 @@ from dsconv.checkpoint.storage.stores import Store, Writer
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.compat import convert_zero_checkpoint_to_fp32_state_dict
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MismatchError, OutputError, RemoteError
+from dsconv.errors import (
+    DsconvError,
+    MalformedError,
+    MismatchError,
+    MissingShardError,
+    OutputError,
+    RemoteError,
+)
 from tests.cli.running import dsconv
 from tests.servers.serving import put
 from tests.trained import Trained, load_safetensors, same
@@ -241,7 +248,7 @@ def test_what_a_run_left_while_putting_files_in_place_is_known_for_debris(
         with pytest.raises(Stopped):
             merge(source, url(store), max_shard_size="4KB")
     assert [name for name in files_in(store) if name.endswith(".safetensors")] == ["model-00001-of-00005.safetensors"]
-    with pytest.raises(CheckpointNotFoundError):
+    with pytest.raises(MissingShardError, match="missing model-00002-of-00005"):
         open_checkpoint(url(store))
     merge(source, url(store))
     merge(source, tmp_path / "out")
