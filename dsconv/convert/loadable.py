@@ -230,7 +230,7 @@ def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpecte
         return "These are the names of a PEFT model: use --adapter for the adapter, or --fold-lora for a plain model"
     for framework, marks in FOREIGN.items():
         if any(mark in name for name in unexpected for mark in marks):
-            return f"These are names of {framework}: use --names hf"
+            return f"These are names of {framework}, which transformers does not load as they are"
     wanted = set(missing)
     groups: dict[str, list[str]] = {}
     for name in unexpected:

@@ -102,7 +102,7 @@ def merged(folder: Path, tensors: dict[str, torch.Tensor], place: Path, **option
         (lambda name: f"pretrained_model.{name}", "--strip-prefix pretrained_model."),
         (lambda name: f"base_model.model.{name}".replace("q_proj", "q_proj.base_layer"), "--fold-lora"),
         (lambda name: name.replace("model.embed_tokens", "tok_embeddings").replace("self_attn.q_proj", "attention.wq"),
-         "--names hf"),
+         "names of torchtitan"),
     ],
     ids=["a value head's prefix", "a PEFT model", "torchtitan"],
 )  # fmt: skip
