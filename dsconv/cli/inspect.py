@@ -136,7 +136,7 @@ def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None
     left = ("tensor", "dtype", "shape", "role")
     console.table([*((title, "left") for title in left), ("pieces", "right"), ("size", "right")], rows)
     if not entries:
-        console.say("no tensor has such a name")
+        console.say("no tensor has such a name" if found else "no tensors")
     for warning in found.warnings:
         console.say("")
         console.say(warning, label="Problem:", fg="yellow")
