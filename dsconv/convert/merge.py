@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsconv.checkpoint.config_files import config_folders
 from dsconv.checkpoint.map.dtypes import DType, parse_dtype, short_name
 from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
@@ -227,7 +228,8 @@ def _same(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> boo
 
 
 def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeReport:
-    near = list(dict.fromkeys([opened.path, opened.folder, opened.folder.resolve().parent]))
+    of_step = list(opened.sources[0].parents[:2]) if opened.info.get("tag") and opened.sources else []
+    near = list(dict.fromkeys([*config_folders(of_step), opened.path, opened.folder, opened.folder.resolve().parent]))
     chosen = choose(opened, options.adapter, near, options.config_from, options.dtype)
     checkpoint = chosen.checkpoint
     plan, extra = _plan(chosen, target, options)

@@ -108,6 +108,8 @@ def test_nemo_automodel_s_folders(form: str, tmp_path: Path) -> None:
     assert (found.step, found.info["tag"]) == (12, "epoch_0_step_12")
     alone = holds(tmp_path / "epoch_0_step_12", truth)
     assert alone.folder.name == ".hf_metadata"
+    report = dsconv.merge(tmp_path, fsync=False)
+    assert (report.output, report.sidecars) == (str(tmp_path / "epoch_0_step_12-merged"), ["config.json"])
     shutil.rmtree(tmp_path / "epoch_0_step_12/model")
     assert holds(tmp_path, weights(1)).step == 5
 
