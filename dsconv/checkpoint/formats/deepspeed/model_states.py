@@ -227,6 +227,12 @@ def warn_of_absent(states: ModuleStates, entries: Mapping[str, TensorEntry], war
             f"{states.path.name} names {len(hollow)} weights, such as {hollow[0]!r}, of which no file holds the data:"
             " they are missing in the output"
         )
+    trained = [name for group in states.param_shapes for name, shape in group.items() if 0 not in shape]
+    if lost := [name for name in trained if name not in known and name not in states.elsewhere]:
+        warnings.append(
+            f"{len(lost)} trained weights, such as {lost[0]!r}, are in the optimizer files alone: they are missing in"
+            " the output"
+        )
     if not states.lists_frozen and "frozen_param_shapes" in states.raw and states.stage in (2, 3):
         warnings.append(
             f"{states.path.name} was saved with exclude_frozen_parameters=True: weights that were frozen are not in the"

@@ -190,3 +190,13 @@ def test_a_tied_layer_saved_twice_is_one_tensor(damaged: Callable[[str], Path]) 
     torch.save(state, tag / "layer_06-model_states.pt")
     # The layer's weights are no longer those of the tied module's masters: it is a layer of its own.
     assert "6.word.weight" in dsconv.open_checkpoint(tag)
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.options.stage == 1 and n not in REFUSED][:3])
+def test_the_model_s_own_weights(made: Callable[[str], Trained], name: str) -> None:
+    """``weights="16bit"`` takes those of the layer files, which are the masters, cast."""
+    masters = dsconv.open_checkpoint(made(name).checkpoint)
+    own = dsconv.open_checkpoint(made(name).checkpoint, weights="16bit")
+    assert set(own) == set(masters)
+    for key, entry in own.items():
+        assert torch.equal(masters[key].read().to(entry.read().dtype), entry.read()), key

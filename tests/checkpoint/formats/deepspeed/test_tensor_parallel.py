@@ -393,3 +393,13 @@ def test_a_world_too_large_to_be_listed(damaged: Callable[[str], Path]) -> None:
     tag = damaged("llama-tp2-z0-bf16")
     resave(tag / "mp_rank_00_model_states.pt", mp_world_size=1 << 60)
     error(tag, MissingShardError, "missing all files of rank 2, 3, 4")
+
+
+@pytest.mark.parametrize("name", ["fused-tp2-z1", "bigcode-tp2-z2", "fused-tp2-z0"])
+def test_the_model_s_own_weights(made: Callable[[str], Trained], name: str) -> None:
+    """``weights="16bit"`` joins the shards of the model states, which are the masters, cast."""
+    masters = dsconv.open_checkpoint(made(name).checkpoint)
+    own = dsconv.open_checkpoint(made(name).checkpoint, weights="16bit")
+    assert set(own) == set(masters)
+    for key, entry in own.items():
+        assert torch.equal(masters[key].read().to(entry.read().dtype), entry.read()), key

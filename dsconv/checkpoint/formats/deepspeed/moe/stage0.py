@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dsconv.checkpoint.formats.copies import same
+from dsconv.checkpoint.formats.deepspeed.model_states import warn_of_absent
 from dsconv.checkpoint.formats.deepspeed.moe import autoep
 from dsconv.checkpoint.formats.deepspeed.moe.experts import (
     LOCAL,
@@ -62,6 +63,8 @@ def read_moe_stage0(folder: TagFolder, found: autoep.Experts, warnings: list[str
     optimizers = [] if folder.own_weights else _optimizers(folder, found)
     masters = _Masters(folder, found, entries, weights, warnings).read(optimizers)
     entries.update(masters)
+    if folder.own_weights:
+        warn_of_absent(states, entries, warnings)
     warn_of_lost(states, layers, entries, warnings)
     files = [*(optimizers if masters else ()), *(tensor.file for tensor in tensors)]
     stage = states.stage if folder.own_weights else 0

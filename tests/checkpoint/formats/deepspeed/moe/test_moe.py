@@ -441,3 +441,19 @@ def test_the_official_universal_checkpoint_of_autoep(made: Callable[[str], Train
     checkpoint = dsconv.open_checkpoint(tmp_path / "universal")
     assert checkpoint.format == "DeepSpeed universal"
     check(made(name), {key: entry.read() for key, entry in checkpoint.items()})
+
+
+def check_own_weights(folder: Path) -> dsconv.Checkpoint:
+    """Return the checkpoint of the model's own weights, after comparing them with the masters, cast."""
+    masters, own = dsconv.open_checkpoint(folder), dsconv.open_checkpoint(folder, weights="16bit")
+    for name, entry in own.items():
+        assert torch.equal(masters[name].read().to(entry.read().dtype), entry.read()), name
+    return own
+
+
+@pytest.mark.parametrize("name", ["z2-bf16-w4-ep4", "mixtral-z1-bf16-w2-ep2", "z0-bf16-w4-ep2", "z1-bf16-w2-trap"])
+def test_the_model_s_own_weights(made: Callable[[str], Trained], name: str) -> None:
+    own = check_own_weights(made(name).checkpoint)
+    lost = set(dsconv.open_checkpoint(made(name).checkpoint)) - set(own)
+    said = [text for text in own.warnings if "are in the optimizer files alone" in text]
+    assert bool(lost) == bool(said) == (name == "z1-bf16-w2-trap")
