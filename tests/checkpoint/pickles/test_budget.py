@@ -9,11 +9,13 @@ import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsconv import open_checkpoint
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.pickles.budget import (
     BASE_BYTES,
@@ -26,7 +28,7 @@ from dsconv.checkpoint.pickles.errors import BadArguments
 from dsconv.checkpoint.pickles.machine import Machine
 from dsconv.checkpoint.pickles.values import StorageRef, TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
-from dsconv.errors import MalformedError
+from dsconv.errors import DsconvError, MalformedError
 from tests.checkpoint.building import (
     glob,
     load_raw,
@@ -207,3 +209,30 @@ def test_real_files_are_far_from_the_limits(tmp_path: Path) -> None:
     assert BASE_BYTES + COUNTED_BYTES_PER_BYTE * len(data) - machine.budget.bytes_left < 10 * len(data)
     assert BASE_STEPS + len(data) - machine.budget.steps_left < 0.1 * len(data)
     assert len(TorchFile(write_pt(tmp_path / "a.pt", data, _0=bytes(16))).root["module"]) == 20_000
+
+
+OPENED: dict[str, bytes] = {
+    "one view under many names": VIEW + b"}(" + b"".join(text(f"{i:x}") + b"h\x00h\x01R" for i in range(6000)) + b"u",
+    "views whose strides hash alike": memorised(glob("torch._utils", "_rebuild_tensor_v2"))
+    + memorised(storage())
+    + b"}("
+    + b"".join(
+        text(f"{i:x}") + b"h\x00(h\x01K\x00(" + b"K\x01" * 12 + b"t("
+        + b"".join(number(5 + MODULUS * (i >> k & 1)) for k in range(12)) + b"t\x89}tR"
+        for i in range(600)
+    )
+    + b"u",
+    "dictionaries that share one": memorised(b"}(" + text("w") + tensor(of=storage()) + b"u")
+    + b"}("
+    + b"".join(text(f"{i:x}") + b"h\x00" for i in range(10_000))
+    + b"u",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", OPENED)
+def test_opening_takes_time_in_proportion_to_the_file(title: str, tmp_path: Path) -> None:
+    path = write_pt(tmp_path / "pytorch_model.bin", whole(OPENED[title], protocol=4), _0=bytes(16))
+    start = time.process_time()
+    with suppress(DsconvError):
+        open_checkpoint(path)
+    assert time.process_time() - start < 1 + SECONDS_PER_BYTE * path.stat().st_size

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import struct
 import time
+import tracemalloc
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -496,3 +498,30 @@ def test_torch_does_look_names_up_without_regard_to_case(tmp_path: Path) -> None
 
 def test_names_marked_as_utf8_are_read(tmp_path: Path) -> None:
     assert "data/ä" in opened(written(tmp_path, zip_bytes([*SOUND, Rec("archive/data/ä", b"x")]))).records
+
+
+COSTLY: dict[str, list[Rec]] = {
+    "many records": [Rec(f"a/{i:x}", b"") for i in range(4_000)],
+    "long names": [Rec(f"a/{'x' * 60_000}{i}", b"") for i in range(20)],
+    "names of many folders": [Rec(f"a/{'x/' * 30_000}{i}", b"") for i in range(20)],
+    "a root for each": [Rec(f"r{i:x}/{i:x}", b"") for i in range(4_000)],
+    "one name": [Rec("a/b", b"")] * 4_000,
+    "one place": [Rec(f"a/{i:x}", b"", header_offset=0) for i in range(4_000)],
+    "many extra fields": [Rec(f"a/{i:x}", b"", extra=b"\x02\0\0\0" * 16_000) for i in range(5)],
+}
+
+
+@pytest.mark.parametrize("title", COSTLY)
+def test_a_directory_takes_time_and_memory_in_proportion(title: str, tmp_path: Path) -> None:
+    data = zip_bytes(COSTLY[title])
+    path = written(tmp_path, data)
+    tracemalloc.start()
+    start = time.process_time()
+    try:
+        with suppress(DsconvError):
+            opened(path)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - start < 1 + 10e-6 * len(data)
+    assert peak_bytes < (1 << 20) + 60 * len(data)
