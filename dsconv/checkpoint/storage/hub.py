@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from dsconv.checkpoint.storage.local import OpenFile
 from dsconv.checkpoint.storage.paths import Bounds, SourcePath
@@ -269,6 +269,23 @@ def fetch_config(repo: str, revision: str | None = None) -> Path:
         raise CheckpointNotFoundError(f"{_named(repo, revision)} has no config.json") from None
     except Exception as error:  # noqa: BLE001 - the client's own errors, httpx2's, and the system's
         raise explain(repo, revision, error) from None
+
+
+def explain_absence(url: str) -> None:
+    """Raise the error that ``org/model`` gives where nothing lies at ``hf://org/model``: fsspec hides the reason.
+
+    Raises:
+        RemoteError: The repository is private, gated or not there, or has no such revision.
+    """
+    parts = url.removeprefix(SCHEME).split("/")
+    if not url.startswith(SCHEME) or len(parts) < 2 or _offline():
+        return
+    name, _, revision = parts[1].partition("@")
+    repo = f"{parts[0]}/{name}"
+    try:
+        _api(repo).model_info(repo, revision=unquote(revision) or None)
+    except Exception as error:  # noqa: BLE001 - the client's own errors, httpx2's, and the system's
+        raise explain(repo, unquote(revision) or None, error) from None
 
 
 def explain(repo: str, revision: str | None, error: Exception) -> RemoteError:

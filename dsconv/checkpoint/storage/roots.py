@@ -81,12 +81,21 @@ def open_root(source: str | os.PathLike[str], revision: str | None = None, *, fo
         UnsupportedError: Nothing that is installed reads such a URL, or a revision is given for a path elsewhere.
         RemoteError: The Hub, a store or the network fails.
     """
+    if isinstance(source, str):
+        source = lower_scheme(source)
     if hub.is_repo(source):
         return hub.open_repo(str(source), revision)
     path = as_path(source if revision is None else hub.with_revision(str(source), revision))
     if not path.exists():
+        hub.explain_absence(str(path))
         raise CheckpointNotFoundError(f"{path}: no such file or folder")
     return PathRoot(path, follow_links)
+
+
+def lower_scheme(text: str) -> str:
+    """Return a URL with its scheme in lower case (``S3://`` is ``s3://``), and any other text as it is."""
+    protocol, separator, rest = text.partition("://")
+    return protocol.lower() + separator + rest if separator and protocol.isalnum() else text
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -99,6 +108,7 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(path, str):
         return cast(Path, path) if hasattr(path, "is_file") else Path(path)
+    path = lower_scheme(path)
     protocol, separator, rest = path.partition("://")
     if not separator or not protocol.isalnum():
         return Path(path)

@@ -203,7 +203,15 @@ def test_hf_urls_are_read_in_place(shell: Shell, repos: dict[str, dict[str, Path
     assert holds(tmp_path / "old", OTHER)
     assert not (tmp_path / "hf" / "hub").exists()
     private = shell("inspect", "hf://org/private")
-    assert (private.code, "hf://org/private" in private.err) == (3, True)
+    assert private.code == 6
+    assert private.err == shell("inspect", "org/private").err  # the same by both ways in
+    assert "org/private" in private.err
+    assert "if it is private, set HF_TOKEN" in private.err
+    absent = shell("inspect", "hf://org/both@v9")
+    assert (absent.code, absent.err) == (6, shell("inspect", "org/both", "--revision", "v9").err)
+    nothing = shell("inspect", "hf://org/both/nothing")
+    assert (nothing.code, "hf://org/both/nothing: no such file or folder" in nothing.err) == (3, True)
+    assert shell("inspect", "HF://org/bin").code == 0
     assert shell("inspect", "hf://org/private", HF_TOKEN="hf_secret").code == 0
 
 

@@ -265,6 +265,8 @@ def test_wrong_credentials_are_not_tried_again(s3_environment: dict[str, str], m
 
 def test_file_urls_are_local(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a b").symlink_to(folders["safetensors"])
+    assert open_checkpoint(f"FILE://{tmp_path}/a%20b").path == tmp_path / "a b"
+    assert str(as_path("MEMORY://shelf/Run")) == "memory://shelf/Run"
     assert open_checkpoint(f"file://{tmp_path}/a%20b").path == tmp_path / "a b"
 
 
