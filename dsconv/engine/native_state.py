@@ -6,7 +6,7 @@ It holds no objects, so loading unpickles only ``.metadata``, after dsconv's own
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,23 @@ import torch.distributed as dist
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.errors import InconsistentCheckpointError
 
-if TYPE_CHECKING:
-    from dsconv.engine.native_backend import NativeBackend
+
+class NativeRun(Protocol):
+    """What is saved and loaded of one rank of a native run; ``NativeBackend`` is one."""
+
+    config: Any
+    device: torch.device
+    hook: Any
+    model: Any
+    module: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+
+    def schedule(self, taken: int) -> None:
+        """Set the schedule after ``taken`` steps."""
 
 
-def save(backend: NativeBackend, folder: Path) -> None:
+def save(backend: NativeRun, folder: Path) -> None:
     """Write this rank's part. Raises OSError."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -38,7 +50,7 @@ def save(backend: NativeBackend, folder: Path) -> None:
         backend.config.save_pretrained(folder)  # lets `dsconv merge` make a model of the checkpoint
 
 
-def load(backend: NativeBackend, checkpoint: Path) -> None:
+def load(backend: NativeRun, checkpoint: Path) -> None:
     """Load a checkpoint of any layout; DCP reads what this rank holds of each tensor.
 
     Raises:
@@ -72,7 +84,7 @@ def load(backend: NativeBackend, checkpoint: Path) -> None:
         backend.hook.restore(hook, backend.device)
 
 
-def _states(backend: NativeBackend) -> tuple[dict[str, Any], dict[str, Any]]:
+def _states(backend: NativeRun) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the states of the model, tied weights once, and of the optimizer, by the names of parameters."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
@@ -89,7 +101,7 @@ def _tensors(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if torch.is_tensor(value)}
 
 
-def _hook_space(backend: NativeBackend, metadata: Any) -> dict[str, torch.Tensor]:
+def _hook_space(backend: NativeRun, metadata: Any) -> dict[str, torch.Tensor]:
     """Allocate memory for what the hook kept on this rank; empty if it kept nothing or the number of ranks differs."""
     if backend.hook is None or backend.hook.powersgd is None:
         return {}
