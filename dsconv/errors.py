@@ -164,7 +164,7 @@ EXTRAS = {
 def missing_package(what: str, package: str, extra: str) -> MissingPackageError:
     """Return the error for ``what``, which needs ``package``, which ``extra`` brings."""
     how = f"pip install 'dsconv-toolkit[{extra}]'"
-    return MissingPackageError(f"{what} needs {package}, which is not installed: {how}")
+    return MissingPackageError(f"{what} needs {package}, which is not installed and comes with dsconv[{extra}]: {how}")
 
 
 def as_missing_package(what: str, error: ImportError) -> MissingPackageError | None:

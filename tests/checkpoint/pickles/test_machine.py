@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsconv.checkpoint.map.dtypes import BY_NAME
-from dsconv.checkpoint.pickles import machine, opcodes
+from dsconv.checkpoint.pickles import opcodes, state
 from dsconv.checkpoint.pickles.values import Opaque, OpaqueClass, StorageRef, safe_repr
 from dsconv.errors import DsconvError, MalformedError, UnsafeError
 from tests.checkpoint.building import (
@@ -226,7 +226,7 @@ def test_every_truncation_of_a_real_pickle_is_malformed() -> None:
 
 
 def test_a_pickle_over_the_limit_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "MAX_PICKLE_BYTES", 10)
+    monkeypatch.setattr(state, "MAX_PICKLE_BYTES", 10)
     with pytest.raises(MalformedError, match="a pickle of 11 bytes; the limit is 10"):
         load_raw(b"N" * 11)
 
