@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
+from dsconv.checkpoint.storage.local import read_small
 from dsconv.errors import CheckpointNotFoundError
 
 PATTERNS = (
@@ -34,6 +35,7 @@ PATTERNS = (
     "modules.json",
 )
 MARKERS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+MAX_JSON_BYTES = 256 << 20  # a manifest of a million tensors
 MAX_SIDECAR_BYTES = 200 << 20  # the largest tokenizer known is 35 MB
 
 
@@ -75,10 +77,10 @@ def _custom_code(config: Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the file's JSON; None where it holds none."""
+    """Return the file's JSON; None where it holds none, must not be read, or is larger than any manifest."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json.loads(read_small(path, MAX_JSON_BYTES))
+    except (CheckpointNotFoundError, OSError, ValueError, RecursionError):
         return None
 
 
@@ -93,11 +95,11 @@ def with_dtype(data: bytes, dtype: DType | None) -> bytes:
         return data
     try:
         config = json.loads(data)
-    except ValueError:
+        if not isinstance(config, dict) or not _set_dtype(config, dtype.name):
+            return data
+        return (json.dumps(config, indent=2) + "\n").encode()
+    except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
         return data
-    if not isinstance(config, dict) or not _set_dtype(config, dtype.name):
-        return data
-    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> bool:
@@ -118,8 +120,8 @@ def untied(data: bytes) -> bytes:
     """
     try:
         config = json.loads(data)
-    except ValueError:
+        if not isinstance(config, dict) or config.get("tie_word_embeddings") is False:
+            return data
+        return (json.dumps({**config, "tie_word_embeddings": False}, indent=2) + "\n").encode()
+    except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
         return data
-    if not isinstance(config, dict) or config.get("tie_word_embeddings") is False:
-        return data
-    return (json.dumps({**config, "tie_word_embeddings": False}, indent=2) + "\n").encode()
