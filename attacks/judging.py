@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import resource
 import shlex
 import struct
 import subprocess
@@ -70,7 +70,7 @@ def run(command: str, box: Path, seconds: float, nbytes: int) -> list[str]:
         text = said.read().decode("utf-8", "replace")
     if usage is None:
         return [f"no answer within {LIMIT_SECONDS} s"]
-    spent, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    spent, peak = usage
     codes = (*CODES, MISMATCH) if command.startswith("verify") else CODES
     found = []
     if process.returncode not in codes:
@@ -88,15 +88,24 @@ def run(command: str, box: Path, seconds: float, nbytes: int) -> list[str]:
     return found
 
 
-def wait(process: subprocess.Popen[bytes]) -> resource.struct_rusage | None:
-    """Return what a process used, or None after ending one that does not end."""
-    deadline = time.monotonic() + LIMIT_SECONDS
+def wait(process: subprocess.Popen[bytes]) -> tuple[float, int] | None:
+    """Return the processor time and the peak of the memory of a process, or None after ending one that does not end.
+
+    The peak is that of the program: what ``wait4`` says includes the memory of the process that was forked.
+    """
+    deadline, peak = time.monotonic() + LIMIT_SECONDS, 0
     while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            name = next(line for line in lines if line.startswith("Name:"))
+            if "python" in name:
+                high = next(line for line in lines if line.startswith("VmHWM:"))
+                peak = max(peak, int(high.split()[1]) * 1024)
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
-            return usage
-        time.sleep(0.01)
+            return usage.ru_utime + usage.ru_stime, peak
+        time.sleep(0.005)
     process.kill()
     process.wait()
     return None

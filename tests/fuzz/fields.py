@@ -222,7 +222,7 @@ class Fields(Target):
         found = open_checkpoint(checkpoint)
         json.dumps(describe(found))
         if action == 0:
-            dsconv.merge(found, out, dry_run=True)
+            dsconv.verify(found, checkpoint)  # a merge would ask transformers, in a process of its own
         elif action == 1:
             dsconv.to_dcp(found, out, dry_run=True)
         elif action == 2:

@@ -4,6 +4,7 @@ to.
 
 from __future__ import annotations
 
+import ast
 import codecs
 import contextlib
 import resource
@@ -53,6 +54,8 @@ _hooked: list[bool] = []
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "compile" and sys._getframe(1).f_code is ast.parse.__code__:
+        return  # of transformers' installed source, into a tree: nothing is run
     if _watch.armed and event in FORBIDDEN:
         _watch.event = f"{event} {arguments!r:.200}"
 

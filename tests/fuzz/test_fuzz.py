@@ -28,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     return seeds(tmp_path_factory.mktemp("seeds"))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind is not Fields], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", TARGETS, ids=lambda kind: kind.name)
 def test_broken_files_are_refused_or_read_as_before(kind: type[Target], found: Seeds) -> None:
     target = kind(found)
     outcomes: Counter[str] = Counter()
@@ -36,7 +36,8 @@ def test_broken_files_are_refused_or_read_as_before(kind: type[Target], found: S
         for number in range(INPUTS * kind.share if kind is not Checkpoints else INPUTS):
             outcomes[judged(lambda: target.judge(target.broken(input_of(target, 5, number))))] += 1  # noqa: B023
         search(target)
-    assert outcomes[REFUSED] > outcomes.total() / 2  # the mutations do break files
+    # The mutations do break files; of the fields that are changed, some are read by nobody.
+    assert outcomes[REFUSED] > outcomes.total() * (1 / 3 if kind is Fields else 1 / 2)
     assert outcomes[SAME] + outcomes[OTHER] > 0  # and some of what they do is harmless
     assert not (target.covered and outcomes[OTHER])
 

@@ -239,7 +239,7 @@ def naming_of(states: ModuleStates, folder: TagFolder, warnings: list[str]) -> N
 def whole_experts(entries: dict[str, TensorEntry], naming: Naming) -> dict[str, TensorEntry]:
     """Return ``entries`` with AutoEP's tensors of all experts, one behind the other, as the model has them.
 
-    A universal checkpoint holds them so (0.19.8 ``checkpoint/autoep_universal.py``).
+    A universal checkpoint holds them so (DeepSpeed ``checkpoint/autoep_universal.py``).
 
     Raises:
         InconsistentCheckpointError: A tensor is of another number of experts.

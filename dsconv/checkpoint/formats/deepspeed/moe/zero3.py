@@ -1,7 +1,7 @@
 """AutoEP at ZeRO-3 (``checkpoint_format: zero3_partitioned``), which has no expert files.
 
 Each rank's model states say which experts it has, and its optimizer file over which ranks each sub-group is cut
-(DeepSpeed 0.19.8 ``runtime/zero/stage3.py`` ``_zero3_partition_group_metadata``).
+(DeepSpeed ``runtime/zero/stage3.py`` ``_zero3_partition_group_metadata``).
 """
 
 from __future__ import annotations

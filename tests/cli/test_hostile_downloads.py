@@ -1,0 +1,20 @@
+"""Downloads that were made to harm: what ``make attacks`` tries, one command of each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from attacks.downloads import CLASSES, Download
+from attacks.judging import faults
+
+ALL = [(name, download) for name, downloads in CLASSES.items() for download in downloads]
+
+
+@pytest.mark.parametrize(("name", "download"), ALL, ids=[f"{name}: {download.title}" for name, download in ALL])
+def test_a_download_harms_nobody(name: str, download: Download, tmp_path: Path) -> None:
+    """The last command writes where there is one that writes; the others are left to ``make attacks``."""
+    commands = download.commands if name == "the terminal" else download.commands[-1:]
+    assert faults(replace(download, commands=commands), tmp_path / "box") == []
