@@ -12,25 +12,23 @@ ALIGNMENT_FACTOR = 2  # nccl_start_alignment_factor, stage_1_and_2.py and bf16_o
 
 
 def share_numel(numel: int, world: int) -> int:
-    """Elements of a stage-3 parameter that each rank holds, the last rank's padding counted."""
+    """Return the elements of a stage-3 parameter that each rank holds, with the last rank's padding."""
     return -(-numel // world)
 
 
 def group_padding_limit(world: int) -> int:
-    """A stage-1/2 group is padded by less than this many elements (to a multiple of 2 × ranks)."""
+    """Return how many elements the padding of a stage-1/2 group stays below: it pads to a multiple of 2 × ranks."""
     return ALIGNMENT_FACTOR * world
 
 
 def group_numel(numel: int, world: int) -> int:
-    """Elements of a stage-1/2 group of ``numel``, its padding counted."""
+    """Return the elements of a stage-1/2 group of ``numel``, with its padding."""
     factor = ALIGNMENT_FACTOR * world
     return -(-numel // factor) * factor
 
 
 def overlapping_numel(numels: list[int], partition_numel: int) -> int:
-    """Elements of all parameters that reach into a partition of a flat group, of the partition for which they are
-    most.
-    """
+    """Return the most elements that parameters which reach into one partition of a flat group have together."""
     found: dict[int, int] = {}
     start = 0
     for numel in numels:
@@ -42,7 +40,7 @@ def overlapping_numel(numels: list[int], partition_numel: int) -> int:
 
 
 def expert_replicas(world: int, ep_size: int, data_first: bool) -> list[list[int]]:
-    """For each expert-parallel rank, the ranks that hold its experts, in the order in which they partition them.
+    """Return the ranks that hold each expert-parallel rank's experts, in the order in which they partition them.
 
     ``data_first`` is ``use_data_before_expert_parallelism`` of the config: neighbours are replicas of one another.
     Without it neighbours hold different experts. ``ep_size`` divides ``world``.
