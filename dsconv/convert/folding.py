@@ -17,7 +17,7 @@ from pathlib import Path
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
 from dsconv.convert.adapters.extract import PREFIX, Adapter, extract_adapter, original_entries
-from dsconv.convert.adapters.methods import ATTRIBUTES, is_saved_form, slot
+from dsconv.convert.adapters.methods import ATTRIBUTES, DELTA, TOKENS, is_saved_form, slot
 from dsconv.convert.lora_layers import Folder, Parts, plain_name
 from dsconv.convert.sidecars import read_json
 from dsconv.convert.ties import tied_pairs
@@ -74,6 +74,7 @@ def fold_lora(
     _refuse_settings(adapter, checkpoint)
     own = original_entries(checkpoint, adapter.name) if not is_saved_form(checkpoint) else {}
     layers, others = _split(adapter)
+    own = _united(own, [*_tied_by_tokens(checkpoint, others), *_tied_by_config(folders)])
     whole = bool(own) and all(_base_names(parts, own) for parts in layers)
     if base is not None and whole:
         raise MalformedError(f"{checkpoint.path}: holds its base's weights itself; leave out --base")
@@ -139,6 +140,38 @@ def _split(adapter: Adapter) -> tuple[list[Parts], dict[str, TensorEntry]]:
         rest = [part for part in parts[at:] if part != "weight"]
         layers.setdefault(path, Parts(path, {})).tensors[".".join(rest)] = entry
     return list(layers.values()), others
+
+
+def _united(own: dict[str, TensorEntry], pairs: list[tuple[str, str]]) -> dict[str, TensorEntry]:
+    """Return the base's entries with each tied pair as one: some formats, as DCP, store a tied weight twice."""
+    found = dict(own)
+    for name, kept in pairs:
+        one, other = found.get(kept), found.get(name)
+        if one is not None and other is not None and one.name != other.name and one.shape == other.shape:
+            joined = replace(one, aliases=(*one.aliases, other.name, *other.aliases))
+            found |= dict.fromkeys((joined.name, *joined.aliases), joined)
+    return found
+
+
+def _tied_by_tokens(checkpoint: Checkpoint, others: dict[str, TensorEntry]) -> list[tuple[str, str]]:
+    """Return the weights whose trained tokens follow the input embedding's: PEFT saves those once, and wraps both."""
+    end = f".{TOKENS}.{DELTA}"
+    kept = [name.removesuffix(end) for name in others if name.endswith(end)]
+    wrapped = {
+        name.removeprefix(PREFIX).partition(f".{TOKENS}.")[0]
+        for entry in checkpoint.values()
+        for name in (entry.name, *entry.aliases)
+        if f".{TOKENS}." in name
+    }
+    return [(f"{name}.weight", f"{kept[0]}.weight") for name in sorted(wrapped - set(kept))] if len(kept) == 1 else []
+
+
+def _tied_by_config(folders: list[Path]) -> list[tuple[str, str]]:
+    config = next((path for folder in folders if (path := folder / "config.json").is_file()), None)
+    data = read_json(config) if config is not None else None
+    if not isinstance(data, dict) or not data.get("tie_word_embeddings", False):
+        return []
+    return list(tied_pairs(config).items())
 
 
 def _by_name(base: Checkpoint, folders: list[Path]) -> dict[str, TensorEntry]:
