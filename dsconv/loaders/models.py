@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.config_files import find_config
+from dsconv.checkpoint.config_files import CONFIG, MAX_CONFIG_BYTES, find_config
 from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.storage.local import read_small
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 
 
@@ -24,6 +25,7 @@ def read_config(checkpoint: Checkpoint, folder: Path | None) -> Any:
         raise CheckpointNotFoundError(
             f"{checkpoint.path}: neither it nor its parent has a config.json: pass config=AutoConfig.from_pretrained(…)"
         )
+    read_small(folder / CONFIG, MAX_CONFIG_BYTES)  # holds it to the rules for links and sizes, which transformers lacks
     return AutoConfig.from_pretrained(str(folder))
 
 

@@ -171,6 +171,18 @@ def test_a_configuration_further_up_is_held_to_it(secret: Path, tmp_path: Path) 
     assert merge(folder, tmp_path / "out", fsync=False).sidecars == ["config.json"]
 
 
+def test_a_loader_reads_no_configuration_through_a_link(secret: Path, tmp_path: Path) -> None:
+    from dsconv.loaders.models import config_folder, read_config
+
+    folder = model(tmp_path / "ckpt")
+    checkpoint = open_checkpoint(folder)
+    assert read_config(checkpoint, config_folder(checkpoint)).model_type == "bert"
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(secret)
+    with pytest.raises(UnsafeError, match=r"config\.json: a link that leaves the checkpoint"):
+        read_config(checkpoint, config_folder(checkpoint))
+
+
 def test_links_that_the_user_names_and_links_inside_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model(tmp_path / "real")
     (folder / "model.safetensors").rename(folder / "weights")
