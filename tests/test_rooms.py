@@ -62,7 +62,7 @@ MAX_PARAMETERS = 8
 # Functions that users call with keywords; each makes an options object at once.
 PUBLIC_KEYWORDS = {
     "dsconv.convert.watch.watch",
-    "dsconv.checkpoint.map.tensors.Checkpoint.__init__",
+    "dsconv.checkpoint.map.checkpoint.Checkpoint.__init__",
     "dsconv.cli.config.config",
     "dsconv.convert.dcp_writer.to_dcp",
     "dsconv.convert.merge.merge",
@@ -101,15 +101,15 @@ def room_of_checkpoint(module: str) -> str:
     return parts[0] if parts else ""
 
 
-def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+def imported(tree: ast.AST, types: bool = False) -> Iterator[tuple[str, bool]]:
     """(name, whether at the top of the file) of each import, those inside functions too.
 
-    Blocks under ``if TYPE_CHECKING`` are left out: they never run, and a type may well name a class of a floor above.
+    Blocks under ``if TYPE_CHECKING`` never run; they count with ``types``.
     """
 
     def visit(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not types:
                 continue
             if isinstance(child, ast.Import):
                 yield from ((alias.name, top) for alias in child.names)
@@ -128,9 +128,9 @@ def named(tree: ast.AST) -> Iterator[str]:
 
 
 def uses(module: str, tree: ast.Module) -> set[str]:
-    """The modules of dsconv that a module imports, or imports by name."""
+    """The modules of dsconv that a module imports, for types too, or imports by name."""
     found = set(named(tree))
-    for name, _ in imported(tree):
+    for name, _ in imported(tree, types=True):
         home = name if name in modules() else name.rpartition(".")[0]
         if home in modules():
             found.add(home)

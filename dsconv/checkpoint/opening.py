@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 
 from dsconv.checkpoint.formats.table import EXPECTED, Format, formats
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry, prove_tiling
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry, prove_tiling
 from dsconv.checkpoint.pickles.schema import expect_name
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import first_signature

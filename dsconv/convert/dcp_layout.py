@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
 
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.pickling import Call, Made, Name, Pairs, dump, size
 from dsconv.convert.torch_writer import Streamed, TorchArchive

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.convert.adapters.extract import PREFIX, Adapter, extract_adapter, original_entries
 from dsconv.convert.adapters.methods import ATTRIBUTES, DELTA, TOKENS, is_saved_form, slot
 from dsconv.convert.lora_layers import Folder, Parts, plain_name

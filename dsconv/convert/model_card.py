@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dsconv._version import __version__
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
-from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.storage.hub import is_repo
 from dsconv.convert.sidecars import read_json
 

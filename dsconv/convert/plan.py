@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, MAX_HEADER_BYTES, SINGLE
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.ties import stored_name
 from dsconv.errors import MalformedError, UnsupportedError

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.formats.huggingface import safetensors
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.local import is_remote
 from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.checkpoint.transfer.checksums import crc32

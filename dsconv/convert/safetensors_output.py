@@ -9,7 +9,8 @@ from typing import Any
 
 from dsconv._version import __version__
 from dsconv.checkpoint.formats.huggingface.safetensors import ADAPTER, SINGLE
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.copy import Target
 from dsconv.convert.destination import Destination, FileRange, FillingFile, OutputFile, Written
 from dsconv.convert.filters import Filters

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import BY_NAME
-from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
+from dsconv.checkpoint.map.tensors import Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.torchfile.file import TorchFile

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.hub import lies_on_hub
 from dsconv.checkpoint.transfer.casting import CASTABLE, Caster

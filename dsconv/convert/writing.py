@@ -16,7 +16,8 @@ from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.storage.local import is_remote
 from dsconv.checkpoint.transfer.copy import (
     MAX_DEFAULT_WORKERS,

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.convert.universal_plan import training_of

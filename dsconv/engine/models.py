@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.convert.sidecars import find_sidecars
 from dsconv.engine.checkpoints import FOLDER

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.renaming import renamed
-from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.convert.universal_writer import to_universal
 from dsconv.engine.options import Layout

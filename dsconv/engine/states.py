@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.training import SmallTensor, Training
 from dsconv.checkpoint.pickles.values import Instance
 from dsconv.convert.universal_plan import training_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.local import is_remote
 
 EDGE_BYTES = 64 << 10

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.config_files import CONFIG, MAX_CONFIG_BYTES, find_config
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.local import read_small
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import BY_NAME
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.transfer.casting import CASTABLE
 from dsconv.checkpoint.transfer.fill import Filling, Patch, Reads, Slot, reads_of

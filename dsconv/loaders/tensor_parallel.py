@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.errors import UnsupportedError, require_packages
 from dsconv.loaders.agreement import agreement

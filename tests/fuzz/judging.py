@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.errors import DsconvError

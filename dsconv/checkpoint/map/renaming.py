@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training
 
 # The attribute under which each wrapper keeps the module: ``torch/_dynamo/eval_frame.py``

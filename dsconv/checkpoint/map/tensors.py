@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.regions import Region, check_inside, numel_of, prove_cover
-from dsconv.errors import InconsistentCheckpointError, TensorNotFoundError
+from dsconv.errors import InconsistentCheckpointError
 
 if TYPE_CHECKING:
     import torch
-
-    from dsconv.checkpoint.map.training import Training
 
 
 @dataclass(frozen=True)
@@ -191,86 +189,3 @@ def prove_tiling(entry: TensorEntry) -> None:
             )
         regions.append(region)
     prove_cover(regions, entry.shape, entry.name)
-
-
-class Checkpoint(Mapping[str, TensorEntry]):
-    """A read-only mapping of names to entries, and what was found out while it was opened.
-
-    An alias (a tied name) is looked up like any other name, but iteration and ``len`` count each tensor once.
-
-    Attributes:
-        path: What was opened.
-        format: The format's name.
-        folder: Where config.json and the tokenizer may lie.
-        step: The training step, where the checkpoint tells.
-        world: The sizes of the run that saved it, such as ``data_parallel``.
-        info: What else the format found out, for reports.
-        warnings: What the user has to know.
-        sources: The files whose bytes the map uses.
-        stamps: The signatures of the sources (``stat_signature``) when they had been opened.
-        is_deepspeed: Whether DeepSpeed wrote it, at any ZeRO stage.
-        training: Makes the map of the optimizer's states, for formats that have one.
-        no_training: Why there is none, where the format has something to say.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        format: str,
-        entries: Mapping[str, TensorEntry],
-        *,
-        folder: Path | None = None,
-        step: int | None = None,
-        world: Mapping[str, int] | None = None,
-        info: Mapping[str, Any] | None = None,
-        warnings: tuple[str, ...] = (),
-        sources: tuple[Path, ...] = (),
-        is_deepspeed: bool = False,
-        training: Callable[[], Training] | None = None,
-        no_training: str = "",
-    ) -> None:
-        self.path = path
-        self.format = format
-        self.folder = folder or path
-        self.step = step
-        self.world = dict(world or {})
-        self.info = dict(info or {})
-        self.warnings = warnings
-        self.sources = sources
-        self.is_deepspeed = is_deepspeed
-        self.training = training
-        self.no_training = no_training
-        self.stamps: dict[Path, tuple[int, int, int] | None] = {}
-        self._entries = dict(entries)
-        self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
-
-    def __getitem__(self, name: str) -> TensorEntry:
-        try:
-            return self._entries[self._aliases.get(name, name)]
-        except KeyError:
-            raise TensorNotFoundError(f"{self.path} has no tensor {name!r}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._aliases
-
-    @property
-    def ties(self) -> dict[str, str]:
-        """{alias: the name that holds the data}."""
-        return dict(self._aliases)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.values())
-
-    @property
-    def numel(self) -> int:
-        return sum(entry.numel for entry in self._entries.values())
-
-    def __repr__(self) -> str:
-        return f"<Checkpoint {self.format} at {self.path}: {len(self)} tensors, {self.nbytes} bytes>"

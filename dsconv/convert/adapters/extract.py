@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.convert.adapters.config import CONFIG, DEFAULT, read_config
 from dsconv.convert.adapters.encoders import best_vectors, prompt_entries, renamed, without_pruned_ranks
 from dsconv.convert.adapters.methods import (

@@ -29,7 +29,7 @@ from dsconv.checkpoint.formats.dcp.steps import (
     step_of,
 )
 from dsconv.checkpoint.formats.huggingface import safetensors
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import CheckpointNotFoundError, SeveralModelsError
 

@@ -24,9 +24,10 @@ from dsconv.checkpoint.formats.huggingface import safetensors
 from dsconv.checkpoint.formats.huggingface.config_sizes import too_small
 from dsconv.checkpoint.formats.huggingface.index import MAX_INDEX_BYTES, parse_json
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, holds_weights, read_file_and_metadata
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.pieces import arranged
 from dsconv.checkpoint.map.regions import Sizes
-from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
+from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError

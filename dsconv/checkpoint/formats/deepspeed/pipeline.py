@@ -23,8 +23,9 @@ from dsconv.checkpoint.formats.deepspeed.shards import Rules
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, Slot, match_masters
 from dsconv.checkpoint.formats.deepspeed.values import entry_prefix_matches
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.renaming import renamed, unwrap
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources

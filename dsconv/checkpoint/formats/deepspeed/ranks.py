@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap, build_checkpoint, contents_of
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.errors import MissingShardError
 from dsconv.zero_utils.files import TagFolder
 

@@ -6,7 +6,7 @@ from dsconv.checkpoint.formats.deepspeed import stage0, zero
 from dsconv.checkpoint.formats.deepspeed.partitions import read_partitions
 from dsconv.checkpoint.formats.deepspeed.precisions import with_one_kind
 from dsconv.checkpoint.formats.deepspeed.ranks import single_rank_checkpoint
-from dsconv.checkpoint.map.tensors import Checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import CheckpointNotFoundError
 from dsconv.zero_utils.files import TagFolder, find_tag_folder

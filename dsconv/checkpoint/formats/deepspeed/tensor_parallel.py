@@ -17,7 +17,8 @@ from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.ranks import read_rank, single_rank_checkpoint
 from dsconv.checkpoint.formats.deepspeed.shards import Rules, join_shards, path_of
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, MissingShardError
 from dsconv.zero_utils.files import TagFolder

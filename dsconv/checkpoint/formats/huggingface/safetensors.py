@@ -21,8 +21,9 @@ from dsconv.checkpoint.formats.huggingface.index import (
     read_numbered,
     set_warning,
 )
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import BY_SAFETENSORS, DType
-from dsconv.checkpoint.map.tensors import Checkpoint, Extent, Piece, Record, TensorEntry
+from dsconv.checkpoint.map.tensors import Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.pickles.schema import are_sizes
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading

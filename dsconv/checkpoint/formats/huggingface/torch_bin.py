@@ -17,7 +17,8 @@ from dsconv.checkpoint.formats.checks import RANK_FILE, check_not_hollow, unwrap
 from dsconv.checkpoint.formats.huggingface.index import pick_file, read_indexed, read_numbered, set_warning
 from dsconv.checkpoint.formats.items.models import Items, choose_model
 from dsconv.checkpoint.formats.items.state_dicts import Leaf, walk
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile, unread_objects

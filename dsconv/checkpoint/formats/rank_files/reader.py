@@ -25,9 +25,10 @@ from dsconv.checkpoint.formats.items.models import Items, choose_model
 from dsconv.checkpoint.formats.items.state_dicts import Leaf, walk
 from dsconv.checkpoint.formats.rank_files.dtensors import DTensor, Mesh, Reader, ShardedTensor, describe
 from dsconv.checkpoint.formats.rank_files.groups import Group, choose_group, homes_in, is_rank_file, pick_home
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.placements import local_region, region_in_order
 from dsconv.checkpoint.map.regions import Region, is_whole, numel_of, shape_of, show
-from dsconv.checkpoint.map.tensors import Checkpoint, Piece, TensorEntry
+from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile

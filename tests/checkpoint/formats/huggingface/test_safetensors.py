@@ -19,8 +19,8 @@ import dsconv
 from dsconv.checkpoint import open_checkpoint
 from dsconv.checkpoint.formats.huggingface import safetensors
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, SINGLE, read_file
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import BY_NAME
-from dsconv.checkpoint.map.tensors import Checkpoint
 from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.checkpoint.torchfile.file import read_extent
 from dsconv.errors import (

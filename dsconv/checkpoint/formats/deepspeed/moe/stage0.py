@@ -27,8 +27,9 @@ from dsconv.checkpoint.formats.deepspeed.moe.experts import (
 )
 from dsconv.checkpoint.formats.deepspeed.rank_map import build_checkpoint
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, Slot, groups_of, match_known_masters
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.pieces import slice_pieces
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import MissingShardError

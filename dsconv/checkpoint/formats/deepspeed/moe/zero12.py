@@ -47,8 +47,9 @@ from dsconv.checkpoint.formats.deepspeed.partitions import (
 )
 from dsconv.checkpoint.formats.deepspeed.rank_map import build_checkpoint
 from dsconv.checkpoint.formats.deepspeed.values import prefix_matches
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.pieces import slice_pieces
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.errors import InconsistentCheckpointError, MissingShardError, UnsupportedError
 from dsconv.zero_utils.files import TagFolder

@@ -17,8 +17,9 @@ from dsconv.checkpoint.formats.deepspeed.moe.autoep import AutoEPLayer, naming_o
 from dsconv.checkpoint.formats.deepspeed.moe.experts import Assembly, ExpertLayer, contents_of, owner_of
 from dsconv.checkpoint.formats.deepspeed.partitions import Partition, frozen_entry, master_entry, read_zero3_states
 from dsconv.checkpoint.formats.deepspeed.rank_map import build_checkpoint
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.pieces import slice_pieces
-from dsconv.checkpoint.map.tensors import Checkpoint, TensorEntry
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.zero_utils.files import TagFolder
