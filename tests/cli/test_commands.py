@@ -521,15 +521,18 @@ def test_doctor_says_what_is_missing_and_what_fails(tmp_path: Path) -> None:
 
 
 NO_HEAVY = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "deepspeed", "transformers", "numpy", "safetensors", "huggingface_hub"}:
-            raise ImportError(f"{name} was imported")
-sys.meta_path.insert(0, Refuse())
+import atexit, os, sys
+heavy, arguments = set(sys.argv[1].split(",")), sys.argv[2:]
+@atexit.register
+def check():
+    found = heavy & {name.partition(".")[0] for name in sys.modules}
+    if found:
+        print("imported:", sorted(found), file=sys.stderr, flush=True)
+        os._exit(9)
 from dsconv.cli import main
-main(sys.argv[1:])
+sys.exit(main(arguments))
 """
+HEAVY = ("torch", "deepspeed", "transformers", "numpy", "safetensors", "huggingface_hub")
 
 
 @pytest.mark.parametrize(
@@ -546,13 +549,18 @@ def test_a_merge_without_a_cast_needs_no_torch_and_no_deepspeed(
     case: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     made = trained(case)
+    # Masters without names are told apart by their values, which numpy compares.
+    heavy = [name for name in HEAVY if not (name == "numpy" and "-z0-" in case)]
     for arguments in (
         ["zero-to-fp32", made.checkpoint, tmp_path / "out", "--verify", "--sha256"],
         ["inspect", made.checkpoint, "--json"],
         ["verify", made.checkpoint, tmp_path / "out"],
     ):
         result = subprocess.run(
-            [sys.executable, "-c", NO_HEAVY, *map(str, arguments)], capture_output=True, text=True, check=False
+            [sys.executable, "-c", NO_HEAVY, ",".join(heavy), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert result.returncode == 0, result.stderr
     made.check(load_safetensors(tmp_path / "out"))
