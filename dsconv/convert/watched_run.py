@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.errors import CheckpointNotFoundError, MalformedError
-from dsconv.zero_utils.files import holds_states, read_latest, tags_in
+from dsconv.zero_utils.tag_folder import holds_states, read_latest, tags_in
 
 TRAINER = re.compile(r"checkpoint-(\d+)")
 STEP = re.compile(r"step-(\d+)")

@@ -17,7 +17,7 @@ from dsconv.engine.options import RunOptions
 from dsconv.engine.pipeline_layers import Donor, layer_specs, paths_of, pipeline_names
 from dsconv.errors import UsageError
 from dsconv.loaders.stream import stream_into
-from dsconv.zero_utils.files import LAYERS_OF_TRANSFORMERS
+from dsconv.zero_utils.tag_folder import LAYERS_OF_TRANSFORMERS
 
 
 class PipelineBackend(DeepSpeedBackend):

@@ -11,7 +11,7 @@ from dsconv.checkpoint.map.renaming import unwrap
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import MalformedError
-from dsconv.zero_utils.files import holds_states
+from dsconv.zero_utils.tag_folder import holds_states
 
 RANK_FILE = re.compile(r"((?:.*[_.-])?)rank[_-]?(\d+)\.(pt|pth|bin)")  # one rank's file of a plain script
 # ZeRO-3 keeps small parameters whole (stage3_param_persistence_threshold), so some weights of a hollow file are there.

@@ -18,7 +18,7 @@ from dsconv.checkpoint.formats.dcp.safetensors_shards import holds_shards
 from dsconv.checkpoint.formats.huggingface.safetensors import holds_weights
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import CheckpointNotFoundError, MissingShardError
-from dsconv.zero_utils.files import holds_states
+from dsconv.zero_utils.tag_folder import holds_states
 
 STEP = re.compile(r"(?:step|checkpoint|iter)[-_](?P<step>\d{1,18})|epoch_\d{1,9}_step_(?P<of_epoch>\d{1,18})")
 NESTED = re.compile(r"pytorch_model_fsdp_\d+")

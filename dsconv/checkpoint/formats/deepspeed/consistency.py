@@ -12,7 +12,7 @@ from dsconv.checkpoint.map.tensors import Extent, TensorEntry
 from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extents
 from dsconv.errors import InconsistentCheckpointError, MalformedError
-from dsconv.zero_utils import files
+from dsconv.zero_utils import tag_folder
 
 SAMPLES = 16  # elements that are compared of each tensor's start: 64 bytes of each file
 
@@ -22,7 +22,7 @@ def written_as(file: TorchFile, rank: int) -> None:
 
     torch.save names the root of the zip after the file that it writes, so that a renamed file is seen.
     """
-    for pattern in (files.OPTIMIZER, files.ZERO3_MODEL):
+    for pattern in (tag_folder.OPTIMIZER, tag_folder.ZERO3_MODEL):
         match = pattern.fullmatch(file.archive.root + ".pt")
         if match and int(match["dp"]) != rank:
             raise InconsistentCheckpointError(
@@ -37,7 +37,7 @@ def own_name(file: TorchFile) -> None:
 
     The ranks in a name are the pipeline layer, the model-parallel and the data-parallel rank.
     """
-    for pattern in (files.OPTIMIZER, files.ZERO3_MODEL, files.MODEL, files.LAYER):
+    for pattern in (tag_folder.OPTIMIZER, tag_folder.ZERO3_MODEL, tag_folder.MODEL, tag_folder.LAYER):
         written, named = pattern.fullmatch(file.archive.root + ".pt"), pattern.fullmatch(file.path.name)
         if (
             written
@@ -52,7 +52,7 @@ def own_name(file: TorchFile) -> None:
 
 def written_as_expert(file: TorchFile) -> None:
     """Raise it if an expert's file was written under another name."""
-    if files.EXPERT.fullmatch(file.archive.root + ".pt") and file.archive.root != file.path.stem:
+    if tag_folder.EXPERT.fullmatch(file.archive.root + ".pt") and file.archive.root != file.path.stem:
         raise InconsistentCheckpointError(
             f"{file.path} was written as {file.archive.root}.pt. Shard files were renamed or swapped: give them their"
             " own names again"

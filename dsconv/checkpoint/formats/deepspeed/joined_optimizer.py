@@ -23,7 +23,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError
-from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.tag_folder import TagFolder
 
 States = dict[str, dict[str, TensorEntry]]
 

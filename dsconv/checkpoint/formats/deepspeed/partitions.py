@@ -20,8 +20,8 @@ from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
-from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import group_padding_limit, share_numel
+from dsconv.zero_utils.tag_folder import TagFolder
 
 # From {name: elements} of parameters to the shapes of those whose shapes are known.
 ShapesOf = Callable[[Mapping[str, int]], Mapping[str, tuple[int, ...]]]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.errors import InconsistentCheckpointError
-from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.tag_folder import TagFolder
 
 BF16 = "bf16_"
 FIRST_RELEASE_WITH_PREFIX = (0, 7)  # older ones may name a bf16 run's files without it

@@ -14,7 +14,7 @@ from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.torchfile.file import TorchFile, unread_objects
-from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.tag_folder import TagFolder
 
 if TYPE_CHECKING:
     from dsconv.checkpoint.formats.deepspeed.partitions import Partition, Place

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap, build_checkpoint, contents_of
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.errors import MissingShardError
-from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.tag_folder import TagFolder
 
 if TYPE_CHECKING:
     from dsconv.checkpoint.map.training import Training

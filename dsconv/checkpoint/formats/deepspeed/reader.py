@@ -9,7 +9,7 @@ from dsconv.checkpoint.formats.deepspeed.ranks import single_rank_checkpoint
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import CheckpointNotFoundError
-from dsconv.zero_utils.files import TagFolder, find_tag_folder
+from dsconv.zero_utils.tag_folder import TagFolder, find_tag_folder
 
 
 def detect(root: Root, tag: str | None) -> bool:

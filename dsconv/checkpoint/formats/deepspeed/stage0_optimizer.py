@@ -35,7 +35,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training, whole_rows
 from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
-from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.tag_folder import TagFolder
 
 INNER = "optimizer_state_dict"
 NO_SETTINGS = frozenset({INNER, "fp32_groups", "fp32_groups_flat", "state", "param_groups"})

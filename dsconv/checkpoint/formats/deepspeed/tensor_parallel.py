@@ -21,7 +21,7 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, MissingShardError
-from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.tag_folder import TagFolder
 
 
 def read_tensor_parallel(folder: TagFolder) -> Checkpoint:

@@ -36,7 +36,7 @@ from dsconv.errors import (
     UnsafeError,
     UnsupportedError,
 )
-from dsconv.zero_utils.files import TagFolder, holds_states, read_latest, scan
+from dsconv.zero_utils.tag_folder import TagFolder, holds_states, read_latest, scan
 
 FOLDER = "zero"
 LATEST = "latest_universal"

@@ -36,8 +36,8 @@ from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
-from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import share_numel
+from dsconv.zero_utils.tag_folder import TagFolder
 
 
 def read_rank(folder: TagFolder, warnings: list[str], shapes_of: ShapesOf | None = None) -> RankMap:

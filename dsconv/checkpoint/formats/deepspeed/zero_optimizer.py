@@ -22,8 +22,8 @@ from dsconv.checkpoint.map.training import SmallTensor, Training, whole_rows
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
-from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import group_padding_limit
+from dsconv.zero_utils.tag_folder import TagFolder
 
 if TYPE_CHECKING:
     from dsconv.checkpoint.formats.deepspeed.partitions import Partition

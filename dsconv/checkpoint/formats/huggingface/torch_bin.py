@@ -23,7 +23,7 @@ from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_r
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile, unread_objects
 from dsconv.errors import MalformedError, UnsupportedError
-from dsconv.zero_utils.files import MODEL, OPTIMIZER, ZERO3_MODEL
+from dsconv.zero_utils.tag_folder import MODEL, OPTIMIZER, ZERO3_MODEL
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"

@@ -26,7 +26,7 @@ from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
-from dsconv.zero_utils.files import EXPERT, TagFolder
+from dsconv.zero_utils.tag_folder import EXPERT, TagFolder
 
 MARK = ".deepspeed_moe.experts.deepspeed_experts."
 LOCAL = re.compile(r"(?P<layer>.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(?P<expert>\d+)(?P<rest>\..*)")

@@ -33,7 +33,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import MissingShardError
-from dsconv.zero_utils.files import TagFolder
+from dsconv.zero_utils.tag_folder import TagFolder
 
 MIN_TIED_NUMEL = 64  # shorter weights may be equal by chance, or because they are all ones
 

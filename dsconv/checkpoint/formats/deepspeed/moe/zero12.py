@@ -52,8 +52,8 @@ from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.errors import InconsistentCheckpointError, MissingShardError, UnsupportedError
-from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import expert_replicas
+from dsconv.zero_utils.tag_folder import TagFolder
 
 Owners = dict[tuple[str, Any], Partition]  # one rank that holds masters of a tensor's region
 

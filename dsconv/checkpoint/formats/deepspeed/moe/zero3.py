@@ -22,8 +22,8 @@ from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError
-from dsconv.zero_utils.files import TagFolder
 from dsconv.zero_utils.partition import share_numel
+from dsconv.zero_utils.tag_folder import TagFolder
 
 
 def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings: list[str]) -> Checkpoint:

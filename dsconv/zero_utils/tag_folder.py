@@ -1,4 +1,4 @@
-"""The names of the files of a DeepSpeed checkpoint, and where a checkpoint's folder is.
+"""The folder of a DeepSpeed tag: which one is read, and the names of the files in it.
 
 Sources, DeepSpeed ``runtime/engine.py``: ``_get_ckpt_name``, ``_get_rank_zero_ckpt_name``,
 ``_get_expert_ckpt_name``, ``_get_optimizer_ckpt_name``; ``runtime/pipe/module.py`` ``ckpt_layer_path``. Older releases
