@@ -54,7 +54,7 @@ def open_checkpoint(
         SeveralModelsError: There are several models, and ``item`` is None; it lists them.
         MissingShardError: A file of the checkpoint is not there.
         MalformedError: A file is damaged or cannot be read.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The format has a feature that dsconv does not read.
         UnsafeError: A file asks for code to be run, or a name or a link leaves the checkpoint's folder.
         RemoteError: The Hub, a store or the network fails.

@@ -1,9 +1,9 @@
 """Does the output load? Its names and shapes are compared with the architecture that its config.json names.
 
-Three ways, the cheapest first: the architecture's source in transformers is read without importing it (milliseconds);
-where that does not tell, as of models whose weights transformers renames or fuses, transformers itself builds the model
-on the meta device, in this process where it is imported already, else in one of its own that runs beside the copy; and
-without transformers nothing is claimed.
+There are three ways, and the cheapest comes first. The architecture's source in transformers is read without importing
+it, which takes milliseconds. Where that is not enough, for instance for models whose weights transformers renames or
+fuses, transformers itself builds the model on the meta device: in this process if it is imported already, otherwise in
+a process that runs beside the copy. Without transformers nothing is claimed.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def compare(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
 
     Args:
         skeleton: What the architecture has.
-        shapes: {name: shape} of what there is.
+        shapes: {name: shape} of the tensors in the output.
     """
     found = _with_prefix(skeleton, shapes)
     missing = set(skeleton.shapes) - set(found)

@@ -312,8 +312,7 @@ def _verify(checkpoint: Checkpoint, folder: Path, plan: Plan, report: MergeRepor
     result = compare(checkpoint, open_checkpoint(folder), comparing)
     if not result.equal:
         raise MismatchError(
-            f"{report.output}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was"
-            " kept"
+            f"{report.output}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing was kept"
         )
     report.verified = True
 

@@ -110,5 +110,5 @@ def write_at(descriptor: int, data: memoryview, offset_bytes: int) -> None:
         try:
             count = os.pwrite(descriptor, data[:WRITE_BYTES], offset_bytes)
         except OSError as error:
-            raise OutputError(f"writing the output failed: {error.strerror}; nothing of it was kept") from None
+            raise OutputError(f"writing the output failed: {error.strerror}; nothing was kept") from None
         data, offset_bytes = data[count:], offset_bytes + count

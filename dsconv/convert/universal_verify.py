@@ -38,12 +38,12 @@ def verify_universal(
             continue
         value = opened.root["param"] if isinstance(opened.root, dict) else opened.root
         if not isinstance(value, TensorRef) or file.dtype is None:
-            raise MismatchError(f"{target / file.path}: what was written holds no tensor. Nothing of it was kept")
+            raise MismatchError(f"{target / file.path}: what was written holds no tensor. Nothing was kept")
         if file.entry.dtype != file.dtype and file.entry.dtype.name not in CASTABLE:
             record = opened.archive.records[f"data/{value.storage.key}"]
             if crc32(read_extent(Extent(record, record.offset_bytes, record.nbytes))) != record.crc32:
                 raise MismatchError(
-                    f"{target / file.path}: what was written is not what lies on the disk. Nothing of it was kept"
+                    f"{target / file.path}: what was written is not what lies on the disk. Nothing was kept"
                 )
             continue
         source[file.path] = file.entry
@@ -56,7 +56,7 @@ def verify_universal(
     )
     if not result.equal:
         raise MismatchError(
-            f"{target}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing of it was kept"
+            f"{target}: what was written differs from {checkpoint.path}: {result.summary()}. Nothing was kept"
         )
 
 

@@ -191,7 +191,7 @@ def _fill(destination: Destination, checkpoint: Checkpoint, place: Place, option
     except DsconvError:  # some are OSErrors too: the source's error is the one to report
         raise
     except OSError as error:
-        raise OutputError(f"writing the output failed: {error.strerror or error}; nothing of it was kept") from None
+        raise OutputError(f"writing the output failed: {error.strerror or error}; nothing was kept") from None
     unfinished = [name for name, filling in files.items() if not filling.finished]
     if unfinished:
         raise OutputError(

@@ -38,9 +38,9 @@ class TagFolder:
     ``expert_optimizers``, which only stage 0 has, the expert-parallel rank.
 
     ``kinds`` has the optimizer files by the form of their names, such as ``bf16_zero_pp_rank_*_optim_states.pt``. Two
-    forms are of two runs. Which run the model states are of is not told by names, so ``optimizer`` is empty then until
-    one is chosen; ``chosen`` says that it was. ``own_weights`` says that the model's 16-bit weights are wanted, so that
-    there are no optimizer files to look for.
+    forms come from two runs. Names do not say which run wrote the model states, so ``optimizer`` is empty until one
+    form is chosen; ``chosen`` says that it was. ``own_weights`` says that the model's 16-bit weights are wanted, so
+    that there are no optimizer files to look for.
     """
 
     path: Path
@@ -201,7 +201,7 @@ def scan(folder: Path, tag: str, save_dir: Path) -> TagFolder:
 def _put(files: dict[K, Path], rank: K, path: Path) -> None:
     if rank in files:
         raise InconsistentCheckpointError(
-            f"{path} and {files[rank].name} are both of the same rank by their names: they are of two saves. Move the"
+            f"{path} and {files[rank].name} name the same rank, so they are from two saves. Move the"
             " files of one of them to another folder"
         )
     files[rank] = path

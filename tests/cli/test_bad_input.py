@@ -171,7 +171,7 @@ CASES: dict[str, tuple[str, Damage, int, list[str]]] = {
         ZERO3,
         lambda s, t: edit(t / MODEL3.format(0), extra_parameter),
         3,
-        ["need", "not of one save"],
+        ["need", "not from one save"],
     ),
     "a parameter that no rank lists": (
         ZERO2,

@@ -55,7 +55,7 @@ class Format(Protocol):
             SeveralModelsError: There are several models, and ``item`` is None.
             MissingShardError: A file that the checkpoint needs is not there.
             MalformedError: A file is damaged, or is not what its name says.
-            InconsistentCheckpointError: The files are not of one save.
+            InconsistentCheckpointError: The files are not from one save.
             UnsupportedError: The format has a feature that dsconv does not read.
             UnsafeError: A file asks for code to be run, or names a path outside its folder.
         """

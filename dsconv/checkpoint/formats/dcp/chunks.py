@@ -104,7 +104,7 @@ class ChunkFiles:
             if tensor.dtype != dtype or tensor.shape != sizes:
                 raise InconsistentCheckpointError(
                     f"{path}: holds {tensor.dtype} {list(tensor.shape)} where the metadata says {dtype} {list(sizes)}:"
-                    " files of two saves"
+                    " files from two saves"
                 )
             (piece,) = chunk.pieces(tensor)
         return piece if unpacked is None else unpacked.moved(piece, name, path)

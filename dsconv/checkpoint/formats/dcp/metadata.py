@@ -118,7 +118,7 @@ def read_metadata(folder: Path) -> Metadata:
 
     Raises:
         MalformedError: A file is damaged, or was not written by torch.
-        InconsistentCheckpointError: Files of two saves lie there.
+        InconsistentCheckpointError: Files from two saves lie there.
         MissingShardError: The metadata file of a rank is not there.
         UnsafeError: The pickle calls something, or a chunk's file lies outside the folder.
     """
@@ -191,7 +191,7 @@ def _add_tensor(whole: Metadata, name: str, tensor: TensorMeta) -> None:
     if (known.dtype_name, known.shape) != (tensor.dtype_name, tensor.shape):
         raise InconsistentCheckpointError(
             f"{tensor.path}: {safe_repr(name)} is {tensor.dtype_name} {list(tensor.shape)}, in {known.path.name}"
-            f" {known.dtype_name} {list(known.shape)}: files of two saves; copy those of one again"
+            f" {known.dtype_name} {list(known.shape)}: files from two saves; copy those of one again"
         )
     for key, (offsets, sizes, stored) in tensor.chunks.items():
         known.chunks.setdefault(key, (offsets, sizes, []))[2].extend(stored)

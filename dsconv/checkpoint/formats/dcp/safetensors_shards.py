@@ -57,7 +57,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
 
     Raises:
         MalformedError: A header is damaged, or does not say where the chunks begin.
-        InconsistentCheckpointError: The shards are of two saves.
+        InconsistentCheckpointError: The shards are from two saves.
         MissingShardError: A part, or the end of a tensor, is not there.
     """
     return read_folder(root.path, root.fetch)
@@ -83,7 +83,7 @@ def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None]) -> Checkpoi
             if (known.dtype, len(known.shape)) != (entry.dtype, len(entry.shape)):
                 raise InconsistentCheckpointError(
                     f"{file}: {safe_repr(name)} is {entry.dtype} {list(entry.shape)}, in {where.name} {known.dtype}"
-                    f" {list(known.shape)}: shards of two saves"
+                    f" {list(known.shape)}: shards from two saves"
                 )
             offsets = offsets_of[name]
             ends[name] = tuple(
@@ -149,7 +149,7 @@ def _numbering(folder: Path, files: list[Path]) -> list[str]:
     parts = {int(match["parts"]) for match in matches}
     if len(parts) > 1:
         raise InconsistentCheckpointError(
-            f"{folder}: shards of models in {' and in '.join(map(str, sorted(parts)))} parts: files of two saves"
+            f"{folder}: shards of models in {' and in '.join(map(str, sorted(parts)))} parts: files from two saves"
         )
     lost = set(range(1, parts.pop() + 1)) - {int(match["part"]) for match in matches}
     if lost:

@@ -145,7 +145,7 @@ def find_step(path: Path, tag: str | None) -> Found:
     step, folder = whole[-1]
     same = [other.name for number, other in whole if number == step]
     if len(same) > 1:
-        raise CheckpointNotFoundError(f"{path}: {' and '.join(same)} are of one step; choose one with --tag")
+        raise CheckpointNotFoundError(f"{path}: {' and '.join(same)} are the same step; choose one with --tag")
     warnings = []
     tracked = _tracked(path)
     named = [(number, found) for number, found in whole if number == tracked]

@@ -60,15 +60,15 @@ def written_as_expert(file: TorchFile) -> None:
 
 
 def same_save(first: ModuleStates, other: ModuleStates) -> None:
-    """Raise it unless model states of two ranks are of one step and list the same parameters."""
+    """Raise it unless model states of two ranks are from one step and list the same parameters."""
     if first.step != other.step:
         raise InconsistentCheckpointError(
-            f"{first.path} is of step {first.step} and {other.path} of step {other.step}: files of two saves lie in one"
-            " folder"
+            f"{first.path} is from step {first.step} and {other.path} from step {other.step}: files from two saves"
+            " lie in one folder"
         )
     if first.param_shapes != other.param_shapes or first.frozen_shapes != other.frozen_shapes:
         raise InconsistentCheckpointError(
-            f"{first.path} and {other.path} list different parameters: they are not of one run"
+            f"{first.path} and {other.path} list different parameters: they are not from one run"
         )
 
 
@@ -82,8 +82,8 @@ def same_step(partitions: list[tuple[TorchFile, dict[str, Any]]]) -> None:
     if len(steps) > 1:
         (step, path), (other, other_path) = list(steps.items())[:2]
         raise InconsistentCheckpointError(
-            f"{path} is of optimizer step {step:g} and {other_path} of step {other:g}: files of two saves lie in one"
-            " folder. Restore the files of one of them"
+            f"{path} is from optimizer step {step:g} and {other_path} from step {other:g}: files from two saves"
+            " lie in one folder. Restore the files of one of them"
         )
 
 
@@ -176,7 +176,7 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
     if differing:
         warnings.append(
             f"{len(differing)} of the parameters differ between {states.path.name} and the optimizer's masters, the"
-            f" first {differing[0]!r}: the files are of different saves, or the weights were changed without the"
+            f" first {differing[0]!r}: the files are from different saves, or the weights were changed without the"
             " optimizer. The masters were taken"
         )
     return differing

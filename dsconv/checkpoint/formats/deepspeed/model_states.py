@@ -174,7 +174,7 @@ class ModuleStates:
 
         Where the file lists frozen parameters, a tensor is in doubt that is in no list at all. Where it lists none
         (ZeRO-1), tensors are in doubt if parameters are listed that ``module`` lacks: they may be the same weights
-        under other names, as of a wrapper that dsconv does not know.
+        under other names, for instance those of a wrapper that dsconv does not know.
         """
         trained = {name for group in self.param_shapes for name in group}
         if not trained or not self.module:
@@ -247,7 +247,7 @@ def refuse_missing_experts(states: ModuleStates) -> None:
     """
     if states.raw.get("num_experts"):
         raise MissingShardError(
-            f"{states.path} is of a model with experts, which lie in files of their own"
+            f"{states.path} is from a model with experts, which lie in files of their own"
             " (layer_0_expert_0_mp_rank_00_model_states.pt and so on); there are none. Copy them from the nodes that"
             " wrote them"
         )

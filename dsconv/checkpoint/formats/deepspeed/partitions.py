@@ -1,4 +1,4 @@
-"""One optimizer file a data-parallel rank: what each holds, and whether they are all of one save."""
+"""One optimizer file a data-parallel rank: what each holds, and whether they are all from one save."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def read_partitions(
 
     Raises:
         MissingShardError: A rank's file is not there.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
     """
     paths = {dp: path for (_, dp), path in folder.optimizer.items()}
     lowest = paths[min(paths)]
@@ -130,9 +130,10 @@ def read_partitions(
             or len(partition.groups) != len(first.groups)
         ):
             raise InconsistentCheckpointError(
-                f"{partition.path} is of another save than {first.path}: partition counts {list(partition.counts)[:4]}"
-                f" and {list(first.counts)[:4]}, groups {len(partition.groups)} and {len(first.groups)}. A file was"
-                " overwritten or left over from another run: restore the files of one save"
+                f"{partition.path} and {first.path} are from different saves: partition counts"
+                f" {list(partition.counts)[:4]} and {list(first.counts)[:4]}, groups {len(partition.groups)} and"
+                f" {len(first.groups)}. A file was overwritten or left over from another run:"
+                " restore the files of one save"
             )
         for mine, theirs in zip(partition.groups, first.groups, strict=True):
             if mine.dtype != theirs.dtype:
@@ -202,7 +203,7 @@ def walk_group(folder: TagFolder, members: Sequence[Partition], g: int, group: S
             raise InconsistentCheckpointError(
                 f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer"
                 f" files of {len(members)} ranks, from {members[0].path.name} on, hold {starts[-1]} together. A file is"
-                " of another save, or of another model"
+                " from another save, or of another model"
             )
         yield name, Place(shape, g, partial(flat_pieces, files, starts=starts, begin=position, numel=numel))
         position += numel + padding
@@ -218,13 +219,13 @@ def _check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> 
     if not wanted <= have < wanted + group_padding_limit(len(lengths)):
         raise InconsistentCheckpointError(
             f"{folder.path}: group {g} has {wanted} elements by its parameter shapes and {have} in the optimizer files"
-            f" of {len(lengths)} ranks. The files are not of one save, or not all of one model"
+            f" of {len(lengths)} ranks. The files are not from one save, or not all of one model"
         )
     full = max(lengths)
     if any(length != full for length in lengths[: have // full if full else 0]):
         raise InconsistentCheckpointError(
             f"{folder.path}: group {g}: the ranks hold {lengths[:8]} elements; all but the last ones should hold"
-            f" {full}. Two ranks' files were swapped, or one is of another save"
+            f" {full}. Two ranks' files were swapped, or one is from another save"
         )
 
 
@@ -264,7 +265,7 @@ def frozen_entry(
 
 
 def read_zero3_states(folder: TagFolder, world: int, every: Callable[[ModuleStates], bool]) -> list[ModuleStates]:
-    """Return the model states of ZeRO-3's ranks, which are proved to be of one save.
+    """Return the model states of ZeRO-3's ranks, which are proved to be from one save.
 
     Args:
         folder: The files of one model-parallel rank.
@@ -274,7 +275,7 @@ def read_zero3_states(folder: TagFolder, world: int, every: Callable[[ModuleStat
 
     Raises:
         MissingShardError: A rank's file is not there.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
     """
     models = {dp: path for (_, dp), path in folder.zero3.items()}
     missing = sorted(set(range(world)) - set(models))

@@ -51,7 +51,7 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
     Raises:
         MissingShardError: A file is not there.
         MalformedError: A file does not hold what its name says.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: Names, masters or the way that shards make a tensor cannot be told.
     """
     warnings = list(folder.warnings)
@@ -286,7 +286,7 @@ def _same_copy(
         )
         return
     raise InconsistentCheckpointError(
-        f"tied tensor {first.name!r} differs between {paths}: the files are of different saves, or the stages trained"
+        f"tied tensor {first.name!r} differs between {paths}: the files are from different saves, or the stages trained"
         " it apart (it is not among the tied_weight_attr of its TiedLayerSpec); which is right the checkpoint does"
         " not say"
     )

@@ -1,4 +1,4 @@
-"""Optimizer files of two runs in one tag: which of them the model states belong to.
+"""Optimizer files from two runs in one tag: which of them the model states belong to.
 
 DeepSpeed names the optimizer files of a bf16 run ``bf16_zero_pp_rank_*`` and those of other runs ``zero_pp_rank_*``
 (``runtime/engine.py`` ``_get_zero_ckpt_prefix``), while the model states have one name. A run that saves under

@@ -27,7 +27,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     Raises:
         MissingShardError: A file of it is not there.
         MalformedError: A file does not hold what its name says.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The checkpoint is of a kind that dsconv does not read.
     """
     folder = find_tag_folder(root.path, tag)

@@ -94,8 +94,8 @@ def in_parts(
         if shape[dim] != sum(b - a for a, b in runs[rank]):
             raise InconsistentCheckpointError(
                 f"{where}: rank {rank}'s shard has shape {list(shape)}; by the checkpoint's metadata it should have"
-                f" {sum(b - a for a, b in runs[rank])} along dimension {dim}. A shard is of another save, or ranks were"
-                " swapped"
+                f" {sum(b - a for a, b in runs[rank])} along dimension {dim}. A shard is from another save, or ranks"
+                " were swapped"
             )
     return along(tuple(full), dim, runs, where, total)
 
@@ -158,7 +158,7 @@ def _width(shape: Shape, dim: int, shapes: Sequence[Shape], where: str) -> int:
     ):
         raise InconsistentCheckpointError(
             f"{where}: shards of shapes {', '.join(str(list(s)) for s in shapes[:8])} cannot be joined along dimension"
-            f" {dim}: they are not of one save, or not cut that way"
+            f" {dim}: they are not from one save, or not cut that way"
         )
     return shape[dim]
 
@@ -211,7 +211,7 @@ def join_shards(
         what: What the shards are, for messages: the tensor, or something that lies as it does.
 
     Raises:
-        InconsistentCheckpointError: The shards are not of one save.
+        InconsistentCheckpointError: The shards are not from one save.
         UnsupportedError: The rules do not tell how they make the full tensor.
     """
     first = shards[0]
@@ -240,7 +240,7 @@ def join_shards(
                 )
             raise InconsistentCheckpointError(
                 f"{what}{name!r} should be the same on all tensor-parallel ranks and differs between {paths}: the files"
-                " are of different saves, or the ranks drifted apart in training"
+                " are from different saves, or the ranks drifted apart in training"
             )
     # A shard without elements is nobody's to train: what the others say counts.
     role = next((shard.role for shard in filled if shard.role == "parameter"), filled[0].role)

@@ -78,7 +78,7 @@ def read_states(folder: TagFolder) -> ModuleStates:
     consistency.own_name(states.file)
     if states.param_shapes and not folder.own_weights:
         raise MissingShardError(
-            f"{folder.path}: {states.path.name} is of a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there"
+            f"{folder.path}: {states.path.name} is from a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there"
             f" are none. Copy them from the nodes that wrote them, or take the model's own 16-bit weights, which are"
             " here, with --weights 16bit"
         )

@@ -30,7 +30,7 @@ def read_tensor_parallel(folder: TagFolder) -> Checkpoint:
     Raises:
         MissingShardError: A rank's file is not there.
         MalformedError: A file does not hold what its name says.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: How shards make a full tensor is not known.
     """
     warnings = list(folder.warnings)
@@ -64,7 +64,7 @@ def read_ranks(folder: TagFolder, warnings: list[str], read_rank: ReadRank = rea
 
     Raises:
         MissingShardError: A rank has no files.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
     """
     present = folder.mp_ranks
     first = read_rank(folder, present[0], warnings)
@@ -99,8 +99,8 @@ def _refuse_unless_stale(folder: TagFolder, mp: int, world: int, first: RankMap)
     count = read_module_states(path).model_parallel
     if count <= mp:
         raise InconsistentCheckpointError(
-            f"{path} is of rank {mp} and says {count} model-parallel ranks, {first.states.path} says {world}: files of"
-            " several saves lie in one folder, or were renamed. Restore the files of one save"
+            f"{path} is from rank {mp} and says {count} model-parallel ranks, {first.states.path} says {world}: files"
+            " from several saves lie in one folder, or were renamed. Restore the files of one save"
         )
 
 

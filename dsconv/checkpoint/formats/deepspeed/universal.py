@@ -253,7 +253,7 @@ def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
         if any(count != len(ranks) for count in said):
             raise InconsistentCheckpointError(
                 f"{folder.path}: model states of {len(ranks)} model-parallel ranks, which say that there are"
-                f" {safe_repr(said[:8])} (mp_world_size): a file was renamed, or is of another save"
+                f" {safe_repr(said[:8])} (mp_world_size): a file was renamed, or is from another save"
             )
         return of_ranks
     if (0, 0) not in folder.zero3:

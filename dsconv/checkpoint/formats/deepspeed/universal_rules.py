@@ -153,7 +153,7 @@ class UniversalInfo:
             shape = view.get("logical_shape") if isinstance(view, dict) else None
             if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
                 raise MalformedError(
-                    f"{self.path}: the affine map of {name!r} is of a tensor of shape {safe_repr(shape)}"
+                    f"{self.path}: the affine map of {name!r} is for a tensor of shape {safe_repr(shape)}"
                 )
             return ShardRule(None, view=tuple(shape), **padded)
         if self.replicated.find(name) is not None or self.averaged.find(name) is not None:
@@ -249,7 +249,7 @@ def of_view(logical: Shape, dim: int, runs: Sequence[Sequence[Interval]], shapes
         if shape != expected:
             raise InconsistentCheckpointError(
                 f"{where}: rank {rank}'s shard has shape {list(shape)}; the checkpoint's metadata says"
-                f" {list(expected)}. A shard is of another save, or ranks were swapped"
+                f" {list(expected)}. A shard is from another save, or ranks were swapped"
             )
     full = (math.prod(logical[:folded]), *logical[folded:])
     if dim >= folded:

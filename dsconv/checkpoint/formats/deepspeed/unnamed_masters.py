@@ -258,8 +258,8 @@ def assign(matcher: Matcher, path: Path) -> dict[str, Slot]:
     if ways == 0 and not alike:
         raise Ambiguous(
             f"{path}: without ZeRO (stage 0) the fp32 masters have no names, and they do not fit the model's weights"
-            f" by shape, values and order: the weights were changed without the optimizer, or the file is of two saves."
-            f" {OTHERWISE}"
+            f" by shape, values and order: the weights were changed without the optimizer, or the file is from two"
+            f" saves. {OTHERWISE}"
         )
     raise Ambiguous(
         f"{path}: without ZeRO (stage 0) the fp32 masters have no names, and which master belongs to which weight"

@@ -51,7 +51,7 @@ def read_rank(folder: TagFolder, warnings: list[str], shapes_of: ShapesOf | None
     Raises:
         MissingShardError: A file is not there.
         MalformedError: A file does not hold what its name says.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The checkpoint has a feature that dsconv does not read.
     """
     partitions = read_partitions(folder, warnings)
@@ -144,7 +144,7 @@ def _read_zero12(
     differing = consistency.masters_match_module(states, entries, warnings)
     if differing and folder.chosen:
         raise InconsistentCheckpointError(
-            f"{folder.path}: holds optimizer files of two runs ({' and '.join(folder.kinds)}), and those that"
+            f"{folder.path}: holds optimizer files from two runs ({' and '.join(folder.kinds)}), and those that"
             f" {states.path.name} names by its configuration do not hold its weights, such as {differing[0]!r}. Restore"
             " the files of one save"
         )
@@ -178,7 +178,7 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
     if wanted_total != totals[0]:
         raise InconsistentCheckpointError(
             f"{folder.path}: the parameter shapes of {states.path.name} need {wanted_total} elements of each of {world}"
-            f" ranks, {partitions[0].path.name} holds {totals[0]}. The files are not of one save"
+            f" ranks, {partitions[0].path.name} holds {totals[0]}. The files are not from one save"
         )
     for group in states.param_shapes:
         for name, shape in group.items():

@@ -50,7 +50,7 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
 
     Raises:
         MalformedError: An optimizer file does not hold what it should.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The optimizer keeps states that are not one value a weight.
     """
     states, partitions, stage, places = rank.states, rank.partitions, rank.stage, rank.places
@@ -154,7 +154,7 @@ def _flat_states(partitions: list[Partition], rows: list[dict[str, Any]], g: int
             where = f"{partition.path}: the optimizer's state {safe_repr(name)} of group {g}"
             if not isinstance(value, TensorRef):
                 raise InconsistentCheckpointError(
-                    f"{where} is missing here and present on another rank: the files are not of one save"
+                    f"{where} is missing here and present on another rank: the files are not from one save"
                 )
             if (
                 len(value.shape) != 1
@@ -192,8 +192,8 @@ def _step(partitions: list[Partition], rows: list[dict[str, Any]], g: int) -> An
         found.setdefault(float(numbers[0]), value)
     if len(found) > 1:
         raise InconsistentCheckpointError(
-            f"{partitions[0].path.parent}: group {g} is of the optimizer steps {sorted(found)} on different ranks: "
-            "files of two saves lie in one folder"
+            f"{partitions[0].path.parent}: group {g} is at the optimizer steps {sorted(found)} on different ranks: "
+            "files from two saves lie in one folder"
         )
     return next(iter(found.values()), None)
 

@@ -84,14 +84,14 @@ def read_numbered(
         read_file: Reads the entries of one file.
 
     Raises:
-        InconsistentCheckpointError: The files are of two saves, or hold a tensor twice.
+        InconsistentCheckpointError: The files are from two saves, or hold a tensor twice.
         MissingShardError: A number is not there.
     """
     found = {int(match["number"]): (match, shard) for shard in shards if (match := SHARD.fullmatch(shard.stem))}
     kinds = {(match["stem"], int(match["count"])) for match, _ in found.values()}
     if len(kinds) != 1 or len(found) != len(shards):
         raise InconsistentCheckpointError(
-            f"{folder}: {shards[0].name} and the other shards are not of one save, and there is no {index_name} that"
+            f"{folder}: {shards[0].name} and the other shards are not from one save, and there is no {index_name} that"
             " says which ones belong together"
         )
     ((stem, count),) = kinds

@@ -62,7 +62,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     Raises:
         SeveralModelsError: There are several models, and ``item`` is None.
         MissingShardError: The file of a rank, or a rank's share of a tensor, is not there.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         MalformedError: A file is damaged, or holds no tensors.
         UnsupportedError: A tensor lies on the ranks in a way that dsconv does not read.
     """
@@ -162,7 +162,7 @@ def _refuse_other_keys(
         if key != keys[first]:
             raise InconsistentCheckpointError(
                 f"{files[rank].path}: the model lies under {safe_repr(key)}, in {files[first].path.name} under"
-                f" {safe_repr(keys[first])}; the files are not of one save"
+                f" {safe_repr(keys[first])}; the files are not from one save"
             )
 
 
@@ -211,7 +211,7 @@ def _ground(tensor: DTensor | ShardedTensor) -> str:
 
 
 def _of_other_runs(a: DTensor | ShardedTensor, b: DTensor | ShardedTensor) -> bool:
-    """Return whether two ranks' parts of a tensor cannot be of one run.
+    """Return whether two ranks' parts of a tensor cannot be from one run.
 
     Their meshes have different shapes, or share ranks without being the same.
     """
@@ -235,7 +235,7 @@ def _entries(files: dict[int, TorchFile], found: dict[str, dict[int, Any]]) -> d
             if type(tensor) is not type(first) or _key(tensor) != _key(first):
                 raise InconsistentCheckpointError(
                     f"{files[rank].path}: {safe_repr(name)} is {_said(tensor)}, in"
-                    f" {files[next(iter(tensors))].path.name} {_said(first)}; the files are not of one save"
+                    f" {files[next(iter(tensors))].path.name} {_said(first)}; the files are not from one save"
                 )
         held = _held(name, files, tensors)
         _same_copies(name, held)
@@ -324,8 +324,8 @@ def _same_copies(name: str, held: list[Held]) -> None:
         if original is not part and not same_bytes(original.file, original.tensor, part.file, part.tensor):
             raise InconsistentCheckpointError(
                 f"{part.file.path}: {safe_repr(name)} differs from the copy in {original.file.path.name}, and nothing"
-                " says that it is sharded. The files are of different saves, or each rank has its own (like the running"
-                " statistics of BatchNorm): make it the same on all ranks before saving, or leave it out"
+                " says that it is sharded. The files are from different saves, or each rank has its own (like the"
+                " running statistics of BatchNorm): make it the same on all ranks before saving, or leave it out"
             )
 
 

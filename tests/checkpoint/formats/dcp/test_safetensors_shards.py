@@ -220,7 +220,7 @@ def truncated(folder: Path) -> None:
         (bad_info, MalformedError, "DCP_SHARDING_INFO is not JSON"),
         (bad_offsets, MalformedError, r"DCP_SHARDING_INFO places .* at \[-1\]"),
         (unplaced, MalformedError, "DCP_SHARDING_INFO places 'extra' of .* at None"),
-        (other_dtype, InconsistentCheckpointError, r"shards of two saves"),
+        (other_dtype, InconsistentCheckpointError, r"shards from two saves"),
         (no_part, MissingShardError, "no shard of part 00002 of the model is there"),
         (two_saves, InconsistentCheckpointError, "shards of models in 2 and in 3 parts"),
         (twice, InconsistentCheckpointError, "an overlap"),

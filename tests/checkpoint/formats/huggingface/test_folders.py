@@ -59,7 +59,7 @@ def test_shards_without_an_index(suffix: str, stem: str, tmp_path: Path) -> None
     assert f"{names[1]} is one of 3 files of a model, and was read alone" in one.warnings[0]
     refusals: list[tuple[type[DsconvError], str]] = [
         (MissingShardError, f"missing {names[0]}, one of 2 of 3"),
-        (InconsistentCheckpointError, "are not of one save"),
+        (InconsistentCheckpointError, "are not from one save"),
     ]
     (tmp_path / names[0]).unlink()
     (tmp_path / names[2]).unlink()

@@ -354,7 +354,7 @@ def test_a_file_of_a_deepspeed_checkpoint_is_pointed_to_its_folder(tmp_path: Pat
 def test_shards_of_two_saves_are_told_apart(tmp_path: Path) -> None:
     for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00003.bin"):
         torch.save({"w": torch.ones(2)}, tmp_path / name)
-    with pytest.raises(InconsistentCheckpointError, match="not of one save"):
+    with pytest.raises(InconsistentCheckpointError, match="not from one save"):
         open_checkpoint(tmp_path)
     (tmp_path / "pytorch_model-00002-of-00003.bin").rename(tmp_path / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(InconsistentCheckpointError, match="'w' is in two of the files"):

@@ -79,7 +79,7 @@ class AutoEPLayer:
             raise InconsistentCheckpointError(
                 f"parameter {name!r} of shape {list(shape)} on expert-parallel rank {ep_rank} of {ep_size};"
                 f" ds_autoep_layers has {len(self.placement)} such ranks of"
-                f" {[len(experts) for experts in self.placement][:8]} experts. Not of one save"
+                f" {[len(experts) for experts in self.placement][:8]} experts. They are not from one save"
             )
         each = math.prod(shape[1:])
         weight = name.rpartition(".")[2]

@@ -84,7 +84,7 @@ class NativeLayer:
         if match is None or self.experts % ep_size or local >= here:
             raise InconsistentCheckpointError(
                 f"parameter {name!r}: {self.path} has {self.experts} experts over {ep_size} expert-parallel ranks, so "
-                f"{self.experts / ep_size:g} on each. The files are not of one save"
+                f"{self.experts / ep_size:g} on each. The files are not from one save"
             )
         return [Share(f"{self.path}{MARK}{ep_rank * here + local}{match['rest']}", shape, None, 0, math.prod(shape))]
 
@@ -129,7 +129,7 @@ class Assembly:
         ):
             raise InconsistentCheckpointError(
                 f"{where}: its part of tensor {share.name!r} is {dtype} of a tensor of shape {list(share.shape)}; other"
-                f" files hold {self.dtypes[share.name]} of {list(self.shapes[share.name])}. They are not of one save"
+                f" files hold {self.dtypes[share.name]} of {list(self.shapes[share.name])}. They are not from one save"
             )
         self.parts.setdefault(share.name, {}).setdefault(share.region, pieces)
 

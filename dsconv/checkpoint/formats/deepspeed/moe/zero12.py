@@ -64,7 +64,7 @@ def read_moe(folder: TagFolder) -> Checkpoint:
     Raises:
         MissingShardError: A file is not there.
         MalformedError: A file does not hold what its name says.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The checkpoint has a feature that dsconv does not read.
     """
     if not folder.model:
@@ -145,7 +145,7 @@ def _replicas_of_group(
         raise InconsistentCheckpointError(
             f"{first.path}: group {g} is partitioned over {replicas} of {world} ranks, and {len(owned)} of its"
             f" {len(group)} parameters are experts'; expected experts only. The optimizer files and the model states"
-            " are not of one save"
+            " are not from one save"
         )
     data_first = states.config.get("use_data_before_expert_parallelism") is True
     return expert_replicas(world, world // replicas, data_first)

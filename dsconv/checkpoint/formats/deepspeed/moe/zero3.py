@@ -37,7 +37,7 @@ def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings:
     Raises:
         MissingShardError: A rank's model states are not there.
         MalformedError: A file does not hold what its name says.
-        InconsistentCheckpointError: The files are not of one save.
+        InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: AutoEP was folded with tensor parallelism.
     """
     world = len(partitions)
@@ -85,7 +85,7 @@ def _group_ranks(partition: Partition, rank: int, states: ModuleStates, world: i
     if not isinstance(rows, list) or len(rows) != len(partition.groups) or len(rows) != len(states.param_shapes):
         raise InconsistentCheckpointError(
             f"{partition.path} holds {len(partition.groups)} sub-groups, {states.path.name} lists"
-            f" {len(states.param_shapes)}: the files are not of one save"
+            f" {len(states.param_shapes)}: the files are not from one save"
         )
     result = []
     for row in rows:
@@ -128,7 +128,7 @@ class _Reading:
             if member.groups[g].numel != wanted:
                 raise InconsistentCheckpointError(
                     f"{member.path} holds {member.groups[g].numel} elements of sub-group {g}; its parameters need"
-                    f" {wanted} of each of {len(members)} ranks. The files are not of one save"
+                    f" {wanted} of each of {len(members)} ranks. The files are not from one save"
                 )
         position = 0
         for name, shape in group.items():
@@ -153,7 +153,7 @@ class _Reading:
                 raise InconsistentCheckpointError(
                     f"{members[0].path} shares {name!r} with ranks {list(ranks)}, whose model states place them at"
                     f" expert-parallel ranks {sorted(map(str, places))}; expected one. Files of ranks were swapped,"
-                    " or are of several saves"
+                    " or are from several saves"
                 )
             for share in layer.shares(name, shape, place, len(layer.placement)):
                 self.experts.add(
