@@ -21,7 +21,7 @@ from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.shards import Rules
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
-from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, Slot, match_masters
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, MasterSlot, match_masters
 from dsconv.checkpoint.formats.deepspeed.values import entry_prefix_matches
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.renaming import renamed, unwrap
@@ -330,7 +330,7 @@ def _take_masters(stages: Sequence[RankMap], entries: dict[str, TensorEntry]) ->
 
 def _masters_of(
     stage: RankMap, entries: Mapping[str, TensorEntry], later: Mapping[str, TensorEntry]
-) -> dict[str, Slot]:
+) -> dict[str, MasterSlot]:
     """Return the masters of a stage: of layers behind the last stage's, or of tied modules too, which come first."""
     file, optimizer = stage.states.file, stage.states.optimizer
     try:

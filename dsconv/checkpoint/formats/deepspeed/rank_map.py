@@ -18,7 +18,7 @@ from dsconv.zero_utils.tag_folder import TagFolder
 
 if TYPE_CHECKING:
     from dsconv.checkpoint.formats.deepspeed.partitions import Partition, Place
-    from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Slot
+    from dsconv.checkpoint.formats.deepspeed.unnamed_masters import MasterSlot
 
 
 @dataclass
@@ -37,7 +37,7 @@ class RankMap:
     kind: str
     stage: int
     data_parallel: int
-    masters: Mapping[str, Slot] = field(default_factory=dict)
+    masters: Mapping[str, MasterSlot] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     own_weights: bool = False
 

@@ -23,7 +23,7 @@ from dsconv.errors import InconsistentCheckpointError, UnsupportedError
 
 
 @dataclass(frozen=True)
-class Block:
+class ShardRange:
     """Put elements [start, start + numel) of rank ``rank``'s shard into ``region`` of the full tensor, in row-major
     order.
     """
@@ -45,14 +45,14 @@ class Join:
     """
 
     shape: Shape
-    blocks: tuple[Block, ...]
-    copies: tuple[tuple[Block, Block], ...] = ()
+    blocks: tuple[ShardRange, ...]
+    copies: tuple[tuple[ShardRange, ShardRange], ...] = ()
     averaged: bool = False
 
 
 def replicated(shape: Shape, ranks: int, averaged: bool = False) -> Join:
     """Return the join of a tensor that every rank holds whole."""
-    whole = [Block(rank, 0, box([0] * len(shape), shape)) for rank in range(ranks)]
+    whole = [ShardRange(rank, 0, box([0] * len(shape), shape)) for rank in range(ranks)]
     return Join(shape, (whole[0],), tuple((whole[0], other) for other in whole[1:]), averaged)
 
 
@@ -117,9 +117,9 @@ def along(full: Shape, dim: int, runs: Sequence[Sequence[Interval]], where: str,
     kept = full[dim] if total is None else min(full[dim], total)
     shape = (*full[:dim], kept, *full[dim + 1 :])
     outer, inner = math.prod(full[:dim]), math.prod(full[dim + 1 :])
-    owners: dict[tuple[Interval, ...], Block] = {}
-    blocks: list[Block] = []
-    copies: list[tuple[Block, Block]] = []
+    owners: dict[tuple[Interval, ...], ShardRange] = {}
+    blocks: list[ShardRange] = []
+    copies: list[tuple[ShardRange, ShardRange]] = []
     for rank, mine in enumerate(runs):
         start = 0
         groups: list[tuple[Interval, ...]] = [(run,) for run in mine] if outer == 1 else [tuple(mine)]
@@ -136,7 +136,7 @@ def along(full: Shape, dim: int, runs: Sequence[Sequence[Interval]], where: str,
                 )
                 for d, size in enumerate(full)
             )
-            block = Block(rank, start, region)
+            block = ShardRange(rank, start, region)
             start += inner * sum(b - a for a, b in group)
             if not block.numel:
                 continue
@@ -173,7 +173,7 @@ def joined(
 
 
 def _pieces(shards: Mapping[int, TensorEntry], join: Join) -> tuple[Piece, ...]:
-    def of_block(block: Block) -> tuple[Piece, ...]:
+    def of_block(block: ShardRange) -> tuple[Piece, ...]:
         shard = shards[block.rank]
         return slice_pieces(shard.layout, block.start, block.numel, name=shard.name)
 

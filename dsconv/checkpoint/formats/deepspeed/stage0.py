@@ -19,7 +19,7 @@ from dsconv.checkpoint.formats.deepspeed.model_states import (
     warn_of_unlisted,
 )
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
-from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Slot, match_masters
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import MasterSlot, match_masters
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
@@ -119,7 +119,7 @@ def as_parameter(entry: TensorEntry) -> TensorEntry:
 
 
 def replaced_by_masters(
-    file: TorchFile, entries: Mapping[str, TensorEntry], masters: Mapping[str, Slot]
+    file: TorchFile, entries: Mapping[str, TensorEntry], masters: Mapping[str, MasterSlot]
 ) -> dict[str, TensorEntry]:
     """Return the parameters of ``entries`` as their masters in ``file``; those without one were not trained."""
     result = {}

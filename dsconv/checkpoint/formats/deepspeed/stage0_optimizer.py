@@ -25,8 +25,8 @@ from dsconv.checkpoint.formats.deepspeed.stage0 import module_order
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import (
     FlatTensor,
+    MasterSlot,
     Matcher,
-    Slot,
     groups_of,
     part_of,
 )
@@ -68,9 +68,9 @@ class _Rows:
     def end(self) -> int:
         return len(self.rows)
 
-    def slot(self, position: int, name: str) -> Slot | None:
+    def slot(self, position: int, name: str) -> MasterSlot | None:
         fits = _fits(self.rows[position], self.shapes[name])
-        return Slot(self.number, position, position + 1) if fits else None
+        return MasterSlot(self.number, position, position + 1) if fits else None
 
 
 def read_training(folder: TagFolder, rank: RankMap) -> Training:
@@ -186,7 +186,7 @@ def _by_shape(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
     shapes = {name: rank.entries[name].shape for name in names}
     groups = [_Rows(number, group, shapes) for number, group in enumerate(rows)]
 
-    def any_fits(slot: Slot, name: str) -> bool:
+    def any_fits(slot: MasterSlot, name: str) -> bool:
         return True
 
     ways, found = Matcher(names, groups, dict.fromkeys(names, 1), any_fits).in_order()

@@ -41,7 +41,7 @@ class Group(Protocol):
         """The position behind the last slot."""
         ...
 
-    def slot(self, position: int, name: str) -> Slot | None:
+    def slot(self, position: int, name: str) -> MasterSlot | None:
         """Return the slot at ``position`` as that of the parameter ``name``, judged by its shape; None where it cannot
         be.
         """
@@ -49,7 +49,7 @@ class Group(Protocol):
 
 
 @dataclass(frozen=True)
-class Slot:
+class MasterSlot:
     """What a group holds of one parameter: its master (None in fp32 training, where weights are masters).
 
     ``number`` is the group's, [``position``, ``after``) what it takes up there.
@@ -73,11 +73,11 @@ class TensorList:
     def end(self) -> int:
         return len(self.tensors)
 
-    def slot(self, position: int, name: str) -> Slot | None:
+    def slot(self, position: int, name: str) -> MasterSlot | None:
         master = self.tensors[position]
         if master.shape != self.weights[name].shape:
             return None
-        return Slot(self.number, position, position + 1, master)
+        return MasterSlot(self.number, position, position + 1, master)
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ class FlatTensor:
     def end(self) -> int:
         return self.flat.numel
 
-    def slot(self, position: int, name: str) -> Slot | None:
+    def slot(self, position: int, name: str) -> MasterSlot | None:
         weight = self.weights[name]
         after = position + weight.numel
         if position == after or after > self.flat.numel:
             return None
-        return Slot(self.number, position, after, part_of(self.flat, position, weight.shape))
+        return MasterSlot(self.number, position, after, part_of(self.flat, position, weight.shape))
 
 
 def part_of(flat: TensorRef, position: int, shape: tuple[int, ...]) -> TensorRef:
@@ -123,7 +123,7 @@ def groups_of(optimizer: Any, weights: Mapping[str, TensorEntry]) -> list[Group]
     return []
 
 
-Judge = Callable[[Slot, str], bool]  # whether a slot can be of the parameter of a name
+Judge = Callable[[MasterSlot, str], bool]  # whether a slot can be of the parameter of a name
 
 
 class Ambiguous(UnsupportedError):
@@ -139,7 +139,7 @@ class Matcher:
     sizes: Mapping[str, int]  # what each name takes up in a group
     judge: Judge
 
-    def slots_of(self, name: str, positions: Sequence[int]) -> list[Slot]:
+    def slots_of(self, name: str, positions: Sequence[int]) -> list[MasterSlot]:
         """Return the next slot of each group that can be of ``name``."""
         found = []
         for group, position in zip(self.groups, positions, strict=True):
@@ -148,7 +148,7 @@ class Matcher:
                 found.append(slot)
         return found
 
-    def in_order(self) -> tuple[int, dict[str, Slot]]:
+    def in_order(self) -> tuple[int, dict[str, MasterSlot]]:
         """Return how many assignments keep the module's order in every group (0, 1 or 2 for more), and one of them.
 
         Walks the module with a position in each group: a parameter has the next slot of some group, or none. Positions
@@ -157,13 +157,13 @@ class Matcher:
         ends = tuple(group.end for group in self.groups)
         # What the parameters from each one on can take up at most.
         left = list(accumulate((self.sizes[name] for name in reversed(self.names)), initial=0))[::-1]
-        levels: list[dict[tuple[int, ...], tuple[int, tuple[int, ...], Slot | None]]] = [
+        levels: list[dict[tuple[int, ...], tuple[int, tuple[int, ...], MasterSlot | None]]] = [
             {(0,) * len(ends): (1, (), None)}
         ]
         for at, name in enumerate(self.names):
-            reached: dict[tuple[int, ...], tuple[int, tuple[int, ...], Slot | None]] = {}
+            reached: dict[tuple[int, ...], tuple[int, tuple[int, ...], MasterSlot | None]] = {}
             for positions, (ways, *_) in levels[-1].items():
-                steps: list[tuple[tuple[int, ...], Slot | None]] = [(positions, None)]
+                steps: list[tuple[tuple[int, ...], MasterSlot | None]] = [(positions, None)]
                 steps += [
                     ((*positions[: slot.number], slot.after, *positions[slot.number + 1 :]), slot)
                     for slot in self.slots_of(name, positions)
@@ -178,16 +178,16 @@ class Matcher:
         if ends not in levels[-1]:
             return 0, {}
         ways, position = levels[-1][ends][0], ends
-        found: dict[str, Slot] = {}
+        found: dict[str, MasterSlot] = {}
         for at in range(len(self.names), 0, -1):
             _, position, kept = levels[at][position]
             if kept is not None:
                 found[self.names[at - 1]] = kept
         return ways, {name: found[name] for name in self.names if name in found}
 
-    def by_value(self) -> dict[str, Slot] | None:
+    def by_value(self) -> dict[str, MasterSlot] | None:
         """Return the assignment that values alone give, whatever the order; None where they do not tell."""
-        found: dict[str, Slot] = {}
+        found: dict[str, MasterSlot] = {}
         for group in self.groups:
             position = 0
             while position < group.end:
@@ -203,7 +203,7 @@ class Matcher:
                 position = slot.after
         return found
 
-    def candidates(self, slot: Slot) -> list[str]:
+    def candidates(self, slot: MasterSlot) -> list[str]:
         """Return the names that a slot could be of by its values, whatever the order."""
         group, size = self.groups[slot.number], slot.after - slot.position
         return [
@@ -214,7 +214,7 @@ class Matcher:
             and self.judge(other, name)
         ]
 
-    def unproven(self, found: Mapping[str, Slot]) -> list[str]:
+    def unproven(self, found: Mapping[str, MasterSlot]) -> list[str]:
         """Return the names whose slots only the order tells, in groups that do not show that they keep it."""
         known: set[str] = set()
         doubtful: list[tuple[str, list[str]]] = []
@@ -235,7 +235,7 @@ class Matcher:
         return []
 
 
-def assign(matcher: Matcher, path: Path) -> dict[str, Slot]:
+def assign(matcher: Matcher, path: Path) -> dict[str, MasterSlot]:
     """Return the slot of each parameter that the optimizer owns.
 
     Args:
@@ -291,7 +291,7 @@ def _alike(matcher: Matcher) -> list[str]:
     return sorted(found, key=matcher.names.index)
 
 
-def match_masters(file: TorchFile, optimizer: Any, weights: Mapping[str, TensorEntry]) -> dict[str, Slot]:
+def match_masters(file: TorchFile, optimizer: Any, weights: Mapping[str, TensorEntry]) -> dict[str, MasterSlot]:
     """Return the slot, with its master, of each weight that the optimizer trained.
 
     Args:
@@ -314,7 +314,7 @@ def match_masters(file: TorchFile, optimizer: Any, weights: Mapping[str, TensorE
 
 def match_known_masters(
     file: TorchFile, optimizer: Any, weights: Mapping[str, TensorEntry]
-) -> tuple[dict[str, Slot], int]:
+) -> tuple[dict[str, MasterSlot], int]:
     """Return the same, and how many masters are of no weight at all, which are left out.
 
     DeepSpeed does not save every weight of a model with experts. Masters in a flat tensor all need a weight, as nothing
@@ -340,7 +340,7 @@ def matcher_of(file: TorchFile, groups: Sequence[Group], weights: Mapping[str, T
     is_flat = any(isinstance(group, FlatTensor) for group in groups)
     sizes = {name: weight.numel if is_flat else 1 for name, weight in weights.items()}
 
-    def agree(slot: Slot, name: str) -> bool:
+    def agree(slot: MasterSlot, name: str) -> bool:
         return slot.master is not None and values.agree(name, file, slot.master)
 
     return Matcher(list(weights), groups, sizes, agree)

@@ -26,7 +26,7 @@ from dsconv.checkpoint.formats.deepspeed.moe.experts import (
     warn_of_lost,
 )
 from dsconv.checkpoint.formats.deepspeed.rank_map import build_checkpoint
-from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, Slot, groups_of, match_known_masters
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, MasterSlot, groups_of, match_known_masters
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import TensorEntry
@@ -164,7 +164,7 @@ class _Masters:
         for name, slot in matched.items():
             self._add(name, slot, ep_rank, file, whole)
 
-    def _add(self, name: str, slot: Slot, ep_rank: int, file: TorchFile, whole: dict[str, TensorEntry]) -> None:
+    def _add(self, name: str, slot: MasterSlot, ep_rank: int, file: TorchFile, whole: dict[str, TensorEntry]) -> None:
         master, layer = slot.master, owner_of(self.experts.layers, name)
         if master is None:
             return
