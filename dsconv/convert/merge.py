@@ -228,7 +228,8 @@ def _same(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> boo
 
 
 def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeReport:
-    of_step = list(opened.sources[0].parents[:2]) if opened.info.get("tag") and opened.sources else []
+    first = opened.sources[0].parent if opened.info.get("tag") and opened.sources else None
+    of_step = [first, first.parent] if first is not None else []
     near = list(dict.fromkeys([*config_folders(of_step), opened.path, opened.folder, opened.folder.resolve().parent]))
     chosen = choose(opened, options.adapter, near, options.config_from, options.dtype)
     checkpoint = chosen.checkpoint

@@ -307,7 +307,11 @@ def test_zero_to_fp32_prints_what_it_did(trained: Callable[[str], Trained], tmp_
     assert lines[0] == f"{trained(CASE).checkpoint / 'global_step2'} (ZeRO-3, step 2) → {tmp_path / 'out'}"
     assert lines[1].startswith("20 tensors, 5,376 parameters, ")
     assert lines[1].endswith(" s, verified")
-    assert lines[2:] == ["lm_head.weight is tied to model.embed_tokens.weight, stored once", "with config.json"]
+    assert lines[2:] == [
+        "lm_head.weight is tied to model.embed_tokens.weight, stored once",
+        "with config.json",
+        f'loads with AutoModelForCausalLM.from_pretrained("{tmp_path / "out"}")',
+    ]
     assert not result.err
 
 

@@ -90,6 +90,8 @@ class LocalFile(OpenFile):
             raise
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFoundError(f"{path}: no such file") from None
+        except ValueError:  # a null byte in the name
+            raise CheckpointNotFoundError(f"{path}: no such file") from None
         except OSError as error:
             raise MalformedError(f"{path}: cannot be read: {error.strerror}") from None
         found = os.fstat(self._descriptor)

@@ -149,5 +149,6 @@ def _read_hub_form(root: Root, top: Path, warnings: tuple[str, ...]) -> Checkpoi
 
 def _step(folder: Path) -> int | None:
     """Return the step that the folder, or the ones around it, name."""
-    names = (part.name for part in (folder.absolute(), *folder.absolute().parents[:2]))
+    here = folder.absolute()
+    names = (part.name for part in (here, here.parent, here.parent.parent))
     return next((step for name in names if (step := step_of(name)) is not None), None)
