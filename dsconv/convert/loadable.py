@@ -2,14 +2,20 @@
 
 There are three ways, and the cheapest comes first. The architecture's source in transformers is read without importing
 it, which takes milliseconds. Where that is not enough, for instance for models whose weights transformers renames or
-fuses, transformers itself builds the model on the meta device: in this process if it is imported already, otherwise in
-a process that runs beside the copy. Without transformers nothing is claimed.
+fuses, transformers itself builds the model on the meta device, in a process of its own that runs beside the copy.
+Without transformers nothing is claimed.
+
+A config.json may come from anybody. That process looks for modules where this one does and never in the current folder,
+reaches no network, and has limits of memory and time. A configuration that names code, or many more layers than the
+output has tensors, is not tried at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +31,13 @@ from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.plan import Plan
 
 MAX_CONFIG_BYTES = 8 << 20
-PROBE_SECONDS = 120
+PROBE_SECONDS = 60
+MAX_ARCHITECTURE = 200  # characters of a class's name
+# Keys that say how many parts a model has, and how many there may be where the output has fewer tensors.
+COUNTS = re.compile(r"^(?!.*(size|dim|width|capacity|token)).*(layer|block|depth|expert|stage)")
+MIN_COUNT = 1000
+# Keys with which a configuration names code: modules of its own folder and kernels of the Hub.
+NAMES_CODE = re.compile(r"auto_map|_implementation$|^use_kernels$|^kernel_config$")
 FOREIGN = {
     "torchtitan": ("tok_embeddings.weight", ".attention.wq.", ".attention.qkv_linear.", ".feed_forward.w1."),
     "Megatron-core": (".self_attention.linear_qkv.", ".mlp.linear_fc1.", "embedding.word_embeddings.weight"),
@@ -76,10 +88,13 @@ class LoadingCheck:
         if self._is_guess:
             self._try_architectures(files.get("config.json"))
             return
+        if not is_tried(self._config, len(self._shapes)):
+            self._loading = Loading()
+            return
         skeleton = read_skeleton(self._config)
         if skeleton is not None:
             self._loading = self._judge(*compare(skeleton, self._shapes))
-        elif _has("torch") and _has("transformers") and "auto_map" not in self._config:
+        elif _has("torch") and _has("transformers"):
             self._ask_transformers(files["config.json"])
         else:
             self._loading = Loading()
@@ -112,7 +127,8 @@ class LoadingCheck:
     def _try_architectures(self, config: bytes | None) -> None:
         """Take the class of the model_type that all weights fit: a file without ``architectures`` claims no other."""
         kind = self._config.get("model_type")
-        candidates = architectures_of(kind) if isinstance(kind, str) and "auto_map" not in self._config else []
+        is_known = isinstance(kind, str) and is_tried(self._config, len(self._shapes))
+        candidates = architectures_of(str(kind)) if is_known else []
         untold = []
         for name in candidates:
             skeleton = read_skeleton({**self._config, "architectures": [name]})
@@ -141,18 +157,18 @@ class LoadingCheck:
         except OSError:
             self._loading = Loading()
             return
-        if "torch" in sys.modules and "transformers.modeling_utils" in sys.modules:
-            from dsconv.convert.loading_probe import probe
-
-            self._loading = self._answered(probe(str(folder), str(self._architecture)))
+        with contextlib.suppress(OSError):  # of a system without room for one more process, nothing is claimed
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dsconv.convert.loading_probe", str(folder), str(self._architecture)],
+                cwd=folder,  # with -m, Python looks for modules in the current folder first
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
             return
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dsconv.convert.loading_probe", str(folder), str(self._architecture)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        self._loading = Loading()
 
     def _answered(self, answer: dict[str, Any]) -> Loading:
         if "error" in answer or (
@@ -175,6 +191,39 @@ class LoadingCheck:
             parts.append(f"{len(unexpected)} tensors are not its own (first {unexpected[0]!r})")
         problem = f"{self._output} does not load as {architecture}, which its config.json names: {' and '.join(parts)}"
         return Loading(False, call, missing, unexpected, f"{problem}. {_advice(self._shapes, missing, unexpected)}")
+
+
+def is_tried(config: Mapping[str, Any], tensors: int) -> bool:
+    """Return whether a model may be built from a configuration: it names no code and no more parts than there are.
+
+    Args:
+        config: The parsed config.json.
+        tensors: How many tensors the output has.
+    """
+    most = max(MIN_COUNT, tensors)
+    waiting: list[tuple[str, Any]] = list(config.items())
+    while waiting:
+        key, value = waiting.pop()
+        if value is not None and NAMES_CODE.search(key):
+            return False
+        if isinstance(value, (int, float)) and value > most and COUNTS.search(key):
+            return False
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += ((key, one) for one in value)
+    return True
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the process that builds the model."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if os.path.isabs(path)),  # noqa: PTH117 - a text
+        "PYTHONSAFEPATH": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def compare(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[str], list[str], list[str]]:
@@ -273,7 +322,8 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
     kind = config.get("model_type")
-    return first if isinstance(first, str) and first.isidentifier() and isinstance(kind, str) else None
+    is_name = isinstance(first, str) and len(first) <= MAX_ARCHITECTURE and first.isidentifier()
+    return first if is_name and isinstance(kind, str) else None
 
 
 def _has(package: str) -> bool:

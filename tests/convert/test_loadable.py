@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,60 @@ def test_without_importing_transformers(llama: tuple[Path, dict[str, torch.Tenso
 )
 def test_the_class_to_call(architecture: str, kind: str, expected: str) -> None:
     assert auto_class(architecture, kind) == expected
+
+
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 8,
+    "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2,
+    "vocab_size": 16,
+}  # fmt: skip
+
+
+def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    save_file({"a.weight": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(MIXTRAL))
+    for name in ("torch", "transformers", "json", "dsconv", "numpy"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    # As the script that pip installs starts it: the current folder is not among the places of modules.
+    program = (
+        f"import sys; sys.path = {[path for path in sys.path if path]!r}; from dsconv.cli import main;"
+        " sys.argv = ['dsconv', 'merge', '.', '../out', '--json']; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program] if sys.version_info >= (3, 11) else [sys.executable, "-I", "-c", program],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["loadable"] is False
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"num_hidden_layers": 10**9},
+        {"architectures": ["M" * 200_000]},
+        {"text_config": {"auto_map": {"AutoModel": "evil.Model"}}},
+        {"_attn_implementation": "somebody/kernel"},
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**9},
+        {"architectures": None, "num_local_experts": 10**9},
+    ],
+    ids=str,
+)
+def test_a_hostile_configuration_is_not_tried(hostile: dict[str, Any], tmp_path: Path) -> None:
+    save_file({"a.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**MIXTRAL, **hostile}))
+    began = time.monotonic()
+    assert dsconv.merge(tmp_path, tmp_path / "out", fsync=False).loadable is None
+    assert time.monotonic() - began < 5 + 20 * ("M" * 9 in str(hostile))
+
+
+def test_only_models_of_transformers_are_built(tmp_path: Path) -> None:
+    from dsconv.convert.loading_probe import probe
+
+    assert "no model pipeline" in probe(str(tmp_path), "pipeline")["error"]
+    assert "no model AutoModel" in probe(str(tmp_path), "AutoModel")["error"]

@@ -24,7 +24,7 @@ from dsconv.checkpoint.formats.huggingface.modules import (
     Unknown,
 )
 
-MAX_STEPS = 2_000_000  # statements and expressions of one model; the largest of transformers takes some 200,000
+MAX_STEPS = 500_000  # statements and expressions of one model; the largest of transformers takes some 200,000
 BASES = {"nn.Module", "PreTrainedModel", "GenerationMixin", "GradientCheckpointingLayer", "PreTrainedConfig", "ABC"}
 # Functions whose result is no module, though it is not computed here.
 HARMLESS = {"getattr", "hasattr", "isinstance", "get_activation", "len", "int", "float", "bool", "str", "list", "set",

@@ -74,7 +74,17 @@ def read_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
         values = _configuration(config, kind)
         model = Interpreter(classes).instantiate(architecture, [values], {})
         return _skeleton(architecture, model, classes, values)
-    except (CannotTell, RecursionError, ArithmeticError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+    except (
+        CannotTell,
+        RecursionError,
+        ArithmeticError,
+        TypeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        MemoryError,
+    ):
         return None
 
 
