@@ -27,7 +27,7 @@ def probe(folder: str, architecture: str) -> dict[str, Any]:
     from transformers.utils import logging
 
     kind: Any = getattr(transformers, architecture, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    if not _is_model(kind, transformers.PreTrainedModel):
         return {"error": f"transformers has no model {architecture}"}
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -43,6 +43,10 @@ def probe(folder: str, architecture: str) -> dict[str, Any]:
         "unexpected": sorted(info["unexpected_keys"]),
         "mismatched": mismatched,
     }
+
+
+def _is_model(kind: Any, base: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, base)
 
 
 def limit() -> None:

@@ -110,7 +110,8 @@ def open_marked(parent: Folder, name: str) -> MarkedFolder | None:
         if LOCK not in inside and inside:
             raise _not_ours(folder, inside[0])
         lock = folder.open_file(LOCK, os.O_RDWR | os.O_APPEND | (0 if inside else os.O_CREAT))
-        if not stat.S_ISREG(os.fstat(lock).st_mode):
+        found = os.fstat(lock)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # another name of it is somebody's file
             raise _not_ours(folder, LOCK)
         if not _is_locked(lock, folder):
             os.close(lock)

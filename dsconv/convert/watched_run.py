@@ -38,14 +38,18 @@ class Files:
 
 def files_of(folder: Path) -> Files:
     """Return what the files of a checkpoint are like now, or of any other folder."""
-    found, newest = [], 0
-    with contextlib.suppress(FileNotFoundError):  # taken away while we look
-        for path in sorted(folder.rglob("*")):
+    found: list[str] = []
+    paths: list[Path] = []
+    newest = 0
+    with contextlib.suppress(FileNotFoundError):  # a folder was taken away while we look
+        paths = sorted(folder.rglob("*"))
+    for path in paths:
+        with contextlib.suppress(OSError):  # a link to nothing, or a file that is gone by now
             stat = path.stat()
             if not path.is_dir():  # the time of a folder changes when a file is removed
                 newest = max(newest, stat.st_mtime_ns)
                 found.append(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}")
-    return Files(hashlib.sha256("\n".join(found).encode()).hexdigest(), newest)
+    return Files(hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest(), newest)
 
 
 class WatchedRun:

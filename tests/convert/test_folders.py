@@ -127,6 +127,16 @@ def test_a_folder_that_dsconv_did_not_make(
     assert state(out) == before
 
 
+def test_a_lock_with_another_name(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / STAGING).mkdir(parents=True)
+    (tmp_path / "mine").touch()
+    (out / STAGING / marked_folders.LOCK).hardlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match=r"was not made by dsconv on this disk \(it holds lock\)"):
+        dsconv.merge(trained(CASE).checkpoint, out, force=True)
+    assert (tmp_path / "mine").read_bytes() == b""
+
+
 def test_a_killed_runs_folder_that_was_copied_or_used(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with open_staging(out, sync=False) as staging:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from dsconv.convert.marked_folders import MarkedFolder
 from dsconv.convert.watch import DROPPED, FAILED, LOST, PUSHED, SEEN, WAITING, Event, Watcher, locked_home, watch
-from dsconv.convert.watched_run import signs
+from dsconv.convert.watched_run import files_of, signs
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, OutputError, RemoteError
 from tests.servers.hubwriting import Fault, Shell, WritableHub, download
 from tests.trained import Trained, load_safetensors
@@ -392,3 +392,13 @@ def test_a_trainer_without_deepspeed(hub: WritableHub, tmp_path: Path) -> None:
         (folder / "trainer_state.json").write_text("{}")
     assert outcomes(watch(run, "org/new", once=True)) == [("checkpoint-10", PUSHED)]
     assert load_safetensors(hub.head("org/new"))["w"].unique().tolist() == [2.0]
+
+
+def test_files_are_told_whatever_lies_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "a-link").symlink_to("nothing")
+    Path(os.fsdecode(bytes(tmp_path) + b"/name\xff")).touch()
+    (tmp_path / "model.pt").write_bytes(b"1")
+    before = files_of(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"12")
+    assert files_of(tmp_path).digest != before.digest
+    assert files_of(tmp_path / "none") == files_of(tmp_path / "neither")
