@@ -172,14 +172,19 @@ class StateDict:
             raise MalformedError(f"{path}: not a state dict: it holds no tensors, but {safe_repr(list(root))}")
         items = choose_model({str(number): leaf for number, (leaf, _, _) in enumerate(found)}, path, item)
         self.warnings += [f"{path.name}: {warning}" for warning in items.warnings]
-        beside = [(leaf, value) for leaf, value, _ in found if not leaf.is_tensor and leaf.path[:-1] == items.path]
-        self._refuse_unread(beside)
+        beside = {
+            str(number): (leaf, value)
+            for number, (leaf, value, _) in enumerate(found)
+            if not leaf.is_tensor and leaf.path[:-1] == items.path and str(number) not in items.optimizers
+        }
+        self._refuse_unread(list(beside.values()))
         if beside:  # in the model's own dictionary
-            for leaf, _ in beside:
-                items.forget(leaf)
+            for flat in beside:
+                items.forget(flat)
+            first, _ = next(iter(beside.values()))
             self.warnings.append(
                 f"{path.name}: {len(beside)} entries are not tensors and were left out, the first"
-                f" {safe_repr(beside[0][0].path[-1])}"
+                f" {safe_repr(first.path[-1])}"
             )
         tensors: dict[str, TensorRef] = {}
         for number, name in items.chosen.items():

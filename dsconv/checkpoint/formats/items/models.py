@@ -16,7 +16,7 @@ where it may have been trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class Items:
         chosen: {flat name: the model's own name} of its tensors.
         models: {key: number of tensors} of all models that the checkpoint holds.
         left_out: {what holds them: number of items} of everything that is not in ``chosen``.
+        labels: {flat name: what holds it} of everything that is not in ``chosen``.
+        optimizers: The flat names of what belongs to an optimizer.
         removed: The prefixes that the model's names have in the file and not in ``chosen``.
         warnings: What the user must know about the choice.
     """
@@ -50,6 +52,8 @@ class Items:
     chosen: dict[str, str]
     models: dict[str, int]
     left_out: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    optimizers: Collection[str] = ()
     removed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -58,9 +62,9 @@ class Items:
         """The key of the chosen model, as ``models`` has it."""
         return ".".join(self.path) or TOP
 
-    def forget(self, leaf: Leaf) -> None:
+    def forget(self, flat: str) -> None:
         """Count an item no longer among what is left out."""
-        label = _label(leaf, self.path, None)
+        label = self.labels.pop(flat)
         self.left_out[label] -= 1
         if not self.left_out[label]:
             del self.left_out[label]
@@ -135,7 +139,7 @@ def choose_model(leaves: Mapping[str, Leaf], where: Path, item: str | None = Non
     listed = {model.key: len(model.tensors) for model in models}
     model = _pick(models, top, where, item, leaves, optimizers.of)
     chosen = {flat: ".".join(leaf.path[len(model.path) :]) for flat, leaf in model.tensors.items()}
-    items = Items(model.path, chosen, listed, warnings=list(optimizers.warnings))
+    items = Items(model.path, chosen, listed, optimizers=optimizers.of.keys(), warnings=list(optimizers.warnings))
     if model.path:
         items.removed.append(model.key + ".")
     trained: dict[str, list[Leaf]] = {}
@@ -143,6 +147,7 @@ def choose_model(leaves: Mapping[str, Leaf], where: Path, item: str | None = Non
         if flat in chosen:
             continue
         label = _label(leaf, model.path, optimizers.of.get(flat))
+        items.labels[flat] = label
         items.left_out[label] = items.left_out.get(label, 0) + 1
         if flat in tensors and (leaf.is_weight or leaf.floating) and not any(flat in m.tensors for m in models):
             trained.setdefault(label, []).append(leaf)
@@ -219,8 +224,9 @@ def _models(node: _Dictionary, path: Parts) -> list[_Model]:
         return [_Model(path, node.tensors), *_each(strong, path)]
     if len(strong) == 1:
         ((part, inner),) = strong.items()
-        if not path or part in MODEL_KEYS:
-            return _models(inner, (*path, part))
+        models = _models(inner, (*path, part))
+        if not path or part in MODEL_KEYS or len(models) > 1 or _has_dots(models):
+            return models
     if len(strong) < 2:
         return [_Model(path, dict(node.all_tensors()))] if node.has_weights and path else []
     return _each(strong, path)
@@ -228,6 +234,11 @@ def _models(node: _Dictionary, path: Parts) -> list[_Model]:
 
 def _each(dictionaries: Mapping[str, _Dictionary], path: Parts) -> list[_Model]:
     return [model for part, inner in dictionaries.items() for model in _models(inner, (*path, part))]
+
+
+def _has_dots(models: Iterable[_Model]) -> bool:
+    """Return whether some names have dots: they are whole, and what holds them is not part of them."""
+    return any("." in leaf.path[-1] for model in models for leaf in model.tensors.values())
 
 
 def _is_extra(path: Parts) -> bool:

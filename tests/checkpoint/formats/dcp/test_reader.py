@@ -233,6 +233,8 @@ ADAM = ("exp_avg", "exp_avg_sq", "step")
         # One dictionary of another name is the model's.
         ([("net", "w")], ["w"]),
         ([("net", "a", "w"), ("net", "a", "v")], ["a.w", "a.v"]),
+        # A name with a dot is whole: the dictionaries around it are not part of it.
+        ([("app", "net", "a", "l.w"), ("app", "net", "a", "l.v")], ["l.w", "l.v"]),
         # An optimizer is known by its structure: nested, flattened, of any name or of none, without param_groups.
         ([("net", "w"), ("opt", "state", "w", "exp_avg"), ("opt", "param_groups", "0", "lr!")], ["w"]),
         ([("w",), ("optimizer", "state.w.exp_avg"), ("optimizer", "param_groups.w.lr!")], ["w"]),
@@ -244,6 +246,7 @@ ADAM = ("exp_avg", "exp_avg_sq", "step")
         ([("model", "w"), ("mine", "state", "w", "momentum")], ["w"]),
         ([("w",), ("state.weight",), ("state.a.b",), ("state.w.exp_avg",), ("param_groups.w.lr!",)],
          ["w", "state.weight", "state.a.b"]),
+        ([("state.w",), ("w",), ("state.w.exp_avg",), ("param_groups.w.lr!",), ("state.w.step!",)], ["state.w", "w"]),
         ([("w",), ("state.weight",), ("state.w.momentum",)], ["w", "state.weight"]),
         # These are weights, though they have such names.
         ([("w",), ("exp_avg",)], ["w", "exp_avg"]),
@@ -266,6 +269,7 @@ def test_names(paths: list[tuple[str, ...]], expected: list[str]) -> None:
         ([("actor", "w"), ("critic", "w"), ("critic", "v")], {"actor": 1, "critic": 2}),
         ([("model", "w"), ("ema", "w")], {"model": 1, "ema": 1}),
         ([("state", "model", "w"), ("state", "ema", "w")], {"state.model": 1, "state.ema": 1}),
+        ([("app", "nets", "g", "w"), ("app", "nets", "d", "w")], {"app.nets.g": 1, "app.nets.d": 1}),
         ([("encoder", "w"), ("decoder", "w")], {"encoder": 1, "decoder": 1}),
         ([("w",), ("ema", "w")], {".": 1, "ema": 1}),
         ([("model", "w"), ("optimizer", "w")], {"model": 1, "optimizer": 1}),

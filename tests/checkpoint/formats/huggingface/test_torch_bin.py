@@ -237,6 +237,32 @@ def test_what_is_no_tensor_is_left_out_and_said(tmp_path: Path) -> None:
     assert "4 entries are not tensors and were left out, the first '_extra_state'" in found.warnings[0]
 
 
+def test_an_optimizer_flattened_beside_bare_weights_is_counted(tmp_path: Path) -> None:
+    torch.save(
+        {"l.w": torch.ones(2, 2), "state.l.w.exp_avg": torch.ones(2, 2), "param_groups.l.w.lr": 0.1, "epoch": 3},
+        tmp_path / "a.pt",
+    )
+    found = open_checkpoint(tmp_path / "a.pt")
+    assert list(found) == ["l.w"]
+    assert found.info["left_out"] == {"param_groups": 1, "state": 1}
+    assert "1 entries are not tensors and were left out, the first 'epoch'" in found.warnings[0]
+
+
+def test_the_averages_of_a_lightning_callback_are_a_model_under_its_own_names(tmp_path: Path) -> None:
+    weights, averages = {"model.w": torch.ones(2, 2)}, {"model.w": torch.zeros(2, 2)}
+    torch.save(
+        {"state_dict": weights, "callbacks": {"EMACallback": {"ema_state_dict": averages, "decay": 0.9}}},
+        tmp_path / "a.ckpt",
+    )
+    with pytest.raises(SeveralModelsError) as caught:
+        open_checkpoint(tmp_path / "a.ckpt")
+    key = "callbacks.EMACallback.ema_state_dict"
+    assert caught.value.models == {"state_dict": 1, key: 1}
+    for item in (key, "callbacks"):
+        found = open_checkpoint(tmp_path / "a.ckpt", item=item)
+        assert torch.equal(found["model.w"].read(), averages["model.w"])
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return print, ("run",)
