@@ -202,7 +202,7 @@ def test_imports_inside_checkpoint_run_down_only() -> None:
 def test_formats_know_no_destination_and_destinations_no_format() -> None:
     shared = (
         "dsconv.checkpoint.formats.huggingface.safetensors",  # names of files that are written too
-        "dsconv.checkpoint.formats.huggingface.transformers_source",  # and what else is told of architectures
+        "dsconv.checkpoint.formats.huggingface.transformers_source",  # and whatever else is read about architectures
         "dsconv.checkpoint.formats.huggingface.skeleton",
         "dsconv.checkpoint.formats.huggingface.auto_classes",
         "dsconv.checkpoint.formats.huggingface.config_files",

@@ -26,7 +26,7 @@ def test_no_source_of_a_rule_has_changed(package: str) -> None:
     if older(package):
         pytest.skip(f"{package} {metadata.version(package)} is older than {RECORDED[package]}, which the rules are of")
     found = [line for line in upstream.changes() if line.startswith(f"{package}/")]
-    assert not found, "\n".join(["Review these, mend the rules, then `make upstream ARGS=--accept`:", *found])
+    assert not found, "\n".join(["Review these, update the rules, then `make upstream ARGS=--accept`:", *found])
 
 
 def test_every_fact_is_cited_by_a_rule() -> None:

@@ -39,9 +39,9 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds.
 
-    That is its format, who wrote it, step, world sizes, models, tensors, ties and problems. Only metadata is read, a
-    few kilobytes whatever the size of the model. org/model is downloaded to the Hub's cache; hf://org/model is read in
-    place.
+    The output names the format, the trainer, step, world sizes, models, tensors, ties and problems. Only metadata is
+    read, a few kilobytes whatever the size of the model. org/model is downloaded to the Hub's cache; hf://org/model is
+    read in place.
     """
     from dsconv.checkpoint import open_checkpoint
     from dsconv.errors import SeveralModelsError

@@ -18,7 +18,7 @@ AXES = ("nproc", "zero_stage", "tp", "pp", "sp", "cp", "backend", "fsdp")
 
 
 def _layout_options(start: bool) -> Callable[[Function], Function]:
-    """Return the options of the layout; for ``resume`` they have no defaults, so that what is not given stays."""
+    """Return the options of the layout. Those of ``resume`` have no defaults: a run keeps what is not given."""
     number = click.IntRange(1)
     options = [
         click.option(
@@ -145,17 +145,27 @@ Example:
     metavar="FILE",
     help="Text, an .npy array of token ids, or 'synthetic'.",
 )
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate; it decays linearly to 0.")
-@click.option("--weight-decay", type=float, default=0.01, show_default=True, help="Weight decay of AdamW.")
+@click.option(
+    "--lr",
+    type=float,
+    metavar="X",
+    default=1e-3,
+    show_default=True,
+    help="Peak learning rate; it decays linearly to 0.",
+)
+@click.option("--weight-decay", type=float, metavar="X", default=0.01, show_default=True, help="Weight decay of AdamW.")
 @click.option("--warmup", type=click.IntRange(0), default=0, metavar="N", help="Steps of linear warm-up.")
 @click.option(
     "--grad-clip",
     type=click.FloatRange(0),
+    metavar="X",
     default=1.0,
     show_default=True,
     help="Largest gradient norm; 0 does not clip.",
 )
-@click.option("--dropout", type=click.FloatRange(0, 1), help="Probability of every dropout (default: the model's).")
+@click.option(
+    "--dropout", type=click.FloatRange(0, 1), metavar="P", help="Probability of every dropout (default: the model's)."
+)
 @click.option(
     "--offload",
     type=click.Choice(["none", "cpu", "nvme"]),
@@ -215,7 +225,7 @@ Example:
 def resume(run: str, stop_after: int | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Resume RUN from its last checkpoint.
 
-    Options change the layout of the ranks; what is not given stays.
+    Options change the layout of the ranks; options that are not given keep their values.
     """
     from dataclasses import replace
 

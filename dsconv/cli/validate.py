@@ -54,7 +54,14 @@ Example:
 @click.option(
     "--seq-len", type=click.IntRange(2), default=32, show_default=True, metavar="L", help="Tokens per sample."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of weights, data and dropout.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Seed of weights, data and dropout.",
+)
 @console.JSON
 @console.QUIET
 @console.DEBUG

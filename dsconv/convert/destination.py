@@ -206,7 +206,7 @@ class Place(Protocol):
     def commit(
         self, names: Sequence[str], obsolete: Sequence[str], verify: Callable[[Path], None] | None = None
     ) -> None:
-        """Take away ``obsolete``, then put ``names`` into place in their order. What ``verify`` refuses is not kept."""
+        """Remove ``obsolete``, then put ``names`` into place in their order. What ``verify`` refuses is not kept."""
         ...
 
     def replace(self, path: Path, data: bytes) -> None:

@@ -91,7 +91,7 @@ class DiffReport:
 
     @property
     def equal(self) -> bool:
-        """Whether both have the same tensors with the same values."""
+        """Return whether both have the same tensors with the same values."""
         return not (self.only_in_a or self.only_in_b or self.not_compared) and not any(t.changed for t in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:

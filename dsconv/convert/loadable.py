@@ -53,7 +53,7 @@ class Loading:
         call: What loads it, as one writes it in Python; "" where that is not known.
         missing: Names that the architecture has and the output has not, or in another shape.
         unexpected: Names that the output has and the architecture has not.
-        problem: What is wrong and which option mends it; "" where nothing is.
+        problem: What is wrong and which option fixes it; "" if nothing is.
     """
 
     loadable: bool | None = None
@@ -110,7 +110,7 @@ class LoadingCheck:
 
     @property
     def known(self) -> bool:
-        """Whether the answer is there already."""
+        """Return whether the answer is there already."""
         return self._loading is not None
 
     def result(self) -> Loading:
@@ -272,7 +272,7 @@ def _with_prefix(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> M
 
 
 def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpected: list[str]) -> str:
-    """Return which option mends it."""
+    """Return the option that fixes it."""
     if any(0 in shape for shape in shapes.values()):
         return "Some tensors are empty: this file was saved without gathering ZeRO-3's partitions. Merge the checkpoint"
     if is_peft_model(shapes):

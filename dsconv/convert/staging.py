@@ -5,7 +5,7 @@ that makes the folder an output) last. A run that is killed leaves the hidden fo
 lock on it belongs to the system, and goes with the process.
 
 Moving begins with one rename, which makes ``STARTED``: of the commit marker of an older output, if there is one. Before
-it the older output is whole, and what is new is taken away when the run ends. After it the new output is whole too, in
+it the older output is whole, and what is new is removed when the run ends. After it the new output is whole too, in
 the hidden folder, and is the one that stays: the run, or the next one, finishes the renames. ``MOVING`` says which, and
 by which signatures (inode, size, time) the files are known, so that nothing is touched that somebody else put there.
 
@@ -203,7 +203,7 @@ class Staging:
             raise OutputError(f"{self.target}: moving the finished files into place failed: {error.strerror}") from None
         try:
             self.finish(move)
-        except OSError:  # once more: what failed in passing must not cost the output
+        except OSError:  # try again: a transient failure must not cost the output
             self.finish_or_say(move)
 
     def finish_or_say(self, move: Move) -> None:
@@ -314,9 +314,9 @@ def _locked(target: Path, sync: bool) -> Iterator[Staging]:
 
 
 def recover_interrupted(target: Path) -> None:
-    """Finish what a killed run had begun to put into place in ``target``, or take away what it left.
+    """Finish what a killed run had begun to put into place in ``target``, or remove what it left.
 
-    A run that is at work there is let be, and so is a hidden folder that is not dsconv's own.
+    A run in progress there is left alone, and so is a hidden folder that is not dsconv's own.
     """
     if not is_remote(target) and not target.is_symlink() and os.path.lexists(target / STAGING):
         with contextlib.suppress(OutputError), open_staging(target, sync=True):
@@ -357,7 +357,7 @@ def debris(target: Path) -> set[str]:
     except (OSError, ValueError):
         return set()
     if not isinstance(names, list) or not all(map(_is_name, names)):
-        return set()  # not of this program: what it names is not to be taken away
+        return set()  # dsconv did not write it, so what it names must stay
     return set(names)
 
 

@@ -63,7 +63,7 @@ class _Record:
 
     @property
     def wide(self) -> bool:
-        """Whether its size needs a zip64 field. (Its offset never does in the local header.)"""
+        """Return whether its size needs a zip64 field. (Its offset never does in the local header.)"""
         return self.nbytes >= FULL32
 
     @property

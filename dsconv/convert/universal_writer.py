@@ -241,7 +241,7 @@ def _data_bytes(file: StateFile) -> int:
 def _bytes_of(model: ModelFile, read: set[Record]) -> TensorEntry:
     """Return the whole file as an array of bytes: its records, whose CRC-32s are checked on the way, and the rest.
 
-    A record in ``read`` is read once more here, and was checked there.
+    A record in ``read`` is read again here, and was checked there.
     """
 
     def pieces() -> Iterator[Piece]:

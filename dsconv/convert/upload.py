@@ -112,13 +112,13 @@ class Upload:
     def commit(
         self, names: Sequence[str], obsolete: Sequence[str], verify: Callable[[Path], None] | None = None
     ) -> None:
-        """Take away ``obsolete``, then put ``names`` into place in their order.
+        """Remove ``obsolete``, then put ``names`` into place in their order.
 
         Args:
             names: what was sent, the commit marker last.
             obsolete: an older output, its commit marker first.
             verify: called with the folder at the end, since a store shows files only when they are in place. On a
-                MismatchError they are taken away again.
+                MismatchError they are removed again.
 
         Raises:
             RemoteError: the store fails.

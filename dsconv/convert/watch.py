@@ -5,10 +5,10 @@ again: a merge is whole or absent, a push of what the Hub has changes nothing, a
 state file, replaced in one step, says so.
 
 - A checkpoint that was saved is merged at once, whether or not the Hub can be reached. Merged copies wait in line, so
-  that the trainer may take its own away. They are pushed in the order of saving.
-- A checkpoint is taken when none of its files has changed between two looks. One that cannot be merged is reported, and
-  tried again when its files, or the options of the watcher, have changed.
-- What is lost is told: a checkpoint that went away before it could be merged, and a copy that had to make room.
+  that the trainer may delete its own. They are pushed in the order of saving.
+- A checkpoint is taken when none of its files has changed between two checks. One that cannot be merged is reported,
+  and tried again when its files, or the options of the watcher, have changed.
+- Losses are reported: a checkpoint that was deleted before it could be merged, and a copy that had to make room.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Watcher:
         self.keep = keep
         self.home = home
         self._looked: dict[str, Files] = {}  # name → its files at the last look
-        self._told: dict[str, str] = {}  # name → why it waits, as was reported
+        self._reported: dict[str, str] = {}  # name → why it waits, as was reported
         read = self._read_state()
         self._is_first_look = read is None
         self._state = read or {}
@@ -130,7 +130,7 @@ class Watcher:
                 continue
             yield from self._make_room(self.keep, self._planned_bytes(name))
             event = self._merge(name, files, key, progress)
-            if event is not None and self._is_told_now(event):
+            if event is not None and self._is_new_report(event):
                 yield event
             if event is not None and event.outcome == WAITING:
                 break
@@ -149,7 +149,7 @@ class Watcher:
     def _is_new(self, name: str, files: Files, key: str) -> bool:
         known = self._state.get(name, {})
         outcome = known.get("outcome")
-        if outcome in DONE:  # saved again, and not half taken away: that leaves no newer file
+        if outcome in DONE:  # saved again, and not half deleted: that leaves no newer file
             return bool(known["files"] != files.digest and files.newest_ns > known.get("newest_ns", 0))
         if outcome in (FAILED, MERGED):
             return bool(known["files"] != files.digest or known.get("key") != key)
@@ -172,7 +172,7 @@ class Watcher:
                 yield self._lose(name)
 
     def _lose(self, name: str) -> Event:
-        error = CheckpointNotFoundError(f"{self.run.folder / name} was taken away before it could be merged")
+        error = CheckpointNotFoundError(f"{self.run.folder / name} was deleted before it could be merged")
         self._note(name, LOST, Files("", 0), error=str(error))
         return Event(name, LOST, error=error)
 
@@ -254,7 +254,7 @@ class Watcher:
                 event = Event(name, WAITING, known["step"], error=error)
                 known["error"] = str(error)
                 self._save()
-                if self._is_told_now(event):
+                if self._is_new_report(event):
                     yield event
                 return
             seconds = known.get("seconds", 0.0) + time.monotonic() - began
@@ -263,10 +263,10 @@ class Watcher:
             self.home.remove_marked(known["copy"])
             yield Event(name, PUSHED, known["step"], report.url, nbytes=known["nbytes"], seconds=seconds)
 
-    def _is_told_now(self, event: Event) -> bool:
-        """Whether what became of a checkpoint was not reported in these words yet."""
-        new = self._told.get(event.name) != str(event.error)
-        self._told[event.name] = str(event.error)
+    def _is_new_report(self, event: Event) -> bool:
+        """Return whether what became of a checkpoint was not reported in these words yet."""
+        new = self._reported.get(event.name) != str(event.error)
+        self._reported[event.name] = str(event.error)
         return new or event.outcome != WAITING
 
     def _remove_strays(self) -> None:
@@ -329,7 +329,7 @@ def watch(
         private: Make the repository a private one, and refuse one that is there and public.
         interval_seconds: The longest time between two looks. A sign of the file system's brings the next look earlier.
         once: Push what is there, and return.
-        keep: How many merged copies may wait for the Hub; beyond it the oldest is dropped, and told.
+        keep: How many merged copies may wait for the Hub; beyond it the oldest is dropped, and reported.
         on_event: Called with what became of each checkpoint.
         on_message: Called with what is worth saying besides: that nothing is there yet, and why.
         progress: Called with (phase, bytes done, bytes in all), from any thread.

@@ -41,7 +41,7 @@ def files_of(folder: Path) -> Files:
     found: list[str] = []
     paths: list[Path] = []
     newest = 0
-    with contextlib.suppress(FileNotFoundError):  # a folder was taken away while we look
+    with contextlib.suppress(FileNotFoundError):  # a folder was deleted while we look
         paths = sorted(folder.rglob("*"))
     for path in paths:
         with contextlib.suppress(OSError):  # a link to nothing, or a file that is gone by now

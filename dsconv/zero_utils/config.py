@@ -83,22 +83,22 @@ class DSConfig:
 
     @property
     def is_zero1(self) -> bool:
-        """Whether the ZeRO stage is 1."""
+        """Return whether the ZeRO stage is 1."""
         return self.stage == 1
 
     @property
     def is_zero2(self) -> bool:
-        """Whether the ZeRO stage is 2."""
+        """Return whether the ZeRO stage is 2."""
         return self.stage == 2
 
     @property
     def is_zero3(self) -> bool:
-        """Whether the ZeRO stage is 3."""
+        """Return whether the ZeRO stage is 3."""
         return self.stage == 3
 
     @property
     def is_offload(self) -> bool:
-        """Whether the optimizer or parameters are offloaded to the CPU or NVMe at stage 2 or 3.
+        """Return whether the optimizer or parameters are offloaded to the CPU or NVMe at stage 2 or 3.
 
         This is the definition of ``HfDeepSpeedConfig``. DeepSpeed offloads the optimizer at stage 1 too, which
         transformers does not count."""

@@ -322,7 +322,7 @@ SCHEDULER_PARAMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 
 
 def lookup(values: object, key: str, default: Any = None) -> Any:
-    """What lies at ``"a.b.c"`` of nested mappings; ``default`` where a part of the way is missing or is no mapping."""
+    """Return the value at ``"a.b.c"`` of nested mappings, or ``default`` if a part of the path is missing."""
     for part in key.split("."):
         if not isinstance(values, Mapping) or part not in values:
             return default

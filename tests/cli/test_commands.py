@@ -553,7 +553,7 @@ def test_a_merge_without_a_cast_needs_no_torch_and_no_deepspeed(
     case: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     made = trained(case)
-    # Masters without names are told apart by their values, which numpy compares.
+    # Masters without names are distinguished by their values, which numpy compares.
     heavy = [name for name in HEAVY if not (name == "numpy" and "-z0-" in case)]
     for arguments in (
         ["zero-to-fp32", made.checkpoint, tmp_path / "out", "--verify", "--sha256"],

@@ -22,7 +22,7 @@ from tests.fixtures import peft_methods
 from tests.trained import Trained, load_safetensors
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 61}
-# (class, settings): told from the source; those whose weights transformers converts are not.
+# (class, settings): read from the source; those whose weights transformers converts are not.
 TOLD = [
     ("LlamaForCausalLM", {**TINY, "attention_bias": True, "mlp_bias": True}),
     ("MistralForCausalLM", TINY),

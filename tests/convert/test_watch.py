@@ -313,7 +313,7 @@ def test_a_folder_without_checkpoints_is_not_watched_in_silence(hub: WritableHub
 def test_what_goes_away_unmerged_is_told(hub: WritableHub, run: Run, home: MarkedFolder) -> None:
     watcher = Watcher(run.folder, home, "org/new", False, {})
     run.save(2)
-    assert list(watcher.look()) == []  # seen, and to be looked at once more
+    assert list(watcher.look()) == []  # seen, and to be checked again
     shutil.rmtree(run.folder / "global_step2")
     run.save(4)
     watcher = Watcher(run.folder, home, "org/new", False, {})  # a watcher that was started again
@@ -321,7 +321,7 @@ def test_what_goes_away_unmerged_is_told(hub: WritableHub, run: Run, home: Marke
     assert (lost.name, lost.outcome, str(lost.error)) == (
         "global_step2",
         LOST,
-        f"{run.folder / 'global_step2'} was taken away before it could be merged",
+        f"{run.folder / 'global_step2'} was deleted before it could be merged",
     )
     assert (pushed.name, pushed.outcome) == ("global_step4", PUSHED)
     assert list(watcher.look(settled=True)) == [], "told once"

@@ -35,7 +35,7 @@ def run_with(job: Job, at: int, fault: Callable[[str, Callable[..., Any]], Any])
                 code, said = DONE, json.dumps(faults.kinds)
             except DsconvError as error:
                 code, said = REFUSED, str(error)
-            except BaseException:  # noqa: BLE001 - told to the parent
+            except BaseException:  # noqa: BLE001 - reported to the parent
                 said = traceback.format_exc()
             for start in range(0, len(said), 4096):
                 say(begin, said[start : start + 4096].encode())

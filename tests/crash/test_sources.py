@@ -106,7 +106,7 @@ def test_a_file_without_checksums_that_is_written_to(
 
 @pytest.mark.parametrize("convert", [dsconv.merge, dsconv.to_dcp, dsconv.to_universal])
 def test_the_error_is_the_sources_own(convert: Callable[..., Any], copied: Any, tmp_path: Path) -> None:
-    """A file that goes away is an OSError as a failing disk is, and must not be told as one of the output."""
+    """A file that goes away is an OSError as a failing disk is, and must not be reported as one of the output."""
     save_dir = copied(CASE)
     (victim,) = save_dir.rglob(LAST)
     checkpoint = dsconv.open_checkpoint(save_dir)

@@ -54,7 +54,7 @@ def main(count: int, seed: int, first: int, names: tuple[str, ...]) -> None:
         failures = 0
         reported = time.monotonic()
         turns = itertools.cycle([target for target in targets for _ in range(target.share)])
-        with limits(), contextlib.suppress(KeyboardInterrupt):  # what was done until then is told
+        with limits(), contextlib.suppress(KeyboardInterrupt):  # report what was done until then
             for number in range(first, first + count):
                 target = next(turns)
                 try:

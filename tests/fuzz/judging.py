@@ -68,7 +68,7 @@ def _too_slow(signum: int, frame: FrameType | None) -> None:
 def limits() -> Iterator[None]:
     """Bound the process's memory, and have ``judged`` watch what is run; around a loop of ``judged``."""
     if not _hooked:
-        sys.addaudithook(_audit)  # for good: a hook cannot be taken away
+        sys.addaudithook(_audit)  # for good: a hook cannot be removed
         _hooked.append(True)
     for codec in ("latin1", "raw-unicode-escape", "unicode-escape"):
         codecs.lookup(codec)  # which imports Python's own module, the first time

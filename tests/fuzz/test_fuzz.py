@@ -54,7 +54,7 @@ def search(target: Target) -> None:
 
 
 def test_the_judge_sees_what_must_not_happen() -> None:
-    """The fuzzing itself is no blank: each kind of failure is told."""
+    """The fuzzing itself does not pass vacuously: each kind of failure is reported."""
 
     def loops() -> str:
         while True:

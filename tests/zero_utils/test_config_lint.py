@@ -23,7 +23,7 @@ def test_what_is_wrong_is_found(wrong: Wrong) -> None:
 
 
 def test_nothing_else_is_found() -> None:
-    """One thing wrong is told once: what follows from it is not told too."""
+    """One thing wrong is reported once: what follows from it is not reported too."""
     for wrong in CASES:
         others = [f for f in DSConfig.read(BASE | wrong.config).lint() if f.key != wrong.key and f.severity == "error"]
         assert not others, (wrong, others)

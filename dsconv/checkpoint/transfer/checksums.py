@@ -40,7 +40,7 @@ class RunningChecksum:
 
     @property
     def complete(self) -> bool:
-        """Whether every byte has been counted."""
+        """Return whether every byte has been counted."""
         return self.nbytes == 0 or self._by_start.get(0, (None, 0))[0] == self.nbytes
 
     @property

@@ -26,7 +26,7 @@ class Jobs(Iterator[T], Generic[T]):
 
     @property
     def stopped(self) -> bool:
-        """Whether a job that takes long should end early."""
+        """Return whether a job that takes long should end early."""
         return self._stop.is_set()
 
     def stop(self) -> None:

@@ -96,7 +96,7 @@ class Part:
 
     @property
     def in_place(self) -> bool:
-        """Whether the part's bytes lie together in the tensor as they do in the file."""
+        """Return whether the part's bytes lie together in the tensor as they do in the file."""
         return self.piece.region is None and self.piece.strides is None
 
     def span(self, itemsize: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from dsconv.checkpoint.transfer.copy import Copy, Gather
 def source_checks(copies: Iterable[Copy | Gather]) -> tuple[dict[Record, RunningChecksum], list[Copy]]:
     """Make the running checksums of the records that ``copies`` read.
 
-    A record that is read twice in part, or through a non-contiguous view, is read once more in full for its checksum.
+    A record that is read twice in part, or through a non-contiguous view, is read again in full for its checksum.
 
     Returns:
         The checksums by record, and the extra copies, mostly of padding, that complete them.

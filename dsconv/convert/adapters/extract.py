@@ -257,7 +257,7 @@ def _refuse_losses(
 ) -> tuple[str, ...]:
     """Raise InconsistentCheckpointError when a trained tensor is in no adapter; return what to say of other adapters.
 
-    Only a checkpoint that tells trained parameters from frozen ones can be asked: one in which something is frozen.
+    The check needs a checkpoint that records which parameters were trained: one in which something is frozen.
     """
     knows = any(entry.role == "frozen" for entry in checkpoint.values())
     left = [entry for entry in checkpoint.values() if entry.name not in used and entry.role == "parameter"]

@@ -1,11 +1,11 @@
 """The methods of PEFT: how each calls its parameters, which of them it saves, and under which names.
 
-A model's state dict has the adapter's name inside (``q_proj.lora_A.default.weight``); what PEFT saves has it not. The
+A model's state dict has the adapter's name inside (``q_proj.lora_A.default.weight``); what PEFT saves does not. The
 rules are those of peft ``utils/save_and_load.py`` (``get_peft_model_state_dict``) and of the methods that have one
-of their own (``tuners/*/model.py``: ``_get_adapter_state_dict`` and ``_remove_adapter_name_from_key``), told by names
-and adapter_config.json alone, so that neither peft nor torch is imported. PEFT walks the model's modules where these
-rules look at names: a tensor belongs to a method when a part of its name begins as the method's parameters do and the
-adapter's name follows."""
+of their own (``tuners/*/model.py``: ``_get_adapter_state_dict`` and ``_remove_adapter_name_from_key``), applied to
+names and adapter_config.json alone, so that neither peft nor torch is imported. PEFT walks the model's modules; these
+rules look at names instead: a tensor belongs to a method if a part of its name begins like the method's parameters and
+the adapter's name follows."""
 
 from __future__ import annotations
 

@@ -440,7 +440,7 @@ HOSTS = {
 def test_depth_never_escapes_as_a_recursion_error(host: str, kind: str) -> None:
     data = whole(HOSTS[host](_deep(kind)), protocol=4)
     if kind == "objects" and host in {"a key", "an item of a set", "an item of builtins.set", "an OrderedDict's key"}:
-        load_raw(data, persistent_load=_float_storage)  # objects are told apart by identity: no depth is walked
+        load_raw(data, persistent_load=_float_storage)  # objects are distinguished by identity: no depth is walked
         return
     with pytest.raises(DsconvError) as caught:
         load_raw(data, persistent_load=_float_storage)

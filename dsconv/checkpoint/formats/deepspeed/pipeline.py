@@ -52,7 +52,7 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
         MissingShardError: A file is not there.
         MalformedError: A file does not hold what its name says.
         InconsistentCheckpointError: The files are not from one save.
-        UnsupportedError: Names, masters or the way that shards make a tensor cannot be told.
+        UnsupportedError: Names, masters or the way that shards make a tensor cannot be determined.
     """
     warnings = list(folder.warnings)
     layers = read_layers(folder)

@@ -24,8 +24,8 @@ def with_one_kind(folder: TagFolder) -> TagFolder:
     """Return ``folder`` with the optimizer files of the run that wrote the model states.
 
     Raises:
-        InconsistentCheckpointError: There are optimizer files of two kinds, and the model states do not tell which kind
-            is theirs; or there are none of the kind that they tell.
+        InconsistentCheckpointError: There are optimizer files of two kinds, and the model states do not say which kind
+            is theirs; or there are none of the kind that they name.
     """
     if not folder.kinds:
         return folder
@@ -36,7 +36,7 @@ def with_one_kind(folder: TagFolder) -> TagFolder:
         (form,) = folder.kinds
         if states is not None and is_bf16 is not None and form.startswith(BF16) != is_bf16 and _has_prefix(states):
             raise InconsistentCheckpointError(
-                f"{folder.path}: by its configuration {states.path.name} is of a run"
+                f"{folder.path}: by its configuration {states.path.name} is from a run"
                 f" {'in' if is_bf16 else 'without'} bf16, whose optimizer files are called"
                 f" {BF16 if is_bf16 else ''}zero_pp_rank_*; here are only {form}, which another run saved. Copy the"
                 " right files from the nodes that wrote them"
@@ -46,7 +46,7 @@ def with_one_kind(folder: TagFolder) -> TagFolder:
     if len(mine) != 1 or states is None:
         raise InconsistentCheckpointError(
             f"{folder.path}: holds optimizer files of {len(folder.kinds)} runs ({' and '.join(folder.kinds)}), and the"
-            " model states do not tell which of them are theirs. Move the files of one kind to another folder"
+            " model states do not say which of them are theirs. Move the files of one kind to another folder"
         )
     others = [form for form in folder.kinds if form not in mine]
     found = replace(folder, optimizer=folder.kinds[mine[0]], chosen=True, warnings=list(folder.warnings))

@@ -161,6 +161,6 @@ def _no_training(ranks: Sequence[RankMap]) -> str:
     if not all(rank.entries for rank in ranks):
         return (
             "this run was without ZeRO (stage 0), where the stages of a pipeline keep states without names. Its weights"
-            " can be merged all the same; an optimizer then starts anew"
+            " can still be merged; the optimizer then starts afresh"
         )
     return ""

@@ -35,7 +35,7 @@ def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
     Raises:
         MissingShardError: The model states say that there should be optimizer files.
         MalformedError: The model states hold no tensors.
-        UnsupportedError: Which master belongs to which weight cannot be told.
+        UnsupportedError: Which master belongs to which weight cannot be determined.
     """
     states = read_states(folder)
     entries = states.module_entries(exclude=set(), ties=states.ties())

@@ -39,7 +39,7 @@ from dsconv.zero_utils.tag_folder import TagFolder
 
 INNER = "optimizer_state_dict"
 NO_SETTINGS = frozenset({INNER, "fp32_groups", "fp32_groups_flat", "state", "param_groups"})
-OTHERWISE = "Its weights can be merged all the same; an optimizer then starts anew"
+OTHERWISE = "Its weights can still be merged; the optimizer then starts afresh"
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 
 Row = Mapping[str, Any]
@@ -82,7 +82,7 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
 
     Raises:
         MalformedError: The optimizer's state is not what it should be.
-        UnsupportedError: Which states belong to which parameter cannot be told, or there are none.
+        UnsupportedError: Which states belong to which parameter cannot be determined, or there are none.
     """
     states, optimizer = rank.states, rank.states.optimizer
     inner = Fields.of(

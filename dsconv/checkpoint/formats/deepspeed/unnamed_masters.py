@@ -263,8 +263,8 @@ def assign(matcher: Matcher, path: Path) -> dict[str, MasterSlot]:
         )
     raise Ambiguous(
         f"{path}: without ZeRO (stage 0) the fp32 masters have no names, and which master belongs to which weight"
-        f" cannot be told for {len(alike)} weights, such as {', '.join(map(repr, alike[:2]))}: their 16-bit values are"
-        f" equal to others', and which weights were frozen is not recorded. {OTHERWISE}"
+        f" cannot be determined for {len(alike)} weights, such as {', '.join(map(repr, alike[:2]))}: their 16-bit"
+        f" values are equal to others', and which weights were frozen is not recorded. {OTHERWISE}"
     )
 
 

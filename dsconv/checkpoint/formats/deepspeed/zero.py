@@ -219,6 +219,6 @@ def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
         raise UnsupportedError(
             f"{folder.path}: fp32 masters were offloaded to NVMe and lie in {swapped[0].parent.parent.name}/"
             f" ({len(swapped)} files, such as {swapped[0].name}), which dsconv does not merge: the checkpoint does not"
-            " say which parameters are in which file. Resume the run with offload_optimizer to cpu and save once more,"
+            " say which parameters are in which file. Resume the run with offload_optimizer to cpu and save again,"
             " or take the 16-bit weights that stage3_gather_16bit_weights_on_model_save saves"
         )

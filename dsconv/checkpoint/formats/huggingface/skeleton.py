@@ -1,4 +1,4 @@
-"""The weights that an architecture of transformers has, told from its source without importing it.
+"""The weights that an architecture of transformers has, read from its source without importing it.
 
 Importing torch and transformers takes seconds; reading two source files takes milliseconds. The ``__init__`` methods of
 a model's classes are followed from ``architectures`` of a config.json down, with the values of the configuration and

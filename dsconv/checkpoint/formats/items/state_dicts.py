@@ -47,7 +47,7 @@ class Leaf:
 
     @property
     def is_weight(self) -> bool:
-        """Whether it may have been trained: a matrix, or several floating-point numbers."""
+        """Return whether it may have been trained: a matrix, or several floating-point numbers."""
         return self.is_matrix or (self.shape is not None and self.floating and self.numel != 1)
 
 

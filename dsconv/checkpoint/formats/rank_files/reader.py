@@ -201,7 +201,7 @@ def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dic
     surplus = max(files)
     if surplus >= (group.world or told or world):
         raise InconsistentCheckpointError(
-            f"{files[surplus].path}: the other files are of a run of {group.world or told} ranks, so this one is left"
+            f"{files[surplus].path}: the other files are from a run of {group.world or told} ranks, so this one is left"
             " over from another run; move it away"
         )
 

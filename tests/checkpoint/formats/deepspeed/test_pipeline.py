@@ -1,4 +1,4 @@
-"""Pipeline checkpoints of real training come out bit for bit, and damaged ones are told apart by name."""
+"""Pipeline checkpoints of real training come out bit for bit, and damaged ones are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AutoTP checkpoints of real training come out bit for bit, and damaged ones are told apart by name."""
+"""AutoTP checkpoints of real training come out bit for bit, and damaged ones are refused by name."""
 
 from __future__ import annotations
 

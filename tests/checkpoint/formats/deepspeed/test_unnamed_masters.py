@@ -46,7 +46,9 @@ def test_what_was_trained_is_never_left_out(made: Callable[[str], Trained], name
 
 @pytest.mark.parametrize("name", NOT_TOLD)
 def test_what_cannot_be_told_is_refused(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"which master belongs to which weight cannot be told.*--weights 16bit"):
+    with pytest.raises(
+        UnsupportedError, match=r"which master belongs to which weight cannot be determined.*--weights 16bit"
+    ):
         dsconv.open_checkpoint(made(name).checkpoint)
     dsconv.merge(made(name).checkpoint, tmp_path / "out", weights="16bit", fsync=False)
     module = load_safetensors(made(name).folder / "truth_module.safetensors")

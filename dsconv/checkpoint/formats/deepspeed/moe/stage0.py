@@ -43,7 +43,7 @@ def read_moe_stage0(folder: TagFolder, found: autoep.Experts, warnings: list[str
 
     Raises:
         MissingShardError: An optimizer file is not there.
-        UnsupportedError: Which master belongs to which weight cannot be told.
+        UnsupportedError: Which master belongs to which weight cannot be determined.
     """
     states, layers, tensors = found.states, found.layers, found.tensors
     if states.param_shapes and not folder.own_weights:
