@@ -10,16 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from typing import Any
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.pickles.schema import is_name
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.convert.ties import stored_name
 from dsconv.errors import UsageError
 
 STAR = "([^.]+)"
+MAX_NOTED = 1000  # patterns of a kind in a manifest: each is tried on each name
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Filters:
         lists = [noted.get(name, []) for name in ("include", "exclude", "strip_prefix", "rename")]
         if not all(isinstance(given, list) and all(isinstance(text, str) for text in given) for given in lists):
             return None
+        if any(len(given) > MAX_NOTED for given in lists):
+            return None
         try:
             return Filters.of(*lists)
         except UsageError:
@@ -86,6 +90,8 @@ class Filters:
                     f"--rename {safe_repr(text)}: write OLD=NEW, with as many * in NEW as in OLD, such as"
                     " transformer.h.*.attn=model.layers.*.self_attn"
                 )
+            if any(part.count("*") > 1 for part in old.split(".")):  # matching could take forever
+                raise UsageError(f"--rename {safe_repr(text)}: a part between dots has more than one *")
             fits = re.compile(STAR.join(map(re.escape, old.split("*"))) + r"(?=\.|\Z)")
             rules.append((fits, new, text))
         return rules
@@ -98,19 +104,25 @@ class Filters:
             dropped: see ``stored_name``.
 
         Raises:
-            UsageError: a filter fits no tensor, or two tensors would have one name.
+            UsageError: a filter fits no tensor, two tensors would have one name, or one a name that cannot be written.
         """
         unused = {("include", p) for p in self.include} | {("exclude", p) for p in self.exclude}
         unused |= {("strip-prefix", p) for p in self.strip_prefix} | {("rename", p) for p in self.rename}
         rules = self.rules()
+        include, exclude = _compiled(self.include), _compiled(self.exclude)
         found: dict[str, str | None] = {}
         owners: dict[str, str] = {}
         for entry in checkpoint.values():
-            kept = self._kept(_names_of(entry, dropped), unused)
+            kept = _kept(_names_of(entry, dropped), include, exclude, unused)
             if kept is None:
                 found[entry.name] = None
                 continue
             name = self._renamed(kept, rules, unused)
+            if not is_name(name):
+                raise UsageError(
+                    f"{checkpoint.path}: {safe_repr(entry.name)} would be called {safe_repr(name)}, which cannot be a"
+                    " tensor's name in safetensors: change --rename or --strip-prefix"
+                )
             if name in owners:
                 raise UsageError(
                     f"{checkpoint.path}: {safe_repr(owners[name])} and {safe_repr(entry.name)} would both be called"
@@ -127,18 +139,6 @@ class Filters:
             )
         return found
 
-    def _kept(self, names: Sequence[str], unused: set[tuple[str, str]]) -> str | None:
-        """Return the first of a tensor's names that is to be written; None where none is."""
-        kept = []
-        for name in names:
-            included = [pattern for pattern in self.include if fnmatchcase(name, pattern)]
-            excluded = [pattern for pattern in self.exclude if fnmatchcase(name, pattern)]
-            unused.difference_update(("include", pattern) for pattern in included)
-            unused.difference_update(("exclude", pattern) for pattern in excluded)
-            if (included or not self.include) and not excluded:
-                kept.append(name)
-        return kept[0] if kept else None
-
     def _renamed(
         self, name: str, rules: Sequence[tuple[re.Pattern[str], str, str]], unused: set[tuple[str, str]]
     ) -> str:
@@ -154,6 +154,28 @@ class Filters:
                 stars = [*match.groups(), ""]
                 return "".join(part + star for part, star in zip(parts, stars, strict=True)) + name[match.end() :]
         return name
+
+
+def _compiled(patterns: Sequence[str]) -> dict[str, re.Pattern[str]]:
+    return {pattern: re.compile(translate(pattern)) for pattern in patterns}
+
+
+def _kept(
+    names: Sequence[str],
+    include: Mapping[str, re.Pattern[str]],
+    exclude: Mapping[str, re.Pattern[str]],
+    unused: set[tuple[str, str]],
+) -> str | None:
+    """Return the first of a tensor's names that is to be written; None where none is."""
+    kept = []
+    for name in names:
+        included = [pattern for pattern, fits in include.items() if fits.match(name)]
+        excluded = [pattern for pattern, fits in exclude.items() if fits.match(name)]
+        unused.difference_update(("include", pattern) for pattern in included)
+        unused.difference_update(("exclude", pattern) for pattern in excluded)
+        if (included or not include) and not excluded:
+            kept.append(name)
+    return kept[0] if kept else None
 
 
 def _names_of(entry: TensorEntry, dropped: Sequence[str]) -> list[str]:

@@ -14,6 +14,8 @@ from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, MAX_HEADER_
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.pickles.schema import is_name, wrong_name
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.ties import stored_name
 from dsconv.errors import MalformedError, UnsupportedError
@@ -135,7 +137,7 @@ def make_plan(
         stem: the beginning of the shards' names.
 
     Raises:
-        MalformedError: nothing is left to write.
+        MalformedError: nothing is left to write, or a name cannot be written.
         UnsupportedError: a header would exceed safetensors' limit.
     """
     chosen: list[tuple[str, TensorEntry, DType]] = []
@@ -145,6 +147,8 @@ def make_plan(
         name: str | None = stored_name(entry.name, entry.aliases, dropped_names)
         if rename is not None:
             name = rename(entry.name)
+        if name is not None and not is_name(name):
+            raise wrong_name(name, checkpoint.path, f"the name in the output of {safe_repr(entry.name)}")
         if name is not None:
             chosen.append((name, entry, output_dtype(entry.dtype, dtype)))
     if not chosen:

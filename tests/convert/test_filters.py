@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,44 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     )
     wrong = command("merge", source, tmp_path / "other", "--include", "polcy.*")
     assert (wrong.code, "fits no tensor" in wrong.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("old", "given"),
+    [
+        ("steps", {"rename": {"steps": "__metadata__"}}),
+        ("steps", {"rename": {"steps": "b" * 5000}}),
+        ("steps", {"rename": {"steps": "\ud800"}}),
+        ("model.__metadata__", {"strip_prefix": "model."}),
+    ],
+    ids=["reserved", "long", "no-text", "stripped"],
+)
+def test_a_name_that_cannot_be_written(old: str, given: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    save_file({old: torch.zeros(1)}, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(UsageError, match="cannot be a tensor's name in safetensors"):
+        dsconv.merge(tmp_path / "source", tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [
+        {"rename": ["*" * 40 + "!=" + "*" * 40]},
+        {"rename": ["*a" * 40 + "!=" + "*" * 40]},
+        {"include": ["*a" * 40 + "!"]},
+        {"include": ["x*"] * 1_000_000},
+    ],
+    ids=["stars", "apart", "globs", "many"],
+)
+def test_patterns_of_a_manifest_cost_no_time(noted: dict[str, list[str]], tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    state = {"a" * 200 + str(i): torch.zeros(1) for i in range(50)}
+    save_file(state, tmp_path / "source" / "model.safetensors")
+    dsconv.merge(tmp_path / "source", tmp_path / "out", fsync=False)
+    manifest = json.loads((tmp_path / "out" / "dsconv.manifest.json").read_text())
+    (tmp_path / "out" / "dsconv.manifest.json").write_text(json.dumps({**manifest, "filters": noted}))
+    began = time.monotonic()
+    with contextlib.suppress(UsageError):
+        assert dsconv.verify(tmp_path / "source", tmp_path / "out").equal
+    assert time.monotonic() - began < 5
