@@ -55,3 +55,20 @@ from dsconv.cli import main
 main(sys.argv[1:])
 """
     return [sys.executable, "-c", program]
+
+
+def held_writes(release: Path) -> list[str]:
+    """The command of dsconv in a process whose writes wait until the file ``release`` is there."""
+    program = f"""
+import os, sys, time
+real = os.pwrite
+def pwrite(*args):
+    deadline = time.monotonic() + 120
+    while not os.path.exists({str(release)!r}) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return real(*args)
+os.pwrite = pwrite
+from dsconv.cli import main
+main(sys.argv[1:])
+"""
+    return [sys.executable, "-c", program]

@@ -19,7 +19,7 @@ import pytest
 import dsconv
 from dsconv.convert import marked_folders, staging
 from dsconv.errors import DsconvError
-from tests.cli.running import slow_writes
+from tests.cli.running import held_writes
 from tests.crash.jobs import contents
 from tests.trained import Trained, load_safetensors
 
@@ -179,9 +179,8 @@ def test_of_two_processes_at_one_output_the_second_refuses(
     source, out = trained(CASE).checkpoint, tmp_path / "home" / "out"
     arguments = [command, str(source), str(out), "--no-fsync", "--quiet"]
     alone = tmp_path / "alone" / "out"
-    first = subprocess.Popen(
-        [*slow_writes(0.02 if command == "to-universal" else 0.1), *arguments], stderr=subprocess.PIPE, text=True
-    )
+    release = tmp_path / "release"
+    first = subprocess.Popen([*held_writes(release), *arguments], stderr=subprocess.PIPE, text=True)
     while not (out / staging.STAGING / marked_folders.LOCK).exists():
         time.sleep(0.005)
         assert first.poll() is None
@@ -192,6 +191,7 @@ def test_of_two_processes_at_one_output_the_second_refuses(
         )
         assert (second.returncode, first.poll()) == (3, None), second.stderr
         assert "another dsconv run is writing here; wait for it or choose another folder" in second.stderr
+    release.touch()
     _, err = first.communicate(timeout=60)
     assert first.returncode == 0, err
     third = subprocess.run([sys.executable, "-m", "dsconv", *arguments], capture_output=True, text=True, check=False)
