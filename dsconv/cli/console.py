@@ -32,6 +32,7 @@ JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="Print on
 FOLLOW_LINKS: Decorator = click.option(
     "--follow-links", is_flag=True, help="Follow links that leave the checkpoint (default: refuse them)."
 )
+ITEM: Decorator = click.option("--item", metavar="KEY", help="Model to read, if CKPT holds several, such as actor.")
 QUIET: Decorator = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 DEBUG: Decorator = click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
 

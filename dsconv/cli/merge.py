@@ -20,7 +20,6 @@ SOURCE_OPTIONS = (
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main)."),
     console.FOLLOW_LINKS,
 )
-ITEM = click.option("--item", metavar="KEY", help="Model to read, if CKPT holds several, such as actor.")
 TENSOR_OPTIONS = (
     click.option(
         "--weights",
@@ -109,7 +108,7 @@ Example:
   dsconv merge checkpoints/ merged/
   dsconv merge merged/ small/ --dtype bf16 --max-shard-size 2GB
   dsconv merge org/model s3://bucket/model --dtype bf16""")  # fmt: skip
-@with_options(*ARGUMENTS, *SOURCE_OPTIONS, ITEM, *TENSOR_OPTIONS, *OUTPUT_OPTIONS, *DISPLAY_OPTIONS)
+@with_options(*ARGUMENTS, *SOURCE_OPTIONS, console.ITEM, *TENSOR_OPTIONS, *OUTPUT_OPTIONS, *DISPLAY_OPTIONS)
 def merge(**options: Any) -> None:
     """Merge a checkpoint of any format into safetensors.
 

@@ -24,6 +24,7 @@ Example:
     help="Put KEY. before every name, as the trainer's key of its model.",
 )
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names).")
+@console.ITEM
 @console.FOLLOW_LINKS
 @click.option(
     "--dtype",

@@ -48,6 +48,7 @@ def to_dcp(
     output: str | os.PathLike[str],
     *,
     tag: str | None = None,
+    item: str | None = None,
     follow_links: bool = False,
     dtype: str | torch.dtype | None = None,
     prefix: str = "",
@@ -67,6 +68,7 @@ def to_dcp(
         source: a path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.
         output: the folder to write.
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
+        item: the key of the model to take, where the checkpoint holds several.
         follow_links: read what links lead to that leave the checkpoint's folder.
         dtype: fp32, bf16 or fp16, by these names or torch's, or as a ``torch.dtype``. Every floating tensor of 16 bits
             or more is cast to it, once, to nearest even.
@@ -90,7 +92,9 @@ def to_dcp(
     max_file_bytes = parse_size(max_shard_size)
     if prefix and not all(prefix.removesuffix(".").split(".")):
         raise ValueError(f"{prefix!r} is not a prefix: write it like model. or app.model.")
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, follow_links=follow_links)
+    checkpoint = (
+        source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item, follow_links=follow_links)
+    )
     target = Path(output)
     plan = make_dcp_plan(
         checkpoint, dtype=wanted, prefix=prefix, max_file_bytes=max_file_bytes, extra_names=_tied_names(checkpoint)

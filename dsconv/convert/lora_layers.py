@@ -7,7 +7,6 @@ modules and tokens)."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.casting import output_dtype
-from dsconv.convert.adapters.methods import DELTA, TOKENS
+from dsconv.convert.adapters.methods import DELTA, TOKENS, by_pattern
 from dsconv.convert.computed import computed
 from dsconv.convert.lora_math import Lora, folded_bias, folded_weight, read_as, with_tokens
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
@@ -222,7 +221,7 @@ class Folder:
         experts = base.shape[0] if is_parameter and len(base.shape) == 3 else 1
         rank = lora.down.shape[0] // experts
         key = f"{layer}.{parameter}" if is_parameter else layer
-        told = _by_pattern(config.get("rank_pattern"), key, config.get("r", 8))
+        told = by_pattern(config.get("rank_pattern"), key, config.get("r", 8))
         if (
             rank != told
             or lora.down.shape[0] != rank * experts
@@ -233,7 +232,7 @@ class Folder:
                 f"{self.where}: {layer!r} has factors {list(lora.down.shape)} and {list(lora.up.shape)}, and"
                 f" adapter_config.json gives it rank {told}"
             )
-        alpha = _by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
+        alpha = by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         out, into = lora.up.shape[0], lora.down.shape[1]
         if is_parameter:
@@ -280,15 +279,3 @@ class Folder:
             f"{self.where}: {given.name!r} of shape {list(given.shape)} does not fit {layer!r}, whose base has shape"
             f" {list(base.shape)}: the adapter belongs to another base"
         )
-
-
-def _by_pattern(patterns: Any, key: str, default: Any) -> Any:
-    """Return a layer's own value (peft ``utils/other.py``, ``get_pattern_key``)."""
-    if isinstance(patterns, dict):
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", key):
-                    return value
-            except re.error:
-                raise MalformedError(f"adapter_config.json: {str(pattern)[:80]!r} is not a pattern") from None
-    return default

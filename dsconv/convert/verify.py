@@ -69,6 +69,7 @@ def verify(
     allow_cast: bool = False,
     subset: bool = False,
     revision: str | None = None,
+    item: str | None = None,
     follow_links: bool = False,
     renamed: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -83,6 +84,7 @@ def verify(
         allow_cast: a float of another dtype in ``b`` must be ``a``'s, cast once to nearest even.
         subset: tensors that only ``a`` has are not differences.
         revision: that of the one, or of both, that lie on the Hub.
+        item: the key of the model of ``a`` to compare, where ``a`` holds several.
         follow_links: read what links lead to that leave the folders.
         renamed: {name in ``b``: name in ``a``}. Without it the filters that the manifest of ``b`` keeps are followed
             (``--include``, ``--exclude``, ``--strip-prefix``, ``--rename``).
@@ -96,9 +98,12 @@ def verify(
         given
         if isinstance(given, Checkpoint)
         else open_checkpoint(
-            given, revision=revision if given in on_hub or not on_hub else None, follow_links=follow_links
+            given,
+            revision=revision if given in on_hub or not on_hub else None,
+            item=key,
+            follow_links=follow_links,
         )
-        for given in (a, b)
+        for given, key in ((a, item), (b, None))
     )
     options = CompareOptions(allow_cast, subset, renamed or {}, progress=progress)
     if renamed is not None:

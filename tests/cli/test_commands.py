@@ -101,6 +101,7 @@ def test_the_surface_of_the_command_line() -> None:
             "--follow-links",
             "--force",
             "--fsync",
+            "--item",
             "--json",
             "--max-shard-size",
             "--no-fsync",
@@ -235,6 +236,7 @@ def test_the_surface_of_the_command_line() -> None:
             "--allow-cast",
             "--debug",
             "--follow-links",
+            "--item",
             "--json",
             "--quiet",
             "--revision",
@@ -430,6 +432,18 @@ def test_inspect_lists_models(tmp_path: Path) -> None:
     assert dsconv("inspect", tmp_path / "a.pt", "--json").json["models"] == {"actor": 1, "critic": 2}
     one = dsconv("inspect", tmp_path / "a.pt", "--item", "critic", "--json").json
     assert (one["info"]["item"], len(one["tensors"])) == ("critic", 2)
+
+
+def test_one_of_several_models_is_verified_and_converted(tmp_path: Path) -> None:
+    critic = {"w": torch.ones(2, 3), "v": torch.ones(3)}
+    torch.save({"actor": {"w": torch.ones(2, 3)}, "critic": critic}, tmp_path / "a.pt")
+    merged = dsconv("merge", tmp_path / "a.pt", tmp_path / "merged", "--item", "critic")
+    assert merged.code == 0
+    assert dsconv("verify", tmp_path / "a.pt", tmp_path / "merged").code == 3
+    assert dsconv("to-dcp", tmp_path / "a.pt", tmp_path / "dcp", "--item", "critic").code == 0
+    for path in (tmp_path / "merged", tmp_path / "dcp"):
+        assert dsconv("verify", tmp_path / "a.pt", path, "--item", "critic").code == 0
+        assert dsconv("verify", tmp_path / "a.pt", path, "--item", "actor").code == 5
 
 
 def test_inspect_for_programs(trained: Callable[[str], Trained]) -> None:

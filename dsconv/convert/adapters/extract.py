@@ -10,6 +10,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.convert.adapters.config import CONFIG, DEFAULT, read_config
 from dsconv.convert.adapters.encoders import best_vectors, prompt_entries, renamed, without_pruned_ranks
 from dsconv.convert.adapters.methods import (
@@ -20,6 +21,7 @@ from dsconv.convert.adapters.methods import (
     TOKENS,
     adapters_in,
     bias_tensors,
+    by_pattern,
     is_saved_form,
     of_other_adapter,
     own_tensors,
@@ -88,6 +90,8 @@ def extract_adapter(
         found, used = _select(checkpoint, state, config, name, others, folders)
         warnings = () if keeps_base else _refuse_losses(checkpoint, used, name, others, kind)
     _refuse_incomplete(checkpoint, found, config)
+    if config["peft_type"] == "LORA" and not keeps_base:
+        _refuse_other_config(checkpoint, found, config)
     return Adapter(name, config, _checkpoint_of(checkpoint, found, warnings), {CONFIG: data})
 
 
@@ -288,6 +292,34 @@ def _refuse_incomplete(checkpoint: Checkpoint, found: list[TensorEntry], config:
         )
     if empty := [entry.name for entry in found if 0 in entry.shape]:
         raise MalformedError(f"{checkpoint.path}: {empty[0]!r} of the adapter has no elements")
+
+
+def _refuse_other_config(checkpoint: Checkpoint, found: list[TensorEntry], config: Mapping[str, Any]) -> None:
+    """Raise unless the config makes the layers that the tensors belong to: PEFT starts others at random.
+
+    Rules: peft ``tuners/tuners_utils.py`` (``check_target_module_exists``), ``tuners/lora/model.py``
+    (``_create_and_replace``).
+    """
+    targets = config.get("target_modules")
+    if config.get("target_parameters") or config.get("target_modules_to_tie"):
+        return
+    for entry in found:
+        name = entry.name.removeprefix(PREFIX)
+        at = slot(name, ("lora_A", "lora_embedding_A"))
+        if at is None:
+            continue
+        layer = ".".join(name.split(".")[:at])
+        rank = by_pattern(config.get("rank_pattern"), layer, config.get("r", 8))
+        if entry.shape[:1] != (rank,):
+            wrong = f"has rank {entry.shape[0]}, and adapter_config.json gives it rank {rank!r:.40}"
+        elif isinstance(targets, list) and not any(f".{layer}".endswith(f".{target}") for target in targets):
+            wrong = "is not among target_modules of adapter_config.json"
+        else:
+            continue
+        raise InconsistentCheckpointError(
+            f"{checkpoint.path}: the adapter's layer {safe_repr(layer)} {wrong}, which belongs to another adapter."
+            " Name the folder of this adapter's own with --config-from"
+        )
 
 
 def _checkpoint_of(checkpoint: Checkpoint, entries: list[TensorEntry], warnings: tuple[str, ...]) -> Checkpoint:

@@ -98,6 +98,19 @@ def test_one_of_several_adapters(built: Path, tmp_path: Path) -> None:
     assert "also holds 'reference'" in report.warnings[0]
 
 
+def test_the_config_of_another_adapter_is_refused(built: Path, tmp_path: Path) -> None:
+    config = json.loads((built / "lora" / "adapter_config.json").read_text())
+    for change, expected in (
+        ({"r": config["r"] + 1}, rf"has rank {config['r']}, and adapter_config.json gives it rank {config['r'] + 1}"),
+        ({"target_modules": ["up_proj"]}, "is not among target_modules"),
+    ):
+        (tmp_path / "config").mkdir(exist_ok=True)
+        (tmp_path / "config" / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(InconsistentCheckpointError, match=expected):
+            merge(built / "lora.bin", tmp_path / "out", tmp_path / "config")
+        assert not (tmp_path / "out").exists()
+
+
 def test_the_ranks_that_adalora_pruned_are_left_out(built: Path, tmp_path: Path) -> None:
     """As peft's resize_state_dict_by_rank_pattern does it."""
     config = json.loads((built / "adalora" / "adapter_config.json").read_text())
