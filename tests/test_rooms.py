@@ -71,6 +71,7 @@ PUBLIC_KEYWORDS = {
     "dsconv.engine.validation.validate",
     "dsconv.loaders.tensor_parallel.load_tp",
     "dsconv.loaders.zero3.load_zero3",
+    "dsconv.convert.verify.verify",
 }
 
 
