@@ -77,7 +77,7 @@ def open_checkpoint(
         prove_tiling(entry)
     checkpoint.info.update(root.info)
     checkpoint.warnings = (*root.warnings, *checkpoint.warnings)
-    checkpoint.stamps = {source: first_signature(source) for source in checkpoint.sources}
+    checkpoint.signatures = {source: first_signature(source) for source in checkpoint.sources}
     return checkpoint
 
 

@@ -215,5 +215,5 @@ def _checkpoint_of(checkpoint: Checkpoint, base: Checkpoint | None, entries: dic
         is_deepspeed=checkpoint.is_deepspeed,
     )
     for one in both:
-        result.stamps |= one.stamps
+        result.signatures |= one.signatures
     return result

@@ -71,7 +71,7 @@ def write(
 
     Args:
         destination: what to write.
-        checkpoint: the source, by whose stamps changes of its files are noticed.
+        checkpoint: the source, by whose signatures changes of its files are noticed.
         target: the folder, on the disk or in a store.
         options: how to write.
         verify: reads back what was written into a folder and raises MismatchError where it differs.
@@ -180,7 +180,7 @@ def _fill(destination: Destination, checkpoint: Checkpoint, place: Place, option
             if not place.in_order:
                 for filling in files.values():
                     filling.begin()
-            run = CopyRun(workers, {}, counter.add, checkpoint.stamps)
+            run = CopyRun(workers, {}, counter.add, checkpoint.signatures)
             with _flushing(files.values(), counter, waits):
                 if place.in_order:
                     _run_in_order(targets, files, run)

@@ -89,11 +89,11 @@ def _unknown(name: str, key: str, section: str) -> Finding:
     if SECTIONS[section].strict:
         return Finding("error", key, f"DeepSpeed refuses a key that it does not know in {where}.", fix)
     if nearest:
-        return Finding("error", key, f"DeepSpeed reads no such key at {where}, and ignores it in silence.", fix)
+        return Finding("error", key, f"DeepSpeed reads no such key at {where}, and silently ignores it.", fix)
     return Finding(
         "warning",
         key,
-        f"DeepSpeed reads no such key at {where}, and ignores it in silence.",
+        f"DeepSpeed reads no such key at {where}, and silently ignores it.",
         "Remove it, unless it is yours.",
     )
 

@@ -75,7 +75,7 @@ def test_findings_and_mismatches_for_people(written: Path) -> None:
     assert wrong.out.startswith(
         f"{written}: ZeRO-3, precision not known yet\n"
         "error    gradient_cliping\n"
-        "         DeepSpeed reads no such key at the top level, and ignores it in silence. Write gradient_clipping.\n"
+        "         DeepSpeed reads no such key at the top level, and silently ignores it. Write gradient_clipping.\n"
         "warning  communication_timeout\n"
         "         Nothing reads it, so the timeout is not changed. Remove it."
     )

@@ -27,7 +27,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         info: What else the format found out, for reports.
         warnings: What the user has to know.
         sources: The files whose bytes the map uses.
-        stamps: The signatures of the sources (``stat_signature``) when they had been opened.
+        signatures: The ``stat_signature`` of each source when it had been opened.
         is_deepspeed: Whether DeepSpeed wrote it, at any ZeRO stage.
         training: Makes the map of the optimizer's states, for formats that have one.
         no_training: Why there is none, where the format has something to say.
@@ -60,7 +60,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.is_deepspeed = is_deepspeed
         self.training = training
         self.no_training = no_training
-        self.stamps: dict[Path, tuple[int, int, int] | None] = {}
+        self.signatures: dict[Path, tuple[int, int, int] | None] = {}
         self._entries = dict(entries)
         self._aliases = {alias: entry.name for entry in self._entries.values() for alias in entry.aliases}
 

@@ -115,7 +115,7 @@ class CopyRun:
         workers: the number of threads.
         checks: the running checksums of the source records, by record.
         progress: called from any thread with the number of bytes that were written.
-        stamps: those of ``Checkpoint``. They tell that a file without checksums has changed since it was opened.
+        signatures: those of ``Checkpoint``. They tell that a file without checksums has changed since it was opened.
     """
 
     def __init__(
@@ -123,9 +123,9 @@ class CopyRun:
         workers: int,
         checks: dict[Record, RunningChecksum],
         progress: Callable[[int], None] | None = None,
-        stamps: Mapping[Path, object] | None = None,
+        signatures: Mapping[Path, object] | None = None,
     ) -> None:
-        self.stamps = stamps or {}
+        self.signatures = signatures or {}
         self.unchecked: set[Path] = set()
         self.workers = max(1, workers)
         self.checks = checks
@@ -172,7 +172,7 @@ class CopyRun:
                     " Restore it from another copy"
                 )
         for path in sorted(self.unchecked):
-            if stat_signature(path) != self.stamps.get(path, stat_signature(path)):
+            if stat_signature(path) != self.signatures.get(path, stat_signature(path)):
                 raise MalformedError(
                     f"{path}: it was written to while it was read: run again when nothing writes there"
                 )

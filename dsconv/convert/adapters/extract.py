@@ -335,7 +335,7 @@ def _checkpoint_of(checkpoint: Checkpoint, entries: list[TensorEntry], warnings:
         sources=checkpoint.sources,
         is_deepspeed=checkpoint.is_deepspeed,
     )
-    result.stamps = checkpoint.stamps
+    result.signatures = checkpoint.signatures
     return result
 
 
