@@ -148,7 +148,7 @@ class Folder:
         base = result[name]
         if bias is not None and f"{parts.layer}.bias" not in names:
             raise UnsupportedError(
-                f"{self.where}: {parts.layer!r} has a LoRA bias (lora_bias=True) and its base none to add it to: PEFT"
+                f"{self.where}: {parts.layer!r} has a LoRA bias (lora_bias=True), but its base has no bias: PEFT"
                 " does not merge it either. Write the adapter with --adapter"
             )
         if not base.dtype.floating or base.dtype.itemsize < 2:
@@ -200,8 +200,8 @@ class Folder:
             return "weight"
         if len(fitting) > 1:
             raise UnsupportedError(
-                f"{self.where}: {parts.layer!r} has {' and '.join(fitting)} of one shape, and nothing says which of"
-                " them a product belongs to. Use PEFT's merge_and_unload"
+                f"{self.where}: {parts.layer!r} has {' and '.join(fitting)} of the same shape, and nothing says which"
+                " of them a product belongs to. Use PEFT's merge_and_unload"
             )
         return fitting[0]
 

@@ -151,7 +151,7 @@ class HttpStore(Store):
                 raise MalformedError(f"{url}: it was written to while it was read: run again when nothing writes there")
             if answer.headers.get("Content-Encoding", "identity") != "identity":
                 raise RemoteError(
-                    f"{url}: the server compresses what it was asked for as it is"
+                    f"{url}: the server compresses the file although it was asked not to"
                     f" ({answer.headers['Content-Encoding']!r}), so the bytes cannot be placed; download the file"
                 )
             if found[1] is None or (int(found[1]), int(found[2])) != (start, stop - 1):

@@ -235,8 +235,8 @@ def join_shards(
             paths = f"rank {owner.rank}{path_of(shards[owner.rank])} and rank {copy.rank}{path_of(shards[copy.rank])}"
             if join.averaged:
                 raise UnsupportedError(
-                    f"{what}{name!r} differs between {paths}, and the trainer means the average of them: that is a"
-                    " value no file holds. Convert with the trainer's own tool"
+                    f"{what}{name!r} differs between {paths}, and the trainer uses their average, which no file"
+                    " holds. Convert with the trainer's own tool"
                 )
             raise InconsistentCheckpointError(
                 f"{what}{name!r} should be the same on all tensor-parallel ranks and differs between {paths}: the files"

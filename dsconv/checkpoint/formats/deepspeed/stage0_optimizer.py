@@ -194,7 +194,8 @@ def _by_shape(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
         why = "fit the parameters in several ways" if ways else "do not fit the module's parameters in their order"
         raise UnsupportedError(
             f"{states.path}: the optimizer's states have no names, and their shapes {why} (some were frozen, or groups"
-            f" of parameters have equal shapes): which state is whose the checkpoint does not say. {OTHERWISE}"
+            f" of parameters have equal shapes): the checkpoint does not say which state"
+            f" belongs to which parameter. {OTHERWISE}"
         )
     return {name: _Kept(rows[slot.number][slot.position]) for name, slot in found.items()}
 
@@ -251,8 +252,8 @@ def _steps(trained: Mapping[str, _Kept], states: ModuleStates) -> dict[str, Any]
     other = next((name for name, step in steps.items() if first is not None and step != steps[first]), None)
     if other is not None:
         raise UnsupportedError(
-            f"{states.path}: {other!r} has taken other steps than {first!r}: some had no gradient for a while, and ZeRO"
-            f" counts the steps of all together. {OTHERWISE}"
+            f"{states.path}: {other!r} has not taken as many steps as {first!r}: some parameters had no gradient for a"
+            f" while, and ZeRO counts steps for all of them together. {OTHERWISE}"
         )
     return steps
 

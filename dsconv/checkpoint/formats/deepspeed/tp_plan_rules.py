@@ -86,8 +86,8 @@ class PlanRules:
                 else "no way fits"
             )
             raise UnsupportedError(
-                f"{where}: no universal_checkpoint_info, and by {self.config} how its shards of shapes"
-                f" {', '.join(str(list(shape)) for shape in shapes[:8])} make the full tensor is not certain"
+                f"{where}: there is no universal_checkpoint_info, and {self.config} does not settle how shards of"
+                f" the shapes {', '.join(str(list(shape)) for shape in shapes[:8])} make the full tensor"
                 f" ({reason}). Save again with DeepSpeed 0.18.9 or later"
             )
         if way == "whole":

@@ -58,7 +58,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     Raises:
         MissingShardError: A file is not there.
         MalformedError: A file does not hold what its name says.
-        InconsistentCheckpointError: The files are not of one conversion.
+        InconsistentCheckpointError: The files are not from one conversion.
         UnsupportedError: The checkpoint does not say how frozen shards fit together.
     """
     folder = _find(root.path, tag)
@@ -319,7 +319,7 @@ def _parameter(folder: TagFolder, name: str, stored: str, shape: tuple[int, ...]
     elif tensor.numel != math.prod(shape):
         raise InconsistentCheckpointError(
             f"{path}: parameter {name!r} has shape {list(tensor.shape)}; the model states say {list(shape)}. "
-            "The files are not of one conversion"
+            "The files are not from one conversion"
         )
     layout = partial(file.pieces, tensor)
     layout()  # bounds are proved now

@@ -162,8 +162,8 @@ def _flat_states(partitions: list[Partition], rows: list[dict[str, Any]], g: int
                 or not is_contiguous(value.shape, value.strides)
             ):
                 raise UnsupportedError(
-                    f"{where} has shape {list(value.shape)} for {master.numel} weights: not one value a weight, as of"
-                    " an optimizer that compresses its state; a universal checkpoint has no place for that"
+                    f"{where} has shape {list(value.shape)} for {master.numel} weights: that is not one value per"
+                    " weight. An optimizer may compress its state so; a universal checkpoint cannot hold it"
                 )
             parts.append(value)
         if len({part.dtype for part, master in zip(parts, masters, strict=True) if master.numel}) > 1:

@@ -95,7 +95,7 @@ def _unlisted(value: Any) -> None:
         (regroup([n for n in range(20) if n != 8]), UnsupportedError, "fit the parameters in several ways"),
         (regroup([1, 0, *range(2, 20)]), UnsupportedError, "do not fit the module's parameters in their order"),
         (_factored, UnsupportedError, "do not fit the module's parameters"),
-        (_later, UnsupportedError, "v_proj.weight' has taken other steps than 'model.embed_tokens.weight'"),
+        (_later, UnsupportedError, "v_proj.weight' has not taken as many steps as 'model.embed_tokens.weight'"),
         (_stateless, UnsupportedError, "keeps no state of any parameter"),
         (_without, UnsupportedError, "saved no optimizer states"),
         (_unlisted, MalformedError, "does not list its parameters by number"),

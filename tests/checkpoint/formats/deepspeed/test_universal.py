@@ -1,5 +1,5 @@
-"""Universal checkpoints that are not whole, or not of one conversion, are refused by name. (That good ones are read is
-tested where they are made: tests/convert/test_to_universal.py.)
+"""Universal checkpoints that are not whole, or not from one conversion, are refused by name. (That good ones are read
+is tested where they are made: tests/convert/test_to_universal.py.)
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def whole_experts(entries: dict[str, TensorEntry], naming: Naming) -> dict[str, 
     A universal checkpoint holds them so (DeepSpeed ``checkpoint/autoep_universal.py``).
 
     Raises:
-        InconsistentCheckpointError: A tensor is of another number of experts.
+        InconsistentCheckpointError: A tensor holds another number of experts.
     """
     layers = list(naming.layers.values())
     result: dict[str, TensorEntry] = {}

@@ -248,8 +248,8 @@ def _expert_tensors(layer: ExpertLayer, expert: int, file: TorchFile, unwrapped:
         share = layer.in_file(key, tensor.shape, expert)
         if share is None:
             raise InconsistentCheckpointError(
-                f"{file.path} holds {key!r}, which is not of expert {expert} of this layer: that expert would appear"
-                " twice. A file was copied over another's, or renamed: restore the files of one save"
+                f"{file.path} holds {key!r}, which does not belong to expert {expert} of this layer: that expert would"
+                " appear twice. A file was copied over another's, or renamed: restore the files of one save"
             )
         if not is_contiguous(tensor.shape, tensor.strides):
             raise MalformedError(

@@ -248,6 +248,6 @@ def _masters_match_experts(masters: Assembly, owners: Owners, tensors: list[Expe
         owner = owners[tensor.share.name, tensor.share.region]
         raise InconsistentCheckpointError(
             f"{len(differing)} expert files, such as {tensor.file.path}, do not hold what the masters of"
-            f" {owner.path.name} and its replicas do: {tensor.key!r} differs. An expert or optimizer file is of another"
-            " save, or files of ranks were swapped: restore the files of one save"
+            f" {owner.path.name} and its replicas do: {tensor.key!r} differs. An expert or optimizer file is from"
+            " another save, or ranks' files were swapped: restore the files of one save"
         )
