@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.storage.hub import REPO, TRUE, connection
-from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.local import is_remote, read_small
 from dsconv.checkpoint.storage.roots import as_path
 from dsconv.checkpoint.transfer.copy import default_workers
 from dsconv.convert.hub_errors import explain, status_of
@@ -208,7 +208,7 @@ def _existing_card(api: Any, there: Repository, folder: Path, report: PushReport
 
 
 def _read_text(path: Path) -> str:
-    return path.read_bytes().decode(errors="surrogateescape")
+    return read_small(path).decode(errors="surrogateescape")
 
 
 def _message(folder: Path, manifest: dict[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats.huggingface import safetensors
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.local import is_remote, read_small
 from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
@@ -125,10 +125,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
+        if not os.path.lexists(path):
+            return None
+        manifest = json.loads(read_small(path))
+    except (CheckpointNotFoundError, OSError, ValueError, RecursionError) as error:
         raise MalformedError(
             f"{path}: not the JSON that a merge writes ({error}); merge again, or take it away"
         ) from None

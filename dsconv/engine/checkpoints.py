@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.storage.local import read_small
 from dsconv.convert.folders import Folder, opened
 from dsconv.convert.marked_folders import ALL, MarkedFolder, open_marked
 from dsconv.engine.data import Position
-from dsconv.engine.files import write_file
+from dsconv.engine.files import check_types, read_object, write_file
 from dsconv.engine.options import Layout
 from dsconv.errors import CheckpointNotFoundError, MalformedError, OutputError
 
@@ -27,6 +28,7 @@ LATEST = "latest"
 STATE = "engine.json"
 PARTIAL = ".partial"
 UNIVERSAL = ".universal"
+MAX_LATEST_BYTES = 4096
 _TAG = re.compile(r"step-(\d+)\Z")
 
 
@@ -163,12 +165,11 @@ def steps(run: Path) -> list[int]:
 def latest(run: Path) -> Path:
     """Return the checkpoint to resume from. Raises CheckpointNotFoundError or MalformedError."""
     path = run / FOLDER / LATEST
-    try:
-        tag = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointNotFoundError(
             f"{path} does not exist: this run has saved no checkpoint; start it with `dsconv train`"
-        ) from None
+        )
+    tag = read_small(path, MAX_LATEST_BYTES).decode(errors="replace").strip()
     found = path.parent / tag
     if not _TAG.match(tag) or not found.is_dir():
         raise MalformedError(
@@ -181,9 +182,11 @@ def read_state(folder: Path) -> State:
     """Return the engine's part of a checkpoint. Raises MalformedError."""
     path = folder / STATE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return State(found["step"], Position(**found["position"]), Layout(**found["layout"]), found["model"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = read_object(path)
+        for kind, values in ((State, found), (Position, found["position"]), (Layout, found["layout"])):
+            check_types(path, kind, values)
+        return State(found["step"], Position(**found["position"]), Layout(**found["layout"]), dict(found["model"]))
+    except (CheckpointNotFoundError, OSError, ValueError, TypeError, KeyError) as error:
         raise MalformedError(
             f"{path} was not written by dsconv's engine ({error}): the checkpoint cannot be resumed"
         ) from None

@@ -201,15 +201,14 @@ class RunOptions:
     @classmethod
     def read(cls, run: Path) -> RunOptions:
         """Read RUN/run.json. Raises CheckpointNotFoundError or MalformedError."""
+        from dsconv.engine.files import check_types, read_object
+
         path = run / RUN_FILE
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             raise CheckpointNotFoundError(
                 f"{path} does not exist: give the folder that `dsconv train --output-dir` wrote"
-            ) from None
-        except ValueError as error:
-            raise MalformedError(f"{path} is not JSON: {error}") from None
+            )
+        found = read_object(path)
         known = {f.name for f in fields(cls)}
         try:
             unknown = sorted(set(found) - known)
@@ -217,6 +216,8 @@ class RunOptions:
                 raise MalformedError(
                     f"{path} has the unknown settings {', '.join(unknown)}: another version of dsconv wrote it"
                 )
+            check_types(path, cls, found)
+            check_types(path, Layout, found["layout"])
             layout = Layout(**found.pop("layout"))
             return cls(
                 **{**found, "layout": layout, "monitor": tuple(found.get("monitor", ())), "output_dir": str(run)}

@@ -18,7 +18,8 @@ import dsconv as package
 from dsconv import merge
 from dsconv.convert.model_card import BEGIN, END
 from dsconv.convert.model_card import merged as merged_card
-from dsconv.errors import DsconvError, MismatchError, RemoteError, UnsafeError
+from dsconv.convert.push_files import read_manifest
+from dsconv.errors import DsconvError, MalformedError, MismatchError, RemoteError, UnsafeError
 from tests.servers.hubwriting import Fault, Shell, WritableHub, contents, download
 from tests.trained import Trained, load_safetensors
 
@@ -319,6 +320,19 @@ def test_failures_of_the_hub_are_one_sentence(
     assert "\n" not in message
     assert "://127.0.0.1" not in message.replace(f"({os.environ['HF_ENDPOINT']}", "")  # no signed addresses
     assert failed.value.exit_code == 6
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_a_manifest_that_is_no_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "dsconv.manifest.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(MalformedError, match="not the JSON that a merge writes"):
+        read_manifest(tmp_path)
 
 
 def test_what_is_no_model(hub: WritableHub, trained: Callable[[str], Trained], tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.overlay import without_flags
 from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
 from dsconv.engine.worker import read_metrics
-from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UsageError
 
 RUN = RunOptions("model", "run", 8, Layout(nproc=4, zero_stage=1), batch_size=8)
 
@@ -215,6 +218,52 @@ def test_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / checkpoints.FOLDER / checkpoints.LATEST).write_text("../..")
     with pytest.raises(MalformedError, match="does not exist"):
         checkpoints.latest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run.json", "latest", "engine.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "deep", "list", "bytes"])
+def test_a_file_of_the_engine_that_is_none(name: str, kind: str, tmp_path: Path) -> None:
+    replace(RUN, output_dir=str(tmp_path)).write()
+    _save(tmp_path, 5)
+    folder = tmp_path / checkpoints.FOLDER
+    path = {"run.json": tmp_path, "latest": folder, "engine.json": folder / checkpoints.tag_of(5)}[name] / name
+    path.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case _:
+            path.write_bytes({"deep": b"[" * 10**6, "list": b"[1]", "bytes": b"\xff\xfe"}[kind])
+
+    def read() -> State:
+        RunOptions.read(tmp_path)
+        return checkpoints.read_state(checkpoints.latest(tmp_path))
+
+    with pytest.raises((CheckpointNotFoundError, MalformedError)):
+        read()
+
+
+@pytest.mark.parametrize("value", [None, True, -1.5, "x", [], {}, 10**30, [1]], ids=repr)
+def test_fields_of_other_types(value: object, tmp_path: Path) -> None:
+    replace(RUN, output_dir=str(tmp_path)).write()
+    _save(tmp_path, 5)
+    for path, read in (
+        (tmp_path / "run.json", lambda: RunOptions.read(tmp_path).check()),
+        (checkpoints.latest(tmp_path) / "engine.json", lambda: checkpoints.read_state(checkpoints.latest(tmp_path))),
+    ):
+        whole = json.loads(path.read_text())
+        for key in whole:
+            path.write_text(json.dumps({**whole, key: value}))
+            with contextlib.suppress(DsconvError):
+                read()
+        for key in ("step", "steps"):
+            if key in whole:
+                path.write_text(json.dumps({**whole, key: value}))
+                with pytest.raises(MalformedError):
+                    read()
 
 
 def test_a_metrics_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
