@@ -189,8 +189,15 @@ class LoadingCheck:
             parts.append(f"{len(missing)} of its weights are {what} (first {missing[0]!r})")
         if unexpected:
             parts.append(f"{len(unexpected)} tensors are not its own (first {unexpected[0]!r})")
+        if mismatched and len(mismatched) == len(missing) and not unexpected:
+            advice = (
+                "That config.json is of a model of other sizes: name the model's own folder with --config-from, or"
+                " correct its config.json (vocab_size, if tokens were added)"
+            )
+        else:
+            advice = _advice(self._shapes, missing, unexpected)
         problem = f"{self._output} does not load as {architecture}, which its config.json names: {' and '.join(parts)}"
-        return Loading(False, call, missing, unexpected, f"{problem}. {_advice(self._shapes, missing, unexpected)}")
+        return Loading(False, call, missing, unexpected, f"{problem}. {advice}")
 
 
 def is_tried(config: Mapping[str, Any], tensors: int) -> bool:

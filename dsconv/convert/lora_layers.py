@@ -106,6 +106,8 @@ class Folder:
             names[name] = name
             return
         old = result[owner]
+        if entry.shape[1:] != old.shape[1:]:  # the first size is that of a vocabulary, which may have grown
+            raise self._misfit(name, old, entry)
         if self.upcast and entry.dtype != (kind := output_dtype(old.dtype, self.dtype)):
             # PEFT copies it into the module that the base was loaded into.
             entry = computed(name, kind, entry.shape, partial(read_as, entry, kind), entry)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import dsconv
@@ -164,6 +165,11 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     peft_methods.base_model(other).save_pretrained(tmp_path / "small")
     with pytest.raises(InconsistentCheckpointError, match="belongs to another base"):
         fold(tmp_path / "peft", tmp_path / "out", tmp_path / "peft", base=tmp_path / "small")
+    whole = load_safetensors(tmp_path / "peft") | {"base_model.model.lm_head.weight": torch.ones(4, 7)}
+    (tmp_path / "head").mkdir()
+    save_file(whole, tmp_path / "head" / "adapter_model.safetensors")
+    with pytest.raises(InconsistentCheckpointError, match=r"does not fit 'lm_head\.weight'.*belongs to another base"):
+        fold(tmp_path / "head", tmp_path / "out", tmp_path / "peft", base=tmp_path / "base")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     for change, expected in (
         ({"r": 8}, "gives it rank 8"),

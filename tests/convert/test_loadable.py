@@ -135,6 +135,7 @@ def test_weights_that_are_not_there_or_too_many(llama: tuple[Path, dict[str, tor
     other = {**tensors, "model.norm.weight": torch.ones(31)}
     report = merged(folder, other, tmp_path / "other")
     assert (report.loadable, report.missing) == (False, ["model.norm.weight"])
+    assert "of a model of other sizes" in report.warnings[0]
     two = {f"{part}.{name}": tensor.clone() for part in ("actor", "critic") for name, tensor in tensors.items()}
     report = merged(folder, two, tmp_path / "two")
     assert report.loadable is False

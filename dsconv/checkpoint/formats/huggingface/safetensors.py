@@ -21,6 +21,9 @@ from dsconv.checkpoint.formats.huggingface.index import (
     read_numbered,
     set_warning,
 )
+from dsconv.checkpoint.formats.items.models import choose_model
+from dsconv.checkpoint.formats.items.optimizers import optimizer_parts
+from dsconv.checkpoint.formats.items.state_dicts import Leaf
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import BY_SAFETENSORS, DType
 from dsconv.checkpoint.map.tensors import Extent, Piece, Record, TensorEntry
@@ -65,7 +68,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
         SeveralModelsError: There are several models, and ``item`` is None.
         MalformedError: A header or the index breaks the rules, or the weights are empty.
         MissingShardError: A file that the index names, or a shard, is not there.
-        UnsupportedError: A tensor has a dtype that dsconv does not know.
+        UnsupportedError: A tensor has a dtype that dsconv does not know, or all are an optimizer's.
         UnsafeError: The index names a file outside the folder.
     """
     return read_folder(root.path, root.fetch, item)
@@ -92,8 +95,12 @@ def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None], item: str |
         entries, files = read_file(path / ADAPTER), [path / ADAPTER]
     folder = path.parent if path.is_file() else path
     warnings = [*warnings, *check_not_hollow(entries, path, (folder, folder.absolute().parent))]
+    entries, left_out, more = _without_optimizer(entries, path)
+    warnings += more
     entries, removed = unwrapped(entries)
     info: dict[str, Any] = {"adapter": True} if files[0].name == ADAPTER else {}
+    if left_out:
+        info["left_out"] = left_out
     if removed:
         info["removed_prefixes"] = removed
     if models:
@@ -101,6 +108,17 @@ def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None], item: str |
     return Checkpoint(
         path, "safetensors", entries, folder=folder, info=info, warnings=tuple(warnings), sources=tuple(files)
     )
+
+
+def _without_optimizer(
+    entries: dict[str, TensorEntry], path: Path
+) -> tuple[dict[str, TensorEntry], dict[str, int], list[str]]:
+    """Return the entries that are a model's, what was left out, and warnings."""
+    leaves = {name: Leaf((name,), entry.shape, entry.dtype.floating) for name, entry in entries.items()}
+    if not optimizer_parts(leaves).of:
+        return entries, {}, []
+    items = choose_model(leaves, path)
+    return {name: entries[name] for name in items.chosen}, items.left_out, items.warnings
 
 
 def read_file(path: Path) -> dict[str, TensorEntry]:

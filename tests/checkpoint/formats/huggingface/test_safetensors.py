@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import dsconv
 from dsconv.checkpoint import open_checkpoint
@@ -584,3 +585,21 @@ def test_rows_that_do_not_end_with_a_byte_are_refused(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(file_bytes(header, bytes(3)))
     with pytest.raises(UnsupportedError, match=r"'x' of F4 \[2, 3\] has rows that do not end with a byte"):
         dsconv.open_checkpoint(tmp_path)
+
+
+def test_an_optimizer_among_the_weights_is_left_out_and_said(tmp_path: Path) -> None:
+    weights = {"a.w": torch.ones(2, 3), "b.w": torch.ones(3)}
+    states = {
+        f"optimizer.state.{name}.{slot}": torch.zeros_like(tensor)
+        for name, tensor in weights.items()
+        for slot in ("exp_avg", "exp_avg_sq")
+    }
+    save_file(weights | states, tmp_path / "both.safetensors")
+    found = open_checkpoint(tmp_path / "both.safetensors")
+    assert set(found) == set(weights)
+    assert found.info["left_out"] == {"optimizer": 4}
+    assert "took 'optimizer' for an optimizer's" in found.warnings[0]
+    state = {f"state.{i}.{slot}": torch.ones(2, 3) for i in (0, 1) for slot in ("exp_avg", "exp_avg_sq", "step")}
+    save_file(state, tmp_path / "optimizer.safetensors")
+    with pytest.raises(UnsupportedError, match="no tensor of a model"):
+        open_checkpoint(tmp_path / "optimizer.safetensors")
