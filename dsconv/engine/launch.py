@@ -136,6 +136,8 @@ def prepare() -> None:
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")  # ends ranks that wait for one that failed
+    # The server is started with python -c, which would import modules from the current folder first (Python 3.11 on).
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; keeps the order of sums fixed
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

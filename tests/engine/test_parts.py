@@ -7,6 +7,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,3 +301,18 @@ def test_no_tolerance_admits_a_loss_that_is_not_finite(losses: list[float]) -> N
     broken: Any = Curve(losses)
     assert validation._distance(sound, sound) == 0
     assert validation._distance(sound, broken) == validation._distance(broken, sound) == math.inf
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+def test_ranks_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    for name in ("multiprocessing", "torch", "socket"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    program = (
+        f"import sys; sys.path = {[path for path in sys.path if path]!r};"
+        " from dsconv.engine import launch; launch.PRELOAD.clear(); launch.prepare();"
+        " import multiprocessing; rank = multiprocessing.get_context('forkserver').Process(target=print);"
+        " rank.start(); rank.join(); sys.exit(rank.exitcode)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run").exists()
