@@ -307,12 +307,21 @@ def test_no_tolerance_admits_a_loss_that_is_not_finite(losses: list[float]) -> N
 def test_ranks_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
     for name in ("multiprocessing", "torch", "socket"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
-    program = (
-        f"import sys; sys.path = {[path for path in sys.path if path]!r};"
-        " from dsconv.engine import launch; launch.PRELOAD.clear(); launch.prepare();"
-        " import multiprocessing; rank = multiprocessing.get_context('forkserver').Process(target=print);"
-        " rank.start(); rank.join(); sys.exit(rank.exitcode)"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    program = f"""
+import sys
+if __name__ == "__main__":
+    sys.path = {[path for path in sys.path if path]!r}
+    from multiprocessing import get_context
+    from dsconv.engine import launch
+    launch.PRELOAD.clear()
+    launch.prepare()
+    rank = get_context("forkserver").Process(target=print)
+    rank.start()
+    rank.join()
+    sys.exit(rank.exitcode)
+"""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "script").write_text(program)  # as pip installs it: its own folder comes first, not the current
+    done = subprocess.run([sys.executable, "bin/script"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
