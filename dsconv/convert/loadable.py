@@ -13,6 +13,7 @@ output has tensors, is not tried at all.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -61,6 +62,11 @@ class Loading:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     problem: str = ""
+
+
+# What transformers answered in this process: a watcher and a script ask the same of each checkpoint of a run.
+_answers: dict[str, dict[str, Any]] = {}
+MAX_ANSWERS = 64
 
 
 class LoadingCheck:
@@ -121,6 +127,8 @@ class LoadingCheck:
                 answer = json.loads(text.strip().splitlines()[-1])
             except (subprocess.TimeoutExpired, ValueError, IndexError):
                 answer = {"error": "transformers gave no answer"}
+            if "error" not in answer and len(_answers) < MAX_ANSWERS:
+                _answers[self._question] = answer
             self._loading = self._answered(answer)
         return self._loading or Loading()
 
@@ -145,6 +153,11 @@ class LoadingCheck:
             self._loading = Loading()
 
     def _ask_transformers(self, config: bytes) -> None:
+        asked = f"{self._architecture} {sorted(self._shapes.items())} ".encode() + config
+        self._question = hashlib.sha256(asked).hexdigest()
+        if self._question in _answers:
+            self._loading = self._answered(_answers[self._question])
+            return
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dsconv-loading-")))
         try:
             (folder / "config.json").write_bytes(config)
