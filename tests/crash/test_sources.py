@@ -130,7 +130,7 @@ def test_a_disk_that_cannot_read(
     def preadv(descriptor: int, buffers: Any, offset: int) -> int:
         nonlocal count
         count += Path(f"/proc/self/fd/{descriptor}").readlink().name.endswith("optim_states.pt")
-        if count == 3:
+        if count >= 3:  # two threads read
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(descriptor, buffers, offset)
 

@@ -96,7 +96,7 @@ def test_other_bytes_are_told(found: Seeds, tmp_path: Path) -> None:
         judged(lambda: target.judge(zip_bytes(other)))
 
 
-def test_a_tree_is_written_as_it_was_read(found: Seeds) -> None:
+def test_a_tree_is_written_as_it_was_read(found: Seeds, tmp_path: Path) -> None:
     """What the fuzzer of fields writes without an edit is the same tree, and dsconv reads the same from it."""
     import dataclasses
 
@@ -112,7 +112,7 @@ def test_a_tree_is_written_as_it_was_read(found: Seeds) -> None:
             return [type(value).__name__, *(shape(getattr(value, part.name)) for part in dataclasses.fields(value))]
         return value
 
-    target = Fields(found)
+    target = Fields(dataclasses.replace(found, folder=tmp_path))
     before = {path: tensors_of(dsconv.open_checkpoint(path)) for path in {d.checkpoint for d in target.documents}}
     for document in target.documents:
         data = document.write({})
