@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ STATE = "engine.json"
 PARTIAL = ".partial"
 UNIVERSAL = ".universal"
 MAX_LATEST_BYTES = 4096
-ABANDON_SECONDS = 10.0  # how long other ranks may go on writing after one has failed
 _TAG = re.compile(r"step-(\d+)\Z")
 
 
@@ -61,18 +59,8 @@ def begin(run: Path) -> Path:
 
 
 def abandon(run: Path) -> None:
-    """Remove what a failed save has written. Never raises.
-
-    Other ranks may still be writing when one has failed. They get a moment to fail for the same reason, and what they
-    put there meanwhile is removed as well.
-    """
-    time.sleep(ABANDON_SECONDS / 5)
-    deadline = time.monotonic() + ABANDON_SECONDS
-    while True:
-        _remove_hidden(run, PARTIAL)
-        if not (run / FOLDER / PARTIAL).exists() or time.monotonic() > deadline:
-            return
-        time.sleep(0.1)
+    """Remove what a failed save has written. Never raises."""
+    _remove_hidden(run, PARTIAL)
 
 
 def begin_universal(run: Path, name: str) -> Path:

@@ -21,6 +21,7 @@ import torch
 
 import dsconv.errors
 from dsconv.convert.folders import refuse_link
+from dsconv.engine import checkpoints
 from dsconv.engine.worker import STOP, Job, Outcome, run_rank
 from dsconv.errors import DsconvError, RunFailedError
 
@@ -88,6 +89,7 @@ def launch(job: Job, waiting: Callable[[], None] | None = None) -> Outcome:
             if waiting is not None:
                 waiting()
     if isinstance(ended[0], BaseException):
+        checkpoints.abandon(logs.parent)
         raise rank_error(ended[0], logs) from None
     return Outcome(**ended[0][0])
 

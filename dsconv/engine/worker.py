@@ -337,7 +337,8 @@ class _Loop:
                 if self.rank == 0:
                     self.saved = str(checkpoints.commit(self.run_folder, self.state.step, self.options.keep))
         except DsconvError:
-            checkpoints.abandon(self.run_folder)
+            if self.job.launcher is None:  # otherwise the launcher does it, once no rank writes any more
+                checkpoints.abandon(self.run_folder)
             raise
 
     @contextlib.contextmanager
