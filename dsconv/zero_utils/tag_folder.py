@@ -11,7 +11,7 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError
 
@@ -40,7 +40,8 @@ class TagFolder:
     ``kinds`` has the optimizer files by the form of their names, such as ``bf16_zero_pp_rank_*_optim_states.pt``. Two
     forms come from two runs. Names do not say which run wrote the model states, so ``optimizer`` is empty until one
     form is chosen; ``chosen`` says that it was. ``own_weights`` says that the model's 16-bit weights are wanted, so
-    that there are no optimizer files to look for.
+    that there are no optimizer files to look for. ``read_already`` has what was read of model-states files to choose a
+    form, until their reader takes it.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class TagFolder:
     kinds: dict[str, dict[tuple[int, int], Path]] = field(default_factory=dict)
     chosen: bool = False
     own_weights: bool = False
+    read_already: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @property
     def mp_ranks(self) -> list[int]:

@@ -22,6 +22,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import MalformedError, MissingShardError, UnsupportedError
+from dsconv.zero_utils.tag_folder import TagFolder
 
 Ties = dict[str, list[str]]  # the aliases of each tensor that has some, by its name
 PARAMETER, FROZEN, BUFFER = "parameter", "frozen", "buffer"  # roles of a TensorEntry
@@ -251,6 +252,15 @@ def refuse_missing_experts(states: ModuleStates) -> None:
             " (layer_0_expert_0_mp_rank_00_model_states.pt and so on); there are none. Copy them from the nodes that"
             " wrote them"
         )
+
+
+def states_of(folder: TagFolder, path: Path) -> ModuleStates:
+    """Return a model-states file of ``folder``, read already or now; raise as ``read_module_states`` does.
+
+    A file of many tensors takes seconds to read, and reading it twice would double the time that opening takes.
+    """
+    states: ModuleStates | None = folder.read_already.pop(path, None)
+    return read_module_states(path) if states is None else states
 
 
 def read_module_states(path: Path) -> ModuleStates:

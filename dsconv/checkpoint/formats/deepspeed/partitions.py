@@ -13,7 +13,7 @@ from typing import Any
 from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.fields import Fields, Shapes
 from dsconv.checkpoint.formats.deepspeed.flat import flat_pieces
-from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, Ties, read_module_states
+from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, Ties, read_module_states, states_of
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.renaming import OUTER, Unwrapped, unwrap
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
@@ -285,7 +285,7 @@ def read_zero3_states(folder: TagFolder, world: int, every: Callable[[ModuleStat
             f" {', '.join(map(str, missing[:8]))}: expected such as"
             f" zero_pp_rank_{missing[0]}_mp_rank_{folder.mp_ranks[0]:02d}_model_states.pt"
         )
-    first = read_module_states(models[0])
+    first = states_of(folder, models[0])
     found = [first, *(read_module_states(models[dp]) for dp in range(1, world if every(first) else 1))]
     for dp, states in enumerate(found):
         consistency.written_as(states.file, dp)

@@ -31,6 +31,8 @@ def with_one_kind(folder: TagFolder) -> TagFolder:
         return folder
     path = next(iter((*folder.model.values(), *folder.zero3.values())), None)
     states = read_module_states(path) if path is not None else None
+    if states is not None:
+        folder.read_already[states.path] = states
     is_bf16 = _is_bf16(states) if states is not None else None
     if len(folder.kinds) == 1:
         (form,) = folder.kinds

@@ -16,8 +16,8 @@ from dsconv.checkpoint.formats.deepspeed.fields import Shapes
 from dsconv.checkpoint.formats.deepspeed.flat import EqualShares, RankFlats
 from dsconv.checkpoint.formats.deepspeed.model_states import (
     ModuleStates,
-    read_module_states,
     refuse_missing_experts,
+    states_of,
     warn_of_absent,
     warn_of_unlisted,
 )
@@ -112,7 +112,7 @@ def _read_zero12(
         raise MissingShardError(
             f"{folder.path}: no mp_rank_{mp:02d}_model_states.pt, which holds the names and shapes of the parameters"
         )
-    states = read_module_states(next(iter(folder.model.values())))
+    states = states_of(folder, next(iter(folder.model.values())))
     consistency.own_name(states.file)
     refuse_missing_experts(states)
     partitions = unwrapped_mappings(states, partitions)

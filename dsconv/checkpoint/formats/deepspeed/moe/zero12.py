@@ -23,7 +23,7 @@ from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import (
     ModuleStates,
     Ties,
-    read_module_states,
+    states_of,
     warn_of_absent,
     warn_of_unlisted,
 )
@@ -72,7 +72,7 @@ def read_moe(folder: TagFolder) -> Checkpoint:
             f"{folder.path}: expert files without mp_rank_00_model_states.pt, which holds all but the experts"
         )
     warnings = list(folder.warnings)
-    states = read_module_states(next(iter(folder.model.values())))
+    states = states_of(folder, next(iter(folder.model.values())))
     naming = autoep.naming_of(states, folder, warnings)
     tensor_parallel = sorted({*folder.model, *(mp for mp, _ in folder.optimizer)})
     if len(tensor_parallel) > 1:
