@@ -17,19 +17,20 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of, auto_class
 from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
 from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.plan import Plan
+
+if TYPE_CHECKING:
+    import subprocess
 
 MAX_CONFIG_BYTES = 8 << 20
 PROBE_SECONDS = 60
@@ -122,6 +123,8 @@ class LoadingCheck:
     def result(self) -> Loading:
         """Return the answer, after waiting for it."""
         if self._loading is None and self._process is not None:
+            import subprocess
+
             try:
                 text, _ = self._process.communicate(timeout=PROBE_SECONDS)
                 answer = json.loads(text.strip().splitlines()[-1])
@@ -158,6 +161,9 @@ class LoadingCheck:
         if self._question in _answers:
             self._loading = self._answered(_answers[self._question])
             return
+        import subprocess  # only a model whose source does not tell needs a process
+        import tempfile
+
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dsconv-loading-")))
         try:
             (folder / "config.json").write_bytes(config)

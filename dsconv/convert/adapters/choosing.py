@@ -9,9 +9,7 @@ from pathlib import Path
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.convert.adapters.extract import extract_adapter
 from dsconv.convert.adapters.methods import is_peft_model
-from dsconv.convert.folding import fold_lora
 
 STEM = "adapter_model"
 
@@ -83,6 +81,8 @@ def choose(
     folders = [config_from] if config_from is not None else near
     if options.fold:
         base = open_checkpoint(options.base, follow_links=options.follow_links) if options.base is not None else None
+        from dsconv.convert.folding import fold_lora  # a merge of no adapter starts without it
+
         folded = fold_lora(
             checkpoint, [*folders, *(near if config_from is not None else [])],
             base=base, adapter_name=options.name, dtype=dtype,
@@ -92,6 +92,8 @@ def choose(
     if options.alone:
         if checkpoint.info.get("adapter") and options.name is None:
             return Chosen(checkpoint, near=near)  # the file of a PEFT folder, which is copied as it is
+        from dsconv.convert.adapters.extract import extract_adapter
+
         adapter = extract_adapter(checkpoint, folders, options.name)
         return Chosen(adapter.checkpoint, files=adapter.files, near=near)
     if not checkpoint.info.get("adapter") and is_peft_model(checkpoint):
