@@ -9,11 +9,13 @@ import json
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any, NoReturn
 
 from dsconv.cli import streams
 
+SAME_REQUEST_SECONDS = 5.0  # supervisors repeat a signal, and send SIGHUP beside SIGTERM
 REPORT = "Please report it with the output of `dsconv doctor` and of this command with --debug."
 
 
@@ -40,9 +42,18 @@ def main(args: list[str] | None = None) -> NoReturn:
 def _handle_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
-    signal.signal(signal.SIGTERM, _terminate)
+    asked_at = float("-inf")
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked_at
+        now = time.monotonic()
+        if now - asked_at > SAME_REQUEST_SECONDS:  # a repeated signal must not stop the clearing up
+            asked_at = now
+            raise Terminated(128 + signum)
+
+    signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
-        signal.signal(signal.SIGHUP, _terminate)
+        signal.signal(signal.SIGHUP, terminate)
 
 
 def _ignore_signals() -> None:
@@ -50,10 +61,6 @@ def _ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated(128 + signum)
 
 
 def _report(error: BaseException, arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ from dsconv.zero_utils.tag_folder import holds_states, read_latest, tags_in
 TRAINER = re.compile(r"checkpoint-(\d+)")
 STEP = re.compile(r"step-(\d+)")
 STEP_IS_COMPLETE = (".metadata", "model.safetensors.index.json", "model.safetensors")
+WRITTEN = ("created", "modified", "moved")  # events of watchdog's that are not of reading: the watcher itself reads
 QUIET_SECONDS = 1.0  # after a sign of a new checkpoint, the next look comes so soon
 
 
@@ -161,6 +162,8 @@ class Signs:
 
     def dispatch(self, event: Any) -> None:
         """Take an event of watchdog's."""
+        if event.event_type not in WRITTEN:
+            return
         for path in filter(None, (event.src_path, getattr(event, "dest_path", ""))):
             name = Path(str(path)).name
             if name == "latest":

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from watchdog.events import FileClosedNoWriteEvent, FileModifiedEvent, FileOpenedEvent
 
 from dsconv.convert.marked_folders import MarkedFolder
 from dsconv.convert.watch import DROPPED, FAILED, LOST, PUSHED, SEEN, WAITING, Event, Watcher, locked_home, watch
-from dsconv.convert.watched_run import files_of, signs
+from dsconv.convert.watched_run import Signs, files_of, signs
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, OutputError, RemoteError
 from tests.servers.hubwriting import Fault, Shell, WritableHub, download
 from tests.trained import Trained, load_safetensors
@@ -308,6 +309,18 @@ def test_a_folder_without_checkpoints_is_not_watched_in_silence(hub: WritableHub
     assert "latest names 'global_step7', and no checkpoint of that name is there" in said[1].replace(
         "'latest'", "latest"
     )
+
+
+def test_reading_is_no_sign_of_a_new_checkpoint(run: Run) -> None:
+    """The watcher reads ``latest`` itself, and the file system tells of that too."""
+    run.name(7)
+    seen = Signs(run.folder)
+    latest = str(run.folder / "latest")
+    for event in (FileOpenedEvent(latest), FileClosedNoWriteEvent(latest)):
+        seen.dispatch(event)
+    assert seen.take() == set()
+    seen.dispatch(FileModifiedEvent(latest))
+    assert seen.take() == {"global_step7"}
 
 
 def test_what_goes_away_unmerged_is_told(hub: WritableHub, run: Run, home: MarkedFolder) -> None:
