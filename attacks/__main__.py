@@ -1,4 +1,4 @@
-"""``python -m attacks``: make every hostile file, give it to each tool, and count whose code ran."""
+"""``python -m attacks``: make every hostile file, give it to each tool, and count where the payload ran."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOOLS = ("pickle.load", "zero_to_fp32.py", "weights_only=True", "picklescan", "d
 
 
 class Attack:
-    """One hostile file as each tool gets it, the canaries it would make, and what the tools answered."""
+    """One hostile file in the form that each tool takes, the canaries it would make, and what each tool answered."""
 
     def __init__(self, title: str, folder: Path) -> None:
         self.title = title
@@ -35,7 +35,7 @@ class Attack:
         return self.folder / tool / "canary"
 
     def give(self, tool: str, prepare: Callable[[str], None], action: Callable[[], str]) -> None:
-        """``prepare`` writes the file whose payload makes the canary of this tool."""
+        """Give a tool the file that ``prepare`` writes, whose payload makes this tool's canary."""
         folder = self.folder / tool
         folder.mkdir(parents=True)
         (folder / f"{CANARY_MODULE}.py").write_text(CANARY_SOURCE.format(canary=str(folder / "canary")))
@@ -48,7 +48,7 @@ class Attack:
         self.answers[tool] = peers.in_child(importing, folder)
 
     def outcome(self, tool: str) -> str:
-        """Looked at when all is over: a process that was started may have taken its time."""
+        """Return what happened. Call this at the very end, since a process that a payload started may be slow."""
         answer = self.answers.get(tool, "-")
         if answer != "-" and self.canary(tool).exists():
             return "RAN"
@@ -80,7 +80,7 @@ def attack_all(
 
 
 def sound_files(found: list[Place], folder: Path) -> list[Attack]:
-    """The files as they were: what a tool refuses of these it refuses in vain."""
+    """Give each tool the sound files, none of which it should refuse."""
     attacks = []
     for place in found:
         attack = Attack(place.title, folder / place.title)
@@ -92,7 +92,7 @@ def sound_files(found: list[Place], folder: Path) -> list[Attack]:
 
 
 def everywhere(found: list[Place], canary: Path) -> tuple[int, list[str]]:
-    """Every program in every place: how many there were, and those that dsconv did not refuse by the file's name."""
+    """Put every program in every place; return their number and those that dsconv did not refuse by the file's name."""
     count, taken = 0, []
     for place in found:
         for cases in TECHNIQUES.values():
@@ -128,10 +128,10 @@ def show(rows: dict[str, list[Attack]]) -> None:
 @click.option("--list", "list_all", is_flag=True, help="Print each file and what became of it.")
 @click.option("--only", metavar="TECHNIQUE", help="The programs of one technique, or the downloads of one class.")
 def main(list_all: bool, only: str | None) -> None:
-    """Make the hostile files and give them to Python, DeepSpeed, torch, picklescan and dsconv. Exits 1 when dsconv
-    takes one, or when a download does what it was made for.
+    """Make the hostile files and give them to Python, DeepSpeed, torch, picklescan and dsconv. Exits with 1 if dsconv
+    takes one, or if a download does its harm.
     """
-    try:  # once, before the forks
+    try:  # import it once, before the forks
         import deepspeed.utils.zero_to_fp32  # noqa: F401
         import picklescan.scanner  # noqa: F401
         import torch
@@ -206,7 +206,7 @@ def main(list_all: bool, only: str | None) -> None:
 
 
 def downloads(folder: Path, only: str | None) -> list[str]:
-    """Make each download, run its commands, print a row for each class, and return what did not hold."""
+    """Make each download, run its commands, print a row for each class, and return the broken promises."""
     found = []
     click.echo(f"\n{'dsconv: downloads':36}{'tried':>7}{'held':>12}")
     for name, made in CLASSES.items():

@@ -1,4 +1,4 @@
-"""Calls of what may be called, with arguments that would do harm; and calls by way of something else."""
+"""Programs that call an allowed function with harmful arguments, or that call one function through another."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What was published against scanners of pickles: functions that were on no list of theirs, and names spelled
-differently.
+"""Published bypasses of pickle scanners: functions that no scanner listed, and other spellings of names.
 
-The functions are from picklescan's and fickling's own security advisories (GHSA, CVE-2025-1716, CVE-2025-10157 and
-those of 2025 and 2026 after them): each is a function of a library that lies on most machines and runs text that it is
-given. A list of what is bad is never complete; dsconv has a list of what is needed, so none of them is special here.
+The functions come from the security advisories of picklescan and fickling (GHSA, CVE-2025-1716, CVE-2025-10157 and the
+later ones of 2025 and 2026). Each belongs to a library that most machines have, and runs text that it is given. A list
+of bad names is never complete. dsconv lists the names that checkpoints need, so none of these is special here.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ SHELL = f"{Path('/bin/sh')}"
 
 
 def _method(module: str, cls: str, name: str, *args: Callable[[str], bytes], real: bool = False) -> Hostile:
-    """A method of an object that is made without its __init__: the dotted name is a function that takes the object
-    first.
+    """Call a method of an object made without its __init__: the dotted name is a function whose first argument is the
+    object.
     """
     made = lambda c: glob(module, cls) + b")\x81"  # noqa: E731
     return function(module, f"{cls}.{name}", made, *args, protocol=4, real=real)
@@ -133,7 +132,7 @@ PUBLISHED = [
     function("os", "symlink", fixed(text("/etc/hostname")), _opened),
     function("os", "mknod", _opened),
     function("os", "open", _opened, fixed(number(0o101))),
-    function("os", "posix_spawn", fixed(text("/usr/bin/touch")), argv, EMPTY, real=False),  # does not wait for it
+    function("os", "posix_spawn", fixed(text("/usr/bin/touch")), argv, EMPTY, real=False),  # does not wait
     function("os", "spawnlp", fixed(number(0)), fixed(text("touch")), fixed(text("touch")), _opened),
     function("posix", "posix_spawn", fixed(text("/usr/bin/touch")), argv, EMPTY, real=False),
     function("posix", "open", _opened, fixed(number(0o101))),

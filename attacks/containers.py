@@ -1,7 +1,7 @@
-"""The same program, in files that are made so that a scanner sees another file than the loader, or none at all.
+"""The same program in files that a scanner and a loader read differently, or that a scanner cannot read at all.
 
-Every scanner reads a zip with Python's zipfile, torch with a reader of its own; where they differ, one of them is
-deceived. dsconv reads what torch.save writes and refuses the rest, so there is no second reading.
+Scanners read a zip with Python's zipfile, and torch with its own reader. Where the two differ, one of them is deceived.
+dsconv reads only what torch.save writes and refuses the rest, so there is no second reading.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Records = list[Rec]
 
 @dataclass(frozen=True)
 class Container:
-    """``make`` builds the file from its sound records and the program; ``says`` is in dsconv's message."""
+    """``make`` builds the file from the sound records and the program; dsconv's message contains ``says``."""
 
     title: str
     make: Callable[[Records, bytes], bytes]
@@ -33,7 +33,7 @@ def records_of(sound: bytes) -> Records:
 
 
 def _with(**lies: object) -> Callable[[Records, bytes], bytes]:
-    """The program in data.pkl, whose directory entry or header lies."""
+    """Put the program into data.pkl, whose directory entry or header lies."""
     return lambda records, program: zip_bytes(_poisoned(records, program, **lies))
 
 
@@ -62,7 +62,7 @@ def _second_root(records: Records, program: bytes) -> bytes:
 
 
 def _overlapping(records: Records, program: bytes) -> bytes:
-    """A second record whose directory entry points at the first one's bytes."""
+    """Add a second record whose directory entry points at the first one's bytes."""
     return zip_bytes(
         [*_poisoned(records, program), Rec(f"{str(records[0].name).partition('/')[0]}/x", b"", header_offset=0)]
     )
@@ -77,23 +77,23 @@ def _compressed(records: Records, program: bytes) -> bytes:
 
 
 def _hidden_end(records: Records, program: bytes) -> bytes:
-    """A sound zip whose comment is a second end of a zip, of the hostile one before it."""
+    """Make a sound zip whose comment is the end record of the hostile zip in front of it."""
     hostile = zip_bytes(_poisoned(records, program))
     return hostile + zip_bytes(records)
 
 
 def _in_comment(records: Records, program: bytes) -> bytes:
-    """A zip whose comment is another zip: the last end in the file is the hostile one's."""
+    """Make a zip whose comment is the hostile zip, so that the last end record of the file is the hostile one's."""
     return zip_bytes(records, comment=zip_bytes(_poisoned(records, program)))
 
 
 def _broken_off(records: Records, program: bytes) -> bytes:
-    """The call, and then no STOP: a scanner that parses the whole stream first gives up ("nullifAI", 2025)."""
+    """Leave out STOP after the call: a scanner that parses the whole stream first gives up ("nullifAI", 2025)."""
     return zip_bytes([replace(r, data=program[:-1]) if _is_pickle(r) else r for r in records])
 
 
 def _tar(records: Records, program: bytes) -> bytes:
-    """torch's oldest format, whose reader ran pickles with weights_only=True until 2.6 (CVE-2025-32434)."""
+    """Use torch's oldest format, whose reader ran pickles even with weights_only=True until 2.6 (CVE-2025-32434)."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for name in ("storages", "tensors", "pickle"):
@@ -104,7 +104,7 @@ def _tar(records: Records, program: bytes) -> bytes:
 
 
 def _script(records: Records, program: bytes) -> bytes:
-    """A TorchScript archive, which torch.load hands to torch.jit.load."""
+    """Make a TorchScript archive, which torch.load hands to torch.jit.load."""
     root = str(records[0].name).partition("/")[0]
     return zip_bytes([*_poisoned(records, program), Rec(f"{root}/constants.pkl", b"\x80\x02).")])
 

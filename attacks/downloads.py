@@ -1,6 +1,7 @@
-"""Downloads that were made to harm without running a program: links, special files, types, escapes, and costs.
+"""Downloads that do harm without running a program: links, special files, wrong types, escape sequences, and costs.
 
-Each is a folder and the commands that a user types at it. ``attacks/judging.py`` runs them and says what did not hold.
+Each is a folder and the commands that a user runs on it. ``attacks/judging.py`` runs them and reports every broken
+promise.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from tests.checkpoint.building import (
     zip_bytes,
 )
 
-SECRET = b"SECRET-7f3a9d"  # in files outside of the download; it must not come out anywhere
-SECRET_VALUE = 666.0  # of another's weights
+SECRET = b"SECRET-7f3a9d"  # it is in files outside the download, and must not appear anywhere else
+SECRET_VALUE = 666.0  # in somebody else's weights
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m\x9b31m\u202egnp.\u2066\x7f\r\n\x08"
 
 
 @dataclass(frozen=True)
 class Download:
-    """``make`` writes the download into ``box/ckpt``; each of ``commands`` is then run in ``box``."""
+    """``make`` writes the download to ``box/ckpt``; each of ``commands`` is then run in ``box``."""
 
     title: str
     make: Callable[[Path], None]
@@ -42,7 +43,7 @@ class Download:
 
 
 def safetensors(tensors: dict[str, float], extra: dict[str, str] | None = None) -> bytes:
-    """Return a safetensors file of float32 scalars in vectors of one."""
+    """Return a safetensors file of float32 vectors with one element each."""
     header: dict[str, object] = {"__metadata__": extra} if extra else {}
     for at, name in enumerate(tensors):
         header[name] = {"dtype": "F32", "shape": [1], "data_offsets": [4 * at, 4 * at + 4]}
@@ -76,7 +77,7 @@ def pickled(box: Path, *parts: bytes, **storages: bytes) -> Path:
 
 
 def link(name: str, to: str, sound: bool = True) -> Callable[[Path], None]:
-    """Make a download in which ``name`` is a link: to the secret, to another place, or to itself."""
+    """Make a download in which ``name`` is a link to the secret, to another place, or to itself."""
 
     def make(box: Path) -> None:
         made = weights(box) if sound else folder(box)
@@ -97,7 +98,7 @@ def linked_shard(box: Path) -> None:
 
 
 def linked_output(name: str) -> Callable[[Path], None]:
-    """Make a sound download, and in the folder of the output a link where dsconv keeps its own files."""
+    """Make a sound download, and put a link into the output folder where dsconv keeps its own files."""
 
     def make(box: Path) -> None:
         weights(box)
@@ -145,7 +146,7 @@ LINKS = [
 
 
 def special(name: str, kind: str, sound: bool = True) -> Callable[[Path], None]:
-    """Make a download in which ``name`` is no regular file."""
+    """Make a download in which ``name`` is not a regular file."""
 
     def make(box: Path) -> None:
         path = (weights(box) if sound else folder(box)) / name
@@ -155,7 +156,7 @@ def special(name: str, kind: str, sound: bool = True) -> Callable[[Path], None]:
         elif kind == "folder":
             path.mkdir()
         else:
-            where = Path.cwd()  # a socket's path may have 108 bytes
+            where = Path.cwd()  # a socket's path may have at most 108 bytes
             os.chdir(path.parent)
             try:
                 with socket.socket(socket.AF_UNIX) as made:
@@ -180,7 +181,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def indexed(text: str) -> Callable[[Path], None]:
-    """Make a download of one shard under another name, with this index."""
+    """Make a download of one shard with this index, which gives it another name."""
 
     def make(box: Path) -> None:
         made = folder(box)
@@ -198,7 +199,7 @@ def configured(text: str | bytes) -> Callable[[Path], None]:
 
 
 def of_pickle(*parts: bytes) -> Callable[[Path], None]:
-    """Make a ``pytorch_model.bin`` of one storage around a pickle."""
+    """Make a ``pytorch_model.bin`` from a pickle and one storage."""
     return lambda box: _none(pickled(box, *parts, _0=bytes(16)))
 
 
@@ -309,13 +310,13 @@ def sparse(name: str, nbytes: int, head: bytes = b"") -> Callable[[Path], None]:
 
 
 def doubled(box: Path) -> None:
-    """A tuple of two of a tuple of two of …: 2**60 leaves in 400 bytes."""
+    """Nest 60 pairs, each of which holds the next pair twice: 2**60 leaves in 400 bytes."""
     parts = [b"q" + bytes([at]) + b"h" + bytes([at]) + b"\x86" for at in range(60)]
     pickled(box, b"}", text("a"), b"N", *parts, b"s")
 
 
 def shared_offsets(box: Path) -> None:
-    """A .metadata of 10,000 chunks whose offsets are one shared tuple of 100,000 numbers."""
+    """Make a .metadata of 10,000 chunks whose offsets are one shared tuple of 100,000 numbers."""
     home = b"ctorch.distributed.checkpoint."
 
     def made_of(name: bytes, state: bytes) -> bytes:
@@ -367,7 +368,7 @@ COSTS = [
 
 
 def _none(path: Path) -> None:
-    """Drop what a maker returns."""
+    """Call a maker and drop what it returns."""
 
 
 CLASSES = {

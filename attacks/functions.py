@@ -1,4 +1,4 @@
-"""Functions that programs call, and names that reach a function through another's attributes."""
+"""Functions that hostile programs call, and dotted names that reach a function through another module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.checkpoint.building import call, glob, lst, number, text, tup, whole
 FUNCTIONS = [
     function("posix", "system", touch),
     function("nt", "system", touch, real=False),
-    function("os", "popen", touch, real=False),  # whether the canary is there at once is a race
+    function("os", "popen", touch, real=False),  # a race: the canary may not be there yet
     function("os", "execvp", fixed(text("touch")), argv),
     function("os", "spawnvp", fixed(number(0)), fixed(text("touch")), argv),
     function("os", "mkdir", lambda c: text(c)),

@@ -1,4 +1,4 @@
-"""Run the commands of a download as a user does, each in a process of its own, and say what did not hold."""
+"""Run the commands of a download as a user does, each in its own process, and report every broken promise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attacks.downloads import SECRET, SECRET_VALUE, Download, safetensors
 
 CODES = (0, 2, 3, 4)  # done, usage, unreadable or malformed, refused as unsafe
 MISMATCH = 5
-# What is promised of any input of n bytes (holes of sparse files aside, which take no room): docs/safety.md.
+# The limits that docs/safety.md promises for an input of n bytes (holes in sparse files do not count).
 BASE_SECONDS, SECONDS_PER_BYTE = 1.0, 2e-6
 BASE_BYTES, BYTES_PER_BYTE = 100 << 20, 100
 LIMIT_SECONDS = 30
@@ -24,13 +24,13 @@ SECRETS = (SECRET, struct.pack("<f", SECRET_VALUE))
 
 
 def allowed(box: Path) -> tuple[float, int]:
-    """Return the seconds of processor time and the bytes of memory that the download may cost."""
+    """Return the processor time in seconds and the memory in bytes that the download may cost."""
     nbytes = sum(path.lstat().st_blocks * 512 for path in (box / "ckpt").rglob("*") if not path.is_symlink())
     return BASE_SECONDS + nbytes * SECONDS_PER_BYTE, BASE_BYTES + nbytes * BYTES_PER_BYTE
 
 
 def state_of(folder: Path) -> dict[str, str]:
-    """Return {path: digest, or where a link leads} of all that is in a folder."""
+    """Return the digest of each file in a folder, and the target of each link, by path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -41,7 +41,7 @@ def state_of(folder: Path) -> dict[str, str]:
 
 
 def faults(download: Download, box: Path) -> list[str]:
-    """Make the download in ``box``, run its commands, and return what did not hold."""
+    """Make the download in ``box``, run its commands, and return the broken promises."""
     outside = box / "outside"
     outside.mkdir(parents=True)
     (outside / "secret").write_bytes(SECRET + b" and nothing else\n")
@@ -58,7 +58,7 @@ def faults(download: Download, box: Path) -> list[str]:
 
 
 def run(command: str, box: Path, seconds: float, nbytes: int) -> list[str]:
-    """Run one command and return what did not hold: its exit code, its output, its time and its memory."""
+    """Run one command and return the promises that its exit code, output, time or memory breaks."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NO_COLOR": "1"}
     with (box / "said").open("w+b") as said:
         arguments = [sys.executable, "-m", "dsconv", *shlex.split(command)]
@@ -89,9 +89,9 @@ def run(command: str, box: Path, seconds: float, nbytes: int) -> list[str]:
 
 
 def wait(process: subprocess.Popen[bytes]) -> tuple[float, int] | None:
-    """Return the processor time and the peak of the memory of a process, or None after ending one that does not end.
+    """Wait for a process and return its processor time and peak memory, or None if it had to be killed.
 
-    The peak is that of the program: what ``wait4`` says includes the memory of the process that was forked.
+    The peak is the program's own, whereas ``wait4`` includes the memory of the process that forked it.
     """
     deadline, peak = time.monotonic() + LIMIT_SECONDS, 0
     while time.monotonic() < deadline:
@@ -112,7 +112,7 @@ def wait(process: subprocess.Popen[bytes]) -> tuple[float, int] | None:
 
 
 def leaks(box: Path) -> list[str]:
-    """Return the files outside of ``box/outside`` and of links that hold the secret."""
+    """Return the files, except for links and those in ``box/outside``, that hold the secret."""
     return [
         str(path.relative_to(box))
         for top in ("out", "out2")

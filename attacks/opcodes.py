@@ -1,4 +1,4 @@
-"""Every way in which a pickle can say "call this": each opcode, each protocol, and through the memo."""
+"""Every way in which a pickle can call a function: by each opcode, in each protocol, and through the memo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a hostile file is made of: a program, the file that shows that it ran (the canary), and the words of pickles."""
+"""The parts of a hostile file: the program, the canary (the file that shows that it ran), and pickle opcodes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Evil:
 
 @dataclass(frozen=True)
 class Hostile:
-    """``program`` makes the pickle from the canary's path. ``real``: Python's own pickle.loads runs it and so makes
-    the canary.
+    """``program`` makes the pickle from the canary's path. ``real``: Python's own pickle.loads runs it, which makes the
+    canary.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""What other tools do with the same file: each in a process of its own, which it may wreck as it likes."""
+"""Give the same file to other tools, each in its own process, so that a payload cannot harm this one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 SECONDS = 10.0
-MEMORY_BYTES = 16 << 30  # of address space: torch alone maps some
+MEMORY_BYTES = 16 << 30  # of address space, which torch alone takes much of
 
 
 def in_child(action: Callable[[], str], folder: Path) -> str:
-    """What ``action`` returns, or the name of the exception that ended it, or "no answer"; run in ``folder``,
-    streams closed.
+    """Run ``action`` in a child process, in ``folder`` and with closed streams. Return its result, the name of the
+    exception that ended it, or "no answer".
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -51,14 +51,14 @@ def _run(action: Callable[[], str], folder: Path, reading: int, writing: int) ->
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
         os.chdir(folder)
-        atexit._clear()  # what is run below is what the program leaves, not what this process had planned
+        atexit._clear()  # run only the handlers that the program registers, not those of this process
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         try:
             answer = action()
         except BaseException as error:  # noqa: BLE001 - whatever it was, it is the answer
             answer = type(error).__name__
         with contextlib.suppress(BaseException):
-            atexit._run_exitfuncs()  # what a program left for the end of the process
+            atexit._run_exitfuncs()  # run what the program registered for the end of the process
     finally:
         with contextlib.suppress(OSError):
             os.write(writing, answer.encode()[:4000] + b"\0")
@@ -66,7 +66,7 @@ def _run(action: Callable[[], str], folder: Path, reading: int, writing: int) ->
 
 
 def unpickled(file: Path) -> str:
-    """Python's own pickle, which promises nothing."""
+    """Read the file with Python's own pickle, which makes no promises."""
     import pickle
 
     with file.open("rb") as stream:
@@ -82,7 +82,7 @@ def weights_only(file: Path) -> str:
 
 
 def zero_to_fp32(checkpoint: Path) -> str:
-    """DeepSpeed's script, which loads with weights_only=False."""
+    """Read the file with DeepSpeed's script, which loads with weights_only=False."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
@@ -90,8 +90,8 @@ def zero_to_fp32(checkpoint: Path) -> str:
 
 
 def picklescan(file: Path) -> str:
-    """``dangerous``, ``suspicious`` (names that it does not know), ``error`` (it could not scan the file) or
-    ``clean``.
+    """Return picklescan's verdict: ``dangerous``, ``suspicious`` (it does not know a name), ``error`` (it could not
+    scan the file) or ``clean``.
     """
     from picklescan.scanner import scan_file_path
 

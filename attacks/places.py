@@ -1,7 +1,7 @@
-"""Where a program can hide: every file of a checkpoint that holds a pickle, in real checkpoints of every format.
+"""The places where a program can hide: every file with a pickle, in real checkpoints of every format.
 
-The program is put before the file's own pickle and its result is thrown away: a reader that runs it finds the weights
-as they were and sees nothing wrong.
+The program is put before the file's own pickle and its result is dropped, so a reader that runs it still gets the right
+weights and notices nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.checkpoint.building import Rec, zip_bytes
 from tests.fixtures import gloo
 
 ZERO_CASES = ("odd-z1-bf16-w2", "odd-z2-bf16-w2", "odd-z3-bf16-w2", "odd-z0-fp32-w2")
-GLOO_CASES = (  # maker, case, the folder of it that a user would name
+GLOO_CASES = (  # maker, case, the folder that a user would name
     ("dcp", "fsdp2-w3", "ckpt"),
     ("pipeline", "pp2-z1-fp32", "ckpt"),
     ("moe", "z1-fp32-w2-ep1", "ckpt"),
@@ -29,9 +29,7 @@ GLOO_CASES = (  # maker, case, the folder of it that a user would name
 
 
 def copies(folder: Path) -> dict[str, Path]:
-    """{name: checkpoint} of small real checkpoints, copied into ``folder``; those that are not there yet are trained
-    first.
-    """
+    """Copy small real checkpoints into ``folder`` and return them by name. Missing ones are trained first."""
     sources = {name: path / "ckpt" for name, path in gloo.ensure("zero", ZERO_CASES).items()}
     for maker, name, part in GLOO_CASES:
         sources[maker] = gloo.ensure(maker, [name])[name] / part
@@ -40,7 +38,7 @@ def copies(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Place:
-    """``file``, one of those that are read when ``checkpoint`` is opened."""
+    """A ``file`` that is read when ``checkpoint`` is opened."""
 
     title: str
     checkpoint: Path
@@ -55,7 +53,7 @@ class Place:
 
 
 def places(folder: Path) -> list[Place]:
-    """Every kind of file with a pickle, of the checkpoints that ``copies`` puts into ``folder``."""
+    """Return every kind of file with a pickle in the checkpoints that ``copies`` puts into ``folder``."""
     import torch
 
     found = copies(folder)
@@ -88,12 +86,12 @@ def places(folder: Path) -> list[Place]:
 
 
 def poisoned(sound: bytes, program: bytes) -> bytes:
-    """A file like ``sound``, a torch.save zip, a torch file of the older format or a bare pickle, with ``program``
-    before its pickle.
+    """Return ``sound`` with ``program`` before its pickle. It may be a torch.save zip, a torch file of the older format
+    or a bare pickle.
     """
     if legacy.MAGIC_BYTES in sound[: legacy.HEAD_BYTES]:
         stream = io.BytesIO(sound)
-        for _ in range(3):  # the magic number, the version and the machine's properties; the object is next
+        for _ in range(3):  # skip the magic number, the version and the machine's properties; the object comes next
             deque(pickletools.genops(stream), maxlen=0)
         at = stream.tell()
         return sound[:at] + before(program, sound[at:])
@@ -108,5 +106,5 @@ def poisoned(sound: bytes, program: bytes) -> bytes:
 
 
 def before(program: bytes, pickle: bytes) -> bytes:
-    """One pickle: ``program`` without its STOP, POP, and then ``pickle``."""
+    """Return one pickle: ``program`` without its STOP, POP, and then ``pickle``."""
     return program.removesuffix(b".") + b"0" + pickle

@@ -1,11 +1,11 @@
-"""Merging what torch.distributed.checkpoint saved, against the tools of torch and accelerate and against ``cp``.
+"""Compare merging DCP checkpoints with dsconv, with torch's and accelerate's tools, and with ``cp``.
 
     python -m benchmarks.dcp_merge
 
 Three checkpoints of the same bf16 Llama, saved by two ranks: cut by rows (FSDP2), by columns (row-parallel TP), and by
-rows in the safetensors of DCP's HuggingFaceStorageWriter. Each round runs every command once, one after the other; what
-a command wrote is removed and everything is synced before the next, outside the timing. The ratios are medians of the
-rounds' own ratios.
+rows in the safetensors of DCP's HuggingFaceStorageWriter. Each round runs every command once, one after the other.
+Between two commands, outside the timing, the output is removed and everything is synced. The reported ratios are
+medians of the ratios in each round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TORCH, ACCELERATE, CONSOLIDATE, COPY, DSCONV = (
     "cp",
     "dsconv --no-fsync",
 )
-GOALS = {TORCH: 5.0, ACCELERATE: 5.0, COPY: 1 / 1.6}  # how many times as fast as the other dsconv is to be
+GOALS = {TORCH: 5.0, ACCELERATE: 5.0, COPY: 1 / 1.6}  # how many times faster dsconv should be
 MAX_ANONYMOUS_BYTES = 300e6
 CONSOLIDATE_CODE = """
 import sys
@@ -46,7 +46,7 @@ consolidate_safetensors_files(sys.argv[1], sys.argv[2], names, num_threads=len(_
 
 
 def commands(source: Path, kind: str, merged: Path, target: Path) -> dict[str, list[str]]:
-    """What is timed. ``merged`` holds what dsconv writes, for ``cp`` to copy; every command writes ``target``."""
+    """Return the commands to time. ``cp`` copies ``merged``, an output of dsconv; each command writes ``target``."""
     tools = Path(sys.executable)
     dsconv = [str(tools.with_name("dsconv")), "merge", str(source), str(target), "--quiet", "--no-fsync"]
     rivals = {
@@ -71,7 +71,7 @@ def run_rounds(source: Path, kind: str, folder: Path, rounds: int) -> dict[str, 
     todo = commands(source, kind, merged, target)
     _checked([*todo[DSCONV][:3], str(merged), "--quiet"])
     runs: dict[str, list[Run]] = {name: [] for name in todo}
-    for number in range(rounds + 1):  # the first warms the page cache and counts for nothing
+    for number in range(rounds + 1):  # the first round only warms the page cache
         for name, command in todo.items():
             _remove(target)
             os.sync()

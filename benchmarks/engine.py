@@ -1,12 +1,10 @@
-"""What the engine costs: its steps against a plain DeepSpeed loop's, and resuming on other ranks against DeepSpeed's
-own tool.
+"""Measure what the engine costs: its steps against a plain DeepSpeed loop, and its resharding against DeepSpeed's tool.
 
     python -m benchmarks.engine
 
-Steps: the same model, configuration, data and ranks; the plain loop takes the loss of each step to the host, as a
-script that prints it does. Rounds alternate, and the ratio is of the medians of all steps of a round, first steps left
-out. Resuming: the conversion to a universal checkpoint, by dsconv inside ``resume`` and by ``ds_to_universal``, on the
-run's own checkpoint.
+Steps: both loops use the same model, configuration, data and ranks. The plain loop copies each step's loss to the host,
+as a script that prints it would. Rounds alternate, and the ratio compares the medians of all steps but the first ones.
+Resuming: dsconv, inside ``resume``, and ``ds_to_universal`` convert the run's own checkpoint to a universal one.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ WARM = 5
 
 
 def plain_rank(options: Any) -> list[float]:
-    """One rank of a loop as a script has it: seconds a step."""
+    """Run one rank of a plain training loop and return the seconds per step."""
     import torch
 
     from dsconv.engine.data import Position, open_data
@@ -113,7 +111,7 @@ def overhead(folder: Path, model: Path, stage: int, rounds: int, steps: int) -> 
 
 
 def resuming(folder: Path, model: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of both conversions, and of a whole resume on other ranks with one step."""
+    """Time both conversions, and a whole resume on other ranks with one step."""
     from dsconv.engine import Layout, RunOptions, checkpoints, resume, train
 
     run = folder / "resumed"

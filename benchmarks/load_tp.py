@@ -1,4 +1,4 @@
-"""Loading a tensor-parallel model: dsconv against ``from_pretrained`` with a ``DistributedConfig``, and a plain read.
+"""Compare loading a tensor-parallel model with dsconv, with ``from_pretrained``, and with a plain read.
 
 python -m benchmarks.load_tp
 """
@@ -28,7 +28,7 @@ def rank(method: str, path: Path) -> None:
             return int(model.load_report.bytes_read)
         tensor_parallel = DistributedConfig(tp_size=torch.distributed.get_world_size())
         touch(AutoModelForCausalLM.from_pretrained(path, distributed_config=tensor_parallel))
-        return 0  # the file is mapped: what is read is not counted
+        return 0  # transformers maps the file, so the bytes that it reads cannot be counted
 
     one_rank(load, path)
 

@@ -1,4 +1,4 @@
-"""Loading a model under ZeRO-3: dsconv against ``from_pretrained`` with ``HfDeepSpeedConfig``, and a plain read.
+"""Compare loading a model under ZeRO-3 with dsconv, with ``from_pretrained``, and with a plain read.
 
 python -m benchmarks.load_zero3
 """
@@ -19,13 +19,13 @@ SETTINGS: dict[str, Any] = {
 
 def rank(method: str, path: Path) -> None:
     import deepspeed
-    import torch._dynamo  # noqa: F401 - before zero.Init patches what it looks at
+    import torch._dynamo  # noqa: F401 - import it before zero.Init patches what it inspects
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     import dsconv
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for every collective
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # use gloo for every collective
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
     def load(path: Path) -> int:

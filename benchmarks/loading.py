@@ -1,7 +1,7 @@
-"""What the loaders' benchmarks share: one load in fresh ranks, timed and weighed inside each of them.
+"""Time one load in fresh ranks, and measure its memory: the code that the loaders' benchmarks share.
 
-Imports and the process group are not counted: a training script has paid for them. The added peak is the highest
-anonymous memory of a rank during the load, less what it had before.
+Imports and the set-up of the process group are not counted, since a training script needs them anyway. The added peak
+is the highest anonymous memory of a rank during the load, minus what it used before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMIT, PEER, DSCONV = "plain read", "from_pretrained", "dsconv"
 
 
 def model_folder(folder: Path, size: float) -> Path:
-    """A bf16 Llama of about ``size`` × 10⁹ parameters as safetensors, made now unless ``folder`` has it."""
+    """Return a folder with a bf16 Llama of about ``size`` × 10⁹ parameters, which is made on the first call."""
     target = folder / (f"llama-{size:g}b-bf16" if size else TINY)
     if not (target / "config.json").is_file():
         code = f"from benchmarks.loading import save; save({str(target)!r}, {size})"
@@ -44,7 +44,7 @@ def save(target: str, size: float) -> None:
 
 
 def run_ranks(script: str, method: str, path: Path, world: int) -> dict[str, float]:
-    """The slowest rank's seconds, the worst added peak, and all bytes read, of one load by ``world`` fresh ranks."""
+    """Load once in ``world`` fresh ranks; return the slowest time, the largest added peak and the sum of bytes read."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -79,7 +79,7 @@ def run_ranks(script: str, method: str, path: Path, world: int) -> dict[str, flo
 
 
 def plain_read(path: Path) -> int:
-    """This rank's share of the weights' bytes, read in order into new memory: what no load can beat."""
+    """Read this rank's share of the weights in order into new memory. No load can be faster than that."""
     import torch
 
     from dsconv.checkpoint.transfer.reading import tensor_bytes
@@ -99,8 +99,8 @@ def plain_read(path: Path) -> int:
 
 
 def touch(model: Any) -> None:
-    """Read a byte of each page of the weights: what was only mapped is not loaded yet, and would be in the first
-    step.
+    """Read a byte of each page of the weights. Mapped pages are not loaded until they are touched, which would
+    otherwise happen in the first training step.
     """
     for parameter in model.parameters():
         local = parameter.to_local() if hasattr(parameter, "placements") else parameter
@@ -108,9 +108,9 @@ def touch(model: Any) -> None:
 
 
 def one_rank(load: Callable[[Path], int], path: Path) -> None:
-    """Run ``load``, which returns the bytes it read, between two barriers and print what it took.
+    """Run ``load``, which returns the bytes it read, between two barriers and print its time and memory.
 
-    A tiny model is loaded in the same way first, so that what is only imported or set up once is not counted.
+    A tiny model is loaded the same way first, so that one-time imports and set-up are not counted.
     """
     import torch.distributed as dist
 
@@ -149,7 +149,7 @@ def one_rank(load: Callable[[Path], int], path: Path) -> None:
 def compare(
     script: str, folder: Path, sizes: tuple[float, ...], worlds: tuple[int, ...], rounds: int, goal: float
 ) -> list[dict[str, Any]]:
-    """Every method in turn, ``rounds`` times, at each size and world; prints a table."""
+    """Run every method in turn, ``rounds`` times at each size and world size, and print a table."""
     results = []
     model_folder(folder, 0)
     for size in sizes:
@@ -157,7 +157,7 @@ def compare(
         nbytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         for world in worlds:
             runs: dict[str, list[dict[str, float]]] = {LIMIT: [], PEER: [], DSCONV: []}
-            for number in range(rounds + 1):  # the first warms the page cache and counts for nothing
+            for number in range(rounds + 1):  # the first round only warms the page cache
                 for method, of in runs.items():
                     run = run_ranks(script, method, path, world)
                     if number:
@@ -195,7 +195,7 @@ def compare(
 
 
 def command(script: str, about: str, goal: float, rank: Callable[[str, Path], None]) -> click.Command:
-    """The command line of a benchmark that compares loads; with ``--rank`` it is one rank of one of them."""
+    """Run the command line of a benchmark that compares loads. With ``--rank`` the process is one rank of one load."""
 
     @click.command(help=about)
     @click.option(

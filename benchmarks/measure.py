@@ -1,7 +1,7 @@
-"""What the benchmarks share: one measured run of a command, and medians.
+"""Measure one run of a command, and take medians: the code that the benchmarks share.
 
-A command is measured as a whole process tree from outside: wall time, and the peak of its anonymous memory (``RssAnon``
-of all its processes, sampled), which is what it needs beyond the page cache.
+The whole process tree of a command is measured from outside: its wall time, and the peak of its anonymous memory
+(sampled ``RssAnon`` of all its processes), which is what it needs beyond the page cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SAMPLE_SECONDS = 0.005
 
 @dataclass
 class Run:
-    """One run of a command. ``peak_bytes`` is the peak of the tree's anonymous memory."""
+    """One run of a command. ``peak_bytes`` is the peak of the process tree's anonymous memory."""
 
     seconds: float
     peak_bytes: int
@@ -28,7 +28,7 @@ class Run:
 
 
 def measure(command: Sequence[str], env: dict[str, str] | None = None) -> Run:
-    """Run ``command`` to its end, sampling the anonymous memory of it and its children."""
+    """Run ``command`` to its end and sample the anonymous memory of its process tree."""
     began = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -59,7 +59,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """The anonymous memory of a process now; 0 when it has ended."""
+    """Return the anonymous memory that a process uses now, or 0 if it has ended."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
@@ -74,6 +74,6 @@ def median(values: Sequence[float]) -> float:
 
 
 def machine() -> str:
-    """One line about where the figures were taken."""
+    """Describe the machine in one line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory, Linux {os.uname().release.split('-')[0]}"

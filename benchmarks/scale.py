@@ -1,11 +1,11 @@
-"""What opening, planning and a dry run of huge checkpoints cost, against ranks, tensors and bytes.
+"""Measure how the cost of opening, planning and a dry run grows with ranks, tensors and bytes.
 
     python -m benchmarks.scale --plot docs/scale.svg
 
-The checkpoints are of ZeRO-3 (or 2), with the files, names, keys, zip records and checksums that DeepSpeed 0.19.8
-writes, and their tensors are holes in sparse files: 1 TB takes some hundred MB of disk, nearly all of it metadata. Each
-command runs in a process of its own; its memory is what the system says it was at the most (VmHWM), its open files are
-counted as it runs.
+The ZeRO-3 (or ZeRO-2) checkpoints have the files, names, keys, zip records and checksums that DeepSpeed 0.19.8 writes.
+Their tensors are holes in sparse files, so that 1 TB takes a few hundred MB of disk, nearly all of it metadata. Each
+command runs in its own process. Its memory is the peak that the system reports (VmHWM), and its open files are counted
+while it runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LAYER = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-# Run in a process of its own: open, count the files that are open meanwhile, plan, and tell.
+# This runs in its own process: open, count the open files meanwhile, plan, and print the result.
 PROGRAM = """
 import json, os, sys, threading, time
 began = time.perf_counter()
@@ -76,7 +76,7 @@ print(json.dumps({"open_seconds": opened - imported, "open_peak_bytes": after_op
 
 @cache
 def crc_of_zeros(nbytes: int) -> int:
-    """The CRC-32 of that many bytes of a hole."""
+    """Return the CRC-32 of that many zero bytes."""
     if nbytes <= 1 << 20:
         return zlib_ng.crc32(bytes(nbytes))
     half = nbytes // 2
@@ -84,8 +84,8 @@ def crc_of_zeros(nbytes: int) -> int:
 
 
 def shapes_of(tensors: int, parameters: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as of a transformer with that many weights: in every eighth place a vector, else square
-    matrices.
+    """Return the names and shapes of a transformer with that many weights: every eighth tensor is a vector, the others
+    are square matrices.
     """
     side = max(1, round((parameters / max(1, tensors - tensors // 8)) ** 0.5))
     shapes: dict[str, tuple[int, ...]] = {}
@@ -99,7 +99,7 @@ def shapes_of(tensors: int, parameters: int) -> dict[str, tuple[int, ...]]:
 
 
 def write(path: Path, value: Any) -> None:
-    """A ``.pt`` whose streamed tensors are holes."""
+    """Write a ``.pt`` file whose streamed tensors are holes."""
     archive = TorchArchive(path.stem, value)
     lengths = [tensor.nbytes for tensor in streamed_in(value)]
     with open(path, "wb") as file:
@@ -117,7 +117,7 @@ def streamed_in(value: Any) -> list[Streamed]:
 
 
 def make(folder: Path, ranks: int, tensors: int, parameters: int, stage: int = 3) -> Path:
-    """A save dir, made anew unless it is there."""
+    """Return a save dir, which is made unless it exists."""
     home = folder / f"stage-{stage}-{ranks}-ranks-{tensors}-tensors-{parameters}-parameters"
     if (home / "latest").is_file():
         return home
@@ -144,7 +144,7 @@ def make(folder: Path, ranks: int, tensors: int, parameters: int, stage: int = 3
         state = stage_3(shapes, ranks) if stage == 3 else stage_2(shapes, ranks, rank)
         value = {"optimizer_state_dict": state, "ds_config": CONFIG, "ds_version": "0.19.8"}
         write(tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", value)
-        if stage == 3 and rank:  # without frozen weights dsconv never reads it, as DeepSpeed's own script does not
+        if stage == 3 and rank:  # neither dsconv nor DeepSpeed's script reads these files when no weights are frozen
             (tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
     (home / "latest").write_text(tag.name)
     return home
@@ -152,8 +152,8 @@ def make(folder: Path, ranks: int, tensors: int, parameters: int, stage: int = 3
 
 @cache
 def flat_lengths(shapes: tuple[tuple[int, ...], ...], ranks: int) -> list[int]:
-    """Of each sub-group, a rank's elements: whole parameters until the size is reached (0.19.8 stage3.py
-    _create_fp16_sub_groups).
+    """Return a rank's elements in each sub-group. Sub-groups take whole parameters until the size is reached (0.19.8
+    stage3.py _create_fp16_sub_groups).
     """
     groups = [0]
     for shape in shapes:
@@ -174,7 +174,7 @@ def stage_3(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, Any]:
 
 
 def stage_2(shapes: dict[str, tuple[int, ...]], ranks: int, rank: int) -> dict[str, Any]:
-    """One group; the last rank's part is saved without its padding (0.19.8 stage_1_and_2.py)."""
+    """Return the states of one group. The last rank's part is saved without its padding (0.19.8 stage_1_and_2.py)."""
     starts = [0, *accumulate(math.prod(shape) for shape in shapes.values())]
     part = group_numel(starts[-1], ranks) // ranks
     low, high = min(rank * part, starts[-1]), min((rank + 1) * part, starts[-1])
@@ -214,7 +214,7 @@ def adam(lengths: list[int]) -> dict[str, Any]:
 
 
 def cost(source: Path, rounds: int) -> dict[str, Any]:
-    """The medians of ``rounds`` runs, after one that warms the page cache."""
+    """Return the medians of ``rounds`` runs, after one that warms the page cache."""
     found = []
     for number in range(rounds + 1):
         ran = subprocess.run(
@@ -313,7 +313,7 @@ RANKS, TENSORS, PARAMETERS = (
 def main(
     folder: Path, rounds: int, plot: Path | None, only: tuple[int, int, int] | None, stage: str, as_json: bool
 ) -> None:
-    """Make sparse checkpoints and measure what opening and planning them costs."""
+    """Make sparse checkpoints and measure what it costs to open and plan them."""
     series: dict[str, list[tuple[int, int, int]]] = {
         "ranks": [(ranks, TENSORS[-1], PARAMETERS[0]) for ranks in RANKS],
         "tensors": [(RANKS[-1], tensors, PARAMETERS[0]) for tensors in TENSORS],

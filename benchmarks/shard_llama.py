@@ -1,7 +1,7 @@
-"""One rank that saves its shards of a random bf16 Llama with torch.distributed.checkpoint; started by ``checkpoint``.
+"""Save one rank's shards of a random bf16 Llama with torch.distributed.checkpoint. ``checkpoint`` starts the ranks.
 
-Rows are what FSDP2 cuts (dimension 0 of everything), columns what row-parallel TP does (dimension 1 of every matrix).
-The weights are made shard by shard, so that a model needs no more memory than it has bytes.
+FSDP2 cuts rows (dimension 0 of every tensor), and row-parallel TP cuts columns (dimension 1 of every matrix). The
+weights are made shard by shard, so that the ranks together need no more memory than the model's size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KINDS = ("rows", "columns", "hf")
 
 
 def checkpoint(folder: Path, size: float, kind: str, world: int = 2) -> Path:
-    """The path of a checkpoint of about ``size`` × 10⁹ parameters, saved now unless ``folder`` has it already."""
+    """Return the path of a checkpoint of about ``size`` × 10⁹ parameters, which is saved on the first call."""
     target = folder.resolve() / f"llama-{size}b-{kind}-w{world}"
     if (target / "DONE").is_file():
         return target

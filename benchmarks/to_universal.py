@@ -1,11 +1,11 @@
-"""Universal checkpoints: dsconv against DeepSpeed's own tool and against ``cp`` of what must be written, in one run.
+"""Compare making universal checkpoints with dsconv, with DeepSpeed's own tool, and with ``cp`` of the output.
 
     python -m benchmarks.to_universal --size 0.1
 
-Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks; what a command
-wrote is removed and everything is synced before the next, outside the timing. The ratios are medians of the rounds' own
-ratios, so that a slow minute of the machine counts for both sides. The official tool runs with its default numbers of
-workers.
+Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks. Between two
+commands, outside the timing, the output is removed and everything is synced. The reported ratios are medians of the
+ratios in each round, so that a slow minute of the machine affects both sides. The official tool runs with its default
+numbers of workers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.train_llama import checkpoint
 
 OFFICIAL, COPY, COPY_SYNC = "ds_to_universal", "cp", "cp + sync -f"
 DSCONV, DSCONV_SYNC = "dsconv --no-fsync", "dsconv"
-COMPARED = (  # of, against, and what is wanted
+COMPARED = (  # measured, compared with, goal
     (DSCONV, OFFICIAL, "goal: at least 8 times as fast"),
     (DSCONV, COPY, "the limit"),
     (DSCONV_SYNC, COPY_SYNC, "the limit"),
@@ -32,7 +32,7 @@ COMPARED = (  # of, against, and what is wanted
 
 
 def commands(source: Path, made: Path, target: Path) -> dict[str, list[str]]:
-    """What is timed. ``made`` holds what dsconv writes, for ``cp`` to copy; every command writes ``target``."""
+    """Return the commands to time. ``cp`` copies ``made``, an output of dsconv; every command writes to ``target``."""
     tag = source / (source / "latest").read_text().strip()
     dsconv = [sys.executable, "-m", "dsconv", "to-universal", str(source), str(target), "--quiet"]
     official = ["--input_folder", str(tag), "--output_folder", str(target), "--inject_missing_state"]
@@ -46,18 +46,18 @@ def commands(source: Path, made: Path, target: Path) -> dict[str, list[str]]:
 
 
 def run_rounds(source: Path, folder: Path, rounds: int) -> tuple[dict[str, list[Run]], int]:
-    """The runs of each command, and the bytes that dsconv writes."""
+    """Return the runs of each command, and the number of bytes that dsconv writes."""
     work = folder / "universal"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     made, target = work / "made", work / "target"
     todo = commands(source, made, target)
     _checked([str(made) if part == str(target) else part for part in todo[DSCONV]])
-    for link in made.glob("mp_rank_*"):  # a second name of a file, which cp would copy
+    for link in made.glob("mp_rank_*"):  # a second name of a file, which cp would copy again
         link.unlink()
     written = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
     runs: dict[str, list[Run]] = {name: [] for name in todo}
-    for number in range(rounds + 1):  # the first warms the page cache and counts for nothing
+    for number in range(rounds + 1):  # the first round only warms the page cache
         for name, command in todo.items():
             shutil.rmtree(target, ignore_errors=True)
             os.sync()

@@ -1,4 +1,4 @@
-"""One rank that trains a Llama of a given size with DeepSpeed for a step and saves it; started by ``checkpoint``."""
+"""Train one rank of a Llama with DeepSpeed for a step and save it. ``checkpoint`` starts the ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = {
 
 
 def checkpoint(folder: Path, size: float, stage: int = 3, world: int = 2, dtype: str = "bf16") -> Path:
-    """The path of a checkpoint of about ``size`` × 10⁹ parameters, trained now unless ``folder`` has it already."""
+    """Return the path of a checkpoint of about ``size`` × 10⁹ parameters, which is trained on the first call."""
     target = folder / f"llama-{size}b-z{stage}-{dtype}-w{world}"
     if (target / "latest").is_file() and (target / "config.json").is_file():
         return target
@@ -53,7 +53,7 @@ def checkpoint(folder: Path, size: float, stage: int = 3, world: int = 2, dtype:
 
 
 def llama_config(size: float) -> Any:
-    """The configuration of a Llama of about ``size`` × 10⁹ parameters; ``size`` is a key of LAYERS."""
+    """Return the configuration of a Llama of about ``size`` × 10⁹ parameters; ``size`` is a key of LAYERS."""
     from transformers import LlamaConfig
 
     layers, width = LAYERS[size]
@@ -72,18 +72,18 @@ def llama_config(size: float) -> Any:
 def train(target: Path, size: float, stage: int, dtype: str) -> None:
     import deepspeed
     import torch
-    import torch._dynamo  # before zero.Init patches what it looks at
+    import torch._dynamo  # import it before zero.Init patches what it inspects
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # gloo for every collective; the other would be compiled
+        False  # use gloo for every collective; the native op would have to be compiled
     )
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank = torch.distributed.get_rank()
     config = llama_config(size)
-    # Sub-groups, stepped one after another, keep the fp32 gradients of 10⁹ parameters within 24 GB of memory.
+    # Sub-groups take their steps one after another, so the fp32 gradients of 10⁹ parameters fit in 24 GB of memory.
     zero = {"stage": stage, "overlap_comm": False, "sub_group_size": 50_000_000}
     settings = {
         "train_micro_batch_size_per_gpu": 1,

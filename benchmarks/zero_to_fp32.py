@@ -1,11 +1,12 @@
-"""The main job against the official script and against ``cp``, at several sizes, in one run.
+"""Compare merging a ZeRO checkpoint with dsconv, with DeepSpeed's script, and with ``cp``, at several sizes.
 
     python -m benchmarks.zero_to_fp32 --plot docs/zero_to_fp32.svg
 
-Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks; what a command
-wrote is removed, everything is synced and the disk is given a moment before the next, outside the timing. Each round
-begins with another command, since a disk that has just taken some gigabytes takes the next ones more slowly. The ratios
-are medians of the rounds' own ratios, so that a slow minute of the machine counts for both sides.
+Each round runs every command once, one after the other, on the same ZeRO-3 checkpoint of two ranks. Between two
+commands, outside the timing, the output is removed, everything is synced, and the disk gets a moment of rest. Each
+round begins with a different command, since a disk that has just taken several gigabytes takes the next ones more
+slowly. The reported ratios are medians of the ratios in each round, so that a slow minute of the machine affects both
+sides.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks.train_llama import checkpoint
 OFFICIAL, COPY, COPY_SYNC = "official script", "cp", "cp + sync -f"
 DSCONV, DSCONV_SYNC, DSCONV_BF16 = "dsconv --no-fsync", "dsconv", "dsconv --no-fsync --dtype bf16"
 SETTLE_SECONDS = 0.5
-GOALS = (  # of, against, the goal
+GOALS = (  # measured, compared with, goal
     (DSCONV, OFFICIAL, "at least 5 times as fast"),
     (DSCONV, COPY, "at most 1.6"),
     (DSCONV_SYNC, COPY_SYNC, "at most 1.2"),
@@ -34,7 +35,7 @@ GOALS = (  # of, against, the goal
 
 
 def commands(source: Path, merged: Path, target: Path) -> dict[str, list[str]]:
-    """What is timed. ``merged`` holds what dsconv writes, for ``cp`` to copy; every command writes ``target``."""
+    """Return the commands to time. ``cp`` copies ``merged``, an output of dsconv; each command writes ``target``."""
     dsconv = [str(Path(sys.executable).with_name("dsconv")), "zero-to-fp32", str(source), str(target), "--quiet"]
     copy = ["cp", "-r", str(merged), str(target)]
     return {
@@ -53,7 +54,7 @@ def run_rounds(source: Path, folder: Path, rounds: int) -> dict[str, list[Run]]:
     todo = commands(source, merged, target)
     _checked([*todo[DSCONV][:3], str(merged), "--quiet", "--force"])
     runs: dict[str, list[Run]] = {name: [] for name in todo}
-    for number in range(rounds + 1):  # the first warms the page cache and counts for nothing
+    for number in range(rounds + 1):  # the first round only warms the page cache
         names = list(todo)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             shutil.rmtree(target, ignore_errors=True)

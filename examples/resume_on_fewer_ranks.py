@@ -1,8 +1,8 @@
-"""Go on from a ZeRO-3 checkpoint on another number of ranks, with no merge on disk between: fp32 masters and all.
+"""Continue from a ZeRO-3 checkpoint, fp32 masters included, on another number of ranks and without a merge on disk.
 
 torchrun --nproc-per-node 2 examples/resume_on_fewer_ranks.py CHECKPOINT_FOLDER   # saved by any number of ranks
 
-The optimizer's moments start anew; `dsconv to-universal` keeps those too.
+The optimizer's moments start from zero; `dsconv to-universal` keeps them.
 """
 
 import sys
@@ -22,7 +22,7 @@ DS_CONFIG = {
 deepspeed.init_distributed()
 model = dsconv.load_zero3(sys.argv[1], ds_config=DS_CONFIG)  # the bf16 weights of the model, in partitions
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=DS_CONFIG)
-dsconv.stream_into(engine, sys.argv[1])  # and the optimizer's fp32 masters, as they were saved
+dsconv.stream_into(engine, sys.argv[1])  # the optimizer's fp32 masters, as they were saved
 
 engine.train()
 ids = torch.randint(0, model.config.vocab_size, (2, 16), device=engine.device)  # your data here

@@ -1,4 +1,4 @@
-"""Generate with a tensor-parallel model, each rank reading only its slices. The source may be a training checkpoint.
+"""Generate with a tensor-parallel model. Each rank reads only its slices, and the source may be a training checkpoint.
 
 torchrun --nproc-per-node 2 examples/tp_generate.py MODEL_OR_CHECKPOINT_FOLDER
 """

@@ -1,8 +1,8 @@
-"""The main job from end to end: train a small Llama with DeepSpeed ZeRO-3 on two CPU processes, merge, load, generate.
+"""Train a small Llama with DeepSpeed ZeRO-3 on two CPU processes, merge its checkpoint, load it and generate.
 
     python examples/zero3_demo.py FOLDER
 
-FOLDER/checkpoints is what ``engine.save_checkpoint`` writes, FOLDER/merged what dsconv makes of it.
+``engine.save_checkpoint`` writes FOLDER/checkpoints, and dsconv merges it into FOLDER/merged.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ WORLD = 2
 
 
 def train(folder: Path) -> None:
-    """One rank: DeepSpeed's own engine, no trainer."""
+    """Train one rank with DeepSpeed's own engine, without a trainer."""
     import deepspeed
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # gloo for every collective; the other would be compiled
+        False  # use gloo for every collective; the native op would have to be compiled
     )
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     pieces = pre_tokenizers.Whitespace()
@@ -76,7 +76,7 @@ def train(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     torch.distributed.barrier()
     sys.stdout.flush()
-    os._exit(0)  # threads of gloo are alive: leave without their destructors
+    os._exit(0)  # gloo's threads are still alive: exit without running their destructors
 
 
 def main(folder: Path) -> None:

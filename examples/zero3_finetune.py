@@ -1,4 +1,4 @@
-"""Start a ZeRO-3 fine-tuning from any checkpoint, each rank reading only its own bytes.
+"""Fine-tune under ZeRO-3 from any checkpoint. Each rank reads only its own bytes.
 
 torchrun --nproc-per-node 2 examples/zero3_finetune.py MODEL_FOLDER
 """
