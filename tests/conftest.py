@@ -1,4 +1,4 @@
-"""The trained checkpoints, made once a session (2 to 3 minutes the first time, then kept in tests/.cache)."""
+"""Fixtures of trained checkpoints. The first run trains them in 2 to 3 minutes and keeps them in tests/.cache."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from tests.fixtures import gloo
 from tests.trained import Trained
 
 pytest_plugins = ["tests.servers.fixtures"]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 
 
 @pytest.fixture(scope="session")
 def trained() -> Callable[[str], Trained]:
-    """``trained(name)``: a checkpoint and its truth. The first use trains whatever is not there yet, all cases at
-    once.
-    """
+    """Return ``trained(name)``: a checkpoint and its truth. The first use trains all missing cases at once."""
     folders = gloo.ensure("zero")
     return lambda name: Trained(folders[name] if name in folders else gloo.NATIVE_DATA / name)
 
 
 @pytest.fixture
 def copied(trained: Callable[[str], Trained], tmp_path: Path) -> Callable[[str], Path]:
-    """``copied(name)``: the save dir of a fresh copy of a checkpoint, to be damaged."""
+    """Return ``copied(name)``, which copies a checkpoint and returns the save dir, for tests that damage it."""
 
     def copy(name: str) -> Path:
         source = trained(name).checkpoint

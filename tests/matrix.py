@@ -1,8 +1,8 @@
-"""What each trainer saves, whether it is merged exactly, and whether the output loads: writes docs/matrix.md.
+"""Write docs/matrix.md: what each trainer saves, whether it is merged exactly, and whether the output loads.
 
-``python -m tests.matrix docs/matrix.md`` merges checkpoints of the suite's fixtures, which the trainers' real code
-wrote, compares every tensor with what the training held, and loads the outputs with transformers or PEFT. ``--section
-NAME`` prints one part."""
+``python -m tests.matrix docs/matrix.md`` merges the suite's checkpoints, which the trainers' real code wrote, compares
+every tensor with the trained one, and loads the outputs with transformers or PEFT. ``--section NAME`` prints one part.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Row:
-    """A checkpoint of a fixture and how it is merged. ``where`` is the path in its folder; "" is what Trained takes."""
+    """A fixture's checkpoint and how to merge it. ``where`` is the path in its folder; "" is the path that Trained
+    takes.
+    """
 
     trainer: str
     saves: str
@@ -103,7 +105,7 @@ def merged_row(row: Row) -> str:
 
 
 def loads(report: dsconv.MergeReport, out: Path) -> str:
-    """Load the output with the class that the report names, and say how that went."""
+    """Load the output with the class that the report names, and return the result as text."""
     if report.loadable is None:
         return f"{NONE} (no config.json)" if "config.json" not in report.sidecars else NONE
     if not report.loadable:
@@ -117,7 +119,7 @@ def loads(report: dsconv.MergeReport, out: Path) -> str:
 
 
 def peft_row(method: str) -> str:
-    """Return the line of a PEFT method: ``--adapter`` out of each engine, and ``--fold-lora``."""
+    """Return the table row of a PEFT method: ``--adapter`` from each engine, and ``--fold-lora``."""
     cells = [peft_cell(method, engine, where) for engine in peft_runs.ENGINES for where in places(engine)]
     folded = NONE
     if method.startswith("lora"):

@@ -1,4 +1,4 @@
-"""The drop-ins against DeepSpeed's own functions, on the checkpoints that those can read; and where those fail."""
+"""Compare the drop-in functions with DeepSpeed's own ones, and test the checkpoints on which DeepSpeed's fail."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = [
     "to_torch_tensor",
     "zero3_partitioned_param_info",
 ]
-# What the official functions read: no 0-d or frozen weights at stage 1, no stage 0.
+# The checkpoints that the official functions read: no 0-d or frozen weights at stage 1, and no stage 0.
 READABLE = [
     "llama_tied-z3-bf16-w3",
     "llama_groups-z2-bf16-w4",
@@ -100,7 +100,7 @@ def test_get_state_dict(case: str, lazy: bool, trained: Callable[[str], Trained]
         if lazy:
             assert all(t.shape == theirs[name].shape and t.dtype == theirs[name].dtype for name, t in ours.items())
             ours = {name: tensor.contiguous() for name, tensor in ours.items()}
-        if case.startswith("odd"):  # the official one leaves out parameters without elements
+        if case.startswith("odd"):  # the official function leaves out parameters without elements
             ours = {name: tensor for name, tensor in ours.items() if name in theirs or tensor.numel()}
         equal(ours, theirs)
 
@@ -162,7 +162,7 @@ def test_errors_are_ours(trained: Callable[[str], Trained], tmp_path: Path) -> N
 
 
 def test_what_a_flipped_bit_does(copied: Callable[[str], Path], trained: Callable[[str], Trained]) -> None:
-    """The official function returns a wrong model in silence; ours names the file."""
+    """The official function silently returns a wrong model. Ours names the file."""
     save_dir = copied("gpt2-z3-fp32-w3")
     from dsconv import open_checkpoint
 
@@ -273,7 +273,7 @@ def test_what_the_official_function_raises_is_caught_as_before(
     sorted(folder.glob("*optim_states.pt"))[1].unlink()
     with pytest.raises(ValueError, match="optim"):
         compat.get_fp32_state_dict_from_zero_checkpoint(save_dir)
-    with pytest.raises(ValueError, match=str(tmp_path)):  # no `latest`
+    with pytest.raises(ValueError, match=str(tmp_path)):  # there is no `latest`
         compat.get_fp32_state_dict_from_zero_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError):
         compat.get_fp32_state_dict_from_zero_checkpoint(save_dir, tag="nope")

@@ -1,4 +1,4 @@
-"""What needs a package that the core does not bring says so in one line, from Python and from the command line."""
+"""Functions and commands that need an optional package name it in one line if it is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 HIDDEN = ("torch", "transformers", "deepspeed", "huggingface_hub", "matplotlib", "safetensors", "accelerate", "peft")
-# A finder that comes first and says that these packages are not there, as in an installation of the core alone.
+# A finder that hides these packages, as if only the core were installed.
 HIDE = f"""
 import sys
 class Hide:

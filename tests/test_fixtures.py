@@ -1,4 +1,4 @@
-"""The one mechanism of trained fixtures: what its cache key covers, and what becomes of a case that fails."""
+"""The mechanism for trained fixtures: what its cache key covers, and what happens when a case fails."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_truth_is_not_dsconvs_own(maker: str) -> None:
 
 @pytest.mark.parametrize("maker", KEPT)
 def test_options_are_told_by_their_text(maker: str) -> None:
-    """The DONE file holds it: two texts that differ only in an address would train the same case again and again."""
+    """The DONE file holds this text. If it contained an address, the same case would be trained again and again."""
     for case in importlib.import_module(f"tests.fixtures.{maker}").CASES.values():
         assert " at 0x" not in repr(case)
 
@@ -82,7 +82,7 @@ def test_a_case_whose_options_changed_is_not_complete(tmp_path: Path) -> None:
 
 
 def make(name: str, options: str, folder: Path, rank: int) -> None:
-    """Fail as the options say, as one of the ranks of the test below."""
+    """Run as one rank of the test below, and fail as the options say."""
     if options == "fails" and rank == 1:
         raise ValueError("rank one's own reason")
     (folder / f"rank{rank}").write_text(options)

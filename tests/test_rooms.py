@@ -1,4 +1,4 @@
-"""The structure that docs/architecture.md draws, held by tests: which file imports which, and the limits of style."""
+"""Check the structure that docs/architecture.md draws, which file may import which, and the limits of style."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOORS = {
     "engine": 4,
     "cli": 5,
 }
-# The same inside checkpoint/, where a room is a folder (of formats/: a family) or a file.
+# The floors inside checkpoint/, where a room is a folder or a file. In formats/ each family is a room.
 FLOORS_OF_CHECKPOINT = {
     "map": 0,
     "storage": 0,
@@ -59,7 +59,7 @@ HEAVY = {
 }
 MAX_LINES = 440
 MAX_PARAMETERS = 8
-# Functions that users call with keywords; each makes an options object at once.
+# Functions that users call with keywords, each of which makes an options object at once.
 PUBLIC_KEYWORDS = {
     "dsconv.convert.watch.watch",
     "dsconv.checkpoint.map.checkpoint.Checkpoint.__init__",
@@ -77,7 +77,7 @@ PUBLIC_KEYWORDS = {
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """{dotted name: the parsed file} of every file of dsconv."""
+    """Return the parsed source of every file of dsconv by its dotted name."""
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
@@ -95,7 +95,7 @@ def room_of(module: str) -> str:
 
 
 def room_of_checkpoint(module: str) -> str:
-    """The room of a module of checkpoint/; empty for the packages that only hold rooms."""
+    """Return the room of a module in checkpoint/, or "" for packages that only hold rooms."""
     parts = module.split(".")[2:]
     if parts[:1] == ["formats"]:
         return ".".join(parts[:2]) if len(parts) > 1 else ""
@@ -103,9 +103,9 @@ def room_of_checkpoint(module: str) -> str:
 
 
 def imported(tree: ast.AST, types: bool = False) -> Iterator[tuple[str, bool]]:
-    """(name, whether at the top of the file) of each import, those inside functions too.
+    """Yield each import as (name, whether it is at the top of the file), including those inside functions.
 
-    Blocks under ``if TYPE_CHECKING`` never run; they count with ``types``.
+    Blocks under ``if TYPE_CHECKING`` never run, so they count only with ``types``.
     """
 
     def visit(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
@@ -123,13 +123,13 @@ def imported(tree: ast.AST, types: bool = False) -> Iterator[tuple[str, bool]]:
 
 
 def named(tree: ast.AST) -> Iterator[str]:
-    """The modules that a file names as text, as the table of formats does for ``import_module``."""
+    """Return the modules that a file names as text, as the table of formats does for ``import_module``."""
     texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return (text for text in texts if "." in text and text in modules())
 
 
 def uses(module: str, tree: ast.Module) -> set[str]:
-    """The modules of dsconv that a module imports, for types too, or imports by name."""
+    """Return the modules of dsconv that a module imports, including those for types and those by name."""
     found = set(named(tree))
     for name, _ in imported(tree, types=True):
         home = name if name in modules() else name.rpartition(".")[0]
@@ -144,7 +144,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def circle_in(edges: dict[str, set[str]]) -> list[str]:
-    """The modules of one circle, or none."""
+    """Return the modules of one import circle, or an empty list."""
     done: set[str] = set()
     for start in edges:
         path: list[str] = []
@@ -165,10 +165,11 @@ def circle_in(edges: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_file_imports_one_that_imports_it_back() -> None:
-    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"d", "b"}, "d": set()}) == ["b", "c"]  # the search itself
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"d", "b"}, "d": set()}) == ["b", "c"]  # tests the search itself
     assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
     assert "dsconv.checkpoint.formats.dcp.reader" in graph()["dsconv.checkpoint.formats.table"]
-    assert "dsconv.checkpoint.storage.remote" in graph()["dsconv.checkpoint.storage.roots"]  # inside a function
+    # An import inside a function.
+    assert "dsconv.checkpoint.storage.remote" in graph()["dsconv.checkpoint.storage.roots"]
     assert circle_in(graph()) == []
 
 
@@ -202,8 +203,8 @@ def test_imports_inside_checkpoint_run_down_only() -> None:
 
 def test_formats_know_no_destination_and_destinations_no_format() -> None:
     shared = (
-        "dsconv.checkpoint.formats.huggingface.safetensors",  # names of files that are written too
-        "dsconv.checkpoint.formats.huggingface.transformers_source",  # and whatever else is read about architectures
+        "dsconv.checkpoint.formats.huggingface.safetensors",  # it has the names of files, which are written too
+        "dsconv.checkpoint.formats.huggingface.transformers_source",  # it reads about architectures
         "dsconv.checkpoint.formats.huggingface.skeleton",
         "dsconv.checkpoint.formats.huggingface.auto_classes",
         "dsconv.checkpoint.formats.huggingface.config_files",
@@ -218,7 +219,7 @@ def test_formats_know_no_destination_and_destinations_no_format() -> None:
 
 def test_heavy_libraries_are_imported_where_they_are_used() -> None:
     for module, tree in modules().items():
-        # The rooms that hold live models have imported torch.
+        # The rooms that hold live models may import torch.
         heavy = HEAVY - {"torch"} if room_of(module) in ("loaders", "engine") else HEAVY
         for name, top in imported(tree):
             assert not (top and name.split(".")[0] in heavy), f"{module} imports {name} at its top"
@@ -244,7 +245,7 @@ def is_private(name: str) -> bool:
 
 
 def test_no_check_is_an_assert() -> None:
-    """``python -O`` takes asserts away; those that tell mypy that something is not None check nothing."""
+    """``python -O`` removes asserts. The allowed ones only tell mypy that something is not None."""
     for module, tree in modules().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Assert):
@@ -253,7 +254,7 @@ def test_no_check_is_an_assert() -> None:
 
 
 def functions(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
-    """(dotted name, definition, whether a method) of every function."""
+    """Yield every function as (dotted name, definition, whether it is a method)."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield f"{inside}.{child.name}", child, isinstance(node, ast.ClassDef)
@@ -274,7 +275,7 @@ def test_functions_take_few_parameters() -> None:
 
 
 def test_files_read_from_top_to_bottom() -> None:
-    """A file fits a reader's head. (Ruff holds the width of lines.)"""
+    """A file is short enough to be read in one go. (Ruff checks the width of lines.)"""
     for module in modules():
         lines = path_of(module).read_text().splitlines()
         assert len(lines) <= MAX_LINES, f"{module} has {len(lines)} lines"

@@ -1,4 +1,4 @@
-"""SECURITY.md: what it links to is there, and every test that it names exists and is collected."""
+"""Check that the links in SECURITY.md work, and that every test that it names exists and is collected."""
 
 from __future__ import annotations
 

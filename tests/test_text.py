@@ -1,4 +1,4 @@
-"""Text from files reaches a terminal as text only, and without what gives access."""
+"""Text from files reaches a terminal without control characters and without credentials."""
 
 from __future__ import annotations
 

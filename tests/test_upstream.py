@@ -1,4 +1,4 @@
-"""The upstream sources that rules were read from have not changed; and the rules cite what upstream.toml lists."""
+"""Check that the upstream sources of rules have not changed, and that the rules cite what upstream.toml lists."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from tests import upstream
 
 RECORDED = upstream.versions()
-# Its tables are compared with the installed packages themselves, in tests/zero_utils/test_config_real.py.
+# tests/zero_utils/test_config_real.py compares its tables with the installed packages.
 TABLES = "dsconv/zero_utils/config_keys.py"
 
 
 def older(package: str) -> bool:
-    """Whether the installed release is older than the one that the rules were read from."""
+    """Return whether the installed release is older than the one that the rules were read from."""
     numbers = [re.findall(r"\d+", text)[:3] for text in (metadata.version(package), RECORDED[package])]
     return [int(number) for number in numbers[0]] < [int(number) for number in numbers[1]]
 
@@ -34,7 +34,7 @@ def test_every_fact_is_cited_by_a_rule() -> None:
 
 
 def test_every_citation_is_a_fact() -> None:
-    """A path with a folder that is a file of one of these packages, in any docstring or comment of dsconv."""
+    """A citation is a path with a folder, in a docstring or comment, that is a file of one of these packages."""
     known = {(fact.package, fact.file) for fact in upstream.facts()}
     lacking = set()
     for path, text in upstream.rules().items():
@@ -49,7 +49,7 @@ def test_every_citation_is_a_fact() -> None:
 
 
 def test_no_docstring_repeats_the_version() -> None:
-    """The release that a rule was read from stands in upstream.toml alone; what older releases wrote is history."""
+    """Only upstream.toml has the release that a rule was read from. Docstrings may name older releases."""
     repeated = []
     for package, version in RECORDED.items():
         short = version if package == "deepspeed" else version.rpartition(".")[0]

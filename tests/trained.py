@@ -1,4 +1,4 @@
-"""A trained checkpoint and the truth beside it, and comparisons of raw bytes."""
+"""Read a trained checkpoint and the truth beside it, and compare raw bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 
 def load_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files (or of one file), read by safetensors' own library."""
+    """Return all tensors of a safetensors file, or of a folder of them, read by the safetensors library."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]:
         with safe_open(path, framework="pt") as file:
@@ -27,12 +27,14 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in dtype, shape and every bit."""
+    """Return whether two tensors have the same dtype, shape and bits."""
     return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
 
 
 class Trained:
-    """``checkpoint`` is what was saved; ``truth`` the tensors that a merge must give, by all of their names."""
+    """``checkpoint`` is the saved checkpoint; ``truth`` holds the tensors that a merge must give, under all of their
+    names.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,7 +42,7 @@ class Trained:
 
     @property
     def checkpoint(self) -> Path:
-        """The folder that a user would name: the save dir, or the Trainer's ``checkpoint-N``."""
+        """Return the folder that a user would name: the save dir, or the Trainer's ``checkpoint-N``."""
         base = self.folder / "ckpt" if (self.folder / "ckpt").is_dir() else self.folder
         return next(iter(sorted(base.glob("checkpoint-*"))), base)
 
@@ -50,18 +52,18 @@ class Trained:
 
     @property
     def tied(self) -> dict[str, str]:
-        """{alias: the name of the same parameter that comes first}."""
+        """Return the first name of each tied parameter, by its other names."""
         tied: dict[str, str] = self.facts["tied"]
         return tied
 
     def names(self, name: str) -> set[str]:
-        """All names of the parameter called ``name``."""
+        """Return all names of the parameter called ``name``."""
         first = self.tied.get(name, name)
         return {first, *(alias for alias, owner in self.tied.items() if owner == first)}
 
     def check(self, merged: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
-        """Each tensor of the truth is in ``merged`` under one of its names, bit for bit (cast to ``dtype``), and
-        nothing else.
+        """Assert that ``merged`` holds each tensor of the truth under one of its names, bit for bit (cast to
+        ``dtype``), and no other tensor.
         """
         left = set(self.truth)
         for name, tensor in merged.items():

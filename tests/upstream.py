@@ -1,10 +1,10 @@
-"""What dsconv's rules were read from: ``upstream.toml`` against the packages that are installed.
+"""Compare ``upstream.toml``, the sources that dsconv's rules were read from, with the installed packages.
 
-``upstream.toml`` has a table for each package, with the release that the rules were read from, and in it a table for
-each file, with the digest of the source of each symbol (``*``: of the whole file). A rule's docstring cites file and
+``upstream.toml`` has a table for each package, with the release that the rules were read from. In it, each file has a
+table with the digest of each symbol's source (``*`` is the whole file). A rule's docstring cites only the file and the
 symbol, so that the release stands in one place.
 
-    python -m tests.upstream             # what changed in the installed packages, and which of dsconv's files cite it
+    python -m tests.upstream             # what changed in the installed packages, and which files of dsconv cite it
     python -m tests.upstream --accept    # after a review: write the installed releases and their digests
     python -m tests.upstream --add peft/tuners/lora/layer.py Linear.merge    # a new rule was read from this symbol
 """
@@ -67,7 +67,7 @@ def facts() -> list[Fact]:
 
 @cache
 def folder_of(package: str) -> Path:
-    """Return where an installed package lies, without importing it."""
+    """Return the folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed")
@@ -76,7 +76,9 @@ def folder_of(package: str) -> Path:
 
 @cache
 def sources(path: Path) -> dict[str, str]:
-    """Return the source of each function, class, method and constant of a file, decorators included; ``*`` is all."""
+    """Return the source of each function, class, method and constant of a file, with decorators. ``*`` is the whole
+    file.
+    """
     text = path.read_text()
     lines = text.splitlines()
     found = {"*": text}
@@ -114,12 +116,12 @@ def digest_of(package: str, file: str, symbol: str) -> str:
 
 @cache
 def rules() -> dict[str, str]:
-    """Return {file: text} of dsconv."""
+    """Return the text of each file of dsconv."""
     return {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "dsconv").rglob("*.py"))}
 
 
 def citing(fact: Fact) -> list[str]:
-    """Return the files of dsconv that cite a fact: its file and its symbol, or where none has both, its file."""
+    """Return the files of dsconv that cite a fact's file and symbol, or if there are none, those that cite its file."""
     path = Path(fact.file)
     symbol = fact.symbol.rpartition(".")[2]
     names = (path.name, f"{path.parent.name}/*.py")
@@ -129,7 +131,7 @@ def citing(fact: Fact) -> list[str]:
 
 
 def changes() -> Iterator[str]:
-    """Yield a line for each fact that is no longer so in the packages that are installed."""
+    """Yield a line for each fact that no longer holds in the installed packages."""
     recorded = versions()
     for fact in facts():
         found = digest_of(fact.package, fact.file, fact.symbol)
@@ -143,7 +145,7 @@ def changes() -> Iterator[str]:
 
 
 def accept(added: Sequence[Fact] = ()) -> None:
-    """Write the installed releases and digests into ``upstream.toml``; symbols that are gone are left as they are."""
+    """Write the installed releases and digests into ``upstream.toml``. Symbols that no longer exist stay unchanged."""
     lines = [HEADER.rstrip()]
     rows = [*facts(), *(fact for fact in added if fact not in facts())]
     for package in sorted(versions()):

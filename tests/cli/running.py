@@ -1,4 +1,4 @@
-"""The command line as a user runs it: a process of its own, its streams and its exit code."""
+"""Run the command line as a user does, in its own process, and collect its streams and exit code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Ran:
 
 
 def dsconv(*arguments: str | Path, cwd: Path | None = None, python: tuple[str, ...] = (), **environment: str) -> Ran:
-    """Run ``dsconv`` with ``arguments``; ``python`` are options of the interpreter."""
+    """Run ``dsconv`` with ``arguments``; ``python`` holds options of the interpreter."""
     command = [sys.executable, *python, "-m", "dsconv", *map(str, arguments)]
     result = subprocess.run(
         command,
@@ -41,9 +41,7 @@ def dsconv(*arguments: str | Path, cwd: Path | None = None, python: tuple[str, .
 
 
 def slow_writes(seconds: float) -> list[str]:
-    """The command of dsconv in a process where each write takes that much longer, so that a test can come in
-    between.
-    """
+    """Return a dsconv command in which each write takes that much longer, so that a test can act in between."""
     program = f"""
 import os, sys, time
 real = os.pwrite
@@ -58,7 +56,7 @@ main(sys.argv[1:])
 
 
 def held_writes(release: Path) -> list[str]:
-    """The command of dsconv in a process whose writes wait until the file ``release`` is there."""
+    """Return a dsconv command whose writes wait until the file ``release`` exists."""
     program = f"""
 import os, sys, time
 real = os.pwrite

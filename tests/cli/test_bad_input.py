@@ -1,4 +1,4 @@
-"""Bad input: one clear error that names the file and says what to do, its exit code, and nothing half written."""
+"""Bad input gives one clear error that names the file and says what to do, an exit code, and no partial output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def optimizer(tag: Path, rank: int) -> Path:
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
-    """Load a file as its owner would, change what it holds, and save it again under its name."""
+    """Load a file with torch, change its object, and save it again under its name."""
     state = torch.load(path, weights_only=False)
     change(state)
     torch.save(state, path)
@@ -60,7 +60,7 @@ def flip(path: Path, record: str) -> None:
 
 
 def flip_weight(save_dir: Path, name: str) -> None:
-    """Flip one bit of the first byte on disk of a tensor that a merge reads."""
+    """Flip one bit in the first byte of a tensor that a merge reads."""
     extent = open_checkpoint(save_dir)[name].pieces[0].extent
     data = bytearray(extent.record.path.read_bytes())
     data[extent.offset_bytes] ^= 0x10
@@ -120,7 +120,7 @@ def extra_parameter(state: Any) -> None:
 
 
 Damage = Callable[[Path, Path], None]
-# name → (checkpoint, damage to (save dir, tag dir), exit code, what stderr must say)
+# name → (checkpoint, damage to (save dir, tag dir), exit code, what stderr must contain)
 CASES: dict[str, tuple[str, Damage, int, list[str]]] = {
     "truncated optimizer file": (
         ZERO3,
@@ -278,7 +278,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_unreadable_file(copied: Callable[[str], Path], tmp_path: Path) -> None:
-    """Root reads everything, so a test that is root gives it up."""
+    """Root can read everything, so a test that runs as root drops its privileges."""
     save_dir = copied(ZERO3)
     for path in (save_dir, *save_dir.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)

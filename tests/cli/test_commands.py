@@ -1,4 +1,4 @@
-"""The commands as people and programs use them: what they print, where, and what they need to run."""
+"""The commands as people and programs use them: what they print, where they print it, and what they need to run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_help_fits_80_columns_and_has_an_example(command: list[str]) -> None:
 
 
 def test_the_surface_of_the_command_line() -> None:
-    """Names that users type do not change by accident: a change here is a change for them."""
+    """Names that users type must not change by accident. A change in this test is a change for users."""
     from dsconv.cli.commands import cli
 
     surface = {}
@@ -395,7 +395,7 @@ def test_inspect_for_people(trained: Callable[[str], Trained]) -> None:
 
 
 def test_inspect_groups_layers(tmp_path: Path) -> None:
-    """300 tensors are a page of 80 columns; --all lists each, --filter some, and JSON keeps all."""
+    """300 tensors fit on a page of 80 columns. --all lists each of them, --filter some, and JSON keeps all."""
     layer = {"q.weight": (8, 8), "k.weight": (4, 8), "mlp.experts.0.w": (2, 8), "mlp.experts.1.w": (2, 8), "norm": (8,)}
     state = {"embed.weight": torch.zeros(16, 8), "norm.weight": torch.zeros(8)}
     state |= {f"model.layers.{i}.{name}": torch.zeros(shape) for i in range(60) for name, shape in layer.items()}
@@ -407,7 +407,7 @@ def test_inspect_groups_layers(tmp_path: Path) -> None:
     assert "model.layers.0–6,8–59.norm" in shown
     assert "model.layers.7.norm" in shown
     assert "more rows; --all lists every tensor" in shown
-    assert "odd.49.w" in shown  # the tail
+    assert "odd.49.w" in shown  # the last layers
     assert len(shown.splitlines()) < 60
     assert max(map(len, shown.splitlines())) <= 80 + len(str(tmp_path))
     every = dsconv("inspect", tmp_path, "--all").out
@@ -520,9 +520,7 @@ def test_doctor_shows_what_works_here(tmp_path: Path) -> None:
 
 
 def test_doctor_says_what_is_missing_and_what_fails(tmp_path: Path) -> None:
-    """In an interpreter that finds no zstandard, deepspeed or transformers, and whose folder for temporary files is
-    not there.
-    """
+    """The interpreter finds no zstandard, deepspeed or transformers, and its temporary folder does not exist."""
     program = (
         "import sys\nsys.modules.update(zstandard=None, deepspeed=None, transformers=None)\nfrom dsconv.cli import"
         " main\nimport tempfile\ntempfile.tempdir = '/nonexistent'\nmain(['doctor'])"
@@ -567,7 +565,7 @@ def test_a_merge_without_a_cast_needs_no_torch_and_no_deepspeed(
     case: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     made = trained(case)
-    # Masters without names are distinguished by their values, which numpy compares.
+    # Masters without names are told apart by their values, which needs numpy.
     heavy = [name for name in HEAVY if not (name == "numpy" and "-z0-" in case)]
     for arguments in (
         ["zero-to-fp32", made.checkpoint, tmp_path / "out", "--verify", "--sha256"],
@@ -591,7 +589,7 @@ def test_the_reader_of_the_output_may_leave(trained: Callable[[str], Trained]) -
 
 
 def test_progress_on_a_terminal_and_in_a_log(tmp_path: Path) -> None:
-    """A bar with bytes, rate and time left on a terminal's stderr; the output of a pipe stays clean."""
+    """On a terminal, stderr shows a bar with bytes, rate and time left. The output of a pipe stays clean."""
     import pty
 
     save_file({f"w{i}": torch.zeros(4 << 20) for i in range(5)}, tmp_path / "model.safetensors")

@@ -1,6 +1,4 @@
-"""``dsconv config`` as people and scripts use it: findings, the resolved config, recipes, and exit codes that mean
-something.
-"""
+"""``dsconv config`` as people and scripts use it: findings, the resolved config, recipes, and exit codes."""
 
 from __future__ import annotations
 

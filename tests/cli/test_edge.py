@@ -1,4 +1,4 @@
-"""The edge of the program: whatever its streams, signals and exceptions are, it ends with a line and an exit code."""
+"""Whatever happens to its streams, signals and exceptions, the program ends with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str | Path, shell: str = '"$@"', env: Mapping[str, str] | None = None, program: str = "") -> Ran:
-    """A command line in a shell of its own, which may close streams or make pipes of them."""
+    """Run a command line in a shell, which may close streams or turn them into pipes."""
     start = ["-c", program] if program else ["-m", "dsconv"]
     command = ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, *start, *map(str, arguments)]
     found = subprocess.run(
@@ -48,7 +48,7 @@ def run(*arguments: str | Path, shell: str = '"$@"', env: Mapping[str, str] | No
 
 
 def _default_signals() -> None:
-    """As a terminal starts a program: nohup and background jobs have them ignored."""
+    """Reset the signals as for a program started from a terminal. nohup and background jobs ignore them."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -57,7 +57,7 @@ Ran = subprocess.CompletedProcess[str]
 
 
 def test_commands_print_through_the_console_alone() -> None:
-    """What is printed elsewhere would not be cleaned."""
+    """Text that is printed elsewhere would not be cleaned."""
     for path in CLI.glob("*.py"):
         if path.name in ("console.py", "__init__.py"):
             continue
@@ -89,7 +89,7 @@ def test_names_from_files_cannot_steer_the_terminal(model: Path, tmp_path: Path)
         shown = found.stdout + found.stderr
         assert found.returncode == code, shown
         assert not [char for char in shown if not char.isprintable() and char != "\n"]
-        assert HARMLESS in shown or arguments[0] == "config"  # which cuts the path short
+        assert HARMLESS in shown or arguments[0] == "config"  # config cuts the path short
 
 
 def test_json_is_one_object_for_errors_and_usage_too(model: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_model_is_written_whatever_the_streams_are(model: Path, tmp_path: Pa
     out = tmp_path / "out"
     assert run("merge", model, out, "--no-fsync", shell=shell).returncode == code
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "dsconv.manifest.json", "model.safetensors"]
-    assert (out / "model.safetensors").read_bytes()[:1] != b"m"  # nothing that was printed went into a file
+    assert (out / "model.safetensors").read_bytes()[:1] != b"m"  # nothing that was printed went into the file
     assert run("verify", model, out).returncode == 0
 
 
@@ -191,7 +191,7 @@ main(sys.argv[1:])
         ("RecursionError('deep')", 1, "this is a bug in dsconv: RecursionError"),
         ("MemoryError()", 3, "not enough memory"),
         ("PermissionError(13, 'Permission denied', '/x')", 3, "/x: Permission denied"),
-        ("BrokenPipeError(32, 'Broken pipe')", 3, "Broken pipe"),  # a connection's: stdout is well
+        ("BrokenPipeError(32, 'Broken pipe')", 3, "Broken pipe"),  # it comes from a connection; stdout is fine
         ("dsconv.errors.UnsafeError('no')", 4, "no"),
         ("dsconv.errors.MismatchError('no')", 5, "no"),
         ("dsconv.errors.RemoteError('https://u:p@h/x?sig=1')", 6, "https://…@h/x?…"),

@@ -1,4 +1,4 @@
-"""``dsconv estimate`` as people and programs use it."""
+"""Test ``dsconv estimate`` as people and programs use it."""
 
 from __future__ import annotations
 

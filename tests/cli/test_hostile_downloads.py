@@ -1,4 +1,4 @@
-"""Downloads that were made to harm: what ``make attacks`` tries, one command of each."""
+"""Hostile downloads: one command on each download that ``make attacks`` makes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ ALL = [(name, download) for name, downloads in CLASSES.items() for download in d
 
 @pytest.mark.parametrize(("name", "download"), ALL, ids=[f"{name}: {download.title}" for name, download in ALL])
 def test_a_download_harms_nobody(name: str, download: Download, tmp_path: Path) -> None:
-    """The last command writes where there is one that writes; the others are left to ``make attacks``."""
+    """The test runs the last command, which writes if any command does. ``make attacks`` runs the others."""
     commands = download.commands if name == "the terminal" else download.commands[-1:]
     assert faults(replace(download, commands=commands), tmp_path / "box") == []

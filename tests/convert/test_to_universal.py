@@ -113,9 +113,8 @@ def test_it_writes_what_the_official_tool_writes(
             continue
         expected, found = load(theirs / path), load(ours / path)
         if path == "zero/optimizer_state.pt":
-            flat = (
-                {"fp32_flat_groups", "optimizer_state_dict"} if stage == 3 else set()
-            )  # of rank 0, whole; no loader reads them
+            # Of rank 0, whole; no loader reads them.
+            flat = {"fp32_flat_groups", "optimizer_state_dict"} if stage == 3 else set()
             for key in set(expected) - flat:
                 assert equal(expected[key], found[key]), key
             if stage == 3:

@@ -136,17 +136,15 @@ def test_it_writes_what_the_official_tool_writes(name: str, made: dict[str, Path
             assert (theirs / path).read_bytes() == (ours / path).read_bytes()
             continue
         want, found = load(theirs / path), load(ours / path)
-        if (
-            path == "zero/optimizer_state.pt" and layout.stage == 3
-        ):  # theirs holds rank 0's partitions, which no loader reads
+        # Theirs holds rank 0's partitions, which no loader reads.
+        if path == "zero/optimizer_state.pt" and layout.stage == 3:
             nested = [of.pop("optimizer_state_dict") for of in (want, found)]
             assert equal(nested[0]["param_groups"], nested[1]["param_groups"])
             assert equal(nested[0]["state"][0]["step"], nested[1]["state"][0]["step"])
         if path == "zero/optimizer_state.pt":
             assert all(equal(want[key], found[key]) for key in want if key != "fp32_flat_groups")
-        elif path == "zero/lm_head.weight/fp32.pt" and name.startswith(
-            "qwen"
-        ):  # a tied name: theirs is rank 0's shard alone
+        # A tied name: theirs is rank 0's shard alone.
+        elif path == "zero/lm_head.weight/fp32.pt" and name.startswith("qwen"):
             assert same(want["param"], found["param"][: len(want["param"])])
         else:
             assert equal(want, found), path

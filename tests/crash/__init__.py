@@ -1,3 +1,1 @@
-"""Kills and failing system calls at every place where a run changes the disk: see ``make crash`` and
-docs/reliability.md.
-"""
+"""Kill a run, or let a system call fail, wherever it changes the disk. See ``make crash`` and docs/reliability.md."""

@@ -1,6 +1,4 @@
-"""``python -m tests.crash``: kill a run at every call that changes the disk, and let every such call fail, and
-count.
-"""
+"""``python -m tests.crash``: kill a run at every call that changes the disk, let every such call fail, and count."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ Point = tuple[str, str, Callable[[], str]]
 
 
 def points(job: Job, calls: list[str], seed: int) -> Iterator[Point]:
-    """(what happens, the kind of call, a function that makes it happen and tells what became of it) of each point."""
+    """Return each point as (the fault, the kind of call, a function that runs it and returns the outcome)."""
     chosen = random.Random(seed)
     for at, kind in enumerate(calls, 1):
         yield "killed before", kind, lambda at=at: killed(job, at, kill)  # type: ignore[misc]
@@ -51,9 +49,7 @@ def all_points(folder: Path, seed: int) -> Iterator[tuple[Job, list[Point]]]:
 
 
 def spread(found: list[Point], count: int, chosen: random.Random) -> list[Point]:
-    """``count`` of the points, of each kind of fault and call before any a second time, and of the end, where files
-    move.
-    """
+    """Choose ``count`` points: first one of each kind of fault and call, and those at the end, where files move."""
     seen: Counter[tuple[str, str]] = Counter()
     order = []
     for point in sorted(found, key=lambda _: chosen.random()):
@@ -67,7 +63,7 @@ def spread(found: list[Point], count: int, chosen: random.Random) -> list[Point]
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object.")
 def main(count: int | None, seed: int, as_json: bool) -> None:
-    """Kill merge, to-universal and to-dcp, new and over an older output. Exits 1 when a promise is not kept."""
+    """Kill merge, to-universal and to-dcp, new and over an older output. Exits with 1 if a promise is broken."""
     began = time.monotonic()
     counts: dict[str, dict[str, Counter[str]]] = {}
     failures = 0

@@ -1,7 +1,6 @@
-"""Faults from outside of the code under test: every call of Python's that changes a file is counted, and one of them
-goes wrong.
+"""Count every Python call that changes a file, and let one of them fail, without changing the code under test.
 
-The functions of ``os`` and ``open`` are replaced in a process that was forked for one fault and ends with it.
+``open`` and functions of ``os`` are replaced in a process that is forked for one fault and ends with it.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Faults:
-    """Counts the calls, by number and kind, and calls ``fault(kind, call)`` in place of the call number ``at`` (from
-    1).
+    """Count the calls by number and kind, and run ``fault(kind, call)`` in place of call number ``at`` (from 1).
 
-    Of a write, that ``call`` writes the first half.
+    If the call is a write, the given ``call`` writes only the first half.
     """
 
     def __init__(self, at: int, fault: Callable[[str, Callable[..., Any]], Any]) -> None:
@@ -81,7 +79,7 @@ class Faults:
 
 
 class Written:
-    """A file of ``open`` whose writes are counted and go to the system at once."""
+    """A file from ``open`` whose writes are counted and not buffered."""
 
     def __init__(self, file: Any, faults: Faults) -> None:
         self._file = file
@@ -107,12 +105,12 @@ class Written:
 
 
 def kill(kind: str, call: Callable[..., Any]) -> None:
-    """As a machine that dies, or the out-of-memory killer: no handler runs."""
+    """End the process as a crash of the machine or the out-of-memory killer does, without running any handler."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_halfway(kind: str, call: Callable[..., Any]) -> None:
-    """A write of which half arrived; of another call, killed after it."""
+    """Kill the process in the middle of a write, or right after another call."""
     try:
         call()
     finally:
@@ -120,7 +118,7 @@ def kill_halfway(kind: str, call: Callable[..., Any]) -> None:
 
 
 def failing(number: int) -> Callable[[str, Callable[..., Any]], Any]:
-    """The system's refusal with errno ``number``, such as ENOSPC or EIO."""
+    """Return a fault that raises errno ``number``, such as ENOSPC or EIO."""
 
     def fail(kind: str, call: Callable[..., Any]) -> Any:
         raise OSError(number, os.strerror(number))
@@ -129,7 +127,7 @@ def failing(number: int) -> Callable[[str, Callable[..., Any]], Any]:
 
 
 def short(kind: str, call: Callable[..., Any]) -> Any:
-    """A write that takes less than it was given, as a nearly full disk or a signal makes it: legal, and no error."""
+    """Write less than was given, as happens with a nearly full disk or a signal. This is legal and no error."""
     return call()
 
 

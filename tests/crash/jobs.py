@@ -1,4 +1,4 @@
-"""What is killed: each kind of output, new and over an older one, and what must be true of it afterwards."""
+"""The runs that are killed: each kind of output, new and over an older one, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ NEW, OLD, ABSENT = "new", "old", "absent"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of output: ``run(source, target, force)``, ``counts`` the files of which one makes it an output."""
+    """A kind of output. ``run(source, target, force)`` makes it; one of the files in ``counts`` makes it count as an
+    output.
+    """
 
     name: str
     run: Callable[[Path, Path, bool], object]
@@ -52,11 +54,11 @@ KINDS = (
 
 
 class Broken(AssertionError):
-    """A promise was not kept; the message says which."""
+    """Raised when a promise is broken; the message says which."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below ``folder`` by their paths, but not what a killed run left hidden."""
+    """Return all files below ``folder`` by path, except for the hidden ones that a killed run left."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -65,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Job:
-    """One kind of output from ``source``, in ``home``; over an older one of ``old``, if given."""
+    """One kind of output made from ``source`` in ``home``, over an older output of ``old`` if given."""
 
     def __init__(self, kind: Kind, source: Path, home: Path, old: Path | None) -> None:
         self.kind = kind
@@ -84,7 +86,7 @@ class Job:
         return self.home / "out"
 
     def prepare(self) -> None:
-        """The state before the run."""
+        """Restore the state before the run."""
         shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir(parents=True)
         if self.old is not None:
@@ -94,7 +96,7 @@ class Job:
         self.kind.run(self.source, self.target, self.old is not None)
 
     def state(self) -> str:
-        """Whether the target is the new output, the old one, or none; raises Broken where it is something between."""
+        """Return whether the target is the new output, the old one, or none. Raises Broken if it is anything else."""
         found = contents(self.target) if self.target.is_dir() else {}
         if found == self.after:
             state = NEW
@@ -118,17 +120,16 @@ class Job:
         return state
 
     def recover(self, state: str) -> None:
-        """Run again, as a user does: without ``--force`` first. Raises Broken unless the output is that of an
-        undisturbed run.
+        """Run again as a user does, first without ``--force``. Raises Broken unless the output equals an undisturbed
+        run's.
         """
         try:
             self.kind.run(self.source, self.target, False)
         except OutputError as error:
             if "already holds" not in str(error):
                 raise Broken(f"{state}, and the next run says: {error}") from None
-            if contents(self.target) != (
-                self.before if state == OLD else self.after
-            ):  # absent: it has finished what was begun
+            # The output is absent: the run has finished what the killed one began.
+            if contents(self.target) != (self.before if state == OLD else self.after):
                 raise Broken(f"{state}, and a run that was refused changed it") from None
             self._nothing_left()
             self.kind.run(self.source, self.target, True)

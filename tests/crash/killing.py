@@ -1,4 +1,4 @@
-"""One run in a process of its own, in which one call goes wrong."""
+"""Run one job in its own process, in which one call goes wrong."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ DONE, REFUSED, FAILED = 0, 3, 70
 
 
 def run_with(job: Job, at: int, fault: Callable[[str, Callable[..., Any]], Any]) -> tuple[int, str]:
-    """Fork, let ``fault`` happen at the call number ``at`` of the run; (exit code or minus the signal, what it said).
+    """Fork, and let ``fault`` happen at call number ``at`` of the run. Returns (exit code or minus the signal, the
+    report).
 
-    It says the calls of an undisturbed run as JSON, or the message of its DsconvError.
+    The report is the list of calls of an undisturbed run as JSON, or the message of its DsconvError.
     """
     end, begin = os.pipe()
     pid = os.fork()
@@ -47,7 +48,7 @@ def run_with(job: Job, at: int, fault: Callable[[str, Callable[..., Any]], Any])
 
 
 def calls_of(job: Job) -> list[str]:
-    """The kinds of all calls that an undisturbed run makes, in order."""
+    """Return the kinds of all calls that an undisturbed run makes, in order."""
     job.prepare()
     code, said = run_with(job, 0, lambda kind, call: call())
     if code != DONE:
@@ -57,18 +58,16 @@ def calls_of(job: Job) -> list[str]:
 
 
 def killed(job: Job, at: int, how: Callable[[str, Callable[..., Any]], Any], again: int | None = None) -> str:
-    """Kill the run at a call, and the next one too at ``again``, if given; then run to the end.
+    """Kill the run at a call, and the next run at ``again`` if given; then run to the end.
 
-    Returns the state in between; raises Broken where a promise was not kept.
+    Returns the state in between. Raises Broken if a promise is broken.
     """
     job.prepare()
     for number in (at, again):
         if number is None:
             continue
         code, said = run_with(job, number, how)
-        if code != -signal.SIGKILL and not (
-            number == again and code in (DONE, REFUSED)
-        ):  # with other calls it may end first
+        if code != -signal.SIGKILL and not (number == again and code in (DONE, REFUSED)):  # it may end before that call
             raise Broken(f"it was not killed: {code}, {said[:200]}")
         state = job.state()
     job.recover(state)
@@ -76,10 +75,9 @@ def killed(job: Job, at: int, how: Callable[[str, Callable[..., Any]], Any], aga
 
 
 def failed(job: Job, at: int, kind: str, how: Callable[[str, Callable[..., Any]], Any]) -> str:
-    """One call fails: the run says so and takes its files away, or it can do without, and its output is whole.
+    """Let one call fail: the run either reports it and removes its files, or does without it and its output is whole.
 
-    ``refused`` or ``done``; raises Broken where a promise was not kept. What could not be removed is left to the next
-    run.
+    Returns ``refused`` or ``done``. Raises Broken if a promise is broken. The next run removes what this one could not.
     """
     job.prepare()
     code, said = run_with(job, at, how)

@@ -1,6 +1,4 @@
-"""The moment in which a finished output takes the place of an older one: whatever ends the run there, one of the two
-stays whole.
-"""
+"""The moment in which a new output replaces an older one. Whatever ends the run there, one of the two stays whole."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ CASE, OLDER = "llama_tied-z3-bf16-w3", "llama_tied-z3-fp32-w1"
 
 @pytest.fixture
 def older(trained: Callable[[str], Trained], tmp_path: Path) -> Path:
-    """A folder that holds another model."""
+    """Make a folder that holds another model."""
     dsconv.merge(trained(OLDER).checkpoint, tmp_path / "out", fsync=False)
     return tmp_path / "out"
 
@@ -39,7 +37,7 @@ def undisturbed(trained: Callable[[str], Trained], tmp_path: Path) -> dict[str, 
 
 
 def once(error: BaseException, real: Callable[..., Any]) -> Callable[..., Any]:
-    """``real``, but that its first call raises ``error``."""
+    """Wrap ``real`` so that its first call raises ``error``."""
     waiting = [error]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +56,7 @@ def always(error: BaseException) -> Callable[..., Any]:
 
 
 def killed(work: Callable[[], object], at: str) -> None:
-    """``work`` in a process of its own, which is killed where it first calls ``Staging.<at>``."""
+    """Run ``work`` in its own process, which is killed at its first call of ``Staging.<at>``."""
     pid = os.fork()
     if pid == 0:
         setattr(staging.Staging, at, lambda *args: os.kill(os.getpid(), signal.SIGKILL))

@@ -1,4 +1,4 @@
-"""Some of the points of ``make crash``, of every job, fault and kind of call: 10 s of the 90 minutes."""
+"""Run some points of ``make crash``, of every job, fault and kind of call: 10 s of its 90 minutes."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ def test_whole_or_absent_wherever_a_run_is_killed_or_a_call_fails(trained: objec
     for of_job in result["counts"].values():
         for of_fault in of_job.values():
             outcomes.update(of_fault)
-    assert {"absent", "old", "new", "refused", "done"} <= set(outcomes)  # the points are where they should be
+    assert {"absent", "old", "new", "refused", "done"} <= set(outcomes)  # the points reach every outcome

@@ -1,4 +1,4 @@
-"""Sources that change, fail or vanish while they are read, signals, and a second run at the same output."""
+"""Sources that change, fail or vanish while they are read; signals; and a second run into the same output."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ LAST = "*zero_pp_rank_2_*optim_states.pt"
 
 @pytest.fixture
 def plain(trained: Callable[[str], Trained], tmp_path: Path) -> Path:
-    """Shards of safetensors, which keep no checksums."""
+    """Make safetensors shards, which have no checksums."""
     dsconv.merge(trained(CASE).checkpoint, tmp_path / "plain", max_shard_size="12KB", fsync=False)
     assert (tmp_path / "plain" / "model-00002-of-00002.safetensors").is_file()
     return tmp_path / "plain"
 
 
 def when_half_is_copied(happen: Callable[[], object]) -> Callable[[str, int, int], None]:
-    """A ``progress`` that makes something happen once the first files have been read."""
+    """Return a ``progress`` callback that runs an action once the first files have been read."""
     waiting = [happen]
 
     def progress(phase: str, done: int, total: int) -> None:
@@ -75,16 +75,15 @@ def test_a_file_that_is_cut_vanishes_or_is_written_to(
             merged_meanwhile(save_dir, tmp_path / "out", happen)
         assert not (tmp_path / "out").exists()
         victim.write_bytes(kept)
-    merged_meanwhile(
-        save_dir, tmp_path / "out", victim.touch
-    )  # what was read matches its checksums: nothing is wrong with it
+    # The bytes that were read match their checksums, so the output is right.
+    merged_meanwhile(save_dir, tmp_path / "out", victim.touch)
     trained(CASE).check(load_safetensors(tmp_path / "out"))
 
 
 def test_a_file_without_checksums_that_is_written_to(
     trained: Callable[[str], Trained], plain: Path, tmp_path: Path
 ) -> None:
-    """Only by its size, time and inode can that be seen, so a mere touch counts."""
+    """Only the file's size, time and inode reveal the change, so even a touch counts."""
     victim = plain / "model-00002-of-00002.safetensors"
 
     def put_another_there() -> None:
@@ -106,7 +105,7 @@ def test_a_file_without_checksums_that_is_written_to(
 
 @pytest.mark.parametrize("convert", [dsconv.merge, dsconv.to_dcp, dsconv.to_universal])
 def test_the_error_is_the_sources_own(convert: Callable[..., Any], copied: Any, tmp_path: Path) -> None:
-    """A file that goes away is an OSError as a failing disk is, and must not be reported as one of the output."""
+    """A vanished file raises an OSError, as a failing disk does, and must not be reported as an error of the output."""
     save_dir = copied(CASE)
     (victim,) = save_dir.rglob(LAST)
     checkpoint = dsconv.open_checkpoint(save_dir)
@@ -154,7 +153,7 @@ def test_reads_and_writes_that_do_less_than_asked(
 
 @contextlib.contextmanager
 def interrupted_all_the_time() -> Iterator[list[int]]:
-    """A signal with a handler every 200 µs, which ends system calls early (EINTR)."""
+    """Send a signal with a handler every 200 µs, which interrupts system calls (EINTR)."""
     seen: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, frame: seen.append(number))
     signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)

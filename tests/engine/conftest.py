@@ -1,4 +1,4 @@
-"""A tiny model with dropout, and commands of their own process."""
+"""A tiny model with dropout, and the environment for commands in their own process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a configuration and no weights."""
+    """Return a folder with a configuration and no weights."""
     from transformers import LlamaConfig
 
     folder = tmp_path_factory.mktemp("tiny-llama")
@@ -30,5 +30,5 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """For processes that tests start."""
+    """Return the environment for processes that tests start."""
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

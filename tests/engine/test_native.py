@@ -1,4 +1,4 @@
-"""The native backend: FSDP2, DDP with its hooks, tensor parallelism, all through DCP."""
+"""The native backend: FSDP2, DDP with its hooks, and tensor parallelism, all of which save with DCP."""
 
 from __future__ import annotations
 

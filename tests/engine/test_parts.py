@@ -31,7 +31,7 @@ RUN = RunOptions("model", "run", 8, Layout(nproc=4, zero_stage=1), batch_size=8)
 
 
 def test_a_deepspeed_config_does_not_decide_what_flags_do() -> None:
-    """Else a run that goes on in another layout would be of two."""
+    """Otherwise a run that continues in another layout would have two contradictory settings."""
     said = {
         "zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": "auto"},
         "bf16": {"enabled": True},
@@ -274,7 +274,7 @@ def test_a_metrics_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
 
 
 def test_keep_leaves_what_latest_names(tmp_path: Path) -> None:
-    """A run that goes back to an earlier checkpoint saves steps below those of the branch that it left."""
+    """A run that goes back to an earlier checkpoint saves lower steps than the branch that it left."""
     for step in (2, 4, 6, 8):
         folder = checkpoints.begin(tmp_path) / checkpoints.tag_of(step)
         folder.mkdir()
@@ -321,7 +321,8 @@ if __name__ == "__main__":
     sys.exit(rank.exitcode)
 """
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "script").write_text(program)  # as pip installs it: its own folder comes first, not the current
+    # As pip installs it: sys.path begins with the script's folder, not with the current one.
+    (tmp_path / "bin" / "script").write_text(program)
     done = subprocess.run([sys.executable, "bin/script"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()

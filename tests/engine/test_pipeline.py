@@ -1,5 +1,5 @@
-"""Pipeline runs: a transformers model cut into stages computes the same, resumes bit for bit, and goes on in other
-layouts.
+"""Pipeline runs: a transformers model that is cut into stages computes the same, resumes bit for bit, and continues in
+other layouts.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_layers_one_after_another_are_the_model(name: str) -> None:
 
 
 def test_a_pipeline_and_zero_go_on_from_each_other(tiny_llama: Path, tmp_path: Path) -> None:
-    """What was saved right after the change is what was there before, bit for bit; losses are those of either
+    """The states saved right after the change equal those before it, bit for bit, and the losses are those of either
     layout.
     """
     without = Scenario("zero0", Layout(nproc=2, pp=2), "fp32")
@@ -94,12 +94,12 @@ def test_a_pipeline_and_zero_go_on_from_each_other(tiny_llama: Path, tmp_path: P
             assert run.curve(key) == pytest.approx(runs[0].curve(key), rel=2e-6), key
     expected, found, _ = (dsconv.open_checkpoint(run.run_folder / "checkpoints", tag="step-00000001") for run in runs)
     assert list(found) == list(expected)
-    for name in found:  # the first step's learning rate is 0, so these are the weights that a run starts with
+    for name in found:  # the first step has a learning rate of 0, so these are the initial weights
         assert torch.equal(found[name].read(), expected[name].read()), name
 
 
 def test_stages_and_replicas_resume_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
-    """With dropout on, and dropped again when activations are computed anew."""
+    """Dropout is on, and activation checkpointing must apply the same dropout again."""
     layout = Layout(nproc=4, pp=2, zero_stage=1)
     scenario = Scenario("row", layout, "fp32", {"activation_checkpointing": True})
     validation = Validation(tmp_path, run_options(tiny_llama, layout), [scenario])

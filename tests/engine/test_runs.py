@@ -1,6 +1,4 @@
-"""Runs that end otherwise than planned: killed in a save, told to stop, out of disk, of another model, under
-torchrun.
-"""
+"""Runs that are killed in a save, told to stop, out of disk space, started from another model, or under torchrun."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def command(*arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
+    """Return a run that ended undisturbed."""
     run = tmp_path_factory.mktemp("runs") / "finished"
     report = train(options(tiny_llama, run, monitor=("csv", "comms")))
     assert report.finished
@@ -53,7 +51,7 @@ def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def wait_for(found: Any, process: subprocess.Popen[Any]) -> None:
-    """Until ``found()`` is true. The process must not end before."""
+    """Wait until ``found()`` is true. The process must not end before that."""
     deadline = time.monotonic() + 120
     while not found():
         assert process.poll() is None, process.communicate()
@@ -100,7 +98,7 @@ def test_a_run_that_was_killed_in_a_save_goes_on_from_the_one_before(
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     step = checkpoints.read_state(checkpoints.latest(run)).step
-    assert step in (2, 3)  # 3 where the save was over by the time that the signal came
+    assert step in (2, 3)  # 3 if the save had finished by the time the signal came
     assert checkpoints.steps(run)[-1] == step
     report = resume(run)
     assert report.finished
@@ -169,7 +167,7 @@ def test_ranks_whose_launcher_was_killed_save_and_end(
 def test_a_disk_that_fills_leaves_the_checkpoint_before(
     finished: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """The largest file that a process may write stands in for the space that is left."""
+    """A limit on the size of files stands in for a full disk."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("logs", checkpoints.tag_of(5), checkpoints.tag_of(6)))
     files.write_file(run / checkpoints.FOLDER / checkpoints.LATEST, checkpoints.tag_of(4).encode())

@@ -1,4 +1,4 @@
-"""Runs that lose their ZeRO: DeepSpeed loads nothing there from another layout, the engine does."""
+"""Runs that resume at stage 0, where DeepSpeed cannot load another layout and the engine does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation of real runs passes, and fails for each thing that is broken on purpose."""
+"""Validation of real runs passes, and fails for each deliberate sabotage."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_each_sabotage_is_caught(tiny_llama: Path, tmp_path: Path) -> None:
     assert passed == [True] + [False] * len(FAULTS), validation.cells
     found = dict(zip(FAULTS, validation.cells[1:], strict=True))
     assert found["drop-exp-avg"].evidence["states saved and loaded that differ"][0].startswith("rank 0: exp_avg of ")
-    for name in ("reset-rng", "skip-batch"):  # the states are those that were saved; what came after is not
+    for name in ("reset-rng", "skip-batch"):  # the loaded states equal the saved ones, but the following steps differ
         assert not found[name].evidence["states saved and loaded that differ"]
         assert found[name].evidence["steps whose loss differs"] == [3, 4]
 

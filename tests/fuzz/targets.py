@@ -316,9 +316,8 @@ class Checkpoints(Target):
         if kind == 0:
             return Broken(checkpoint, ((path, None),))
         if checkpoint.name in ("universal", "pipeline"):
-            kind = max(
-                kind, 3
-            )  # a file's name alone says of which tensor or layer it is: that two were swapped, nobody can tell
+            # A file's name alone says of which tensor or layer it is: that two were swapped, nobody can tell.
+            kind = max(kind, 3)
         if kind == 1:
             return Broken(checkpoint, ((path, files[other]), (other, files[path])))
         if kind == 2:

@@ -1,5 +1,5 @@
-"""Runs an example as ``python EXAMPLE ARG…`` does, without the op that DeepSpeed would first compile on a CPU, for
-minutes.
+"""Run an example like ``python EXAMPLE ARG…``, without the op that DeepSpeed would first spend minutes compiling on a
+CPU.
 """
 
 import runpy

@@ -75,7 +75,7 @@ def test_equal_copies_in_different_folders_load(tmp_path: Path) -> None:
 
 
 def test_one_changed_tensor_of_many_is_seen(tmp_path: Path) -> None:
-    """As in a run that trains an adapter only: a CRC-32 of torch's file differs, however large the rest is."""
+    """A run that trains only an adapter changes little, but a CRC-32 in torch's file differs, however large it is."""
     tensors = {f"w{number}": torch.zeros(1 << 16) for number in range(64)}
     first = fingerprint(open_checkpoint(write(tmp_path / "a", tensors, torch_format=True)))
     assert (

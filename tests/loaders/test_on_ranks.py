@@ -14,7 +14,7 @@ from tests.trained import Trained
 
 @pytest.fixture(scope="module")
 def failures(trained: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each check failed with: the ranks' tracebacks, or nothing."""
+    """Return how each check failed: the ranks' tracebacks, or nothing."""
     cases = {name: case for name, case in CASES.items() if not name.startswith("nvme") or async_io_is_built()}
     source = trained("llama_tied-z3-bf16-w4").checkpoint
     return gloo.outcomes(

@@ -1,4 +1,4 @@
-"""What a loader refuses says so by name, before a model is built: no ranks are needed for it."""
+"""A loader refuses by name, before a model is built, so these tests need no ranks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_quantized_checkpoint(method: str, copied: Path) -> None:
         ):
             load()
     plain = transformers.AutoConfig.from_pretrained(copied)
-    del plain.quantization_config  # what the message says helps where the weights are not quantized
+    del plain.quantization_config  # the remedy in the message works if the weights are not quantized
     assert not dsconv.load_tp(copied, config=plain).load_report.missing
 
 
@@ -79,7 +79,7 @@ def test_quantized_values_are_not_numbers(tmp_path: Path) -> None:
         assert torch.equal(model.weight, before)
         same = nn.Module()
         same.weight = nn.Parameter(torch.zeros(4, 3, dtype=dtype), requires_grad=False)
-        dsconv.stream_into(same, tmp_path)  # into its own dtype it is only bytes
+        dsconv.stream_into(same, tmp_path)  # loading into the same dtype only copies bytes
         assert torch.equal(same.weight.view(torch.uint8), torch.ones(4, 3).to(dtype).view(torch.uint8))
 
 
@@ -108,7 +108,7 @@ def test_nvme_that_cannot_be_used(llama: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="nvme_path cannot be created: Not a directory"):
         dsconv.load_zero3(llama, zero3(offload_param={"device": "nvme", "nvme_path": str(tmp_path / "file")}))
-    monkeypatch.setenv("CC", "false")  # a machine without a compiler: DeepSpeed asks it whether libaio is there
+    monkeypatch.setenv("CC", "false")  # without a compiler, DeepSpeed cannot find out whether libaio exists
     with pytest.raises(
         UnsupportedError, match=r"needs DeepSpeed's async_io op, which cannot be loaded here: install libaio"
     ):
@@ -125,7 +125,7 @@ def test_damaged_and_foreign_checkpoints(copied: Path) -> None:
     for load in loads:
         with pytest.raises(MalformedError, match=r"model\.safetensors"):
             load()
-    # Another model's: nothing fits, and strict says so; of another width: the shapes say so.
+    # With another model's checkpoint no name fits, which strict reports; with another width the shapes do not fit.
     save_file({f"encoder.{name}": tensor for name, tensor in weights.items()}, file)
     with pytest.raises(InconsistentCheckpointError, match="the model has and the checkpoint lacks: "):
         dsconv.load_tp(copied, strict=True)
@@ -144,7 +144,7 @@ def test_no_memory_for_a_block(copied: Path, tmp_path: Path, monkeypatch: pytest
     from dsconv.loaders import memory
 
     def refuse(nbytes: int) -> bytearray:
-        return bytearray(nbytes << 30)  # more than any machine has
+        return bytearray(nbytes << 30)  # more memory than any machine has
 
     for module in (copy, memory):
         monkeypatch.setattr(module, "bytearray", refuse, raising=False)

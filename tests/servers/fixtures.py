@@ -1,4 +1,4 @@
-"""What the tests of stores share: an S3 server, a Hub to write to, and quick retries."""
+"""Fixtures that the tests of stores share: an S3 server, a writable Hub, and quick retries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def s3_environment() -> Iterator[dict[str, str]]:
-    """The environment of a process that talks to a real S3 API: moto's server, on this machine."""
+    """Return the environment of a process that talks to a real S3 API: moto's server, on this machine."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -40,7 +40,7 @@ def s3_environment() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def s3(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """fsspec's S3 file system on that server, with an empty bucket ``shelf``."""
+    """Return fsspec's S3 file system on that server, with an empty bucket ``shelf``."""
     import s3fs
 
     for name, value in s3_environment.items():
@@ -55,7 +55,7 @@ def s3(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def memory() -> Iterator[Any]:
-    """fsspec's file system in memory, empty."""
+    """Return an empty in-memory file system of fsspec."""
     import fsspec
 
     fs = fsspec.filesystem("memory")
@@ -68,7 +68,7 @@ def memory() -> Iterator[Any]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
-    """A hub of this process: over LFS, with waits that are noted and not waited."""
+    """Return a Hub in this process that uses LFS, and record the waits instead of waiting."""
     with serve_writable_hub(tmp_path / "hub") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_TOKEN", server.token)

@@ -1,6 +1,6 @@
-"""A small server of the parts of the Hub's API that reading needs, over folders on the disk.
+"""A small server that implements the parts of the Hub's API that reading needs, over folders on the disk.
 
-Endpoints as huggingface_hub 2.4 calls them: ``/api/models/ID[/revision/REV]``, ``…/tree/REV``, ``…/paths-info/REV`` and
+huggingface_hub 2.4 calls these endpoints: ``/api/models/ID[/revision/REV]``, ``…/tree/REV``, ``…/paths-info/REV`` and
 ``/ID/resolve/REV/FILE``.
 """
 
@@ -20,12 +20,14 @@ from urllib.parse import parse_qs, unquote
 
 from tests.servers.serving import Handler
 
-LARGE = (".safetensors", ".bin", ".pt", ".onnx", ".model")  # of the .gitattributes that the Hub gives each repository
+LARGE = (".safetensors", ".bin", ".pt", ".onnx", ".model")  # from the .gitattributes that the Hub gives each repository
 
 
 @dataclass
 class Hub:
-    """``repos``: {id: {revision: folder}}. A ``private`` one wants the token; ``broken`` answers 500 to everything."""
+    """``repos`` is {id: {revision: folder}}. A ``private`` repository needs the token; a ``broken`` one always answers
+    500.
+    """
 
     repos: dict[str, dict[str, Path]]
     url: str = ""
@@ -40,11 +42,11 @@ class Hub:
         return repo == self.private
 
     def revisions(self, repo: str) -> dict[str, Path]:
-        """The folder of each branch and commit."""
+        """Return the folder of each branch and commit of a repository."""
         return {**self.repos[repo], **{commit(folder): folder for folder in self.repos[repo].values()}}
 
     def downloads(self) -> list[str]:
-        """The files that were fetched."""
+        """Return the files that were fetched."""
         return [
             request.rpartition("/")[2]
             for request in self.requests

@@ -1,11 +1,10 @@
-"""The parts of the Hub's API that writing needs, over the server that reads: repositories are made, pushed to and read
-back.
+"""Add the parts of the Hub's API that writing needs to the server: repositories are made, pushed to and read back.
 
-Endpoints as huggingface_hub 2.4 calls them: ``/api/repos/create``, ``/api/validate-yaml``, and of a model ``branch``,
+huggingface_hub 2.4 calls these endpoints: ``/api/repos/create``, ``/api/validate-yaml``, and for a model ``branch``,
 ``preupload``, ``commit`` (NDJSON), ``discussions`` (pull requests), ``xet-write-token``, ``xet-read-token`` and Git
-LFS's ``info/lfs/objects/batch`` with its uploads. As the Hub does, it takes LFS objects only if their sha256 is their
-name, refuses a commit whose parent is not the head (412) or whose LFS objects never arrived (400), and knows what it
-has already.
+LFS's ``info/lfs/objects/batch`` with its uploads. Like the Hub, it takes LFS objects only if their sha256 is their
+name, refuses a commit whose parent is not the head (412) or whose LFS objects never arrived (400), and does not ask
+again for objects that it has.
 """
 
 from __future__ import annotations
@@ -44,28 +43,27 @@ class Fault:
 
 @dataclass
 class WritableHub(Hub):
-    """``base`` holds each commit as a folder. ``objects`` are LFS's, by sha256; ``received``: [(sha256, bytes)] of
-    each upload.
+    """``base`` holds each commit as a folder, ``objects`` the LFS objects by sha256, and ``received`` (sha256, bytes)
+    of each upload.
     """
 
     base: Path = Path()
     privates: set[str] = field(default_factory=set)
-    others: str = "others"  # an organization that the token may not write to
+    others: str = "others"  # an organization that the token cannot write to
     objects: dict[str, bytes] = field(default_factory=dict)
     received: list[tuple[str, int]] = field(default_factory=list)
     commits: list[dict[str, Any]] = field(default_factory=list)
     pulls: int = 0
     faults: list[Fault] = field(default_factory=list)
-    xet: Path | None = None  # the folder of hf_xet's local store; then it is the only way to a large file
-    xet_files: dict[str, tuple[str, Path]] = field(
-        default_factory=dict
-    )  # sha256 → (xet's hash, the file), which the Hub's store knows
+    xet: Path | None = None  # the folder of hf_xet's local store, through which all large files then go
+    # sha256 → (xet's hash, the file) of what the Hub's store holds.
+    xet_files: dict[str, tuple[str, Path]] = field(default_factory=dict)
 
     def is_private(self, repo: str) -> bool:
         return repo in self.privates
 
     def make(self, repo: str, files: dict[str, bytes] | None = None, private: bool = False) -> None:
-        """A repository with one commit."""
+        """Make a repository with one commit."""
         if private:
             self.privates.add(repo)
         self.repos[repo] = {}
@@ -188,7 +186,7 @@ class WritingHandler(HubHandler):
         self.answer(200)
 
     def _struck(self, body: bytes | None) -> bool:
-        """Whether a fault befell this request; ``body`` is None where it has not been read yet."""
+        """Return whether a fault hit this request. ``body`` is None if it has not been read yet."""
         hub: WritableHub = self.owner
         request = f"{self.command} {unquote(self.path)}"
         fault = next((fault for fault in hub.faults if fault.times and re.search(fault.request, request)), None)
@@ -291,7 +289,7 @@ class WritingHandler(HubHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "deletedFile":
                 deleted.append(value["path"])
-            elif value["oid"] in hub.xet_files:  # whether its chunks arrived, the download shows
+            elif value["oid"] in hub.xet_files:  # the download shows whether its chunks arrived
                 files[value["path"]] = hub.xet_files[value["oid"]][1].read_bytes()
             elif len(hub.objects.get(value["oid"], b"")) != value["size"]:
                 self.answer(
@@ -344,7 +342,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def download(hub: WritableHub, repo: str, target: Path, revision: str | None = None) -> dict[str, bytes]:
-    """What ``snapshot_download`` gives, without its own files and those that the Hub adds."""
+    """Return what ``snapshot_download`` gives, without its own files and those that the Hub adds."""
     import huggingface_hub
 
     huggingface_hub.snapshot_download(repo, local_dir=target, revision=revision, endpoint=hub.url, token=hub.token)
@@ -356,9 +354,7 @@ def download(hub: WritableHub, repo: str, target: Path, revision: str | None = N
 
 
 class Shell:
-    """Runs dsconv against ``hub`` as a user does: huggingface_hub decides how the bytes travel, and waits as it
-    does.
-    """
+    """Run dsconv against ``hub`` as a user does. huggingface_hub decides how the bytes travel, and really waits."""
 
     def __init__(self, hub: WritableHub, home: Path) -> None:
         self.home = home

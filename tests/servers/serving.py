@@ -1,4 +1,4 @@
-"""Servers for the tests: one of files over HTTP, honest or not, and moto's S3."""
+"""Servers for the tests: a file server over HTTP, honest or not, and moto's S3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 @dataclass
 class FileServer:
-    """Files of ``folder`` under ``url``. ``manner`` is how it treats a request for a weights file.
+    """Serve the files of ``folder`` under ``url``. ``manner`` says how it treats a request for a weights file.
 
     honest, ignores-ranges, truncates (closes half way), shifts (gives other bytes than asked for), shrinks (the file
     became shorter), refuses (403), fails (503), flaky (each request fails once, then is served), unlisted (honest,
@@ -32,7 +32,7 @@ class FileServer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # headers and body in one packet: two would wait for each other
+    wbufsize = 1 << 16  # headers and body in one packet; the second packet would be delayed
     owner: FileServer
 
     def log_message(self, *args: Any) -> None: ...
@@ -129,7 +129,7 @@ def serve(folder: Path, manner: str = "honest") -> Iterator[FileServer]:
 
 
 def put(fs: Any, source: Path, target: str) -> None:
-    """Upload a folder into a file system of fsspec."""
+    """Upload a folder to a file system of fsspec."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
             fs.pipe_file(f"{target}/{path.relative_to(source)}", path.read_bytes())

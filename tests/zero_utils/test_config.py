@@ -1,4 +1,4 @@
-"""DSConfig: what it reads, what it tells, and that nothing it is given is changed."""
+"""DSConfig: what it reads, what it reports, and that it does not change its input."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_hidden_sizes() -> None:
 @settings(max_examples=60)
 @given(configs)
 def test_any_config_is_read_linted_and_resolved(config: dict[str, Any]) -> None:
-    """Whatever the values are: findings, never an exception but dsconv's own; and the input stays as it was."""
+    """Any values give findings or dsconv's own errors, and never change the input."""
     before = json.dumps(config)
     read = DSConfig.read(config)
     read.lint()

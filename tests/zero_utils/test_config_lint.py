@@ -1,5 +1,5 @@
-"""The lint says what is wrong, where, how bad, and what to write; tests/fixtures/config_running.py asks DeepSpeed
-whether it is so.
+"""The lint says what is wrong, where, how serious it is, and what to write. tests/fixtures/config_running.py checks the
+same against DeepSpeed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def test_what_is_wrong_is_found(wrong: Wrong) -> None:
 
 
 def test_nothing_else_is_found() -> None:
-    """One thing wrong is reported once: what follows from it is not reported too."""
+    """A mistake is reported once, without its consequences."""
     for wrong in CASES:
         others = [f for f in DSConfig.read(BASE | wrong.config).lint() if f.key != wrong.key and f.severity == "error"]
         assert not others, (wrong, others)

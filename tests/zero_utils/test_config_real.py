@@ -1,4 +1,4 @@
-"""What DeepSpeed and transformers themselves make of configs is what dsconv says of them; one launch asks them all."""
+"""Compare what dsconv says about configs with what DeepSpeed and transformers do, in one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsconv.zero_utils import config_keys as keys
 from dsconv.zero_utils.config_recipes import RECIPES
 from tests.fixtures import config_cases, config_running, gloo
 
-# Keys that are read when their feature runs, not with the config: the file that has to name them.
+# Keys that are read when their feature runs, not with the config, and the file that has to name them.
 READ_LATER = {
     "": {"data_parallel_size": "__init__.py", "allgather_size": "runtime/zero/config.py"},
     "pipeline": {"use_reentrant": "runtime/pipe/engine.py"},
@@ -23,7 +23,7 @@ READ_LATER = {
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The folder of the launch, and what each of its cases failed with."""
+    """Return the folder of the launch, and how each of its cases failed."""
     folder = tmp_path_factory.mktemp("configs")
     return folder, gloo.outcomes("config_running", config_running.CASES, folder)
 
@@ -110,7 +110,7 @@ def test_the_dtypes_of_autocast(tables: dict[str, Any]) -> None:
 def test_deepspeed_refuses_what_the_lint_says_that_it_refuses(
     number: int, launched: tuple[Path, dict[str, str]]
 ) -> None:
-    """At that place; and it takes the others."""
+    """DeepSpeed refuses at the same place, and accepts the other configs."""
     refused_by = config_cases.CASES[number].refused_by
     refused = facts_of(launched, "verdicts")[number]
     expected = None if refused_by == "elsewhere" else refused_by

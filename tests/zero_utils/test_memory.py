@@ -1,6 +1,4 @@
-"""What ``dsconv estimate`` says against real engines, real checkpoints, DeepSpeed's own estimators and real
-activations.
-"""
+"""Compare ``dsconv estimate`` with real engines, real checkpoints, DeepSpeed's own estimators and real activations."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from tests.fixtures import gloo, memory
 
 @pytest.mark.parametrize("name", memory.CASES)
 def test_real_engines_hold_what_is_estimated(name: str) -> None:
-    """On each of two ranks, in backward and at the step; and their checkpoints are as large."""
+    """Compare the memory of two ranks, in backward and at the step, and the size of their checkpoints."""
     folder = gloo.ensure("memory")[name]
     model = sizes_of(memory.build(), "llama")
     options: memory.Options = memory.CASES[name].options
@@ -43,7 +41,8 @@ def test_real_engines_hold_what_is_estimated(name: str) -> None:
     )
     setting = Setting(options.stage, options.offload, options.tp)
     said = held(model, job, setting)
-    states = said.parameters + said.optimizer + said.cpu  # the ranks' GPU is a CPU, so what is offloaded counts too
+    # The ranks have no GPU, so offloaded states lie in the same memory.
+    states = said.parameters + said.optimizer + said.cpu
     for rank, counted in enumerate(json.loads((folder / "counted.json").read_text())):
         where = f"rank {rank}"
         assert counted["step"]["total"] == pytest.approx(states + said.step, rel=0.03), where
@@ -51,7 +50,7 @@ def test_real_engines_hold_what_is_estimated(name: str) -> None:
         if options.stage < 3:
             assert counted["backward"]["total"] == pytest.approx(backward, rel=0.03), where
             assert counted["backward"]["parameters"] == pytest.approx(said.parameters, rel=0.01), where
-        else:  # in forward every parameter is gathered, and most are let go before the end of backward
+        else:  # forward gathers every parameter, and most are released before the end of backward
             gathered = said.buffers - memory.BUCKET_NUMEL * 2
             item = 2 * (model.numel // 2)
             assert counted["forward"]["parameters"] == pytest.approx(item + gathered, rel=0.01), where
@@ -80,7 +79,7 @@ def test_deepspeeds_figure_is_what_deepspeed_says(nproc: int, nodes: int) -> Non
 
 
 def test_the_ideal_is_the_papers_example() -> None:
-    """Figure 1 of arXiv 1910.02054: 7.5 B parameters on 64 GPUs, K = 12."""
+    """The example is figure 1 of arXiv 1910.02054: 7.5 B parameters on 64 GPUs, K = 12."""
     model, job = ModelSizes("paper", ((7_500_000_000, True),), 0, None), Job(8, 8)
     assert [round(ideal_bytes(model, job, Setting(stage)) / 1e9, 1) for stage in range(4)] == [120.0, 31.4, 16.6, 1.9]
     fp32 = Job(8, 8, dtype="fp32")
@@ -89,7 +88,7 @@ def test_the_ideal_is_the_papers_example() -> None:
 
 
 def _saved_bytes(kind: str, layers: int, dtype: torch.dtype, recompute: bool) -> tuple[int, activations.Decoder]:
-    """What autograd keeps of a real forward, its model's own weights not counted."""
+    """Return the bytes that autograd keeps in a real forward pass, without the model's weights."""
     import transformers
 
     sizes = {"vocab_size": 99, "hidden_size": 128, "intermediate_size": 300, "num_attention_heads": 8}
@@ -98,7 +97,7 @@ def _saved_bytes(kind: str, layers: int, dtype: torch.dtype, recompute: bool) ->
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
+    saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own:

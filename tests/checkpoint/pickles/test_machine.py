@@ -357,9 +357,8 @@ def test_no_pickle_of_a_megabyte_takes_over_a_second(title: str, tmp_path: Path)
     data = _exhausting()[title]()
     assert len(data) < 1_600_000
     seconds, error = _timed(data) if title not in PERSISTENT_IS_READ_BY_THE_FILE else _timed_in_file(data, tmp_path)
-    assert (
-        seconds < 2.0
-    )  # about 1 s of this machine's time; the attacks take from 10 s to hours where nothing stops them
+    # About 1 s of this machine's time; the attacks take from 10 s to hours where nothing stops them.
+    assert seconds < 2.0
     assert len(error) < 500
 
 

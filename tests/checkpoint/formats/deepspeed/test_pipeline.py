@@ -32,9 +32,8 @@ def damaged(made: Callable[[str], Trained], tmp_path: Path) -> Callable[[str], P
 
 def global_name(name: str, options: Options) -> str:
     """Without masters under global names nothing tells the key of a tied layer: it has the layer's number."""
-    nameless = (
-        options.stage == 0 and options.dtype != "bf16" and options.tp == 1
-    )  # with more there are the trainer's patterns
+    # With more there are the trainer's patterns.
+    nameless = options.stage == 0 and options.dtype != "bf16" and options.tp == 1
     return (
         name.replace("0.word", "tied_modules.embed.word").replace("0.place", "tied_modules.embed.place")
         if nameless

@@ -41,9 +41,8 @@ def test_many_ranks_are_merged_with_few_open_files(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     victim = next(source.rglob("*rank_299_*optim_states.pt"))
     entry = dsconv.open_checkpoint(source)["model.layers.0.input_layernorm.weight"]
-    assert (
-        len(entry.pieces) == entry.piece_count < 300
-    )  # a vector of fewer elements than ranks: on this rank there is padding only
+    # A vector of fewer elements than ranks: on this rank there is padding only.
+    assert len(entry.pieces) == entry.piece_count < 300
     with open(victim, "r+b") as file:
         last = dsconv.open_checkpoint(source)["model.layers.0.self_attn.q_proj.weight"].layout.ranks.records(299)[0]  # type: ignore[attr-defined]
         file.seek(last.offset_bytes + last.nbytes - 1)

@@ -152,9 +152,8 @@ def test_states_of_the_fused_optimizer_are_parts_of_flat_ones(
     for name, states in truth.items():
         for state, tensor in states.items():
             assert same(load(tmp_path / "out" / "zero" / name / f"{state}.pt")["param"], tensor), (name, state)
-        assert (
-            float(load(tmp_path / "out" / "zero" / name / "step.pt")) == 2
-        )  # DeepSpeed takes one with no gradients, to make the states
+        # DeepSpeed takes one with no gradients, to make the states.
+        assert float(load(tmp_path / "out" / "zero" / name / "step.pt")) == 2
 
 
 def joined(shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
