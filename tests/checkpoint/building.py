@@ -1,4 +1,4 @@
-"""Bytes of zips and pickles, sound and broken, for the tests of the readers."""
+"""Build sound and broken zips and pickles for the tests of the readers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dsconv.errors import DsconvError
 
 @dataclass
 class Rec:
-    """One zip record. What is None follows from ``data``; setting it makes the directory lie, or (``local_``) the
-    record's own header.
+    """One zip record. A field that is None follows from ``data``. A field that is set makes the directory lie, or with
+    ``local_`` the record's own header.
     """
 
     name: str | bytes
@@ -53,7 +53,9 @@ def zip_bytes(
     zip64: bool = False,
     narrow_count: int | None = None,
 ) -> bytes:
-    """A zip of ``records``; ``shift`` is added to all offsets, ``count`` is what the directory claims."""
+    """Return a zip of ``records``. ``shift`` is added to all offsets, and the directory claims to have ``count``
+    records.
+    """
     out = bytearray(prefix)
     directory = bytearray()
     for r in records:
@@ -111,7 +113,7 @@ def zip_bytes(
 
 
 def pt_records(pickle: bytes, **storages: bytes) -> list[Rec]:
-    """The records that torch.save writes, around any pickle. A storage is named as in ``_0=b"..."``."""
+    """Return the records that torch.save writes around a pickle. Storages are given as in ``_0=b"..."``."""
     records = [Rec("archive/data.pkl", pickle), Rec("archive/byteorder", b"little")]
     records += [Rec(f"archive/data/{key.removeprefix('_')}", data) for key, data in storages.items()]
     return [*records, Rec("archive/version", b"3\n")]
@@ -132,7 +134,7 @@ def names_file_and_is_short(error: DsconvError, path: Path) -> bool:
     return str(error).startswith(f"{path}: ") and len(str(error)) < 700
 
 
-# The words of a pickle
+# Pickle opcodes
 
 
 def text(value: str) -> bytes:
@@ -200,7 +202,7 @@ def tensor(
 
 
 def colliding_pairs(count: int) -> list[tuple[int, int]]:
-    """Two-element tuples of one hash: the second number makes good what the first changed (CPython 3.8+ tuplehash)."""
+    """Return pairs with the same hash: the second number undoes what the first changes (CPython 3.8+ tuplehash)."""
     mask, p1, p2, p5 = (1 << 64) - 1, 11400714785074694791, 14029467366897019727, 2870177450012600261
     inverse = pow(p2, -1, 1 << 64)
 

@@ -1,4 +1,4 @@
-"""Where config.json is found: in the folders, inside them, and beside the last one."""
+"""The places where config.json is found: in the given folders, inside them, and beside the last one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hollow files are refused, and wrappers' names are taken out, in every format alike."""
+"""Hollow files are refused, and the names of wrappers are removed, in every format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMS = ["bin", "nested pt", "safetensors", "dcp", "rank files"]
 
 
 def write(form: str, folder: Path, state: dict[str, Tensor]) -> Path:
-    """Save ``state`` in one of the forms; the path that a user would name."""
+    """Save ``state`` in one of the forms, and return the path that a user would name."""
     folder.mkdir(exist_ok=True)
     if form == "bin":
         torch.save(state, folder / "pytorch_model.bin")
@@ -39,7 +39,7 @@ def write(form: str, folder: Path, state: dict[str, Tensor]) -> Path:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_without_its_weights_is_refused(form: str, tmp_path: Path) -> None:
-    """Under ZeRO-3 ``state_dict()`` has empty tensors; norms below the persistence threshold are whole."""
+    """Under ZeRO-3 ``state_dict()`` has empty tensors, except for norms below the persistence threshold."""
     kept: dict[str, Any] = {f"layers.{i}.norm.{name}": torch.ones(4) for i in range(3) for name in ("weight", "bias")}
     path = write(form, tmp_path / "out", HOLLOW | kept)
     with pytest.raises(MalformedError, match=r"6 of 12 tensors are empty \(shape \[0\]\).*ZeRO-3 .*without gathering"):

@@ -1,4 +1,6 @@
-"""The table of formats: each trained checkpoint is of exactly one; the order decides only where the table says so."""
+"""The table of formats: exactly one format recognises each trained checkpoint, and the order decides only where the
+table says so.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ MAKERS = ("autotp", "dcp", "moe", "pipeline", "rankfiles", "universal", "univers
 
 
 def named_by_users(maker: str, folder: Path) -> dict[Path, str]:
-    """{path: the format it is of} of what a maker has written into the folder of a case."""
-    if maker == "rankfiles":  # one case holds no checkpoint but where torch places the shards
+    """Return the format of each path that a maker wrote into the folder of a case."""
+    if maker == "rankfiles":  # one case holds only where torch places the shards, and no checkpoint
         return {files.parent: "rank files" for files in folder.rglob("*rank*0.*") if files.suffix in (".pt", ".bin")}
     checkpoint = next(iter(sorted((folder / "ckpt").glob("checkpoint-*"))), folder / "ckpt")
     if maker == "dcp":
@@ -35,7 +37,9 @@ def named_by_users(maker: str, folder: Path) -> dict[Path, str]:
 
 
 def recognised(path: Path, tag: str | None = None) -> list[str]:
-    """The formats that recognise a path, in the order of the table; one that raises an error claims the path."""
+    """Return the formats that recognise a path, in the order of the table. A format that raises an error claims the
+    path.
+    """
 
     def claims(row: Row) -> bool:
         try:
@@ -86,4 +90,4 @@ def test_the_table_speaks_of_formats_below_and_of_a_tag() -> None:
         assert row.place.endswith(".")
         assert all(ORDER.index(other) > ORDER.index(row.name) for other in row.before)
     titan = gloo.ensure("dcp")["titan-w3"] / "ckpt"
-    assert recognised(titan, "step-10") == ["DCP", "DeepSpeed"]  # the latter would raise an error
+    assert recognised(titan, "step-10") == ["DCP", "DeepSpeed"]  # DeepSpeed would raise an error

@@ -1,4 +1,4 @@
-"""docs/adding-a-format.md, followed to the letter: its toy format opens, merges and refuses like any other."""
+"""Follow docs/adding-a-format.md to the letter: its toy format opens, merges and refuses like any other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARRAYS: dict[str, np.ndarray[Any, Any]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of arrays, while the guide's module is in the table."""
+    """Make a folder of arrays, and put the guide's module into the table."""
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "npy_folder.py").write_text(code)

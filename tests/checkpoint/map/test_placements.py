@@ -1,4 +1,4 @@
-"""Regions of mesh coordinates against what torch itself puts on each rank, and where it says that it lies."""
+"""Compare the regions of mesh coordinates with what torch puts on each rank, and with the offsets that it reports."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def tensor_of(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_four_gloo_ranks_hold_what_the_regions_say() -> None:
-    """250 tensors that distribute_tensor spread over real meshes; every rank's elements, shape and offset."""
+    """distribute_tensor spreads 250 tensors over real meshes; compare every rank's elements, shape and offset."""
     folder = gloo.ensure("rankfiles", ["placements-w4"])["placements-w4"]
     kinds: Counter[str] = Counter()
     for rank in range(4):
         for row in json.loads((folder / f"rank{rank}.json").read_text()):
             shape, mesh, coordinate = tuple(row["shape"]), tuple(row["mesh"]), tuple(row["coordinate"])
             placements = ours(row["placements"])
-            if not coordinate:  # a mesh of fewer ranks
+            if not coordinate:  # the mesh has fewer ranks
                 continue
             assert coordinate == tuple(torch.tensor(row["ranks"]).reshape(mesh).eq(rank).nonzero()[0].tolist())
             region = local_region(shape, mesh, coordinate, placements)
@@ -121,7 +121,7 @@ def test_all_coordinates_tile_the_tensor_by_either_rule(spread: Spread) -> None:
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(spreads(LARGE))
 def test_the_order_of_shards_is_torchs(spread: Spread) -> None:
-    class Grid:  # the one method that torch asks of a mesh here
+    class Grid:  # the only method of a mesh that torch calls here
         def size(self, dim: int) -> int:
             return spread.mesh[dim]
 

@@ -1,4 +1,4 @@
-"""Regions against torch's own indexing: counting, scattering, copy, and the proof that shards tile a tensor."""
+"""Compare regions with torch's own indexing: counting, scattering, copying, and the proof that shards tile a tensor."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_region_counts_and_scatters_as_indexing_does(
 
 
 def cut(shape: tuple[int, ...], data: st.DataObject) -> list[Region]:
-    """Boxes that tile ``shape``: it is cut in two again and again."""
+    """Return boxes that tile ``shape``, made by cutting it in two again and again."""
     boxes = [([0] * len(shape), list(shape))]
     for _ in range(data.draw(st.integers(0, 6))):
         number = data.draw(st.integers(0, len(boxes) - 1))
@@ -121,7 +121,7 @@ def test_shards_are_copied_and_read_whatever_the_block(
         torch.save(picked(full, region), folder / f"{number}.pt")
         file = TorchFile(folder / f"{number}.pt")
         split = data.draw(st.integers(0, file.root.numel))
-        for low, high in ((0, split), (split, file.root.numel)):  # as a ZeRO partition cuts a tensor-parallel shard
+        for low, high in ((0, split), (split, file.root.numel)):  # cut like a tensor-parallel shard in a ZeRO partition
             if low < high:
                 pieces.append(Piece(file.extent(file.root, low, high - low), low, high - low, region=region))
     entry = TensorEntry("w", file.root.dtype, shape, lambda: tuple(pieces))

@@ -1,4 +1,4 @@
-"""Names of wrappers: taken out where they are a wrapper's, kept where the model itself has them."""
+"""Names of wrappers are removed where a wrapper added them, and kept where they belong to the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_wrapper_is_taken_out_wherever_it_stands() -> None:
 
 
 def test_a_child_called_module_stays() -> None:
-    """Only where every name begins with it is it a wrapper's."""
+    """``module`` belongs to a wrapper only if every name begins with it."""
     assert not unwrap(["module.weight", "head.weight"]).names
     assert unwrap(["module.weight", "module.module.weight"]).names == {
         "module.weight": "weight",

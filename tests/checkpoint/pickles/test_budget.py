@@ -1,4 +1,6 @@
-"""Memory and time stay in proportion to a pickle, whatever it is made of: the worst that we know of, measured."""
+"""Memory and time stay in proportion to the size of a pickle, whatever it contains. These are the worst pickles that we
+know.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,12 @@ from tests.checkpoint.building import (
     write_pt,
 )
 
-SECONDS_PER_BYTE = 10e-6  # what SECURITY.md promises, 10 s a megabyte; it takes some 1 s where nothing else runs
+SECONDS_PER_BYTE = 10e-6  # SECURITY.md promises 10 s per megabyte; an idle machine takes about 1 s
 NBYTES = 100_000
 
 
 def repeated(part: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
-    """A pickle of some ``NBYTES`` bytes that is ``part`` again and again in one list."""
+    """Return a pickle of about ``NBYTES`` bytes that repeats ``part`` in one list."""
     return whole(before, b"(", part * (NBYTES // len(part)), b"l", after, protocol=4)
 
 
@@ -125,7 +127,7 @@ def storage_of(pid: Any) -> StorageRef:
 
 
 def attempt(data: bytes) -> None:
-    """Read ``data``, which is sound, or costs too much."""
+    """Read ``data``, which is sound or refused for its cost."""
     try:
         load_raw(data, persistent_load=storage_of)
     except MalformedError as error:
@@ -135,7 +137,7 @@ def attempt(data: bytes) -> None:
 
 @pytest.mark.parametrize("title", COSTLY)
 def test_memory_and_time_are_in_proportion_to_the_pickle(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base_bytes = 1 << 20  # a large base would hide what follows the length
+    base_bytes = 1 << 20  # a large base would hide the part that grows with the length
     monkeypatch.setattr("dsconv.checkpoint.pickles.budget.BASE_BYTES", base_bytes)
     data = COSTLY[title]()
     assert 0.9 * NBYTES < len(data) < 1.2 * NBYTES
@@ -170,7 +172,7 @@ COLLIDING: dict[str, Callable[[int], Any]] = {
 
 @pytest.mark.parametrize("title", COLLIDING)
 def test_every_key_whose_hash_a_file_can_choose_pays_for_collisions(title: str) -> None:
-    """However they are made to collide: a hundred thousand keys of a small file are too many."""
+    """A hundred thousand colliding keys in a small file are too many, however they are made."""
     few = WorkBudget(1000)
     for i in range(300):
         few.key(COLLIDING[title](i))

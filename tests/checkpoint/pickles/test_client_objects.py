@@ -1,4 +1,4 @@
-"""Harmless objects that people keep beside their weights are read as labels: nothing is run, and nothing is refused."""
+"""Harmless objects that people keep beside their weights are read as labels. Nothing is run or refused."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_tensors_that_are_no_view_of_a_storage_are_marked(kind: str, tmp_path: P
 
 
 def test_a_client_state_does_not_keep_the_weights_from_being_read(tmp_path: Path) -> None:
-    """What is harmless in a client state of DeepSpeed is refused in the place of a weight."""
+    """An object that is harmless in DeepSpeed's client state is refused in the place of a weight."""
     place = next(place for place in places(tmp_path) if place.title == "model states, ZeRO-2")
     before = {name: entry.read() for name, entry in open_checkpoint(place.checkpoint).items()}
     states = torch.load(place.file, weights_only=False)

@@ -1,4 +1,4 @@
-"""Pickles that ask for code to be run: every one is refused by name, nothing runs, nothing is imported."""
+"""Pickles that try to run code: every one is refused by name, and nothing is run or imported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PLACES = [
 
 @pytest.fixture
 def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A path that must not come to be; a module that would make it lies on the import path."""
+    """Return a path that must never exist. A module that would make it lies on the import path."""
     path = tmp_path / "canary"
     (tmp_path / f"{CANARY_MODULE}.py").write_text(CANARY_SOURCE.format(canary=str(path)))
     monkeypatch.syspath_prepend(tmp_path)
@@ -51,13 +51,13 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield path
     assert not path.exists(), "the payload ran"
     assert CANARY_MODULE not in sys.modules
-    own = ("dsconv", "zlib_ng", "gzip", "encodings", "_pytest")  # what reading any file may import, the first time
+    own = ("dsconv", "zlib_ng", "gzip", "encodings", "_pytest")  # reading any file may import these the first time
     assert not [name for name in set(sys.modules) - before if not name.startswith(own)]
 
 
 @pytest.fixture(scope="module")
 def hiding(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Place]:
-    """Each kind of file with a pickle, in a copy of a real checkpoint."""
+    """Return each kind of file with a pickle, in a copy of a real checkpoint."""
     return {place.title: place for place in places(tmp_path_factory.mktemp("places"))}
 
 
@@ -95,7 +95,7 @@ def _persistent(pid: object) -> object:
 
 @pytest.mark.parametrize("title", PLACES)
 def test_every_program_is_refused_wherever_it_hides(title: str, hiding: dict[str, Place], canary: Path) -> None:
-    """The file is named, whichever file of the checkpoint it is; the sound one is read before and after."""
+    """The error names the file, whichever file of the checkpoint it is. The sound file is read before and after."""
     place = hiding[title]
     open_checkpoint(place.checkpoint)
     for case in HOSTILE:
@@ -126,15 +126,15 @@ def test_a_program_is_refused_in_whatever_container(
 
 
 def test_the_payloads_are_real(tmp_path: Path) -> None:
-    """Python's own unpickler falls for the programs marked so: the table above does not test blanks."""
+    """Python's own unpickler runs the programs that are marked as real, so the table does not consist of duds."""
     cases = [case for case in HOSTILE if case.real]
     for i, case in enumerate(cases):
         folder = tmp_path / str(i)
         folder.mkdir()
         (folder / f"{CANARY_MODULE}.py").write_text(CANARY_SOURCE.format(canary=str(folder / "canary")))
         (folder / "program").write_bytes(case.program(str(folder / "canary")))
-    # One process for all, a fork a program: what one does to the interpreter does not reach the next.
-    # torch is there, as where checkpoints are loaded.
+    # One process forks for each program, so that no program affects the next. It has imported torch, like any process
+    # that loads checkpoints.
     runner = f"""
 import os, pickle, sys, torch
 for i in range({len(cases)}):
@@ -160,7 +160,7 @@ for i in range({len(cases)}):
 
 
 def test_a_poisoned_checkpoint_is_whole_to_a_reader_that_runs_it(hiding: dict[str, Place], tmp_path: Path) -> None:
-    """The places are no blanks either: torch.load runs the program, and finds the same object as before."""
+    """The places work too: torch.load runs the program, and still returns the same object."""
     place = hiding["model states, stage 0"]
     before = torch.load(place.file, weights_only=False)["module"]
     place.poison(whole(call(glob("os", "mkdir"), text(str(tmp_path / "made")))))
@@ -172,9 +172,7 @@ def test_a_poisoned_checkpoint_is_whole_to_a_reader_that_runs_it(hiding: dict[st
 
 
 def test_real_checkpoints_of_every_release_are_accepted(trained: Callable[[str], Trained]) -> None:
-    """Nothing that DeepSpeed 0.9 to today has written here is taken for an attack, or refused for what its files
-    name.
-    """
+    """No checkpoint of DeepSpeed 0.9 to today is taken for an attack or refused for the names in its files."""
     kept = sorted(path.parent for path in DATA.rglob("truth.json"))
     folders = [Trained(folder) for folder in kept] + [trained(case.name) for case in ALL]
     refused = []

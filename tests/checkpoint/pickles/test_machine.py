@@ -1,4 +1,4 @@
-"""The pickle machine on honest data, and on pickles made to exhaust it."""
+"""The pickle machine on honest data, and on pickles that are made to exhaust it."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def _float_storage(pid: Any) -> StorageRef:
 
 
 def _timed(data: bytes) -> tuple[float, str]:
-    """Seconds that reading took, and the error it ended in."""
+    """Return how many seconds reading took, and the error that ended it."""
     start = time.process_time()
     try:
         load_raw(data, persistent_load=_float_storage)
@@ -267,7 +267,7 @@ OTHER_LONG_TEXT = text("x" * 500_000) + b"q\x05"
 
 
 def _again(first: bytes, function: bytes, times: int = 60_000, use: bytes = b"h\x01h\x00\x85R0") -> bytes:
-    """``function(first)`` over and over: a few bytes each time."""
+    """Call ``function(first)`` over and over, at a few bytes each time."""
     return whole(first, function, b"q\x01", use * times, b"00N")
 
 
@@ -357,7 +357,7 @@ def test_no_pickle_of_a_megabyte_takes_over_a_second(title: str, tmp_path: Path)
     data = _exhausting()[title]()
     assert len(data) < 1_600_000
     seconds, error = _timed(data) if title not in PERSISTENT_IS_READ_BY_THE_FILE else _timed_in_file(data, tmp_path)
-    # About 1 s of this machine's time; the attacks take from 10 s to hours where nothing stops them.
+    # The limit is about 1 s on this machine. Without it, the attacks take from 10 s to hours.
     assert seconds < 2.0
     assert len(error) < 500
 
@@ -374,7 +374,7 @@ def _timed_in_file(data: bytes, folder: Path) -> tuple[float, str]:
 
 
 def test_work_that_real_files_cause_is_far_from_the_limit() -> None:
-    """The bound is on work beyond reading; dictionaries of text or of plain numbers cause none."""
+    """The limit applies to work beyond reading, which dictionaries of text or of plain numbers do not cause."""
     names = {f"model.layers.{i}.weight": i for i in range(20_000)}
     indices = {i: ("x", i) for i in range(50_000)}
     ranks = {(f"a{i}", f"b{i}"): i for i in range(50_000)}
@@ -387,7 +387,7 @@ def test_work_that_real_files_cause_is_far_from_the_limit() -> None:
 
 
 def _deep(kind: str, depth: int = 20_000) -> bytes:
-    """A pickle's part whose value is nested very deeply."""
+    """Return a part of a pickle whose value is nested very deeply."""
     if kind == "tuples":
         return b"N" + b"\x85" * depth
     if kind == "lists":
@@ -439,7 +439,7 @@ HOSTS = {
 def test_depth_never_escapes_as_a_recursion_error(host: str, kind: str) -> None:
     data = whole(HOSTS[host](_deep(kind)), protocol=4)
     if kind == "objects" and host in {"a key", "an item of a set", "an item of builtins.set", "an OrderedDict's key"}:
-        load_raw(data, persistent_load=_float_storage)  # objects are distinguished by identity: no depth is walked
+        load_raw(data, persistent_load=_float_storage)  # objects are told apart by identity, which walks no depth
         return
     with pytest.raises(DsconvError) as caught:
         load_raw(data, persistent_load=_float_storage)
@@ -458,7 +458,7 @@ def test_a_tensor_subclass_cannot_nest_its_own_rebuilding() -> None:
         load_raw(data)
 
 
-# What messages show
+# Text in messages
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The typed reader of pickles: what fits comes back, anything else is an error that names file and field."""
+"""The typed reader of pickles returns values of the right type, and raises an error with the file and the field for
+others.
+"""
 
 from __future__ import annotations
 

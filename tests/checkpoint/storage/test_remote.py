@@ -1,4 +1,4 @@
-"""Checkpoints in stores: everything that opens from the disk opens from there, with few requests and clear errors."""
+"""Checkpoints in stores: everything that opens from disk opens from a store, with few requests and clear errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ZERO2 = "gpt2-z2-bf16-w3"
 
 @pytest.fixture(scope="module")
 def folders(trained: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One checkpoint of each kind on the disk."""
+    """Return one checkpoint of each kind on disk."""
     from huggingface_hub import save_torch_state_dict
 
     base = tmp_path_factory.mktemp("kinds")
@@ -55,7 +55,7 @@ KINDS = ("zero3", "zero2", "safetensors", "bin", "legacy.pt")
 
 @pytest.fixture(params=["memory", "s3", "http"])
 def shelve(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], str]]:
-    """``shelve(folder)``: its URL in a store that now holds it."""
+    """Return ``shelve(folder)``, which uploads a folder to a store and returns its URL."""
     if request.param == "http":
         servers: list[Any] = []
 
@@ -110,7 +110,7 @@ def test_the_command_line_takes_urls(s3: Any, s3_environment: Any, folders: dict
     assert shown.code == 0, shown.err
     assert shown.json["format"] == "ZeRO-3"
     assert sum(file["bytes"] for file in shown.json["files"]) > 0
-    merged = dsconv("zero-to-fp32", "s3://shelf/run", cwd=tmp_path, **s3_environment)  # OUT: here, not in the store
+    merged = dsconv("zero-to-fp32", "s3://shelf/run", cwd=tmp_path, **s3_environment)  # OUT is local, not in the store
     assert merged.code == 0, merged.err
     assert verify("s3://shelf/run", tmp_path / "global_step2-fp32").equal
     with pytest.raises(CheckpointNotFoundError, match=r"^s3://shelf/nothing: no such file or folder$"):
@@ -129,7 +129,7 @@ def test_a_url_of_a_file_may_bear_a_signature(folders: dict[str, Path], tmp_path
 
 
 def test_odd_names_on_a_web_server_mean_themselves(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Also where a name out of a file would, decoded once more, lead out of the folder."""
+    """This also holds for a name in a file that would leave the folder if it were decoded again."""
     run = tmp_path / "public" / "my run #1 100%"
     shutil.copytree(folders["zero3"], run)
     (run / "global_step2").rename(run / "step 2%20#x")
@@ -153,7 +153,7 @@ def test_a_web_folder_without_listings_is_read_by_the_names_of_its_files(folders
 
 
 def test_opening_takes_few_requests_and_few_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A zip's hundred headers, which lie between the tensors, come together; nothing is read that is not asked for."""
+    """The hundred headers of a zip, which lie between the tensors, are read together, and nothing else is read."""
     torch.save({f"layer.{i}": torch.full((200_000,), float(i)) for i in range(100)}, tmp_path / "big.pt")
     with serve(tmp_path) as server:
         found = open_checkpoint(f"{server.url}/big.pt")
@@ -329,7 +329,7 @@ def test_local_paths_need_no_fsspec(folders: dict[str, Path], tmp_path: Path) ->
 
 
 def test_a_server_is_what_the_tests_say_it_is(tmp_path: Path) -> None:
-    """The server used here honours ranges as HTTP says, so that the tests above are of dsconv and not of it."""
+    """The server honours ranges as HTTP says, so that the tests above test dsconv and not the server."""
     import urllib.request
 
     (tmp_path / "a.bin").write_bytes(b"0123456789")

@@ -1,4 +1,4 @@
-"""Real torch.save files: their values, and where the bytes of each tensor lie."""
+"""Read real torch.save files: their values, and where the bytes of each tensor lie."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from tests.fixtures.gloo import DATA
 
 def saved(folder: Path, value: Any, **options: Any) -> TorchFile:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # quantized and other kinds on their way out
+        warnings.simplefilter("ignore")  # quantized and other deprecated kinds of tensor
         torch.save(value, folder / "file.pt", **options)
     return TorchFile(folder / "file.pt")
 
 
 def read(file: TorchFile, ref: Any) -> Any:
-    """The tensor, through the pieces that the copy loop would use."""
+    """Read a tensor through the pieces that the copy loop would use."""
     assert isinstance(ref, TensorRef)
     dtype = getattr(torch, ref.dtype.name)
     pieces = file.pieces(ref)
@@ -111,7 +111,7 @@ def test_views_of_every_kind(title: str, tmp_path: Path) -> None:
 
 
 def test_a_small_storage_repeated_into_a_huge_tensor_is_refused(tmp_path: Path) -> None:
-    """A file of 2 kB that would become 32 GB, in memory and on disk."""
+    """A file of 2 kB would become 32 GB in memory and on disk."""
     file = saved(tmp_path, {"bomb": torch.zeros(1).expand(1 << 33), "fine": torch.zeros(2, 1).expand(2, 1 << 23)})
     with pytest.raises(
         UnsupportedError, match=r"file\.pt: .* repeats a storage of 1 elements to make 34359738368 bytes; the limit is"

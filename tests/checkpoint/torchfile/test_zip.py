@@ -1,4 +1,4 @@
-"""The zip directory of a torch.save file: what is real is read, what could deceive a reader is refused."""
+"""The zip directory of a torch.save file: real ones are read, and ones that could deceive a reader are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def written(folder: Path, data: bytes) -> Path:
 
 
 def refused(folder: Path, data: bytes, error: type[DsconvError] = MalformedError) -> str:
-    """The message with which a file of ``data`` is refused."""
+    """Return the message with which a file of ``data`` is refused."""
     path = written(folder, data)
     with pytest.raises(error) as caught:
         opened(path)
@@ -94,7 +94,7 @@ def test_any_storage_alignment_is_read(alignment: int, tmp_path: Path) -> None:
     finally:
         config.save.storage_alignment = before
     record = opened(path).records["data/1"]
-    assert record.offset_bytes % alignment == 0 or alignment == 65536  # more than the 16 bits of an extra field hold
+    assert record.offset_bytes % alignment == 0 or alignment == 65536  # an extra field has only 16 bits
     assert path.read_bytes()[record.offset_bytes :][: record.nbytes] == torch.arange(5).numpy().tobytes()
 
 
@@ -126,7 +126,7 @@ def test_a_comment_is_no_harm(tmp_path: Path) -> None:
 
 
 def test_zip64_records_beyond_four_gigabytes_are_found(tmp_path: Path) -> None:
-    """A sparse file: 5 GB between the first record and the second, and a record of 6 GB."""
+    """The file is sparse, with 5 GB between the first record and the second, and a record of 6 GB."""
     far, long = 5 << 30, 6 << 30
     path = tmp_path / "large.pt"
 
@@ -189,7 +189,7 @@ def test_torch_files_carry_a_zip64_end_that_is_believed(tmp_path: Path) -> None:
 
 
 def _with(**changes: Any) -> bytes:
-    """The sound file with the storage ``data/0`` changed."""
+    """Return the sound file with a changed storage ``data/0``."""
     return zip_bytes([replace(r, **changes) if r.name == "archive/data/0" else r for r in SOUND])
 
 
@@ -299,7 +299,7 @@ def test_what_torch_never_writes_is_refused(title: str, tmp_path: Path) -> None:
 
 
 def test_bytes_put_before_a_zip_are_refused_though_its_offsets_know_of_them(tmp_path: Path) -> None:
-    """torch looks at the first four bytes: it takes this file for a bare pickle, and runs it."""
+    """torch looks at the first four bytes. It takes this file for a bare pickle, and runs it."""
     assert "10 bytes lie before the zip's first record" in refused(
         tmp_path, zip_bytes(SOUND, prefix=b"#!/bin/sh\n"), UnsafeError
     )
@@ -365,7 +365,7 @@ changes = st.one_of(
 
 
 def _structures(data: bytes) -> list[int]:
-    """The bytes that steer a reader: directory, local headers, the pickle; not the storages' own."""
+    """Return the bytes that steer a reader: the directory, the local headers and the pickle, but not the storages."""
     points: list[int] = []
     at = data.find(b"PK\x01\x02")
     points += range(at, len(data))
@@ -413,7 +413,7 @@ def test_no_mutation_of_a_real_file_ends_in_anything_but_our_errors(part: str, r
             else:
                 at = where % len(data)
                 data = data[:at] + change + data[at + size % 300 :]
-        if part == "pickle":  # with its checksum made good
+        if part == "pickle":  # with the right checksum
             return zip_bytes([replace(records[0], data=bytes(data[start:end])), *records[1:]])
         return bytes(data)
 
@@ -444,7 +444,7 @@ def test_a_tensor_over_a_mutant_storage_is_bounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("between", [b"\0", b"PK\x06\x06" + bytes(52)])
 def test_a_zip64_end_that_does_not_touch_its_locator_is_refused(between: bytes, tmp_path: Path) -> None:
-    """torch follows the locator, and Python's zipfile looks right before it: two ends could be two models."""
+    """torch follows the locator, and Python's zipfile looks right before it, so two ends could give two models."""
     sound = zip_bytes(SOUND, zip64=True)
     locator = sound.rindex(b"PK\x06\x07")
     with pytest.raises(UnsafeError, match="is not followed by its locator"):
@@ -454,7 +454,7 @@ def test_a_zip64_end_that_does_not_touch_its_locator_is_refused(between: bytes, 
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        (4, 56, "is not followed by its locator"),  # bytes of the zip64 end
+        (4, 56, "is not followed by its locator"),  # size of the zip64 end in bytes
         (16, 1, "several volumes"),
         (20, 1, "several volumes"),
         (24, 1, "several volumes"),
@@ -490,7 +490,7 @@ def test_names_that_readers_differ_on_are_refused(title: str, tmp_path: Path) ->
 
 
 def test_torch_does_look_names_up_without_regard_to_case(tmp_path: Path) -> None:
-    """The reason for the refusal: torch finds a record under another case."""
+    """This is the reason for the refusal: torch finds a record whose name differs in case."""
     records = [Rec(str(r.name).replace("data.pkl", "DATA.pkl"), r.data) for r in SOUND]
     reader = torch._C.PyTorchFileReader(str(written(tmp_path, zip_bytes(records))))
     assert bytes(reader.get_record("data.pkl")) == PICKLE

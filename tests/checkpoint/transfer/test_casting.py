@@ -1,4 +1,4 @@
-"""Casts give torch's bits, for every pair of dtypes and every kind of value; float64 is rounded once."""
+"""Casts give the same bits as torch, for every pair of dtypes and every kind of value. float64 is rounded once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def samples(dtype: str) -> torch.Tensor:
-    """Every value of a 16-bit dtype; of a wider one random bits, and what lies on and beside each rounding boundary."""
+    """Return every value of a 16-bit dtype, or for a wider one random bits and the values on and beside each rounding
+    boundary.
+    """
     if BY_NAME[dtype].itemsize == 2:
         return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(getattr(torch, dtype))
     random = torch.from_numpy(np.random.default_rng(7).integers(-(1 << 31), 1 << 31, CHUNK * 3 + 32, dtype=np.int32))
@@ -47,7 +49,7 @@ def test_casts_equal_torch_bit_for_bit(stored: str, wanted: str) -> None:
     found, overflowed = cast(values, wanted)
     bits = BITS[expected.element_size()]
     same = found.view(bits) == expected.view(bits)
-    if (stored, wanted) == ("float64", "bfloat16"):  # torch itself writes one NaN or another, by a value's position
+    if (stored, wanted) == ("float64", "bfloat16"):  # here torch's NaNs depend on the value's position
         same |= found.isnan() & expected.isnan()
     wrong = (~same).nonzero().flatten()
     assert not len(wrong), [(values[i], found[i], expected[i]) for i in wrong[:3]]
@@ -56,7 +58,7 @@ def test_casts_equal_torch_bit_for_bit(stored: str, wanted: str) -> None:
 
 @pytest.mark.parametrize(("wanted", "digits", "smallest"), [("float16", 11, -24), ("bfloat16", 8, -133)])
 def test_float64_is_rounded_once(wanted: str, digits: int, smallest: int) -> None:
-    """Each value lies just beside a tie of the 16-bit dtype, so close that float32 cannot tell it from the tie."""
+    """Each value lies so close to a tie of the 16-bit dtype that float32 cannot tell it from the tie."""
     dtype = getattr(torch, wanted)
     generator = np.random.default_rng(11)
     values = []

@@ -1,4 +1,4 @@
-"""The copy: checksums in any order, blocks of any cut, casts, views, and reads through the map."""
+"""The copy: checksums in any order, blocks of any size, casts, views, and reads through the map."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_a_checksum_of_blocks_in_any_order(data: bytes, cuts: list[int], order: 
 def test_stage_3_pieces_are_what_partitioning_does(
     world: int, shapes: list[int], sub_groups: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Cut parameters as ZeRO-3 does, save each rank's flat data in sub-groups, and read the parameters back through
-    the map.
+    """Partition parameters as ZeRO-3 does, save each rank's flat data in sub-groups, and read them back through the
+    map.
     """
     folder = tmp_path_factory.mktemp("z3")
     parameters = [torch.randn(numel) for numel in shapes]
@@ -99,8 +99,8 @@ def prove_piece_by_piece(entry: dsconv.TensorEntry) -> None:
 def test_what_arithmetic_proves_is_so_piece_by_piece(
     lengths: list[list[int]], alike: bool, begin: int, share: int, numel: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Shares that the numbers give, whether they fit the files or not: what is proven without the pieces holds for
-    them.
+    """For shares that follow from the numbers, whether they fit the files or not, the proof without pieces holds for
+    the pieces.
     """
     folder = tmp_path_factory.mktemp("shares")
     files = []
@@ -208,7 +208,7 @@ def test_reading_parts(tmp_path: Path) -> None:
 
 
 def test_a_view_that_was_saved_without_its_gaps_closed(tmp_path: Path) -> None:
-    """Stage 0 saves what the module holds: a transposed weight is a view with strides."""
+    """Stage 0 saves the module's own tensors, where a transposed weight is a strided view."""
     base = torch.randn(4, 6)
     module = {"t": base.t(), "part": base[1:3, 2:5], "step": base[::2], "same": base.t()}
     state: dict[str, object] = {
@@ -270,7 +270,7 @@ def test_a_tag_whose_model_states_alone_have_no_checksums_is_told(
 
 
 def test_opening_needs_megabytes_for_a_huge_checkpoint(tmp_path: Path) -> None:
-    """A sparse file of 40 GB opens and plans in little memory: only its header is read."""
+    """A sparse file of 40 GB is opened and planned in little memory, because only its header is read."""
     import json
     import resource
     import subprocess

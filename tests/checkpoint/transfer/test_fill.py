@@ -1,4 +1,6 @@
-"""Filling slots against torch's own indexing: any pieces, any patches, any part of the tensor, each byte read once."""
+"""Compare filling slots with torch's own indexing: any pieces, patches and parts of the tensor, with each byte read
+once.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from tests.trained import same
 
 
 def saved(full: torch.Tensor, name: str, data: st.DataObject, folder: pytest.TempPathFactory) -> TensorEntry:
-    """An entry whose pieces, boxes cut in two, lie in files of their own."""
+    """Return an entry whose pieces, made by cutting boxes in two, lie in separate files."""
     where = folder.mktemp("fill")
     pieces = []
     for number, region in enumerate(cut(tuple(full.shape), data)):
@@ -38,7 +40,9 @@ def saved(full: torch.Tensor, name: str, data: st.DataObject, folder: pytest.Tem
 def fill(
     patches: list[Patch], shape: tuple[int, ...], region: Region | None, expected: torch.Tensor, data: st.DataObject
 ) -> Filling:
-    """Fill a random range of the region, directly or through write(), and compare it with that of ``expected``."""
+    """Fill a random range of the region, directly or through write(), and compare it with the same range of
+    ``expected``.
+    """
     start = data.draw(st.integers(0, expected.numel()))
     numel = data.draw(st.integers(0, expected.numel() - start))
     out = torch.zeros(numel, dtype=expected.dtype)
@@ -83,7 +87,9 @@ def test_any_part_of_a_tensor(
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(data=st.data())
 def test_tensors_joined_stacked_and_cut(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Three experts of two projections each become one tensor, as transformers fuses them; and one becomes two."""
+    """Three experts with two projections each become one tensor, as transformers fuses them, and one tensor becomes
+    two.
+    """
     rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
     tensors = [torch.arange(rows * columns, dtype=torch.int32).reshape(rows, columns) + 100 * i for i in range(6)]
     entries = [saved(tensor, str(i), data, tmp_path_factory) for i, tensor in enumerate(tensors)]

@@ -13,7 +13,7 @@ DATA = Path(__file__).resolve().parents[3] / "data"
 
 
 def test_megatron_core_s_own_directory(tmp_path: Path) -> None:
-    """Its .metadata names an enumeration; layers are stacked, and tensor-parallel shards are boxes of the whole."""
+    """Its .metadata names an enumeration, layers are stacked, and tensor-parallel shards are boxes of the tensor."""
     found = dsconv.open_checkpoint(DATA / "megatron_core" / "ckpt")
     assert (found.step, found.info["tag"], found.warnings) == (10, "iter_0000010", ())
     assert found.info["left_out"] == {"_extra_state": 8}

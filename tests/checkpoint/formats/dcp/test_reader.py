@@ -1,4 +1,4 @@
-"""Directories of torch.distributed.checkpoint: every real one comes out bit for bit, and a broken one is refused by
+"""Directories of torch.distributed.checkpoint: every real one is merged bit for bit, and broken ones are refused by
 name.
 """
 
@@ -99,7 +99,7 @@ def test_merge_is_bit_exact(name: str, tmp_path: Path) -> None:
 def test_what_is_left_out_is_told(name: str, left_out: dict[str, int] | None, removed: list[str] | None) -> None:
     info = dsconv.open_checkpoint(ckpt(name)).info
     found = info.get("left_out")
-    if found and "lr_scheduler" in found:  # torch's releases differ in what a scheduler keeps
+    if found and "lr_scheduler" in found:  # torch releases differ in what a scheduler keeps
         assert left_out is not None
         assert found.keys() == left_out.keys()
         assert all(
@@ -124,7 +124,7 @@ def test_inspect_and_merge_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_weights_of_the_folder_itself_come_before_checkpoints_in_it(tmp_path: Path) -> None:
-    """The Trainer's output folder after a last save_model: the model, and beside it the checkpoints."""
+    """After a final save_model, the Trainer's output folder holds the model beside the checkpoints."""
     folder = Path(shutil.copytree(ckpt("trainer-w2"), tmp_path / "run"))
     assert dsconv.open_checkpoint(folder).info["tag"] == "checkpoint-1"
     dsconv.merge(folder, tmp_path / "out", fsync=False)
@@ -133,7 +133,7 @@ def test_weights_of_the_folder_itself_come_before_checkpoints_in_it(tmp_path: Pa
 
 
 def test_the_latest_whole_step_is_taken_and_any_by_tag(tmp_path: Path) -> None:
-    """torchtitan's folder of steps: 2, 10 and 20, of which the last has no .metadata."""
+    """torchtitan's folder has the steps 2, 10 and 20, of which the last has no .metadata."""
     folder = ckpt("titan-w3")
     latest = dsconv.open_checkpoint(folder)
     assert (latest.step, latest.info["tag"]) == (10, "step-10")
@@ -151,7 +151,9 @@ def test_the_latest_whole_step_is_taken_and_any_by_tag(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [f"checkpoint-{STEP}", f"checkpoint-{STEP}/pytorch_model_fsdp_0", "."])
 def test_transformers_loads_what_accelerate_saved(path: str, tmp_path: Path) -> None:
-    """From the Trainer's folder, the folder in it, or that of all checkpoints; config.json lies two levels up."""
+    """Open the Trainer's folder, the folder inside it, or the folder of all checkpoints; config.json lies two levels
+    up.
+    """
     from transformers import AutoModelForCausalLM
 
     checkpoint = dsconv.open_checkpoint(ckpt("accelerate-w3") / path)
@@ -198,13 +200,13 @@ def test_two_models_in_one_folder_must_be_told_apart(tmp_path: Path) -> None:
 def test_a_root_prefix_stays_where_no_config_disowns_it(tmp_path: Path) -> None:
     case = made("root_prefix-w3")
     bare = shutil.copytree(ckpt("root_prefix-w3"), tmp_path / "bare", ignore=shutil.ignore_patterns("config.json"))
-    kept = {"optimizer.state.lr"}  # a number under a bare name may be a buffer: only the architecture disowns it
+    kept = {"optimizer.state.lr"}  # a number under a bare name may be a buffer; only the architecture can rule that out
     assert set(dsconv.open_checkpoint(bare)) == {f"model.{name}" for name in case.truth} | kept
     assert set(dsconv.open_checkpoint(ckpt("root_prefix-w3"))) == set(case.truth)
 
 
 def leaves(*paths: tuple[str, ...], shape: tuple[int, ...] | None = (3, 2)) -> dict[str, Leaf]:
-    """Items by the paths that planner_data gives; a path that ends with ``!`` is an object."""
+    """Return items by their paths in planner_data. A path that ends with ``!`` is an object."""
     found = {}
     for path in paths:
         name = path[-1].removesuffix("!")
@@ -218,24 +220,24 @@ ADAM = ("exp_avg", "exp_avg_sq", "step")
 @pytest.mark.parametrize(
     ("paths", "expected"),
     [
-        # A dictionary under `model`, whose own names begin with `model.` or do not.
+        # A dictionary under `model`, with names that begin with `model.` or do not.
         ([("model", "model.norm"), ("model", "head")], ["model.norm", "head"]),
         ([("model", "model.norm")], ["model.norm"]),
         ([("state", "model", "w"), ("state", "step!")], ["w"]),
         ([("state_dict", "model", "w"), ("state_dict", "optimizer", "step!")], ["w"]),
-        # Bare names: a dot is part of the name, whatever the child modules are called.
+        # Bare names: a dot is part of the name, whatever child modules are called.
         ([("model.norm",), ("model.head",)], ["model.norm", "model.head"]),
         ([("w",), ("optimizer.w",)], ["w", "optimizer.w"]),
         ([("optim.w",), ("scheduler.w",), ("dataloader.w",), ("state.w",)],
          ["optim.w", "scheduler.w", "dataloader.w", "state.w"]),
         ([("optimizer",), ("random_proj.weight",)], ["optimizer", "random_proj.weight"]),
         ([("model", "optim.w"), ("model", "rng.w"), ("model", "v")], ["optim.w", "rng.w", "v"]),
-        # One dictionary of another name is the model's.
+        # A single dictionary of another name is the model.
         ([("net", "w")], ["w"]),
         ([("net", "a", "w"), ("net", "a", "v")], ["a.w", "a.v"]),
-        # A name with a dot is whole: the dictionaries around it are not part of it.
+        # A name with a dot is complete: the names of the dictionaries around it are not part of it.
         ([("app", "net", "a", "l.w"), ("app", "net", "a", "l.v")], ["l.w", "l.v"]),
-        # An optimizer is known by its structure: nested, flattened, of any name or of none, without param_groups.
+        # An optimizer is recognised by its structure: nested, flattened, with or without a name or param_groups.
         ([("net", "w"), ("opt", "state", "w", "exp_avg"), ("opt", "param_groups", "0", "lr!")], ["w"]),
         ([("w",), ("optimizer", "state.w.exp_avg"), ("optimizer", "param_groups.w.lr!")], ["w"]),
         ([("w",), ("state.w.exp_avg",), ("param_groups.w.lr!",)], ["w"]),
@@ -248,10 +250,10 @@ ADAM = ("exp_avg", "exp_avg_sq", "step")
          ["w", "state.weight", "state.a.b"]),
         ([("state.w",), ("w",), ("state.w.exp_avg",), ("param_groups.w.lr!",), ("state.w.step!",)], ["state.w", "w"]),
         ([("w",), ("state.weight",), ("state.w.momentum",)], ["w", "state.weight"]),
-        # These are weights, though they have such names.
+        # These are weights in spite of their names.
         ([("w",), ("exp_avg",)], ["w", "exp_avg"]),
         ([("state.w",), ("state.v",)], ["state.w", "state.v"]),
-        # Wrappers, where no two names become one.
+        # Wrappers are removed unless two names would become one.
         ([("model", "_orig_mod.w")], ["w"]),
         ([("model", "module.w"), ("model", "module.v")], ["w", "v"]),
         ([("model", "module.w"), ("model", "v")], ["module.w", "v"]),
@@ -309,7 +311,7 @@ def test_what_may_have_been_trained_is_not_left_out_without_a_word() -> None:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Callable[[str], Path]:
-    """``broken(case)``: a copy of its directory, to be damaged."""
+    """Return ``broken(case)``, which copies the case's directory, for tests that damage it."""
     return lambda name: Path(shutil.copytree(ckpt(name), tmp_path / "broken"))
 
 
@@ -320,7 +322,7 @@ def edit(folder: Path, change: Callable[[Metadata], None], name: str = ".metadat
 
 
 def place(metadata: Metadata, name: str, number: int = 0, **changes: Any) -> None:
-    """Change where chunk ``number`` of a tensor is stored."""
+    """Change the place where chunk ``number`` of a tensor is stored."""
     index = [key for key in metadata.storage_data if key.fqn == name][number]
     metadata.storage_data[index] = replace(metadata.storage_data[index], **changes)
 
@@ -351,7 +353,7 @@ def forgotten(metadata: Metadata) -> None:
 
 
 def swapped(metadata: Metadata) -> None:
-    """The two tensors' chunks, both sound, each in the other's place."""
+    """Swap the sound chunks of two tensors."""
     keys = [MetadataIndex(name, [0]) for name in ("model.up.bias", "model.scale")]
     data = metadata.storage_data
     data[keys[0]], data[keys[1]] = data[keys[1]], data[keys[0]]
@@ -362,7 +364,7 @@ def lost_place(metadata: Metadata) -> None:
 
 
 def unhashable(metadata: Metadata) -> None:
-    """An index whose offset holds a list: frozen, so it is set as a pickle would set it."""
+    """Return an index whose offset holds a list. The class is frozen, so the field is set as a pickle would set it."""
     key = MetadataIndex(UP, [0, 0])
     info = metadata.storage_data.pop(key)
     metadata.storage_data[key] = info
@@ -439,7 +441,7 @@ def test_bad_metadata_is_refused(
 
 
 class Call:
-    """Pickles as a call of a function."""
+    """An object that pickles as a function call."""
 
     def __init__(self, *call: Any) -> None:
         self.call = call
@@ -460,7 +462,7 @@ def test_metadata_runs_nothing(broken: Callable[[str], Path], tmp_path: Path) ->
 
 
 def test_a_chunk_that_is_no_tensor(broken: Callable[[str], Path]) -> None:
-    """Sound zips of something else: a number, and a tensor that runs code when torch unpickles it."""
+    """The chunk is a sound zip of a number, or of a tensor that runs code when torch unpickles it."""
     folder = broken("fsdp2-w3")
     for value, error in (({"a": 1}, UnsupportedError), (Call(os.system, "true"), UnsafeError)):
         torch.save(value, folder / "other.distcp")
@@ -477,8 +479,8 @@ def chunk_of(folder: Path, name: str) -> tuple[Path, Any]:
 
 
 def test_damage_to_a_chunk_is_found_by_its_checksum(broken: Callable[[str], Path], tmp_path: Path) -> None:
-    """A flipped bit of the weights when they are copied; of what describes them when they are opened. torch sees
-    neither.
+    """A flipped bit in the weights is found when they are copied, and one in their description when the checkpoint is
+    opened. torch notices neither.
     """
     folder = broken("fsdp2-w3")
     extent = dsconv.open_checkpoint(folder)["up.weight"].pieces[1].extent
@@ -528,7 +530,7 @@ def test_each_rank_s_metadata_is_needed(broken: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
 def test_random_damage_is_an_error_or_harmless(file: str, broken: Callable[[str], Path]) -> None:
-    """Flipped, cut and doubled bytes: each opens or raises DsconvError, nothing else, and soon."""
+    """Flipped, cut and doubled bytes: each file opens or raises DsconvError, in little time."""
     folder = broken("fsdp2-w1")
     whole = (folder / file).read_bytes()
     random = Random(3)
@@ -553,8 +555,8 @@ def test_random_damage_is_an_error_or_harmless(file: str, broken: Callable[[str]
 
 
 def test_chunks_whose_places_collide_take_time_in_proportion(tmp_path: Path) -> None:
-    """Offsets are the file's choice, and so would be their hashes: as keys they took quadratic time, 5 s for this
-    1.8 MB.
+    """The file chooses the offsets and so their hashes. As dictionary keys they took quadratic time: 5 s for these 1.8
+    MB.
     """
     pairs = colliding_pairs(10_000)
     chunks = [ChunkStorageMetadata(torch.Size(pair), torch.Size((1, 1))) for pair in pairs]
@@ -563,7 +565,7 @@ def test_chunks_whose_places_collide_take_time_in_proportion(tmp_path: Path) -> 
         (MetadataIndex("w", torch.Size(pair)), _StorageInfo("__0_0.distcp", 10 * i, 10)) for i, pair in enumerate(pairs)
     ]
     whole = pickle.dumps(Metadata({"w": tensor}, storage_data="MARK"), protocol=2)
-    # The dictionary is made of pairs by the reader: put first, and recalled where the mark is.
+    # The reader makes the dictionary from pairs, which are memoised first and recalled after the mark.
     made = glob("collections", "OrderedDict") + pickle.dumps(storage, protocol=2)[2:-1] + b"\x85Rr\0\0\x10\x000"
     (tmp_path / ".metadata").write_bytes(b"\x80\x02" + made + whole[2:].replace(text("MARK"), b"j\0\0\x10\0"))
     (tmp_path / "__0_0.distcp").write_bytes(bytes(10 * len(pairs)))
@@ -589,7 +591,7 @@ def test_zstd_without_its_package_and_damaged(broken: Callable[[str], Path], mon
     edit(folder, lambda m: place(m, UP, length=info.length - 1))
     with pytest.raises(MalformedError, match=f"^{folder}/.*a zstd frame that does not end where the chunk does"):
         dsconv.open_checkpoint(folder)
-    monkeypatch.setitem(sys.modules, "zstandard", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "zstandard", None)  # as if it were not installed
     with pytest.raises(UnsupportedError, match=r"pip install 'dsconv-toolkit\[zstd\]'"):
         dsconv.open_checkpoint(folder)
 
@@ -621,7 +623,7 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[int]]]:
 @given(grids())
 @settings(max_examples=150, deadline=None)
 def test_boxes_lie_where_numpy_puts_them(grid: tuple[tuple[int, ...], list[list[int]]]) -> None:
-    """Whether as flat ranges or as regions: each element of each chunk gets the place that it has in the tensor."""
+    """As flat ranges and as regions, each element of each chunk gets its place in the tensor."""
     shape, cuts = grid
     whole = torch.arange(math.prod(shape)).reshape(shape)
     chunks = []

@@ -1,4 +1,4 @@
-"""Shards that DCP's HuggingFaceStorageWriter wrote: bit for bit, also where torch's own consolidation loses tensors."""
+"""Shards of DCP's HuggingFaceStorageWriter are merged bit for bit, even where torch's consolidation loses tensors."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_tensors_that_torch_loses(value: torch.Tensor, tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_not_zeros(broken: Callable[[str], Path], tmp_path: Path) -> None:
-    """Of the middle rank: torch 2.13 leaves zeros where its rows were; here it is an error."""
+    """The middle rank's shard is missing. torch 2.13 leaves zeros in its rows; dsconv raises an error."""
     folder = broken("hf_transformers-w4")
     (folder / "shard-00002-model-00001-of-00001.safetensors").unlink()
     theirs = consolidated(folder, tmp_path / "theirs")["lm_head.weight"]

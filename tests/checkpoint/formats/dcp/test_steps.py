@@ -1,4 +1,4 @@
-"""Folders of steps as trainers leave them: the right step is read, or the choice is spelt out."""
+"""Folders of steps as trainers leave them: the right step is read, or the error lists the choices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save(folder: Path, seed: int, key: str = "model") -> dict[str, Tensor]:
 
 
 def save_for_the_hub(folder: Path, seed: int) -> dict[str, Tensor]:
-    """As torchtitan's last_save_in_hf: safetensors under an index."""
+    """Save as torchtitan's last_save_in_hf does: safetensors with an index."""
     folder.mkdir(parents=True)
     file = "model-00001-of-00001.safetensors"
     save_file(weights(seed), folder / file, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Model states: names without wrappers, weights that are absent, and fields that are not what they should be."""
+"""Model states: names without wrappers, missing weights, and fields with wrong values."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_universal_checkpoint_keeps_the_names_that_the_trainer_looks_for(
     dsconv.to_universal(made(name).checkpoint, tmp_path / "universal", fsync=False)
     folders = {path.parent.name for path in (tmp_path / "universal" / "zero").glob("*/exp_avg.pt")}
     wrappers = {"checkpoint": ["_checkpoint_wrapped_module."], "compile": ["_orig_mod."]}
-    # Stage 0 saves the state dict's names, out of which activation checkpointing takes its own.
+    # Stage 0 saves the state dict's names, from which activation checkpointing removes its own part.
     expected = wrappers["compile"] if name == "wrapped-z0" else wrappers[CASES[name].options.wrap]
     assert all(all(part in folder for part in expected) for folder in folders if "blocks." in folder)
     found = {key: entry.read() for key, entry in dsconv.open_checkpoint(tmp_path / "universal").items()}
@@ -93,7 +93,7 @@ def test_tensors_that_no_list_names_are_not_called_frozen(made: Callable[[str], 
 
 
 def damaged(made: Trained, tmp_path: Path, fields: dict[str, Any], pattern: str = "mp_rank_00_model_states.pt") -> Path:
-    """Return a copy of a save dir whose model states, or files of ``pattern``, have other ``fields``."""
+    """Return a copy of a save dir with other ``fields`` in its model states, or in the files that match ``pattern``."""
     folder = Path(shutil.copytree(made.checkpoint, tmp_path / "copy"))
     for path in folder.glob(f"*/{pattern}"):
         states = torch.load(path, weights_only=False)

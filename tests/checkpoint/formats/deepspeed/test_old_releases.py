@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed 0.9 to 0.18 wrote, kept in tests/data, come out bit for bit."""
+"""Checkpoints of DeepSpeed 0.9 to 0.18, kept in tests/data, are merged bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipeline checkpoints of real training come out bit for bit, and damaged ones are refused by name."""
+"""Pipeline checkpoints of real training are merged bit for bit, and damaged ones are refused by name."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ def made() -> Callable[[str], Trained]:
 
 @pytest.fixture
 def damaged(made: Callable[[str], Trained], tmp_path: Path) -> Callable[[str], Path]:
-    """``damaged(name)``: the tag folder of a fresh copy."""
+    """Return ``damaged(name)``, which gives the tag folder of a fresh copy."""
     return lambda name: Path(shutil.copytree(made(name).checkpoint, tmp_path / "copy")) / "global_step2"
 
 
 def global_name(name: str, options: Options) -> str:
-    """Without masters under global names nothing tells the key of a tied layer: it has the layer's number."""
+    """Return a tied layer's name. Without masters under global names, nothing gives its key, so it has the layer's
+    number.
+    """
     # With more there are the trainer's patterns.
     nameless = options.stage == 0 and options.dtype != "bf16" and options.tp == 1
     return (
@@ -75,9 +77,7 @@ def error(tag: Path, kind: type[DsconvError], *words: str) -> None:
 
 
 def test_a_tied_copy_that_differs_between_stages(made: Callable[[str], Trained]) -> None:
-    """Really trained so: an embedding of places that the last stage's copy of the tied module holds and does not
-    sync.
-    """
+    """Real training gives this: the last stage's copy of the tied module has an embedding that is not synced."""
     error(
         made("pp2-z1-unsynced").checkpoint,
         InconsistentCheckpointError,
@@ -147,7 +147,7 @@ def test_swapped_files(name: str, one: str, other: str, damaged: Callable[[str],
 
 
 def test_swapped_layers_without_their_own_names(damaged: Callable[[str], Path]) -> None:
-    """Written through a stream, so that only the masters tell that the weights beside them are not theirs."""
+    """The files were written through a stream, so only the masters show that the weights beside them are not theirs."""
     tag = damaged("pp2-z1-bf16")
     states = {n: torch.load(tag / f"layer_{n:02d}-model_states.pt", weights_only=False) for n in (1, 3)}
     for n, state in ((1, states[3]), (3, states[1])):
@@ -168,7 +168,7 @@ def test_a_stage_of_another_step(damaged: Callable[[str], Path]) -> None:
 
 
 def test_stages_of_two_runs(damaged: Callable[[str], Path], made: Callable[[str], Trained]) -> None:
-    """A file of the same name of a run with more data-parallel ranks."""
+    """One file comes from a run with more data-parallel ranks and has the same name."""
     tag = damaged("pp2-z1-bf16")
     for path in made("pp2-dp2-z1-bf16").checkpoint.glob("global_step2/*mp_rank_01*"):
         shutil.copy(path, tag)
@@ -176,9 +176,7 @@ def test_stages_of_two_runs(damaged: Callable[[str], Path], made: Callable[[str]
 
 
 def test_a_tied_layer_saved_twice_is_one_tensor(damaged: Callable[[str], Path]) -> None:
-    """Two layers that both run the tied module's own forward have a file each; the second must be a copy of the
-    first.
-    """
+    """Two layers that run the tied module's forward have a file each, and the second must be a copy of the first."""
     tag = damaged("pp2-z1-bf16")
     state = torch.load(tag / "layer_00-model_states.pt", weights_only=False)
     torch.save(state, tag / "layer_06-model_states.pt")
@@ -187,13 +185,13 @@ def test_a_tied_layer_saved_twice_is_one_tensor(damaged: Callable[[str], Path]) 
     assert not checkpoint.warnings
     state["word.weight"] = state["word.weight"] + 1
     torch.save(state, tag / "layer_06-model_states.pt")
-    # The layer's weights are no longer those of the tied module's masters: it is a layer of its own.
+    # The layer's weights no longer match the tied module's masters, so it is a separate layer.
     assert "6.word.weight" in dsconv.open_checkpoint(tag)
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.options.stage == 1 and n not in REFUSED][:3])
 def test_the_model_s_own_weights(made: Callable[[str], Trained], name: str) -> None:
-    """``weights="16bit"`` takes those of the layer files, which are the masters, cast."""
+    """``weights="16bit"`` takes the weights of the layer files, which equal the cast masters."""
     masters = dsconv.open_checkpoint(made(name).checkpoint)
     own = dsconv.open_checkpoint(made(name).checkpoint, weights="16bit")
     assert set(own) == set(masters)

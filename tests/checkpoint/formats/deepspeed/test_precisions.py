@@ -1,4 +1,4 @@
-"""Two runs of different precisions under one tag: one whole set of files is taken, by what the model states say."""
+"""Two runs of different precisions under one tag: the model states decide which complete set of files is taken."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TWO = [name for name in CASES if name.startswith("two-")]
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[str], tuple[Trained, Path]]:
-    """``copied(name)``: a trained case, and a copy of its save dir."""
+    """Return ``copied(name)``, which gives a trained case and a copy of its save dir."""
     folders = gloo.ensure("realistic")
 
     def copy(name: str) -> tuple[Trained, Path]:
@@ -40,7 +40,7 @@ def model_states(folder: Path) -> Path:
 def test_the_run_of_the_model_states_is_taken(
     copied: Callable[[str], tuple[Trained, Path]], name: str, newest: str, tmp_path: Path
 ) -> None:
-    """Whatever the times of the files: a copy gave some of them new ones."""
+    """The files' times do not matter, since copying may change them."""
     made, folder = copied(name)
     for path in (folder / TAG).iterdir():
         os.utime(path, (10**9, 10**9 + path.name.startswith(newest)))
@@ -74,7 +74,7 @@ def test_model_states_that_do_not_tell_are_refused(copied: Callable[[str], tuple
 
 @pytest.mark.parametrize("name", ["two-z1-bf16", "two-z2-bf16", "two-z3-bf16"])
 def test_the_only_files_are_those_of_another_run(copied: Callable[[str], tuple[Trained, Path]], name: str) -> None:
-    """A bf16 run ended after its model states were written: what is there beside them is older."""
+    """A bf16 run ended after writing its model states, so the other files are older."""
     _, folder = copied(name)
     for path in (folder / TAG).glob("bf16_*"):
         path.unlink()
@@ -83,7 +83,7 @@ def test_the_only_files_are_those_of_another_run(copied: Callable[[str], tuple[T
 
 
 def test_masters_that_are_not_the_weights_are_refused(copied: Callable[[str], tuple[Trained, Path]]) -> None:
-    """Where two runs' files lie, the weights of stages 1 and 2 prove whose masters they are."""
+    """If the files of two runs are mixed, the weights of stages 1 and 2 prove whose masters they are."""
     _, folder = copied("two-z2-bf16")
     path = model_states(folder)
     states = torch.load(path, weights_only=False)

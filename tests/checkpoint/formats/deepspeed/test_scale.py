@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks: no piece is made to open or plan them, and merging takes few open files."""
+"""Checkpoints of many ranks are opened and planned without making pieces, and merged with few open files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dsconv.convert.universal_plan import training_of
 
 
 def test_opening_and_planning_make_no_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 64 ranks and 2,000 tensors there are 100,000 of them, and each would be an object."""
+    """64 ranks and 2,000 tensors have 100,000 pieces, each of which would be an object."""
     source = make(tmp_path, ranks=64, tensors=2_000, parameters=1_000_000_000_000)  # 4 TB, in holes
     monkeypatch.setattr(flat, "flat_pieces", None)
     report = dsconv.merge(source, tmp_path / "out", dry_run=True)
@@ -29,7 +29,7 @@ def test_opening_and_planning_make_no_pieces(tmp_path: Path, monkeypatch: pytest
 
 
 def test_many_ranks_are_merged_with_few_open_files(tmp_path: Path) -> None:
-    """300 files of each kind; every byte of the sources is checked, those that are padding too."""
+    """There are 300 files of each kind, and every byte of the sources is checked, padding included."""
     source = make(tmp_path, ranks=300, tensors=40, parameters=300_000)
     out = tmp_path / "out"
 
@@ -41,7 +41,7 @@ def test_many_ranks_are_merged_with_few_open_files(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     victim = next(source.rglob("*rank_299_*optim_states.pt"))
     entry = dsconv.open_checkpoint(source)["model.layers.0.input_layernorm.weight"]
-    # A vector of fewer elements than ranks: on this rank there is padding only.
+    # The vector has fewer elements than there are ranks, so this rank holds only padding.
     assert len(entry.pieces) == entry.piece_count < 300
     with open(victim, "r+b") as file:
         last = dsconv.open_checkpoint(source)["model.layers.0.self_attn.q_proj.weight"].layout.ranks.records(299)[0]  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ def test_many_ranks_are_merged_with_few_open_files(tmp_path: Path) -> None:
 
 
 def test_a_parameter_without_elements_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It begins where the last sub-group ends, and lies in none."""
+    """The parameter begins where the last sub-group ends, so it lies in none."""
     shapes = {"a": (3, 3), "b": (5,), "z": (0, 4)}
     monkeypatch.setattr(scale, "shapes_of", lambda tensors, parameters: shapes)
     checkpoint = dsconv.open_checkpoint(make(tmp_path, ranks=2, tensors=3, parameters=14))

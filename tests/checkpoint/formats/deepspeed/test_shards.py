@@ -1,6 +1,4 @@
-"""The geometry of joins, against the libraries whose shards they describe: DeepSpeed's affine maps and Python's
-``re``.
-"""
+"""Compare the geometry of joins with the libraries that define it: DeepSpeed's affine maps and Python's ``re``."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ PATH = Path("mp_rank_00_model_states.pt")
 
 
 def applied(join: Join, shards: list[np.ndarray]) -> np.ndarray:
-    """The full tensor by numpy's own indexing; each element must be filled once, and copies must agree."""
+    """Return the full tensor, joined by numpy's indexing. Each element must be filled once, and copies must agree."""
     full = np.full(join.shape, -1.0)
     for block in join.blocks:
         index = np.ix_(*[[i for a, b in dim for i in range(a, b)] for dim in block.region])
@@ -68,7 +66,7 @@ def test_affine_maps(name: str) -> None:
     logical = tuple(made.logical_shape)
     full = torch.arange(math.prod(logical), dtype=torch.float64).reshape(logical)
     shards = [made.extract(full, rank).numpy() for rank in range(len(made.shard_shapes))]
-    if name == "view":  # the parameter has two dimensions, the view that was cut three
+    if name == "view":  # the parameter has two dimensions, and the view that was cut has three
         shards = [shard.reshape(-1, shard.shape[-1]) for shard in shards]
     join = from_affine_map(made.to_dict(), [shard.shape for shard in shards], "x")
     assert (applied(join, shards).ravel() == full.numpy().ravel()).all()
@@ -186,7 +184,7 @@ def test_patterns_of_autotp_are_names_and_evil_ones_take_no_time() -> None:
 
 
 def test_large_copies_are_compared_in_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first and the last block are among them, whatever the size."""
+    """The compared places include the first and the last block, whatever the size."""
     from safetensors.torch import save_file
 
     monkeypatch.setattr(copies, "BLOCK_BYTES", 64)

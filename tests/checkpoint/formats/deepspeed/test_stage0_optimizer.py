@@ -1,6 +1,4 @@
-"""Whose optimizer states are whose without ZeRO, where nothing in the file names them; what could be mistaken is
-refused.
-"""
+"""Assign unnamed optimizer states to parameters at stage 0. Ambiguous cases are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ def states_of(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def regroup(*groups: list[int]) -> Callable[[Any], None]:
-    """The optimizer as if it had been made with the parameters (by number in the module) in these groups."""
+    """Rewrite the optimizer as if it had been made with these groups of parameters (by number in the module)."""
 
     def edit(value: Any) -> None:
         optimizer = value["optimizer"]
@@ -56,7 +54,7 @@ def test_parameters_that_are_frozen_and_fit_in_one_way_are_told_apart(
 ) -> None:
     source = trained(SOURCE).checkpoint
     expected = states_of(source)
-    kept = [number for number in range(len(expected)) if number != 0]  # no other has the embedding's shape
+    kept = [number for number in range(len(expected)) if number != 0]  # no other parameter has the embedding's shape
     copy = edited(source, tmp_path / "ckpt", "*.pt", regroup(kept))
     found = states_of(copy)
     assert list(found) == [name for name in expected if name != "model.embed_tokens.weight"]
@@ -108,7 +106,7 @@ def test_what_could_be_mistaken_is_refused(
     with pytest.raises(error, match=words):
         dsconv.to_universal(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert dsconv.open_checkpoint(source)["model.norm.weight"].read().numel() == 16  # its weights are read all the same
+    assert dsconv.open_checkpoint(source)["model.norm.weight"].read().numel() == 16  # its weights can still be read
 
 
 def test_frozen_layers_of_equal_shapes_are_refused_in_fp32_and_told_apart_in_bf16(
@@ -116,13 +114,13 @@ def test_frozen_layers_of_equal_shapes_are_refused_in_fp32_and_told_apart_in_bf1
 ) -> None:
     with pytest.raises(UnsupportedError, match="some were frozen"):
         dsconv.to_universal(trained("llama_frozen-z0-fp32-w2").checkpoint, tmp_path / "out")
-    assert len(states_of(trained("llama_frozen-z0-bf16-w2").checkpoint)) == 11  # by the masters' values
+    assert len(states_of(trained("llama_frozen-z0-bf16-w2").checkpoint)) == 11  # identified by the masters' values
 
 
 def test_states_of_the_fused_optimizer_are_parts_of_flat_ones(
     trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
-    """DeepSpeed's own FP16_Optimizer, which it takes with its FusedAdam, on GPUs."""
+    """This is DeepSpeed's FP16_Optimizer, which it uses with its FusedAdam on GPUs."""
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 
     truth: dict[str, dict[str, torch.Tensor]] = {}
@@ -152,12 +150,14 @@ def test_states_of_the_fused_optimizer_are_parts_of_flat_ones(
     for name, states in truth.items():
         for state, tensor in states.items():
             assert same(load(tmp_path / "out" / "zero" / name / f"{state}.pt")["param"], tensor), (name, state)
-        # DeepSpeed takes one with no gradients, to make the states.
+        # DeepSpeed takes a step without gradients to make the states.
         assert float(load(tmp_path / "out" / "zero" / name / "step.pt")) == 2
 
 
 def joined(shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """All that the shards of two ranks could be: copies, or cut along a dimension in which alone they may differ."""
+    """Return every way to join the shards of two ranks: as copies, or along the only dimension in which they may
+    differ.
+    """
     one, two = (shard.detach() for shard in shards)
     cuts = [
         dim

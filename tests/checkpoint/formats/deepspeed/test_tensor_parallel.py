@@ -1,4 +1,4 @@
-"""AutoTP checkpoints of real training come out bit for bit, and damaged ones are refused by name."""
+"""AutoTP checkpoints of real training are merged bit for bit, and damaged ones are refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made() -> Callable[[str], Trained]:
 
 @pytest.fixture
 def damaged(made: Callable[[str], Trained], tmp_path: Path) -> Callable[[str], Path]:
-    """``damaged(name)``: the tag folder of a fresh copy."""
+    """Return ``damaged(name)``, which gives the tag folder of a fresh copy."""
 
     def copy(name: str) -> Path:
         return (
@@ -60,7 +60,7 @@ def test_merge_is_bit_exact(name: str, made: Callable[[str], Trained], tmp_path:
     "name", [n for n in CASES if n.startswith(("llama-tp3", "fused-tp3", "qwen-tp3", "phi3", "gpt_neox", "fused-tp4"))]
 )
 def test_patterns_alone_say_what_the_maps_say(name: str, made: Callable[[str], Trained]) -> None:
-    """AutoTP writes both; Megatron and older releases have the patterns only."""
+    """AutoTP writes both. Megatron and older releases write only the patterns."""
     tag = next(made(name).checkpoint.glob("global_step*"))
     files = [tag / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(CASES[name].options.tp)]
     if not files[0].exists():
@@ -132,7 +132,7 @@ def test_model_states_of_one_mp_rank_are_missing(damaged: Callable[[str], Path])
 
 
 def swap(tag: Path, pattern: str) -> None:
-    """Exchange rank 0's and rank 1's files of a pattern with ``{}`` for the rank."""
+    """Swap rank 0's and rank 1's files of a pattern that has ``{}`` for the rank."""
     for path in sorted(tag.glob(pattern.format("00"))):
         other = path.with_name(path.name.replace("mp_rank_00", "mp_rank_01"))
         path.rename(tag / "aside")
@@ -148,14 +148,14 @@ def test_swapped_mp_ranks(pattern: str, damaged: Callable[[str], Path]) -> None:
 
 
 def resave(path: Path, **changes: object) -> None:
-    """Save a file again with torch under another root name, as a stream would have it, with top-level keys changed."""
+    """Save a file again with changed top-level keys and another root name, as if written through a stream."""
     state = torch.load(path, map_location="cpu", weights_only=False) | changes
     with path.open("wb") as stream:
         torch.save(state, stream)
 
 
 def test_swapped_ranks_without_the_files_own_names(damaged: Callable[[str], Path]) -> None:
-    """Files that were written through a stream do not know their name: uneven shards give it away."""
+    """Files that were written through a stream do not hold their own name, but uneven shards reveal the swap."""
     tag = damaged("llama-tp3-z1")
     for path in tag.glob("*mp_rank_0*.pt"):
         resave(path)
@@ -192,7 +192,7 @@ def test_another_zero_stage_on_one_rank(damaged: Callable[[str], Path], made: Ca
 
 
 def test_more_files_than_the_world(damaged: Callable[[str], Path], made: Callable[[str], Trained]) -> None:
-    """Files of a larger world are left over and ignored; a renamed file of this world is an error."""
+    """Left-over files of a larger world are ignored. A renamed file of this world is an error."""
     tag = damaged("llama-tp2-z1-bf16")
     for path in made("llama-tp3-z1").checkpoint.glob("global_step2/*mp_rank_02*.pt"):
         shutil.copy(path, tag)
@@ -204,7 +204,7 @@ def test_more_files_than_the_world(damaged: Callable[[str], Path], made: Callabl
 
 
 def bump(path: Path, name: str) -> None:
-    """Change one element of a tensor of ``module``, as drift in training would."""
+    """Change one element of a tensor in ``module``, as drift in training would."""
     state = torch.load(path, map_location="cpu", weights_only=False)
     state["module"][name].view(-1)[3] += 1
     torch.save(state, path)
@@ -217,7 +217,7 @@ def test_a_replicated_tensor_differs(damaged: Callable[[str], Path]) -> None:
 
 
 def test_a_replicated_master_differs(damaged: Callable[[str], Path]) -> None:
-    """In a partition the record's checksum is of all parameters: the bytes themselves are compared."""
+    """In a partition the record's checksum covers all parameters, so the bytes themselves are compared."""
     tag = damaged("llama-tp2-dp2-z2")
     path = tag / "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt"
     state = torch.load(path, map_location="cpu", weights_only=False)
@@ -243,7 +243,7 @@ NORM = r"^model\.norm\.weight$"
 
 
 def test_averaged_parameters(damaged: Callable[[str], Path], made: Callable[[str], Trained]) -> None:
-    """Equal copies are their own average; different ones are refused, since no file holds the average."""
+    """Equal copies are their own average. Different ones are refused, since no file holds the average."""
     tag = damaged("llama-tp2-z0-fp32")
 
     def change(info: dict[str, Any]) -> None:
@@ -338,7 +338,7 @@ def test_metadata_that_cannot_be_followed(
 
 
 def test_one_mp_rank_alone_is_not_a_model(damaged: Callable[[str], Path]) -> None:
-    """Half a model must not pass for a whole one."""
+    """Half a model must not be taken for a whole one."""
     tag = damaged("llama-tp2-z3-bf16")
     for path in tag.glob("*mp_rank_01*"):
         path.unlink()
@@ -346,8 +346,8 @@ def test_one_mp_rank_alone_is_not_a_model(damaged: Callable[[str], Path]) -> Non
 
 
 def test_without_rules_the_config_tells(damaged: Callable[[str], Path], made: Callable[[str], Trained]) -> None:
-    """As releases before 0.18.9 save: three ranks with uneven and empty shards, joined by config.json and the
-    model's plan.
+    """Releases before 0.18.9 save no rules. config.json and the model's plan join three ranks with uneven and empty
+    shards.
     """
     for name in ("llama-tp3-z1", "llama-tp3-z3", "qwen-tp2-dp2-z3", "llama-tp2-z0-bf16"):
         tag = damaged(name)
@@ -397,7 +397,7 @@ def test_a_world_too_large_to_be_listed(damaged: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("name", ["fused-tp2-z1", "bigcode-tp2-z2", "fused-tp2-z0"])
 def test_the_model_s_own_weights(made: Callable[[str], Trained], name: str) -> None:
-    """``weights="16bit"`` joins the shards of the model states, which are the masters, cast."""
+    """``weights="16bit"`` joins the shards of the model states, which equal the cast masters."""
     masters = dsconv.open_checkpoint(made(name).checkpoint)
     own = dsconv.open_checkpoint(made(name).checkpoint, weights="16bit")
     assert set(own) == set(masters)

@@ -1,5 +1,5 @@
-"""Universal checkpoints that are not whole, or not from one conversion, are refused by name. (That good ones are read
-is tested where they are made: tests/convert/test_to_universal.py.)
+"""Incomplete and mixed universal checkpoints are refused by name. (tests/convert/test_to_universal.py tests that sound
+ones are read.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.trained import load_safetensors, same
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[str], Path]:
-    """A fresh copy of what the official tool made of a case: the folder with ``latest_universal``."""
+    """Return a fresh copy of the official tool's output for a case: the folder with ``latest_universal``."""
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(gloo.ensure("universal")[name] / "official", tmp_path / name))
@@ -46,7 +46,7 @@ def change(path: Path, edit: Callable[[Any], Any]) -> None:
 
 
 def rename(old: str, new: str) -> Callable[[Any], Any]:
-    """Give a parameter of the model states another name."""
+    """Rename a parameter in the model states."""
 
     def edit(value: Any) -> Any:
         value["param_shapes"] = [
@@ -161,7 +161,7 @@ def test_bad_universal_checkpoints_are_named(kind: str, copied: Callable[[str], 
 
 
 def test_which_of_several(copied: Callable[[str], Path]) -> None:
-    """The save dir, the tag folder, or a tag by name; a plain ``latest`` comes first."""
+    """The source is the save dir, the tag folder, or a tag by name. A plain ``latest`` comes first."""
     folder = copied(Z2)
     name = tag(folder).name
     for checkpoint in (
@@ -199,7 +199,7 @@ def test_a_pickle_that_would_run_code_is_refused(copied: Callable[[str], Path]) 
         dsconv.open_checkpoint(folder)
 
 
-PARALLEL = [  # with tied names, two groups of parameters, and three pipeline stages among them
+PARALLEL = [  # they include tied names, two groups of parameters, and three pipeline stages
     "llama-tp2-dp2-z1",
     "qwen-tp2-dp2-z2",
     "llama-tp2-z1-bf16opt",
@@ -211,7 +211,7 @@ PARALLEL = [  # with tied names, two groups of parameters, and three pipeline st
 
 @pytest.mark.parametrize("name", PARALLEL)
 def test_model_parallel_runs(name: str, tmp_path: Path) -> None:
-    """Full shapes are those of the universal tensors; the names are those of all model-parallel ranks."""
+    """The full shapes come from the universal tensors, and the names from all model-parallel ranks."""
     made = gloo.ensure("universal_mp", [name])[name]
     states = load_safetensors(made / "truth.safetensors")
     truth = {key.removesuffix("/fp32"): tensor for key, tensor in states.items() if key.endswith("/fp32")}

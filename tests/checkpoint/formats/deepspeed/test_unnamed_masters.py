@@ -59,7 +59,7 @@ def test_what_cannot_be_told_is_refused(made: Callable[[str], Trained], name: st
 
 @pytest.mark.parametrize("name", [*TOLD, *NOT_TOLD])
 def test_groups_in_one_flat_tensor(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
-    """FP16_Optimizer, which needs a GPU's FusedAdam, keeps the same masters end to end."""
+    """FP16_Optimizer, which needs FusedAdam on a GPU, keeps the same masters, one after another."""
     source = next(made(name).checkpoint.glob("*/mp_rank_00_model_states.pt"))
     states = torch.load(source, weights_only=False)
     groups = states["optimizer"].pop("fp32_groups")
@@ -92,7 +92,7 @@ def test_optimizer_states_follow_their_masters(made: Callable[[str], Trained], n
 
 
 def test_masters_that_fit_no_weight_are_refused(made: Callable[[str], Trained], tmp_path: Path) -> None:
-    """Weights that were changed without the optimizer are not given somebody else's master."""
+    """A weight that was changed without the optimizer does not get another weight's master."""
     source = next(made("full").checkpoint.glob("*/mp_rank_00_model_states.pt"))
     states = torch.load(source, weights_only=False)
     states["module"]["blocks.1.mix.weight"] = states["module"]["blocks.1.mix.weight"] + 1
@@ -104,7 +104,7 @@ def test_masters_that_fit_no_weight_are_refused(made: Callable[[str], Trained], 
 
 
 def test_a_weight_that_differs_at_its_end_alone(tmp_path: Path) -> None:
-    """The first elements of two weights are equal; the rest tells which master is whose."""
+    """The first elements of two weights are equal, and the rest shows which master belongs to which."""
     first = torch.ones(300)
     second = first.clone()
     second[-1] = 2

@@ -1,4 +1,4 @@
-"""Folders with several models' files or shards without an index, in safetensors and in ``.bin`` alike."""
+"""Folders with the files of several models, or with shards but no index, in safetensors and in ``.bin``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save(state: dict[str, Tensor], path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "stem"), FORMS.items())
 def test_accelerate_s_second_model_is_not_passed_over(suffix: str, stem: str, tmp_path: Path) -> None:
-    """save_state numbers the models that were prepared: model.safetensors, model_1.safetensors."""
+    """save_state numbers the prepared models: model.safetensors, model_1.safetensors."""
     states = [{"w": torch.randn(3, 2)}, {"w": torch.randn(3, 2), "v": torch.randn(2)}]
     save(states[0], tmp_path / f"{stem}.{suffix}")
     save(states[1], tmp_path / f"{stem}_1.{suffix}")

@@ -1,4 +1,4 @@
-"""Folders of safetensors: read as the real library reads them, and refused wherever it refuses."""
+"""Folders of safetensors are read as the safetensors library reads them, and refused wherever it refuses them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def we_accept(path: Path) -> bool:
     return False
 
 
-# What is sound
+# Sound files
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))
@@ -373,8 +373,8 @@ def test_a_broken_header_is_malformed(title: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 500
 
 
-# safetensors takes these: of two entries the last counts, a field it does not know is skipped. Readers may differ, so
-# dsconv does not.
+# safetensors accepts these: the last of two entries counts, and an unknown field is skipped. Other readers may differ,
+# so dsconv refuses them.
 STRICTER_THAN_THE_LIBRARY = {"a name twice", "an unknown field", "an entry that is a list"}
 
 
@@ -420,7 +420,9 @@ def test_headers_that_the_library_takes_are_taken(tmp_path: Path) -> None:
 
 
 def test_a_shape_without_elements_that_torch_cannot_make_is_malformed(tmp_path: Path) -> None:
-    """safetensors multiplies in order, and takes it: 0 × anything is 0. torch multiplies all but the zeros."""
+    """safetensors multiplies in order and accepts it, since 0 × anything is 0. torch leaves the zeros out of the
+    product.
+    """
     path = tmp_path / "a.safetensors"
     path.write_bytes(file_bytes({"a": item(shape=(0, 1 << 40, 1 << 40), offsets=(0, 0))}))
     assert the_library_accepts(path)
@@ -435,7 +437,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         read_file(tmp_path)
 
 
-# Mutations: whatever the real library refuses, dsconv refuses
+# Mutations: dsconv refuses whatever the library refuses
 
 SOUND: Header = {
     "__metadata__": {"format": "pt"},
@@ -471,7 +473,7 @@ ODD += [[0, 24], [24, 32], [0, 33], [33, 33], {"a": "b"}, float("nan"), "\ud800"
 
 
 def _mutant(seed: int) -> bytes:
-    """A sound file with a few values of its header replaced, removed, doubled or retyped."""
+    """Return a sound file with a few values of its header replaced, removed, doubled or retyped."""
     chance = random.Random(seed)
     header: Header = json.loads(json.dumps(SOUND))
     data = bytes(33)
@@ -552,7 +554,7 @@ def test_what_the_library_refuses_in_mutated_bytes_is_refused(tmp_path: Path) ->
         data = sound
         for at, cut, put in changes:
             data = data[:at] + put + data[at + cut :]
-        if repair and len(data) > 41:  # so that the header, not its length, is what is wrong
+        if repair and len(data) > 41:  # so that the header is wrong, and not its length
             data = struct.pack("<Q", len(data) - 41) + data[8:]
         path.write_bytes(data)
         before = time.process_time()
@@ -569,7 +571,7 @@ def test_what_the_library_refuses_in_mutated_bytes_is_refused(tmp_path: Path) ->
     [("F4", [2, 6], 6), ("F6_E2M3", [3, 4], 9), ("F6_E3M2", [8], 6), ("F8_E8M0", [3], 3), ("F4", [0, 3, 2], 0)],
 )
 def test_a_copy_need_not_understand_a_dtype(dtype: str, shape: list[int], nbytes: int, tmp_path: Path) -> None:
-    """Elements of less than a byte keep their header and bytes, and --dtype leaves them alone."""
+    """Elements smaller than a byte keep their header and bytes, and --dtype does not change them."""
     data = bytes(range(nbytes))
     header = {"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}
     (tmp_path / SINGLE).write_bytes(file_bytes(header, data))

@@ -1,4 +1,4 @@
-"""State dicts that torch, huggingface_hub, PEFT and Lightning write: every byte against the live model's."""
+"""State dicts of torch, huggingface_hub, PEFT and Lightning: every byte is compared with the live model's."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LEGACY = {"_use_new_zipfile_serialization": False}
 
 
 def check(source: Path, out: Path, truth: dict[str, Any], ties: dict[str, str] | None = None) -> None:
-    """What is read and what is merged are ``truth``, every tied name once."""
+    """Check that reading and merging both give ``truth``, with every tied tensor once."""
     ties = ties or {}
     checkpoint = open_checkpoint(source)
     assert checkpoint.ties == ties
@@ -98,7 +98,7 @@ def test_a_legacy_file_whose_pickle_is_longer_than_the_first_read(
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A transformers model in ``.bin`` shards, as huggingface_hub writes them, with its config."""
+    """Save a transformers model and its config in ``.bin`` shards, as huggingface_hub writes them."""
     from huggingface_hub import save_torch_state_dict
     from transformers import BertConfig, BertForMaskedLM
 
@@ -427,7 +427,7 @@ def test_a_lightning_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("safe", [False, True], ids=["bin", "safetensors"])
 def test_an_adapter_stays_an_adapter(safe: bool, tmp_path: Path) -> None:
-    """``adapter_model.*`` becomes ``adapter_model.safetensors`` beside its config, which PeftModel loads."""
+    """``adapter_model.*`` becomes ``adapter_model.safetensors`` with its config beside it, and PeftModel loads it."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import BertConfig, BertModel
 
@@ -450,7 +450,7 @@ def test_an_adapter_stays_an_adapter(safe: bool, tmp_path: Path) -> None:
 
 
 def test_a_legacy_deepspeed_file_is_read_like_a_zip(tmp_path: Path) -> None:
-    """The reader of ``.pt`` is one: what DeepSpeed's older engine wrote without a zip has the same extents' meaning."""
+    """A legacy ``.pt`` file, as DeepSpeed's older engine wrote it, goes through the same reader as a zip."""
     torch.save(STATE, tmp_path / "a.pt", **LEGACY)
     file = TorchFile(tmp_path / "a.pt")
     assert file.root["steps"].shape == ()

@@ -1,7 +1,7 @@
-"""How DTensor, its mesh and ShardedTensor are pickled: the forms of older torch releases, and what none of them writes.
+"""The pickled forms of DTensor, its mesh and ShardedTensor in older torch releases, and forms that no release writes.
 
-The old forms are put together from the sources of those releases, whose attributes and module names they have; releases
-before 2.13 cannot be installed beside it.
+The old forms are built with the attributes and module names in the sources of those releases, which cannot be installed
+beside torch 2.13.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def wrapper(cls: Name, state: Any, shape: Any = (7, 2), dtype: str = "float32") 
 def torch_2_4(
     mesh_shape: tuple[int, ...], ranks: list[int], coordinate: list[int], placements: list[Any]
 ) -> tuple[Name, Made]:
-    """``torch.distributed._tensor``, and the mesh as a tensor (to 2.9)."""
+    """Build the form of ``torch.distributed._tensor``, with the mesh as a tensor (up to 2.9)."""
     state = {
         "device_type": "cuda",
         "mesh": tensor("9", "IntStorage", mesh_shape, 4),
@@ -66,7 +66,7 @@ def torch_2_4(
 def torch_2_10(
     shape: Any, stride: Any, ranks: list[int], coordinate: list[int], placements: list[Any], **more: Any
 ) -> tuple[Name, Made]:
-    """The mesh as one layout of numbers or tuples, and the ranks that it indexes."""
+    """Build the form in which the mesh is one layout of numbers or tuples, with the ranks that it indexes."""
     layout = Made(Name("torch.distributed._mesh_layout", "_MeshLayout"), {"shape": shape, "stride": stride})
     state = {
         "_device_type": "cuda",
@@ -94,7 +94,7 @@ REPLICATE: tuple[str, dict[str, int]] = ("Replicate", {})
 
 
 def test_torch_2_4_to_2_9(tmp_path: Path) -> None:
-    """2 × 2 ranks in an order of their own, HSDP."""
+    """The mesh is HSDP over 2 × 2 ranks in an unusual order."""
     ranks = [0, 2, 1, 3]
     for position, rank in enumerate(ranks):
         coordinate = list(divmod(position, 2))
@@ -106,7 +106,7 @@ def test_torch_2_4_to_2_9(tmp_path: Path) -> None:
 
 
 def test_torch_2_10_to_2_11(tmp_path: Path) -> None:
-    """A layout whose dimensions are numbers; the strided shard of FSDP over TP."""
+    """The layout's dimensions are numbers, and the shard is the strided one of FSDP over TP."""
     placements = [("_StridedShard", {"dim": 0, "split_factor": 2}), SHARD]
     for rank in range(4):
         dp, tp = divmod(rank, 2)
@@ -117,10 +117,10 @@ def test_torch_2_10_to_2_11(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form_of", ["2.10", "2.11"])
 def test_a_mesh_cut_out_of_a_larger_one(form_of: str, tmp_path: Path) -> None:
-    """Ranks (0, 2) and (1, 3) each hold a whole copy, on the first dimension of a 2 × 2 mesh."""
+    """Ranks (0, 2) and (1, 3) each hold a whole copy, along the first dimension of a 2 × 2 mesh."""
     for rank in range(4):
         row = rank // 2
-        if form_of == "2.10":  # says the mesh's own ranks, and not the writer's
+        if form_of == "2.10":  # this form has the mesh's ranks but not the writer's
             form = torch_2_10((2,), (2,), [0, 1, 2, 3], [row], [LAST], _flatten_mesh_list=(rank % 2, rank % 2 + 2))
         else:
             form = torch_2_10(2, 2, [0, 1, 2, 3], [row], [LAST], _rank=rank)
@@ -132,7 +132,7 @@ def test_a_mesh_cut_out_of_a_larger_one(form_of: str, tmp_path: Path) -> None:
 
 
 def test_a_dimension_flattened_from_two(tmp_path: Path) -> None:
-    """dp and cp, not neighbours in a 2 × 1 × 2 mesh, sharded as one."""
+    """dp and cp, which are not neighbours in a 2 × 1 × 2 mesh, are sharded as one dimension."""
     for rank in range(4):
         form = torch_2_10(((2, 2), 1), ((2, 1), 1), [0, 1, 2, 3], [rank, 0], [SHARD, REPLICATE])
         write(tmp_path, rank, form, FULL[rank * 2 : rank * 2 + 2])
@@ -147,7 +147,7 @@ def fails(path: Path, kind: type[DsconvError], message: str) -> None:
 
 
 def one(**change: Any) -> tuple[Name, Made]:
-    """A sound DTensor of one rank, with attributes of its mesh changed."""
+    """Return a sound DTensor of one rank, with changed attributes of its mesh."""
     cls, spec = torch_2_4((1,), [0], [0], [SHARD])
     mesh = spec.state["mesh"]
     return cls, Made(spec.cls, {**spec.state, "mesh": Made(mesh.cls, {**mesh.state, **change})})
@@ -267,7 +267,7 @@ def sharded(
     group = Made(
         Name(f"{API}.api", "ShardedTensor.ProcessGroupState"), {"global_rank": rank, "global_world_size": world}
     )
-    # Protocol 2 asks for the nested class by getattr; a name with a dot is what protocol 4 writes.
+    # Protocol 2 fetches the nested class by getattr, and protocol 4 writes a name with a dot.
     whole = (local, metadata, group, None, False) if state is None else state
     return dump({"w": wrapper(Name(f"{API}.api", "ShardedTensor"), whole)})
 

@@ -1,5 +1,5 @@
-"""One file a rank: what verl, accelerate, FSDP1, FSDP2, TP and plain scripts save comes out bit for bit; bad sets
-are refused.
+"""One file per rank, as verl, accelerate, FSDP1, FSDP2, TP and plain scripts save it: sound sets are merged bit for
+bit, and bad ones are refused.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def made() -> dict[str, Path]:
 
 @pytest.fixture
 def copied(made: dict[str, Path], tmp_path: Path) -> Copy:
-    """The folder of a copy, which a test may damage."""
+    """Return the folder of a copy, which a test may damage."""
 
     def copy(name: str) -> Path:
         where = MERGED[name][0] if name in MERGED else ""
@@ -74,7 +74,7 @@ def test_merge_is_bit_exact(name: str, made: dict[str, Path], tmp_path: Path) ->
     path = made[name] / where / ("pytorch_model_fsdp_1_rank2.bin" if name.startswith("accelerate") else "")
     report = dsconv.merge(path, tmp_path / "out", fsync=False, verify_output=True)
     merged = load_safetensors(tmp_path / "out")
-    if name == "verl-fsdp2-w4":  # tied, and one in the file too
+    if name == "verl-fsdp2-w4":  # the weights are tied, in the file too
         assert report.ties == {"head.weight": "embed.weight"}
         merged["head.weight"] = merged["embed.weight"]
     trained.check(merged)
@@ -100,7 +100,7 @@ def test_a_shard_is_read_once_whatever_the_block(
 
 
 def test_replicated_tensors_are_not_laid_end_to_end(made: dict[str, Path]) -> None:
-    """verl's own merger concatenates whatever is no DTensor: four copies of ``steps`` give twenty elements."""
+    """verl's merger concatenates everything that is not a DTensor: four copies of ``steps`` give twenty elements."""
     checkpoint = dsconv.open_checkpoint(made["verl-fsdp2-w4"] / "global_step_7")
     assert checkpoint["steps"].shape == (5,)
     assert checkpoint["scale"].shape == ()
@@ -199,7 +199,7 @@ def test_a_plain_file_too_many_is_named(copied: Copy) -> None:
 
 
 def test_verl_folders_of_two_saves(copied: Copy) -> None:
-    """The last save is the one that fsdp_config.json was written for."""
+    """fsdp_config.json tells which save was the last."""
     folder = copied("verl-hsdp-w4")
     for rank in range(2):
         shutil.copy(folder / f"model_world_size_4_rank_{rank}.pt", folder / f"model_world_size_2_rank_{rank}.pt")
@@ -294,7 +294,7 @@ def test_verl_s_actor_and_critic_are_two_models(copied: Copy, tmp_path: Path) ->
 
 
 def test_a_single_file_may_have_a_number_in_its_name(tmp_path: Path) -> None:
-    """As lora_rank_16.pt: it is not the 17th of a set."""
+    """lora_rank_16.pt is not the 17th file of a set."""
     weight = torch.randn(3, 2)
     torch.save({"a.lora_A.weight": weight}, tmp_path / "lora_rank_16.pt")
     found = dsconv.open_checkpoint(tmp_path / "lora_rank_16.pt")
@@ -318,7 +318,9 @@ def test_other_files_are_not_taken_for_models(tmp_path: Path) -> None:
 
 
 def test_a_damaged_replica_is_found_without_reading_it(copied: Copy) -> None:
-    """The copy that no one reads differs in its CRC-32; one that agrees but is rotten is nobody's loss."""
+    """A copy that is never read is compared by its CRC-32. If its bytes are rotten but the CRC-32 agrees, nothing is
+    lost.
+    """
     folder = copied("verl-one-w1")
     for rank in (0, 1):
         shutil.copy(folder / "model_world_size_1_rank_0.pt", folder / f"m_rank_{rank}.pt")

@@ -1,5 +1,5 @@
-"""Expert-parallel checkpoints, native and AutoEP, come out bit for bit under the model's own names; damage has a
-name.
+"""Expert-parallel checkpoints, native and AutoEP, are merged bit for bit under the model's own names, and damage is
+named.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def made() -> Callable[[str], Trained]:
 
 @pytest.fixture
 def damaged(made: Callable[[str], Trained], tmp_path: Path) -> Callable[[str], Path]:
-    """``damaged(name)``: the tag folder of a fresh copy, to be damaged."""
+    """Return ``damaged(name)``, which gives the tag folder of a fresh copy, for tests that damage it."""
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(made(name).folder / "ckpt", tmp_path / name / "ckpt")) / "global_step2"
@@ -50,7 +50,9 @@ def damaged(made: Callable[[str], Trained], tmp_path: Path) -> Callable[[str], P
 
 
 def check(trained: Trained, merged: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
-    """As Trained.check; without ZeRO, MoE checkpoints hold tied weights twice and do not say that they are tied."""
+    """Check like Trained.check. Without ZeRO, MoE checkpoints hold tied weights twice and do not say that they are
+    tied.
+    """
     if "-z0-" in trained.folder.name:
         for alias in [alias for alias in trained.tied if alias in merged]:
             assert same(merged.pop(alias), trained.truth[alias].to(dtype or trained.truth[alias].dtype)), alias
@@ -151,7 +153,7 @@ def test_transformers_loads_it_and_computes_the_same_loss(
 def test_what_deepspeed_did_not_save_is_said(
     made: Callable[[str], Trained], name: str, lost: set[str], tmp_path: Path
 ) -> None:
-    """Parameters of the residual branch that have masters are recovered though the 16-bit files lack them."""
+    """Parameters of the residual branch are recovered from their masters, though the 16-bit files lack them."""
     report = dsconv.merge(made(name).checkpoint, tmp_path / "out", fsync=False, verify_output=True)
     merged = load_safetensors(tmp_path / "out")
     assert set(made(name).truth) - set(merged) == {LOST + rest for rest in lost}
@@ -187,9 +189,7 @@ def optimizer(rank: int, prefix: str = "") -> str:
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    """Save the file again as it was but for ``change``; torch names the zip's root after the file, as DeepSpeed
-    does.
-    """
+    """Save the file again with ``change``. torch names the zip's root after the file, as DeepSpeed does."""
     torch.save(change(torch.load(path, weights_only=False)), path)
 
 
@@ -288,7 +288,7 @@ def test_missing_model_states(damaged: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize(("name", "prefix"), [("z2-fp32-w2-ep2", ""), ("mixtral-z2-bf16-w4-ep2", "bf16_")])
 def test_optimizer_files_of_ranks_swapped(damaged: Callable[[str], Path], name: str, prefix: str) -> None:
-    """Even where they were saved again under the other's name, which hides that they were renamed."""
+    """This also holds for files that were saved again under the other name, which hides the renaming."""
     tag = damaged(name)
     first, second = (torch.load(tag / optimizer(rank, prefix), weights_only=False) for rank in (0, 1))
     torch.save(second, tag / optimizer(0, prefix))
@@ -297,8 +297,8 @@ def test_optimizer_files_of_ranks_swapped(damaged: Callable[[str], Path], name: 
 
 
 def test_the_order_of_ranks_is_proven(damaged: Callable[[str], Path]) -> None:
-    """Without the option in the config, neighbours would be taken to hold different experts: the files say
-    otherwise.
+    """Without the option in the config, neighbouring ranks would seem to hold different experts, but the files show the
+    opposite.
     """
 
     def forget(state: Any) -> Any:
@@ -318,7 +318,7 @@ def test_partition_counts_that_do_not_fit(damaged: Callable[[str], Path], counts
             tag / optimizer(rank),
             lambda s: {**s, "optimizer_state_dict": {**s["optimizer_state_dict"], "partition_count": counts}},
         )
-    if counts == [2, 1]:  # what was there
+    if counts == [2, 1]:  # the original value
         assert dsconv.open_checkpoint(tag.parent)
     else:
         refused(tag, DsconvError, "zero_pp_rank_")
@@ -366,9 +366,7 @@ def test_autoep_layers_that_do_not_fit(damaged: Callable[[str], Path], key: str,
 
 
 def test_autoep_placement_other_than_in_order(made: Callable[[str], Trained], damaged: Callable[[str], Path]) -> None:
-    """The descriptor may say that a rank packs its experts in another order; the expert files show that these are
-    not so packed.
-    """
+    """The descriptor may claim another packing order of a rank's experts, but the expert files show the real one."""
 
     def change(state: Any) -> Any:
         state["ds_autoep_layers"][0]["expert_placement"]["ranks"][0]["experts"] = [1, 0]
@@ -433,7 +431,7 @@ def test_names_of_autoep_are_kept_where_the_models_are_not_known(made: Callable[
 
 @pytest.mark.parametrize("name", ["mixtral-z1-bf16-w2-ep2", "mixtral-z3-fp32-w2-ep2"])
 def test_the_official_universal_checkpoint_of_autoep(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
-    """DeepSpeed's own tool writes all experts as one tensor under AutoEP's names."""
+    """DeepSpeed's own tool writes all experts as one tensor, under AutoEP's names."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
     command += ["--num_merge_workers", "1", "--input_folder", str(made(name).checkpoint / "global_step2")]
     command += ["--output_folder", str(tmp_path / "universal")]
