@@ -1,5 +1,5 @@
-"""Whole or absent: interrupted, out of space or beside another run, the output is a model or is nothing. Kills are
-in tests/crash.
+"""Whole or absent: after an interrupt, on a full disk or beside another run, the output is a whole model or nothing.
+Kills are in tests/crash.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_two_runs_on_one_output(trained: Callable[[str], Trained], tmp_path: Pat
 
 
 def test_a_lock_that_was_taken_away_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that waits at the door of one that ends must not take the lock of a folder that is gone."""
+    """A run that waits for another one to end must not take the lock of a folder that no longer exists."""
     with folders.Folder.open(tmp_path) as parent:
         first = marked_folders.open_marked(parent, "hidden")
         assert first is not None
@@ -92,7 +92,7 @@ def test_a_full_disk_is_found_before_writing(
 
 
 def test_a_disk_that_fills_while_it_is_written_to(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    """A limit on the size of files makes the system refuse a write in the middle of the run."""
+    """A limit on the size of files makes a write fail in the middle of the run."""
     out = tmp_path / "out"
     program = f"import dsconv; dsconv.merge({str(trained(CASE).checkpoint)!r}, {str(out)!r})"
 
@@ -108,13 +108,15 @@ def test_a_disk_that_fills_while_it_is_written_to(trained: Callable[[str], Train
 
 
 def test_a_real_disk_that_is_too_small(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    """A tmpfs of one page, where this process may mount one; the space is counted before anything is written."""
+    """The disk is a tmpfs of one page, if this process may mount one. The free space is checked before anything is
+    written.
+    """
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)], capture_output=True, check=False
     ).returncode:
-        return  # not root, or a sandbox: the two tests above cover the same code
+        return  # not root, or in a sandbox; the two tests above cover the same code
     try:
         with pytest.raises(OutputError, match="the disk has 8,192 free"):
             dsconv.merge(trained(CASE).checkpoint, small / "out")
@@ -140,5 +142,5 @@ def test_files_of_others_in_the_output_folder_stay(trained: Callable[[str], Trai
     dsconv.merge(trained(CASE).checkpoint, out, fsync=False)
     dsconv.merge(trained(CASE).checkpoint, out, fsync=False, max_shard_size=SHARD, force=True)
     assert (out / "notes.md").read_text() == "mine"
-    assert not (out / "model.safetensors").exists()  # of the run before
+    assert not (out / "model.safetensors").exists()  # left by the run before
     assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]

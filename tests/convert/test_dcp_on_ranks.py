@@ -1,4 +1,4 @@
-"""``to-dcp``: ranks of every layout load what it wrote with torch's own reader, bit for bit."""
+"""Ranks in every layout load the output of ``to-dcp`` with torch's own reader, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.trained import load_safetensors, same
 
 @pytest.fixture(scope="module")
 def read_by_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], dict[str, Path]]:
-    """What was written, and for each case of ``dcp_reading`` the folder of what its ranks loaded; one launch."""
+    """Return the outputs, and for each case of ``dcp_reading`` the folder of what its ranks loaded, in one launch."""
     home = tmp_path_factory.mktemp("read_by_ranks")
     torch.manual_seed(3)
     truth = rankfiles.truth_of(rankfiles.net())
@@ -29,7 +29,7 @@ def read_by_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, t
         assert len(report.files) == 2
         options: dict[str, Any] = {"prefix": "model.", "max_shard_size": 3000}
         dsconv.to_dcp(home / "hf", home / "under_model" / "pytorch_model_fsdp_0", fsync=False, **options)
-    for path in (home / "under_model" / "pytorch_model_fsdp_0").iterdir():  # accelerate takes the folder above
+    for path in (home / "under_model" / "pytorch_model_fsdp_0").iterdir():  # accelerate takes the parent folder
         (home / "under_model" / path.name).hardlink_to(path)
     cases = {name: ranks.Case(world, home) for name, world in dcp_reading.WORLDS.items()}
     return truth, gloo.run("dcp_reading", cases, home / "read")
@@ -37,8 +37,8 @@ def read_by_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, t
 
 @pytest.mark.parametrize("name", dcp_reading.WORLDS)
 def test_ranks_load_it(name: str, read_by_ranks: tuple[dict[str, torch.Tensor], dict[str, Path]]) -> None:
-    """1, 2 and 4 gloo ranks, sharded in every way, and accelerate's own loader, which keeps the model under the key
-    ``model``.
+    """1, 2 and 4 gloo ranks load it, sharded in every way, and so does accelerate's own loader, which keeps the model
+    under the key ``model``.
     """
     truth, folders = read_by_ranks
     world = dcp_reading.WORLDS[name]

@@ -1,4 +1,4 @@
-"""``to-dcp``: torch's own reader loads what was written, into any layout, bit for bit; output is whole or absent."""
+"""torch's own reader loads the output of ``to-dcp`` into any layout, bit for bit, and the output is whole or absent."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def test_every_dtype_and_shape(prefix: str, limit: str | int, zoo: Path, tmp_pat
         assert len(sizes) == 1
     elif limit == 2000:
         assert max(sizes) <= 2000
-    else:  # no chunk fits: each has a file of its own
+    else:  # no chunk fits, so each has its own file
         assert len(sizes) == len(pickle.loads((tmp_path / "out" / ".metadata").read_bytes()).storage_data)
 
 
 def test_torch_unflattens_it_by_its_planner_data(zoo: Path, tmp_path: Path, small_chunks: None) -> None:
-    """A name keeps its dots; only the prefix becomes keys."""
+    """A name keeps its dots, and only the prefix becomes keys."""
     dotted = {f"layers.0.{name}": tensor for name, tensor in ZOO.items()}
     save_file(dotted, zoo / "model.safetensors")
     dsconv.to_dcp(zoo, tmp_path / "out", prefix="app.model.", fsync=False)
@@ -128,7 +128,7 @@ def test_a_cast_is_torchs(zoo: Path, tmp_path: Path, small_chunks: None) -> None
 
 @pytest.mark.parametrize("name", ["everything-w4", "fsdp2-tp-w4", "fsdp1-sharded-w3"])
 def test_from_shards_in_regions(name: str, tmp_path: Path, small_chunks: None) -> None:
-    """Straight from one layout into another, without a merge between."""
+    """The conversion goes straight from one layout to another, without a merge in between."""
     made = Trained(gloo.ensure("rankfiles")[name])
     dsconv.to_dcp(made.folder, tmp_path / "out", fsync=False)
     truth = {name: tensor for name, tensor in made.truth.items() if tensor.dtype != torch.float8_e4m3fn}
@@ -146,7 +146,7 @@ def test_from_deepspeed_with_its_ties(trained: Callable[[str], Trained], tmp_pat
 
 
 def test_a_tied_name_that_safetensors_lacks_is_there_too(tmp_path: Path) -> None:
-    """transformers saves one of the two names; a model's state dict asks for both."""
+    """transformers saves one of the two names, but a model's state dict needs both."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
@@ -166,7 +166,7 @@ def test_a_tied_name_that_safetensors_lacks_is_there_too(tmp_path: Path) -> None
 
 
 def test_the_ties_of_a_merge_are_kept(tmp_path: Path) -> None:
-    """Of a model that transformers does not know, its manifest tells them."""
+    """The manifest records them, which helps for a model that transformers does not know."""
     made = Trained(gloo.ensure("rankfiles")["verl-fsdp2-w4"])
     dsconv.merge(made.folder / "global_step_7", tmp_path / "merged", fsync=False)
     report = dsconv.to_dcp(tmp_path / "merged", tmp_path / "out", fsync=False)
@@ -203,7 +203,7 @@ def test_dry_run_prints_what_a_run_does(zoo: Path, tmp_path: Path, small_chunks:
     for row in plan.plan:
         whole = ZOO[row["name"]]
         assert row["bytes"] == whole.numel() * whole.element_size()
-        first = min(row["bytes"], 8)  # in the first chunk, whatever it is
+        first = min(row["bytes"], 8)  # in the first chunk, whichever tensor that is
         with open(tmp_path / "out" / row["file"], "rb") as file:
             file.seek(row["offset"])
             assert file.read(first) == raw(whole)[:first]

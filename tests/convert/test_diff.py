@@ -1,4 +1,4 @@
-"""``diff`` measures what numpy measures on the whole tensors, in any format, and says what it could not compare."""
+"""``diff`` measures the same as numpy on the whole tensors, in any format, and reports what it could not compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that a merge leaves out and renames: what was asked for is done, kept in the manifest, and followed."""
+"""A merge leaves out and renames tensors as asked, records that in the manifest, and verify follows it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_verify_shows_what_is_missing_besides_what_was_left_out(source: Path, tm
     save_file({name: STATE[name] for name in list(STATE)[:3]}, out / "model.safetensors")
     report = dsconv.verify(source, out)
     assert sorted(difference.name for difference in report.differences) == [HEAD, "steps"]
-    save_file({"another": torch.ones(1)}, source / "model.safetensors")  # to which the filters do not belong
+    save_file({"another": torch.ones(1)}, source / "model.safetensors")  # the filters do not apply to this one
     assert not dsconv.verify(source, out).equal
 
 

@@ -1,4 +1,4 @@
-"""Whatever lies in the way of an output, links above all: nothing outside of it, and nothing of others, is touched."""
+"""Whatever lies in the way of an output, above all links: dsconv touches nothing outside of it and no other files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONVERTERS: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Somebody's folder, which must stay as it is."""
+    """Make somebody's folder, which must stay unchanged."""
     (tmp_path / "home" / "inner").mkdir(parents=True)
     for name in ("lock", "moving.json", "started", "thesis.tex", "inner/notes"):
         (tmp_path / "home" / name).write_text("mine")
@@ -39,7 +39,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def state(folder: Path) -> dict[str, tuple[str, int, bytes | str]]:
-    """All that lies below a folder: kind, inode, content."""
+    """Return the kind, inode and content of everything below a folder."""
     found: dict[str, tuple[str, int, bytes | str]] = {}
     for path in sorted(folder.rglob("*")):
         kind = folders.kind_of(path.lstat())
@@ -66,7 +66,7 @@ def test_a_hidden_folder_that_is_a_link(
 def test_a_link_in_the_folder_that_is_written_to_by_default(
     name: str, home: Path, copied: Callable[[str], Path]
 ) -> None:
-    """A download may hold anything: the hidden folder, or the default output itself, may be links."""
+    """In a download, the hidden folder or even the default output may be a link."""
     save_dir = copied(CASE)
     tag = (save_dir / "latest").read_text().strip()
     out = save_dir / (f"{tag}-fp32" if name == "merge" else f"{tag}_universal")
@@ -100,7 +100,7 @@ def test_nothing_is_cleared_before_the_source_was_opened(trained: Callable[[str]
     with pytest.raises(CheckpointNotFoundError):
         dsconv.merge(tmp_path / "none", out)
     assert state(out) == before
-    dsconv.merge(trained(CASE).checkpoint, out, fsync=False)  # what a killed run left is cleared when it is replaced
+    dsconv.merge(trained(CASE).checkpoint, out, fsync=False)  # a replacing run clears what a killed run left
     trained(CASE).check(load_safetensors(out))
     assert not (out / STAGING).exists()
 
@@ -248,7 +248,9 @@ def test_a_pointer_beside_the_output_that_is_a_link(
 
 
 def test_a_run_that_ends_takes_no_file_of_the_next_one(tmp_path: Path) -> None:
-    """The lock goes last: at each call of the clearing another run comes, and is refused or has a folder of its own."""
+    """The lock is removed last. If another run starts at any step of the clearing, it is refused or gets its own
+    folder.
+    """
     out = tmp_path / "out"
     real: dict[str, Any] = {name: getattr(os, name) for name in ("unlink", "rmdir")}
     seen: list[str] = []

@@ -20,7 +20,7 @@ LORAS = [name for name in peft_methods.METHODS if name.startswith("lora")]
 
 
 def expect_model(found: Path, expected: dict[str, torch.Tensor], tied: bool = False) -> None:
-    """A folder holds the model's state dict; a tied lm_head once."""
+    """Assert that a folder holds the model's state dict, with a tied lm_head once."""
     ours = load_safetensors(found)
     assert set(ours) == set(expected) - ({"lm_head.weight"} if tied else set())
     for name, tensor in ours.items():
@@ -52,7 +52,7 @@ def test_every_lora_out_of_every_engine(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", LORAS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_adapter_and_its_base(method: str, dtype: str, tmp_path: Path) -> None:
-    """The base is in the dtype that is asked for, or is cast to it first, as from_pretrained(dtype=…) does."""
+    """The base has the requested dtype, or is cast to it first, as from_pretrained(dtype=…) does."""
     made = peft_methods.METHODS[method]
     model = shaken(peft_methods.build(method))
     model.save_pretrained(tmp_path / "peft")
@@ -76,7 +76,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 def whole(model: nn.Module, settings: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
-    """Save a PEFT model's state dict and its configuration; what PEFT merges it to."""
+    """Save a PEFT model's state dict and configuration, and return the model that PEFT merges it to."""
     from peft import LoraConfig, get_peft_model
 
     model.config.save_pretrained(folder)
@@ -89,7 +89,7 @@ def whole(model: nn.Module, settings: dict[str, Any], folder: Path) -> dict[str,
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_conv1d_of_gpt2_is_stored_transposed(dora: bool, tmp_path: Path) -> None:
-    """c_proj of the attention is square: its shape does not say which way round it is."""
+    """c_proj of the attention is square, so its shape does not show whether it is transposed."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61))
@@ -118,7 +118,7 @@ def test_experts_by_target_parameters(square: bool, tmp_path: Path) -> None:
 
 
 def test_convolutions(tmp_path: Path) -> None:
-    """A vision model's patches: a convolution whose kernel is as wide as its step."""
+    """A vision model embeds patches with a convolution whose kernel is as wide as its stride."""
     from transformers import ViTConfig, ViTModel
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -129,7 +129,7 @@ def test_convolutions(tmp_path: Path) -> None:
 
 
 def test_an_untied_head_is_said_in_the_configuration(tmp_path: Path) -> None:
-    """lm_head was trained by itself: tying it to the embeddings again would lose it."""
+    """lm_head was trained separately, so tying it to the embeddings again would lose it."""
     made = peft_methods.lora(peft_methods.TIED, modules_to_save=["lm_head"])
     base = peft_methods.base_model(made)
     base.save_pretrained(tmp_path / "base")
@@ -188,7 +188,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_factor_is_noticed(tmp_path: Path) -> None:
-    """What a product is made of is checked against its CRC-32, as what is copied is."""
+    """The factors of a product are checked against their CRC-32s, just like copied tensors."""
     model = shaken(peft_methods.build("lora"))
     model.save_pretrained(tmp_path / "peft")
     path = tmp_path / "model.bin"

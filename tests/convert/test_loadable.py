@@ -1,4 +1,4 @@
-"""What a merge says about loading its output, against what transformers says about the same folder."""
+"""Compare what a merge says about loading its output with what transformers does with the same folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.fixtures import peft_methods
 from tests.trained import Trained, load_safetensors
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 61}
-# (class, settings): read from the source; those whose weights transformers converts are not.
+# (class, settings) of models that the source decides, unlike those whose weights transformers converts.
 TOLD = [
     ("LlamaForCausalLM", {**TINY, "attention_bias": True, "mlp_bias": True}),
     ("MistralForCausalLM", TINY),
@@ -62,7 +62,7 @@ def test_the_source_tells_names_and_shapes(name: str, settings: dict[str, Any], 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "t5", "mixtral", "llama_frozen"])
 def test_trained_models_load_as_it_says(name: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    """Mixtral's experts are fused on the way into the model: transformers itself is asked."""
+    """transformers fuses Mixtral's experts on loading, so transformers itself is asked."""
     report = dsconv.merge(trained(f"{name}-z3-fp32-w2").checkpoint, tmp_path / "out", fsync=False)
     assert report.loadable is True
     kind = "AutoModelForSeq2SeqLM" if name == "t5" else "AutoModelForCausalLM"
@@ -71,7 +71,7 @@ def test_trained_models_load_as_it_says(name: str, trained: Callable[[str], Trai
 
 
 def test_converted_weights_are_asked_of_transformers(tmp_path: Path) -> None:
-    """GPT-NeoX's lm_head is saved as embed_out, which only transformers' own table tells."""
+    """GPT-NeoX's lm_head is saved as embed_out, which only transformers' own table shows."""
     build("GPTNeoXForCausalLM", TINY).save_pretrained(tmp_path / "model")
     assert read_skeleton(json.loads((tmp_path / "model" / "config.json").read_text())) is None
     assert dsconv.merge(tmp_path / "model", tmp_path / "out", fsync=False).loadable is True
@@ -84,7 +84,7 @@ def test_converted_weights_are_asked_of_transformers(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The folder of a config.json, and a model's weights."""
+    """Return a folder with a config.json, and a model's weights."""
     folder = tmp_path_factory.mktemp("llama")
     model = peft_methods.base_model(peft_methods.METHODS["lora"])
     model.config.save_pretrained(folder)
@@ -151,7 +151,7 @@ def test_an_older_files_buffers_are_no_fault(llama: tuple[Path, dict[str, torch.
 
 
 def test_a_model_without_its_head_s_prefix(tmp_path: Path) -> None:
-    """transformers loads a GPT-2 without ``transformer.``, as openai's own file is."""
+    """transformers also loads a GPT-2 without ``transformer.``, like OpenAI's own file."""
     model = build("GPT2LMHeadModel", TOLD[6][1])
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
     del tensors["lm_head.weight"]
@@ -176,7 +176,7 @@ def test_what_is_not_known_is_not_claimed(llama: tuple[Path, dict[str, torch.Ten
     (tmp_path / "c3").mkdir()
     (tmp_path / "c3" / "config.json").write_text(json.dumps({**config, "architectures": None}))
     report = merged(tmp_path / "c3", tensors, tmp_path / "m3")
-    assert report.loads_with.startswith("AutoModelForCausalLM")  # the class that all of the weights fit
+    assert report.loads_with.startswith("AutoModelForCausalLM")  # the class that all weights fit
 
 
 def test_without_importing_transformers(llama: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(MIXTRAL))
     for name in ("torch", "transformers", "json", "dsconv", "numpy"):
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
-    # As the script that pip installs starts it: the current folder is not among the places of modules.
+    # pip's script starts it like this: the current folder is not on the module path.
     program = (
         f"import sys; sys.path = {[path for path in sys.path if path]!r}; from dsconv.cli import main;"
         " sys.argv = ['dsconv', 'merge', '.', '../out', '--json']; sys.exit(main())"

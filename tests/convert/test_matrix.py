@@ -1,6 +1,4 @@
-"""Every checkpoint that DeepSpeed trained and saved here comes out bit for bit, and loads with the library it was
-made with.
-"""
+"""Every checkpoint that DeepSpeed trained here is merged bit for bit, and loads with the library that made it."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ def test_merge_is_bit_exact(case: Case, trained: Callable[[str], Trained], tmp_p
     assert report.nbytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     expected = f"ZeRO-{case.stage}" if case.stage else "DeepSpeed stage 0"
     assert report.format.startswith(expected)
-    if case.model == "llama_lora":  # merged as it is, a LoRA run is a folder that nothing loads
+    if case.model == "llama_lora":  # no library loads a LoRA run that is merged as it is
         (warning,) = report.warnings
         assert "--adapter writes the adapter alone; --fold-lora folds a LoRA into its base" in warning
     else:
@@ -62,7 +60,7 @@ def expected_weights(made: Trained) -> dict[str, torch.Tensor]:
 def test_transformers_loads_it(
     model: str, stage: int, dtype: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
-    """from_pretrained finds every weight, under the name it wants, tied ones included; in fp32 they are the masters."""
+    """from_pretrained finds every weight under its expected name, even tied ones. In fp32 they equal the masters."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     for world in (1, 2, 3, 4):
@@ -142,7 +140,7 @@ def test_exclude_frozen(model: str, stage: int, trained: Callable[[str], Trained
 def test_casts_equal_torch(
     case: str, name: str, dtype: torch.dtype, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
-    """One cast to nearest even, of floats only; integers and bools keep their dtype."""
+    """Floats are cast once, to nearest even. Integers and bools keep their dtype."""
     made = trained(case)
     dsconv.merge(made.checkpoint, tmp_path / "out", fsync=False, dtype=name, verify_output=True)
     made.check(load_safetensors(tmp_path / "out"), dtype)

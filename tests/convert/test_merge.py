@@ -1,4 +1,4 @@
-"""What ``merge`` takes and says: dtypes, a folder merged into itself, a target that holds a model already."""
+"""What ``merge`` accepts and reports: dtypes, a folder merged into itself, and a target that already holds a model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_ways_to_name_a_dtype(given: Any, trained: Callable[[str], Trained],
 def test_a_folder_that_is_merged_into_itself_keeps_its_files(
     copied: Callable[[str], Path], trained: Callable[[str], Trained]
 ) -> None:
-    """The config beside the weights names their dtype now; nothing else changes, and no parent's config is taken."""
+    """The config beside the weights now names their dtype. Nothing else changes, and no parent's config is used."""
     save_dir = copied(CASE)
     config = {"model_type": "llama", "dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16"}, "mine": [1]}
     (save_dir / "config.json").write_text(json.dumps(config))
@@ -68,7 +68,7 @@ def test_a_file_beside_the_weights_that_is_another_ones_is_not_replaced(
     assert [path.name for path in out.iterdir()] == ["config.json"]
     assert (out / "config.json").read_text() == '{"mine": 1}'
     shutil.copy(trained(CASE).checkpoint / "config.json", out)
-    dsconv.merge(trained(CASE).checkpoint, out, fsync=False)  # the same file is no loss
+    dsconv.merge(trained(CASE).checkpoint, out, fsync=False)  # replacing the same file loses nothing
     (out / "config.json").write_text('{"mine": 1}')
     dsconv.merge(trained(CASE).checkpoint, out, fsync=False, force=True)
     assert (out / "config.json").read_bytes() == (trained(CASE).checkpoint / "config.json").read_bytes()

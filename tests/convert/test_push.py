@@ -1,4 +1,4 @@
-"""A push to a server that speaks the Hub's API: what arrives, what is refused, what is sent again and what is not."""
+"""Push to a server with the Hub's API: what arrives, what is refused, what is sent again and what is not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASE = "llama_tied-z3-bf16-w2"
 
 @pytest.fixture(scope="module")
 def merged(trained: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A merge in several shards, and a file in a folder beside them."""
+    """Make a merge in several shards, with a file in a subfolder."""
     folder = tmp_path_factory.mktemp("merged") / "model"
     merge(trained(CASE).checkpoint, folder, max_shard_size="8KB")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
@@ -50,7 +50,7 @@ def test_what_is_pushed_comes_back_byte_by_byte(
     before = contents(folder)
     calls: list[tuple[str, int, int]] = []
     report = package.push(folder, "org/new", private=True, progress=lambda *call: calls.append(call))
-    assert contents(folder) == before  # the folder is not written to
+    assert contents(folder) == before  # the folder is unchanged
     assert (report.created, report.private, report.checked, report.changed) == (True, True, True, True)
     assert hub.is_private("org/new")
     assert [c["message"] for c in hub.commits] == ["initial commit", "Step 2 of a ZeRO-3 checkpoint"]
@@ -115,7 +115,7 @@ def test_what_has_arrived_is_not_sent_again(hub: WritableHub, folder: Path) -> N
     with pytest.raises(RemoteError, match=r"failed with 500 .*run it again to go on") as failed:
         package.push(folder, "org/new")
     assert "\n" not in str(failed.value)
-    assert len(hub.commits) == 3  # a made repository, and no half model in it
+    assert len(hub.commits) == 3  # the repository exists, without half a model in it
     arrived = {oid for oid, _ in hub.received}
     assert arrived
     assert last not in arrived
@@ -194,7 +194,7 @@ def test_a_file_that_changes_after_its_check(hub: WritableHub, folder: Path) -> 
 
 
 def test_weights_of_an_earlier_push_are_taken_away(hub: WritableHub, folder: Path, tmp_path: Path) -> None:
-    """from_pretrained would take an old model.safetensors before a new index."""
+    """from_pretrained would prefer an old model.safetensors to a new index."""
     keep = {"other.safetensors": b"x", "pytorch_model.bin": b"y", "sub/model.safetensors": b"z"}
     hub.make("org/new", {"model.safetensors": b"old", "model-00007-of-00007.safetensors": b"old", **keep})
     report = package.push(folder, "org/new")
@@ -229,7 +229,7 @@ def test_private_means_private(hub: WritableHub, folder: Path) -> None:
 
 
 def test_links_and_the_state_of_a_run(hub: WritableHub, folder: Path, tmp_path: Path) -> None:
-    """A link out of the folder would publish what it leads to; optimizer states are not the model."""
+    """A link out of the folder would publish its target, and optimizer states are not part of the model."""
     for name in ("optimizer.pt", "rng_state_0.pth", "training_args.bin", ".hidden", "latest"):
         (folder / name).write_text("x")
     (folder / "global_step2").mkdir()
@@ -348,13 +348,11 @@ def test_what_is_no_model(hub: WritableHub, trained: Callable[[str], Trained], t
 
 
 def test_the_command_over_xet(hub: WritableHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is installed: chunks into a store of hf_xet (a local one), the commit to the Hub, and all of it back
-    from there.
-    """
+    """With hf_xet as installed, chunks go to its local store and the commit to the Hub, and everything comes back."""
     import hf_xet
     from safetensors.torch import save_file
 
-    folder = tmp_path / "saved"  # what save_pretrained makes: no manifest
+    folder = tmp_path / "saved"  # save_pretrained makes no manifest
     folder.mkdir()
     save_file(
         {"w": torch.arange(300_000, dtype=torch.float32)}, folder / "model.safetensors", metadata={"format": "pt"}
@@ -388,7 +386,8 @@ def test_the_command_over_xet(hub: WritableHub, tmp_path: Path, monkeypatch: pyt
     assert "base_model: org/base" in card
     assert 'BertModel.from_pretrained("org/new")' in card
 
-    hub.faults = [Fault("/commit/", "deaf")]  # the client sends it again, and that is refused, since the head has moved
+    # The client sends the commit again, which is refused, since the head has moved.
+    hub.faults = [Fault("/commit/", "deaf")]
     (folder / "config.json").write_text("{}")
     lost = shell("push", folder, "org/new")
     assert lost.code == 0, lost.err
@@ -407,7 +406,7 @@ def test_pull_requests(hub: WritableHub, folder: Path) -> None:
     assert (hub.pulls, hub.head("others/theirs")) == (1, start)
     second = package.push(folder, "others/theirs", create_pr=True)
     assert (second.revision, second.pull_request) == ("refs/pr/2", f"{hub.url}/others/theirs/discussions/2")
-    hub.repos["others/theirs"]["main"] = hub.head("others/theirs", "refs/pr/1")  # as if it were merged
+    hub.repos["others/theirs"]["main"] = hub.head("others/theirs", "refs/pr/1")  # as if the pull request were merged
     third = package.push(folder, "others/theirs", create_pr=True)
     assert (third.changed, third.pull_request, third.commit, hub.pulls) == (False, None, report.commit, 2)
 
@@ -421,7 +420,7 @@ def test_a_merge_that_pushes(hub: WritableHub, trained: Callable[[str], Trained]
     assert "The model is whole in out; to push it: dsconv push out others/new" in failed.err
     trained(CASE).check(load_safetensors(tmp_path / "out"))
     before = shell("merge", source, "never", "--push-to-hub", "org/new", HF_TOKEN="")
-    assert (before.code, (tmp_path / "never").exists()) == (6, False)  # said before the work, not after it
+    assert (before.code, (tmp_path / "never").exists()) == (6, False)  # the error comes before the work, not after it
     assert "no token to write with" in before.err
     assert shell("merge", source, "never", "--private").code == 2
     hub.make("org/public")

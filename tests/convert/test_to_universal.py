@@ -1,4 +1,4 @@
-"""What ``to-universal`` writes: the truth of every state, and what the official tool writes where that works."""
+"""``to-universal`` writes every state exactly, and the same files as the official tool where that works."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made() -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def converted(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """The universal tag folder that dsconv makes of a case, made once."""
+    """Return the universal tag folder that dsconv makes of a case, once per session."""
     root = tmp_path_factory.mktemp("converted")
 
     def convert(name: str) -> Path:
@@ -105,7 +105,7 @@ def test_it_writes_what_the_official_tool_writes(
     extra = files(ours) - files(theirs)
     assert not files(theirs) - files(ours)
     model = "mp_rank_00_model_states.pt" if stage == 3 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    allowed = {"latest_universal", model}  # the second name by which other stages look for the model states
+    allowed = {"latest_universal", model}  # the second name, under which other stages look for the model states
     assert {path for path in extra if not path.endswith("/step.pt" if stage == 3 else "/max_exp_avg_sq.pt")} == allowed
     for path in sorted(files(theirs)):
         if path.endswith("model_states.pt"):
@@ -113,7 +113,7 @@ def test_it_writes_what_the_official_tool_writes(
             continue
         expected, found = load(theirs / path), load(ours / path)
         if path == "zero/optimizer_state.pt":
-            # Of rank 0, whole; no loader reads them.
+            # These are rank 0's, whole; no loader reads them.
             flat = {"fp32_flat_groups", "optimizer_state_dict"} if stage == 3 else set()
             for key in set(expected) - flat:
                 assert equal(expected[key], found[key]), key
@@ -134,7 +134,7 @@ def test_it_writes_what_the_official_tool_writes(
 def test_the_official_tool_fails_or_errs_where_dsconv_does_not(
     made: dict[str, Path], converted: Callable[[str], Path]
 ) -> None:
-    """So that this is noticed when it changes: COMPARED leaves these out."""
+    """COMPARED leaves these cases out. This test notices when the tool changes."""
     failed = {name for name in NAMES if json.loads((made[name] / "facts.json").read_text())["official"]}
     assert failed == set(NAMES) - set(COMPARED) - {"llama_groups-z2-bf16-w2-roundrobin"}
     name = "llama_groups-z2-bf16-w2-roundrobin"
@@ -182,7 +182,7 @@ def test_both_tools_output_is_read_as_a_source(
             if "patterns" in name and key == "embed.weight":
                 expected = expected[: PATTERNS["original_vocab_size"]]
             assert same(entry.read(), expected), key
-            if name != "odd-z0-fp32-w2":  # without masters the source does not say what was frozen
+            if name != "odd-z0-fp32-w2":  # without masters the source does not record what was frozen
                 assert entry.role == plain[key].role
         report = dsconv.merge(source, tmp_path / str(number), fsync=False, verify_output=True)
         assert report.tensors == len(plain)
@@ -213,7 +213,7 @@ def test_other_checkpoints_convert_and_verify(name: str, trained: Callable[[str]
 
 @pytest.mark.parametrize("release", ["0.10.3", "0.14.5", "0.18.9"])
 def test_old_releases_get_the_form_that_they_read(release: str, tmp_path: Path) -> None:
-    """Stage 3 before 0.19.4 reads bare flat tensors only; stages 1 and 2 have always read dicts."""
+    """Before 0.19.4, stage 3 reads only bare flat tensors. Stages 1 and 2 have always read dicts."""
     for source in sorted(path for path in (OLD / release).iterdir() if path.name.startswith("zero")):
         dsconv.to_universal(source, tmp_path / source.name, fsync=False, verify_output=True)
         value = load(next((tmp_path / source.name / "zero").glob("*/exp_avg.pt")))
@@ -236,12 +236,13 @@ def test_command(made: dict[str, Path], tmp_path: Path) -> None:
     out = source / "global_step2_universal"
     assert report["output"] == str(out)
     assert report["verified"] is True
-    assert report["files"] == len(files(out)) - 2  # the second name of the model states, and latest_universal
+    # Not counted: the second name of the model states, and latest_universal.
+    assert report["files"] == len(files(out)) - 2
     written = [path for path in files(out) if "_rank_0_" not in path and path != "latest_universal"]
     assert report["nbytes"] == sum((out / path).stat().st_size for path in written)
     assert (source / "latest_universal").read_text() == out.name
     assert not list(source.glob(".*"))
-    assert dsconv.open_checkpoint(source).format == "ZeRO-2"  # latest comes before latest_universal
+    assert dsconv.open_checkpoint(source).format == "ZeRO-2"  # latest takes precedence over latest_universal
     assert dsconv.open_checkpoint(source, tag=out.name).format == "DeepSpeed universal"
     again = command("to-universal", source)
     assert again.code == 3
@@ -274,7 +275,7 @@ def test_each_source_byte_is_read_once(made: dict[str, Path], tmp_path: Path) ->
 
 
 def test_frozen_weights_are_read_twice_at_most(made: dict[str, Path], tmp_path: Path) -> None:
-    """As they are, with the model states, and to be cast; the check of their CRC-32s rides along."""
+    """They are read once with the model states, and once to be cast, which also checks their CRC-32s."""
     source = made["llama_frozen-z2-bf16-w2"] / "ckpt"
     report = dsconv.to_universal(source, tmp_path / "out", fsync=False)
     frozen = sum(entry.nbytes for entry in dsconv.open_checkpoint(source).values() if entry.role != "parameter")
@@ -340,7 +341,7 @@ def test_a_parent_that_cannot_be_written_is_a_warning(made: dict[str, Path], tmp
 
 
 def edited(source: Path, folder: Path, pattern: str, edit: Callable[[Any], None]) -> Path:
-    """A copy of a checkpoint in which the object of each matching file was changed by ``edit``."""
+    """Return a copy of a checkpoint in which ``edit`` has changed the object of each matching file."""
     copy = Path(shutil.copytree(source, folder))
     for path in copy.glob(f"*/{pattern}"):
         value = load(path)
@@ -441,7 +442,7 @@ def test_bad_patterns_are_named(kind: str, made: dict[str, Path], tmp_path: Path
 
 
 def test_scalar_states_and_numbers_of_numpy(made: dict[str, Path], tmp_path: Path) -> None:
-    """NAdam's mu_product has no place in the format; a learning rate that a scheduler made with numpy is a number."""
+    """The format has no place for NAdam's mu_product. A learning rate that a scheduler made with numpy is a number."""
     import numpy as np
 
     def edit(value: Any) -> None:

@@ -1,6 +1,4 @@
-"""The .pt files that dsconv writes itself: torch, the standard library and dsconv's own strict reader read them
-alike.
-"""
+"""torch, the standard library and dsconv's own strict reader read the same from the .pt files that dsconv writes."""
 
 from __future__ import annotations
 
@@ -114,7 +112,7 @@ def test_objects_of_classes_and_dtypes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("numel", [FULL32 // 4, FULL32 // 4 + 1, FULL32 // 4 + 100], ids=["below", "at", "above"])
 def test_records_over_4_gib_are_zip64(numel: int, tmp_path: Path) -> None:
-    """In a sparse file: only the last elements are there."""
+    """The file is sparse, and only the last elements are written."""
     archive = TorchArchive("big", {"param": Streamed(BY_NAME["float32"], (numel,))})
     path = tmp_path / "big.pt"
     with open(path, "wb") as file:
@@ -160,7 +158,7 @@ def deep(levels: int) -> Any:
 
 
 def wide(levels: int) -> Any:
-    """Grows twofold a level when it is written out, and is small in memory."""
+    """Return a value that is small in memory, but doubles with each level when it is written."""
     value: Any = "x" * 100
     for _ in range(levels):
         value = [value, value]

@@ -1,4 +1,4 @@
-"""docs/adding-a-destination.md, followed to the letter: its toy destination writes whole or not at all."""
+"""Follow docs/adding-a-destination.md to the letter: its toy destination writes a whole output or none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK = WriteOptions(fsync=False)
 
 @pytest.fixture
 def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module that the guide shows."""
+    """Return the module that the guide shows."""
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "numpy_output.py").write_text(code)

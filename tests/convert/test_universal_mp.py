@@ -1,5 +1,5 @@
-"""``to-universal`` from AutoTP and pipeline checkpoints: the truth, the official tool, and engines over other ranks
-that load it.
+"""``to-universal`` from AutoTP and pipeline checkpoints, compared with the truth, with the official tool, and with
+engines in other layouts that load it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tests.trained import load_safetensors, same
 
 NAMES = list(universal_mp.TRAINED)
 
-# source: (tensor-, pipeline- and data-parallel degrees and stages that load it; with True it trains on as the original
-# did).
+# For each source, the tensor-, pipeline- and data-parallel degrees and stages that load it. With True the engine also
+# trains on, as the original did.
 PLANS: dict[str, list[tuple[int, int, int, int, bool]]] = {
     "llama-tp2-dp2-z1": [
         (2, 1, 1, 1, False),
@@ -71,8 +71,8 @@ PLANS: dict[str, list[tuple[int, int, int, int, bool]]] = {
     "pp2-tp2-z1-unsynced": [(2, 2, 1, 1, False), (1, 1, 1, 1, False)],
 }
 RESUMES = [Resume(source, "", *plan) for source, plans in PLANS.items() for plan in plans]
-# Its loader cuts what the trainer's own patterns describe evenly (0.19.8, universal_checkpoint.py): 10 rows of 2 parts
-# by 4 do not.
+# DeepSpeed's loader cuts evenly by the trainer's patterns (0.19.8, universal_checkpoint.py), and 10 rows of 2 parts
+# cannot be divided by 4.
 REFUSED_BY_DEEPSPEED = {"pp2-tp2-z1-to-tp4-pp1-dp1-z1": r"zero/\d\.gate_up\.weight/.*full param numel 120"}
 
 
@@ -83,7 +83,7 @@ def made() -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def converted(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """The universal tag folder that dsconv makes of each case."""
+    """Return the universal tag folder that dsconv makes of each case."""
     root = tmp_path_factory.mktemp("converted")
     for name in NAMES:
         dsconv.to_universal(made[name] / "ckpt", root / name / "universal", fsync=False, verify_output=True)
@@ -111,7 +111,9 @@ def test_every_state_is_the_truth(name: str, made: dict[str, Path], converted: d
 
 
 def test_where_the_official_tool_fails(made: dict[str, Path]) -> None:
-    """So that this is noticed when it changes: ranks without elements, and patterns of frozen weights (0.19.8)."""
+    """The tool fails for ranks without elements and for patterns of frozen weights (0.19.8). This test notices when
+    that changes.
+    """
     failed = {name for name in NAMES if json.loads((made[name] / "facts.json").read_text())["official"]}
     assert failed == {"llama-tp4-z1", "llama-tp2-z2-frozen"}
 
@@ -124,7 +126,7 @@ def test_it_writes_what_the_official_tool_writes(name: str, made: dict[str, Path
     assert not files(theirs) - files(ours)
     other = "mp_rank_{:02d}_model_states.pt" if layout.stage == 3 else "zero_pp_rank_0_mp_rank_{:02d}_model_states.pt"
     expected = {"latest_universal", *(other.format(mp) for mp in range(layout.tp * layout.pp))}
-    # Buffers and frozen weights of a pipeline are in layer files, of which the official tool takes nothing.
+    # Buffers and frozen weights of a pipeline are in layer files, which the official tool ignores.
     known = {
         path
         for path in extra
@@ -136,14 +138,14 @@ def test_it_writes_what_the_official_tool_writes(name: str, made: dict[str, Path
             assert (theirs / path).read_bytes() == (ours / path).read_bytes()
             continue
         want, found = load(theirs / path), load(ours / path)
-        # Theirs holds rank 0's partitions, which no loader reads.
+        # DeepSpeed's file holds rank 0's partitions, which no loader reads.
         if path == "zero/optimizer_state.pt" and layout.stage == 3:
             nested = [of.pop("optimizer_state_dict") for of in (want, found)]
             assert equal(nested[0]["param_groups"], nested[1]["param_groups"])
             assert equal(nested[0]["state"][0]["step"], nested[1]["state"][0]["step"])
         if path == "zero/optimizer_state.pt":
             assert all(equal(want[key], found[key]) for key in want if key != "fp32_flat_groups")
-        # A tied name: theirs is rank 0's shard alone.
+        # For a tied name, DeepSpeed writes only rank 0's shard.
         elif path == "zero/lm_head.weight/fp32.pt" and name.startswith("qwen"):
             assert same(want["param"], found["param"][: len(want["param"])])
         else:
@@ -218,7 +220,7 @@ def test_the_official_tools_pipelines_lack_buffers(made: dict[str, Path]) -> Non
 
 
 def test_a_plan_instead_of_patterns(made: dict[str, Path], tmp_path: Path) -> None:
-    """A trainer without universal_checkpoint_info: config.json decides, and says what the patterns would."""
+    """For a trainer without universal_checkpoint_info, config.json decides and gives the same as the patterns would."""
     source = edited(
         made["llama-tp2-dp2-z1"] / "ckpt",
         tmp_path / "ckpt",
@@ -243,7 +245,7 @@ def _state(value: Any) -> Any:
 
 
 def _other_moment(value: Any) -> None:
-    """Of everything on the rank, so also of what should be the same on all."""
+    """Change the moments of everything on the rank, so also of tensors that should be equal on all ranks."""
     for state in _state(value).values():
         state["exp_avg"] = state["exp_avg"] + 1
 
@@ -254,7 +256,7 @@ def _no_moment(value: Any) -> None:
 
 
 def _later(value: Any) -> None:
-    """Of the second group: what the first group's says is compared when the checkpoint is opened."""
+    """Change the step of the second group. The first group's step is compared when the checkpoint is opened."""
     _state(value)[1]["step"] = _state(value)[1]["step"] + 1
 
 

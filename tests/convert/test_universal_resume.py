@@ -1,4 +1,4 @@
-"""Real DeepSpeed goes on from what dsconv writes: in other worlds, at other stages, with every bit of every state."""
+"""Real DeepSpeed resumes from dsconv's output in other world sizes and stages, with every bit of every state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.fixtures import gloo, universal
 from tests.fixtures.universal_resume import Resume, run
 from tests.trained import load_safetensors, same
 
-# source: (worlds and stages that load it; with True it trains on as the original did).
+# For each source, the world sizes and stages that load it. With True the engine also trains on, as the original did.
 PLANS: dict[str, list[tuple[int, int, bool]]] = {
     "llama_groups-z0-bf16-w2": [(1, 1, False), (3, 2, False), (2, 3, False)],
     "odd-z0-fp32-w2": [(3, 1, False), (2, 2, False), (1, 3, False)],
@@ -64,14 +64,14 @@ IDS = [(source, *plan) for source, plans in PLANS.items() for plan in plans]
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Convert every source and resume from it in every planned way; the folders of what came out."""
+    """Convert every source, resume from it in every planned way, and return the folders of the results."""
     root = tmp_path_factory.mktemp("resumed")
     resumes = []
     for source, folder in gloo.ensure("universal").items():
         if source not in PLANS:
             continue
         dsconv.to_universal(folder / "ckpt", root / source / "universal", fsync=False, verify_output=True)
-        # Half of them by the folder itself, half as the official tool's output is loaded: from its parent.
+        # Half of them load from the folder itself, and half from its parent, as with the official tool's output.
         for number, (world, stage, goes_on) in enumerate(PLANS[source]):
             path = folder / "ckpt" if stage == 0 else root / source / "universal" if number % 2 else root / source
             resumes.append(Resume(source, str(path), world, stage, goes_on))
@@ -92,14 +92,14 @@ def test_an_engine_has_every_bit_after_loading(
     for name, tensor in expected.items():
         assert same(loaded[name].reshape(tensor.shape), tensor), name
     before, now = (json.loads((folder / "facts.json").read_text()) for folder in (origin, found))
-    if stage:  # without ZeRO, DeepSpeed's own load_checkpoint is not asked
+    if stage:  # without ZeRO, DeepSpeed's own load_checkpoint is not used
         assert now["path"] is not None
         assert now["epoch"] == 3
     assert now["loss"] == before["loss"]
     assert now["steps"] == before["steps"]
     assert now["global_steps"] == before["global_steps"]
     assert now["loss_scale"] == before["loss_scale"]
-    if stage < 3:  # stage 3 of DeepSpeed gives every group the first one's hyperparameters
+    if stage < 3:  # DeepSpeed's stage 3 gives every group the hyperparameters of the first one
         assert now["groups"] == before["groups"]
     if goes_on:
         expected, loaded = load_safetensors(origin / "after.safetensors"), load_safetensors(found / "after.safetensors")
@@ -108,5 +108,5 @@ def test_an_engine_has_every_bit_after_loading(
 
 
 def test_all_but_the_patterns_are_resumed() -> None:
-    """(Rows that only pad the vocabulary are not kept, so that case has not every bit.)"""
+    """Rows that only pad the vocabulary are not kept, so this case does not have every bit."""
     assert universal.CASES.keys() == PLANS.keys() | {"odd-z2-fp32-w2-patterns"}

@@ -1,4 +1,4 @@
-"""Output into stores: the same files as on the disk, and nothing that looks like a model unless it is whole."""
+"""Output to stores: the same files as on disk, and nothing that looks like a model unless it is whole."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ URL = "shelf/my model"
 
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest) -> Any:
-    """A file system of fsspec; ``url(fs)`` is where the tests write."""
+    """Return a file system of fsspec. The tests write to ``url(fs)``."""
     return request.getfixturevalue(request.param)
 
 
@@ -55,7 +55,7 @@ def url(fs: Any) -> str:
 
 
 def files_in(fs: Any) -> dict[str, bytes]:
-    """{name: content} of all that lies in the output folder, hidden things too."""
+    """Return the content of every file in the output folder by name, hidden files included."""
     fs.invalidate_cache()
     return {path.rpartition("my model/")[2]: fs.cat_file(path) for path in fs.find(URL)} if fs.exists(URL) else {}
 
@@ -101,7 +101,7 @@ def test_from_store_to_store(s3: Any, s3_environment: Any, trained: Callable[[st
 
 
 def test_views_large_tensors_and_overflow(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of several blocks and several parts of an upload, strided ones, ones that share bytes, empty ones and
+    """The tensors take several blocks and several parts of an upload, are strided, share bytes, are empty, or are
     scalars.
     """
     monkeypatch.setattr(stores, "PART_BYTES", 5 << 20)
@@ -127,9 +127,7 @@ def test_views_large_tensors_and_overflow(store: Any, tmp_path: Path, monkeypatc
 
 
 def test_shards_of_boxes(store: Any, tmp_path: Path) -> None:
-    """A map whose pieces fill boxes, as those of tensor-parallel formats do: checksums of their records are checked
-    too.
-    """
+    """The pieces fill boxes, as in tensor-parallel formats, and the checksums of their records are checked too."""
     full = torch.arange(9 * 14, dtype=torch.float64).view(9, 14)
     boxes = [box((0, 0), (4, 14)), box((4, 0), (5, 6)), box((4, 6), (5, 8))]
     parts = [full[:4], full[4:, :6], full[4:, 6:]]
@@ -152,7 +150,7 @@ def test_shards_of_boxes(store: Any, tmp_path: Path) -> None:
     (tmp_path / "damaged.pt").write_bytes(data)
     with pytest.raises(MalformedError, match=r"damaged\.pt: record .* fails its CRC-32"):
         merge(opened(tmp_path / "damaged.pt"), url(store), force=True)
-    assert same(open_checkpoint(url(store))["w"].read(), full)  # the model that was there is as it was
+    assert same(open_checkpoint(url(store))["w"].read(), full)  # the older model is unchanged
 
 
 def test_force_replaces_all_of_an_older_model(store: Any, trained: Callable[[str], Trained], tmp_path: Path) -> None:
@@ -174,7 +172,7 @@ def test_a_dry_run_writes_nothing(store: Any, trained: Callable[[str], Trained])
 
 
 class Interrupt:
-    """A progress callback that raises, or ends the process, at half of the work."""
+    """A progress callback that raises, or ends the process, halfway through."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -233,7 +231,9 @@ class Stopped(Exception): ...
 def test_what_a_run_left_while_putting_files_in_place_is_known_for_debris(
     store: Any, trained: Callable[[str], Trained], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Stopped between two shards: no index, so no model; the next run needs no --force and takes all of it away."""
+    """A run that is stopped between two shards leaves no index, so no model. The next run removes everything without
+    --force.
+    """
     commit, count = Writer.commit, [0]
 
     def second_fails(writer: Writer) -> None:
@@ -333,7 +333,7 @@ def test_the_functions_of_zero_to_fp32(memory: Any, trained: Callable[[str], Tra
 
 
 def test_memory_stays_below_the_size_of_the_model(s3: Any, s3_environment: Any, tmp_path: Path) -> None:
-    """Measured: 147 to 214 MB for models of 48, 192 and 480 MB, most of it parts of the upload on their way."""
+    """Models of 48, 192 and 480 MB took 147 to 214 MB, most of which were parts of the upload in flight."""
     torch.save({f"w{i}": torch.zeros(4_000_000) for i in range(20)}, tmp_path / "a.pt")
     program = (
         "import dsconv\n"

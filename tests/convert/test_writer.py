@@ -1,6 +1,4 @@
-"""What lies in the output folder: files, names, headers, index, manifest, sidecars; read by other libraries than
-ours.
-"""
+"""The content of the output folder, read by other libraries: files, names, headers, index, manifest and sidecars."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ def test_one_file(trained: Callable[[str], Trained], tmp_path: Path) -> None:
 
 
 def test_the_same_bytes_as_safetensors_own_writer(trained: Callable[[str], Trained], tmp_path: Path) -> None:
-    """Data of one dtype in one order: our file is theirs, byte for byte, after the header."""
+    """With data of one dtype in one order, our file equals theirs, byte for byte, after the header."""
     dsconv.merge(trained(CASE).checkpoint, tmp_path / "out", fsync=False)
     merged = load_safetensors(tmp_path / "out")
     save_file(merged, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
@@ -189,7 +187,8 @@ def test_default_output(copied: Callable[[str], Path]) -> None:
     save_dir = copied(CASE)
     assert dsconv.merge(save_dir, fsync=False).output == str(save_dir / "global_step2-fp32")
     assert dsconv.merge(save_dir, fsync=False, dtype="bf16").output == str(save_dir / "global_step2-bf16")
-    assert dsconv.open_checkpoint(save_dir).format == "ZeRO-3"  # an output inside the save dir is no checkpoint of it
+    # An output inside the save dir is not one of its checkpoints.
+    assert dsconv.open_checkpoint(save_dir).format == "ZeRO-3"
 
 
 def test_the_tag_dir_the_save_dir_and_the_trainers_folder(trained: Callable[[str], Trained], tmp_path: Path) -> None:
@@ -245,7 +244,7 @@ def test_any_dtype_and_shape_survives(
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for number, (dtype, drawn) in enumerate(data):
-        # A float of shape [0] is what ZeRO-3 leaves of a weight, and is refused: see check_not_hollow.
+        # A float of shape [0] is what ZeRO-3 leaves of a weight, so it is refused: see check_not_hollow.
         shape = [0, 2] if drawn == [0] and dtype.is_floating_point else drawn
         size = torch.empty(shape, dtype=dtype).numel() * dtype.itemsize
         bits = torch.randint(0, 2 if dtype is torch.bool else 256, (size,), dtype=torch.uint8, generator=generator)

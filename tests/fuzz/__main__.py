@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz``: break files for as long as it takes, and count what becomes of them."""
+"""``python -m tests.fuzz``: break any number of files, and count the outcomes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ RAM_DISK = Path("/dev/shm")
 
 
 def input_of(target: Target, seed: int, number: int) -> Random:
-    """The choices of one input: the same for the same target, seed and number, so that a failure can be made again."""
+    """Return the random choices of one input, which depend only on target, seed and number, so that a failure can be
+    repeated.
+    """
     return Random(f"{target.name}/{seed}/{number}")
 
 
@@ -45,7 +47,7 @@ def input_of(target: Target, seed: int, number: int) -> Random:
     help="Only this one; may be given again.",
 )
 def main(count: int, seed: int, first: int, names: tuple[str, ...]) -> None:
-    """Break real files COUNT times. Exits 1 when dsconv fails at one of them."""
+    """Break real files COUNT times. Exits with 1 if dsconv fails on one of them."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dsconv-fuzz-", dir=RAM_DISK if RAM_DISK.is_dir() else None) as folder:
         found = seeds(Path(folder))
@@ -54,7 +56,7 @@ def main(count: int, seed: int, first: int, names: tuple[str, ...]) -> None:
         failures = 0
         reported = time.monotonic()
         turns = itertools.cycle([target for target in targets for _ in range(target.share)])
-        with limits(), contextlib.suppress(KeyboardInterrupt):  # report what was done until then
+        with limits(), contextlib.suppress(KeyboardInterrupt):  # still report what was done
             for number in range(first, first + count):
                 target = next(turns)
                 try:

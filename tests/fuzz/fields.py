@@ -1,8 +1,8 @@
-"""The fuzzer of fields: in a real file, what stands under one name gets another type, is lost, or moves.
+"""The fuzzer of fields: in a real file, one field gets another type, is removed, or moves.
 
-``damaged`` and ``forged_pickle`` break bytes and opcodes; here the file stays sound, and one field of it has a type, a
-size or a depth that its writer never gives it. Every field of a document is as likely as any other, however many
-tensors the document lists.
+``damaged`` and ``forged_pickle`` break bytes and opcodes. Here the file stays sound, but one of its fields has a type,
+a size or a depth that its writer never gives it. All fields of a document are equally likely, however many tensors it
+lists.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tests.fuzz.targets import Seeds, Target
 
 HOSTILE_TEXTS = (*WORDS, "\x1b]0;title\x07\x1b[2J", "[z-a]", "(a+)+$", "__metadata__", "%s{0}", "line\nline", "\u0000x")
 HF_CASES = ("llama_tied-z3-bf16-w3", "llama_lora-z2-bf16-w2")
-SHARD_BYTES = 20_000  # so that the merged folders have an index
+SHARD_BYTES = 20_000  # small enough that the merged folders have an index
 
 
 @dataclass(frozen=True)
 class Document:
-    """A file of which the fields are changed: ``tree`` is what it says, ``write`` makes the file's bytes of edits."""
+    """A file whose fields are changed. ``tree`` is its content, and ``write`` turns edits into the file's bytes."""
 
     file: Path
     checkpoint: Path
@@ -53,7 +53,7 @@ class Document:
 
 
 def json_bytes(tree: Any, edits: dict[trees.Path, Any]) -> bytes:
-    """Return the tree as JSON with the edits in it; a key of another type becomes its text, as JSON has no other."""
+    """Return the tree as JSON with the edits. Keys of other types become text, since JSON has no others."""
 
     def changed(value: Any, path: trees.Path | None) -> Any:
         if path is not None and path in edits:
@@ -77,7 +77,7 @@ def json_bytes(tree: Any, edits: dict[trees.Path, Any]) -> bytes:
 
 
 def plain_value(rng: Random) -> Any:
-    """Return a value of any type that JSON has, of a size or a depth that no writer gives it."""
+    """Return a value of any JSON type, with a size or a depth that no writer produces."""
     kind = rng.randrange(14)
     if kind < 5:
         return (None, True, False, 1.5, -1)[kind]
@@ -100,7 +100,7 @@ def plain_value(rng: Random) -> Any:
 
 
 def pickled_value(rng: Random) -> Any:
-    """Return a value of any type that a pickle has."""
+    """Return a value of any type that a pickle can hold."""
     kind = rng.randrange(24)
     if kind < 14:
         return plain_value(rng)
@@ -128,7 +128,7 @@ def pickled_value(rng: Random) -> Any:
 
 
 class Fields(Target):
-    """Changes of one field of one document of a checkpoint, which is then opened, described, read or planned with."""
+    """Change one field of one document of a checkpoint, which is then opened, described, read or planned."""
 
     name = "fields"
     share = 8
@@ -150,12 +150,12 @@ class Fields(Target):
             kinds.setdefault(f"{document.checkpoint.name}/{trees.name_of(document.file.name)}", []).append(document)
         self.kinds = list(kinds.values())
         for checkpoint in {document.checkpoint for document in self.documents}:
-            for action in range(5):  # so that what is imported for it is imported
+            for action in range(5):  # so that everything is imported beforehand
                 with contextlib.suppress(DsconvError):
                     self.use(checkpoint, action)
 
     def add(self, checkpoint: Path) -> None:
-        """Make a document of each file of a checkpoint that says something."""
+        """Make a document of each file of a checkpoint that has fields."""
         for path in sorted(checkpoint.rglob("*")):
             if not path.is_file() or path.stat().st_size > 1 << 20 or path.name.startswith("truth"):
                 continue
@@ -222,7 +222,7 @@ class Fields(Target):
         found = open_checkpoint(checkpoint)
         json.dumps(describe(found))
         if action == 0:
-            dsconv.verify(found, checkpoint)  # a merge would ask transformers, in a process of its own
+            dsconv.verify(found, checkpoint)  # a merge would run transformers in another process
         elif action == 1:
             dsconv.to_dcp(found, out, dry_run=True)
         elif action == 2:

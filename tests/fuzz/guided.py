@@ -1,7 +1,8 @@
-"""``python -m tests.fuzz.guided TARGET``: the same targets, with atheris, which follows what code an input reaches.
+"""``python -m tests.fuzz.guided TARGET``: fuzz the same targets with atheris, which tracks the code that an input
+reaches.
 
-atheris is no dependency: ``pip install atheris`` where it builds (Linux, CPython up to the version that it knows). It
-runs until it is stopped or ``-runs=N`` is reached, and needs minutes to find what the mutations do not.
+atheris is not a dependency: ``pip install atheris`` where it builds (Linux, and the CPython versions that it supports).
+It runs until it is stopped or reaches ``-runs=N``, and needs minutes to find what the mutations do not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 
 class Bytes(Random):
-    """Choices that are read from the bytes that atheris makes; zeros when there are no more."""
+    """Random choices that are read from atheris's bytes, and are zero when the bytes run out."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

@@ -1,6 +1,4 @@
-"""What became of one broken input: read as before, refused, or a failure; and the limits that every input is held
-to.
-"""
+"""Judge one broken input: it is read as before, refused, or a failure. Every input is held to the same limits."""
 
 from __future__ import annotations
 
@@ -22,11 +20,11 @@ from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.errors import DsconvError
 
-LIMIT_SECONDS = 1.0  # of processor time, an input: a busy machine must not fail a test
-LIMIT_BYTES = 512 << 20  # of address space beyond what the process has when the loop begins
+LIMIT_SECONDS = 1.0  # of processor time per input, since a busy machine must not fail a test
+LIMIT_BYTES = 512 << 20  # of address space beyond what the process has when the loop starts
 SAME, REFUSED, OTHER = "same output", "refused", "other values"
 MAX_MESSAGE_CHARS = 1000
-# What code that a file brings along would do; nothing of it happens while a file is read.
+# Events that code in a file would cause. None of them happens while a file is read.
 FORBIDDEN = frozenset(
     {"exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.rename", "os.mkdir"}
     | {"subprocess.Popen", "pickle.find_class", "marshal.loads", "socket.connect", "shutil.rmtree", "ctypes.dlopen"}
@@ -36,7 +34,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]  # name → (dtype, shap
 
 
 class Failure(Exception):
-    """dsconv did what it promises not to do."""
+    """Raised when dsconv breaks a promise."""
 
 
 class _TooSlow(BaseException):
@@ -55,7 +53,7 @@ _hooked: list[bool] = []
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "compile" and sys._getframe(1).f_code is ast.parse.__code__:
-        return  # of transformers' installed source, into a tree: nothing is run
+        return  # the installed source of transformers is parsed, and nothing is run
     if _watch.armed and event in FORBIDDEN:
         _watch.event = f"{event} {arguments!r:.200}"
 
@@ -66,12 +64,12 @@ def _too_slow(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Bound the process's memory, and have ``judged`` watch what is run; around a loop of ``judged``."""
+    """Limit the process's memory, and let ``judged`` watch what is run. Put this around a loop of ``judged``."""
     if not _hooked:
-        sys.addaudithook(_audit)  # for good: a hook cannot be removed
+        sys.addaudithook(_audit)  # permanently, since a hook cannot be removed
         _hooked.append(True)
     for codec in ("latin1", "raw-unicode-escape", "unicode-escape"):
-        codecs.lookup(codec)  # which imports Python's own module, the first time
+        codecs.lookup(codec)  # this imports Python's own module the first time
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     handler = signal.signal(signal.SIGPROF, _too_slow)
@@ -84,7 +82,9 @@ def limits() -> Iterator[None]:
 
 
 def judged(read: Callable[[], str]) -> str:
-    """The outcome of ``read``, which raises or says whether what it read was as before. Raises Failure."""
+    """Return the outcome of ``read``, which raises an error or returns whether it read the same as before. Raises
+    Failure.
+    """
     start = time.process_time()
     _watch.event = ""
     _watch.armed = True
@@ -107,13 +107,14 @@ def judged(read: Callable[[], str]) -> str:
         _watch.armed = False
     if _watch.event:
         raise Failure(f"ran {_watch.event}")
-    if (seconds := time.process_time() - start) > LIMIT_SECONDS:  # inside one call into C, where no signal is seen
+    # Spent in one call into C, where signals are not handled.
+    if (seconds := time.process_time() - start) > LIMIT_SECONDS:
         raise Failure(f"{seconds:.1f} s of processor time")
     return outcome
 
 
 def tensors_of(checkpoint: Checkpoint) -> Tensors:
-    """Every tensor, read by the copy that merges read by: with its checksums checked."""
+    """Return every tensor, read by the same copy that merges use, with its checksums checked."""
     loaded = load_tensors(checkpoint.values(), workers=1)
     return {
         name: (entry.dtype.name, entry.shape, bytes(tensor_bytes(loaded[entry.name])) if entry.numel else b"")

@@ -1,7 +1,7 @@
 """Ways to break a file: bytes, the opcodes of a pickle, the fields of a zip, the values of a JSON document.
 
-Each takes a ``random.Random`` for its choices, so that one piece of code serves a seeded loop, hypothesis, which
-shrinks what it finds, and atheris.
+Each takes a ``random.Random`` for its choices, so that the same code serves a seeded loop, hypothesis, which shrinks
+its findings, and atheris.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ TEXT_CODES, INT_CODES = b"XUT\x8c\x8d", b"KMJI\x8a"
 
 
 def damaged(data: bytes, rng: Random) -> bytes:
-    """``data`` after one to three accidents, of the kinds that disks, networks and half finished writes have."""
+    """Return ``data`` after one to three accidents of the kinds that disks, networks and unfinished writes cause."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         data = rng.choice(ACCIDENTS)(data, rng)
     return data
@@ -146,7 +146,7 @@ def _repeat(data: bytes, rng: Random) -> bytes:
 
 
 def _move(data: bytes, rng: Random) -> bytes:
-    """A block written to the wrong place."""
+    """Write a block to the wrong place."""
     start, end = _span(data, rng)
     at = rng.randrange(len(data) + 1)
     return data[:at] + data[start:end] + data[at + end - start :]
@@ -170,13 +170,13 @@ ACCIDENTS: tuple[Callable[[bytes, Random], bytes], ...] = (
 
 @cache
 def opcodes(data: bytes) -> tuple[bytes, ...]:
-    """The bytes of each opcode of a sound pickle, with its argument."""
+    """Return the bytes of each opcode of a sound pickle, with its argument."""
     starts = [at for _, _, at in pickletools.genops(data) if at is not None]
     return tuple(data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=True))
 
 
 def forged_pickle(data: bytes, rng: Random, others: Sequence[bytes] = ()) -> bytes:
-    """A pickle that still looks like one: opcodes of ``data`` left out, doubled, moved, changed, or from ``others``."""
+    """Return a plausible pickle: opcodes of ``data`` are dropped, doubled, moved, changed, or taken from ``others``."""
     ops = list(opcodes(data))
     for _ in range(rng.choice((1, 1, 1, 2, 2, 4, 8))):
         at = rng.randrange(len(ops))
@@ -204,7 +204,7 @@ def forged_pickle(data: bytes, rng: Random, others: Sequence[bytes] = ()) -> byt
 
 
 def _changed(ops: list[bytes], at: int, rng: Random) -> bytes:
-    """Another argument of the same kind: the next op at or after ``at`` that has one."""
+    """Change the argument of the next opcode at or after ``at`` that has one, to another of the same kind."""
     code = ops[at][:1]
     if code in TEXT_CODES and code:
         pool = [op for op in ops if op[:1] in TEXT_CODES]
@@ -252,7 +252,7 @@ def records(data: bytes) -> tuple[tuple[str, bytes], ...]:
 
 
 def forged_zip(data: bytes, rng: Random, others: Sequence[bytes] = ()) -> bytes:
-    """A zip made anew of the records of ``data``, with sound CRC-32s unless it lies about them."""
+    """Return a new zip of the records of ``data``, with sound CRC-32s unless it lies about them."""
     found = [Rec(name, content) for name, content in records(data)]
     original = next(content for name, content in records(data) if name.endswith("/data.pkl"))
     top: dict[str, Any] = {}
@@ -323,7 +323,7 @@ def _lie(rec: Rec, rng: Random) -> None:
 
 
 def forged_json(value: Any, rng: Random) -> bytes:
-    """A JSON document like ``value``, some of whose values, names and nesting are others; now and then not JSON at
+    """Return a JSON document like ``value`` with some other values, names and nesting. Occasionally it is not JSON at
     all.
     """
     value = json.loads(json.dumps(value))

@@ -1,8 +1,8 @@
-"""What is fuzzed: real files, how each is broken, and what must hold of whatever dsconv still reads.
+"""The targets of the fuzzer: real files, how each is broken, and what must hold if dsconv still reads it.
 
-``covered`` targets are those where a checksum lies over every byte that matters: there a broken file is refused or
-gives the bytes it gave before. Where no checksum can know (a bare pickle, JSON, raw safetensors data, a file that was
-forged with sound checksums) the rule is weaker: see ``judge`` of each.
+In ``covered`` targets a checksum covers every byte that matters, so a broken file is refused or gives the same bytes as
+before. Where no checksum helps (a bare pickle, JSON, raw safetensors data, a file forged with sound checksums) the rule
+is weaker: see each target's ``judge``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.fuzz.mutations import damaged, forged_json, forged_pickle, forged_zip
 
 @dataclass
 class Seeds:
-    """The real files that are broken, in ``folder``."""
+    """The real files in ``folder`` that are broken."""
 
     folder: Path
     checkpoints: list[Path] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Seeds:
 
 
 def seeds(folder: Path) -> Seeds:
-    """Copies of the trained checkpoints; those that are not there yet are trained first."""
+    """Return copies of the trained checkpoints. Missing ones are trained first."""
     found = Seeds(folder, list(copies(folder).values()))
     for checkpoint in found.checkpoints:
         for path in sorted(checkpoint.rglob("*")):
@@ -54,7 +54,9 @@ def seeds(folder: Path) -> Seeds:
 
 
 def state_dict() -> dict[str, Any]:
-    """A small state dict with what torch.save can hold: dtypes, views, ties, no elements, no dimensions."""
+    """Return a small state dict with everything that torch.save can hold: dtypes, views, ties, no elements, no
+    dimensions.
+    """
     base = torch.arange(24, dtype=torch.float32)
     return {
         "a.weight": base.reshape(4, 6),
@@ -69,7 +71,7 @@ def state_dict() -> dict[str, Any]:
 
 
 class Target:
-    """One kind of file. ``broken`` makes an input; ``judge`` reads it and says SAME or OTHER, or raises."""
+    """One kind of file. ``broken`` makes an input; ``judge`` reads it and returns SAME or OTHER, or raises."""
 
     name: str
     share = 1  # of the inputs of a mixed run
@@ -87,7 +89,7 @@ class Target:
 
 
 class Pickles(Target):
-    """The pickle machine alone, on pickles of every format: their opcodes changed, or their bytes."""
+    """The pickle machine alone, on pickles of every format with changed opcodes or bytes."""
 
     name = "pickle"
     share = 6
@@ -108,7 +110,7 @@ class Pickles(Target):
 
 
 class Files(Target):
-    """One file that is broken over and over; what it read as before anything happened is ``before``."""
+    """One file that is broken over and over. ``before`` is what the sound file reads as."""
 
     file: Path
     opened: Path
@@ -131,7 +133,7 @@ class Files(Target):
 
 
 class ZipDamage(Files):
-    """A torch.save file that something happened to: every byte that matters lies under a CRC-32."""
+    """A damaged torch.save file, in which a CRC-32 covers every byte that matters."""
 
     name = "zip damage"
     share = 3
@@ -147,9 +149,9 @@ class ZipDamage(Files):
 
 
 class ZipForgery(ZipDamage):
-    """A torch.save file made anew with sound checksums around a changed pickle, storages and directory.
+    """A torch.save file that is rebuilt with sound checksums around a changed pickle, storages and directory.
 
-    It may hold other tensors; where torch itself reads it, the two must agree on each.
+    It may hold other tensors. If torch reads it too, both must agree on each tensor.
     """
 
     name = "zip forgery"
@@ -198,7 +200,7 @@ class Legacy(Files):
 
 
 class SafetensorsHeader(Files):
-    """The header of a safetensors file: what dsconv takes, safetensors takes too, and they agree on every tensor."""
+    """The header of a safetensors file: safetensors accepts what dsconv accepts, and both agree on every tensor."""
 
     name = "safetensors"
     share = 5
@@ -234,7 +236,7 @@ class SafetensorsHeader(Files):
 
 
 class Index(Files):
-    """The index of a sharded safetensors folder: it may leave tensors out, never change one."""
+    """The index of a sharded safetensors folder: it may leave tensors out, but never change one."""
 
     name = "index"
     share = 3
@@ -264,9 +266,7 @@ class Index(Files):
 
 
 class Metadata(Files):
-    """``.metadata`` of a DCP directory: a bare pickle without a checksum, so what it says of names and places is
-    believed.
-    """
+    """``.metadata`` of a DCP directory, a bare pickle without a checksum, whose names and places are trusted."""
 
     name = ".metadata"
     share = 2
@@ -283,14 +283,14 @@ class Metadata(Files):
 
 @dataclass(frozen=True)
 class Broken:
-    """One checkpoint, and what its files hold instead; None: the file is gone."""
+    """One checkpoint and the new contents of its files. None means that the file is missing."""
 
     checkpoint: Path
     files: tuple[tuple[Path, bytes | None], ...]
 
 
 class Checkpoints(Target):
-    """Whole checkpoints of every format of torch.save files, one of which is damaged, cut, lost, or changed with
+    """Whole checkpoints of every format with torch.save files, one of which is damaged, cut, lost, or swapped with
     another.
     """
 
@@ -316,7 +316,7 @@ class Checkpoints(Target):
         if kind == 0:
             return Broken(checkpoint, ((path, None),))
         if checkpoint.name in ("universal", "pipeline"):
-            # A file's name alone says of which tensor or layer it is: that two were swapped, nobody can tell.
+            # Only a file's name says which tensor or layer it holds, so nobody can notice that two were swapped.
             kind = max(kind, 3)
         if kind == 1:
             return Broken(checkpoint, ((path, files[other]), (other, files[path])))

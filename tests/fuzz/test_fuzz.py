@@ -1,4 +1,4 @@
-"""Some thousands of broken files of every kind, in the time that a test has; ``make fuzz`` breaks a million."""
+"""Break a few thousand files of every kind, in the time that a test has. ``make fuzz`` breaks a million."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.fuzz.judging import OTHER, REFUSED, SAME, Failure, judged, limits
 from tests.fuzz.kinds import TARGETS
 from tests.fuzz.targets import Checkpoints, Seeds, Target, seeds
 
-INPUTS = 150  # for each share of a target's in a mixed run
+INPUTS = 150  # for each share of a target in a mixed run
 SEARCHED = settings(
     derandomize=True, deadline=None, database=None, max_examples=40, suppress_health_check=list(HealthCheck)
 )
@@ -36,14 +36,14 @@ def test_broken_files_are_refused_or_read_as_before(kind: type[Target], found: S
         for number in range(INPUTS * kind.share if kind is not Checkpoints else INPUTS):
             outcomes[judged(lambda: target.judge(target.broken(input_of(target, 5, number))))] += 1  # noqa: B023
         search(target)
-    # The mutations do break files; of the fields that are changed, some are read by nobody.
+    # The mutations do break files, but nobody reads some of the changed fields.
     assert outcomes[REFUSED] > outcomes.total() * (1 / 3 if kind is Fields else 1 / 2)
-    assert outcomes[SAME] + outcomes[OTHER] > 0  # and some of what they do is harmless
+    assert outcomes[SAME] + outcomes[OTHER] > 0  # some mutations are harmless
     assert not (target.covered and outcomes[OTHER])
 
 
 def search(target: Target) -> None:
-    """The same mutations with choices of hypothesis', which shrinks those of an input that fails."""
+    """Apply the same mutations with hypothesis's choices, which it shrinks for a failing input."""
 
     @SEARCHED
     @given(st.randoms(use_true_random=False))
@@ -54,7 +54,7 @@ def search(target: Target) -> None:
 
 
 def test_the_judge_sees_what_must_not_happen() -> None:
-    """The fuzzing itself does not pass vacuously: each kind of failure is reported."""
+    """Each kind of failure is reported, so the fuzzing cannot pass vacuously."""
 
     def loops() -> str:
         while True:
@@ -83,7 +83,7 @@ def test_the_judge_sees_what_must_not_happen() -> None:
 
 
 def test_other_bytes_are_told(found: Seeds, tmp_path: Path) -> None:
-    """A target whose file changed under a checksum's eyes, and whose checksum was made to agree, is a failure to it."""
+    """A covered file that was changed together with its checksum counts as a failure."""
     from tests.checkpoint.building import Rec, zip_bytes
     from tests.fuzz.mutations import records
     from tests.fuzz.targets import ZipDamage
@@ -97,7 +97,7 @@ def test_other_bytes_are_told(found: Seeds, tmp_path: Path) -> None:
 
 
 def test_a_tree_is_written_as_it_was_read(found: Seeds, tmp_path: Path) -> None:
-    """What the fuzzer of fields writes without an edit is the same tree, and dsconv reads the same from it."""
+    """Without an edit, the fuzzer of fields writes the same tree, and dsconv reads the same from it."""
     import dataclasses
 
     from tests.fuzz import trees

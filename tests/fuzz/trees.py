@@ -1,4 +1,4 @@
-"""Pickles as trees that can be changed and written again, without importing what they name.
+"""Turn pickles into trees that can be changed and written again, without importing what they name.
 
 ``decode`` runs a pickle with Python's own machine over inert stand-ins: a global is a ``Global``, a call of it a
 ``Call`` and a persistent id a ``Pid``. ``fields`` lists the places of a tree by name, and ``encode`` writes the tree
@@ -22,7 +22,7 @@ DELETED = object()
 
 @dataclass(eq=False)
 class Global:
-    """A name that a pickle gives; calling it makes a ``Call``."""
+    """A global that a pickle names. Calling it makes a ``Call``."""
 
     module: str
     name: str
@@ -33,14 +33,14 @@ class Global:
 
 @dataclass(eq=False)
 class Pid:
-    """A persistent id: in a torch.save file, a storage."""
+    """A persistent id, which is a storage in a torch.save file."""
 
     value: Any
 
 
 @dataclass(eq=False)
 class Call:
-    """What a call or a ``__new__`` of a global gave, with what was put into it afterwards."""
+    """The result of a call or ``__new__`` of a global, with the state and items that were added afterwards."""
 
     function: Global
     arguments: tuple[Any, ...]
@@ -64,7 +64,7 @@ class Call:
 
 
 class _Machine(pickle._Unpickler):
-    """Python's machine in Python, over stand-ins: the one in C wants a class for NEWOBJ."""
+    """Python's own unpickler over stand-ins. The C version requires a class for NEWOBJ."""
 
     def find_class(self, module: str, name: str) -> Any:
         return Global(module, name)
@@ -87,7 +87,7 @@ def decode(data: bytes) -> Any:
 
 
 def children(value: Any) -> Iterator[tuple[Any, str | None, Any]]:
-    """Yield (step, name or None, child) of each part of a value."""
+    """Yield (step, name or None, child) for each part of a value."""
     if isinstance(value, dict):
         for at, (key, child) in enumerate(value.items()):
             yield ("key", at), f"key {name_of(key)}", key
@@ -110,14 +110,14 @@ def children(value: Any) -> Iterator[tuple[Any, str | None, Any]]:
 
 
 def name_of(key: Any) -> str:
-    """Return a key as a field's name, with numbers made alike, so that many tensors count as one field."""
+    """Return a key as a field's name. Numbers are replaced, so that many tensors count as one field."""
     if isinstance(key, str):
         return "".join("N" if char.isdigit() else char for char in key)[:60]
     return type(key).__name__
 
 
 def fields(tree: Any) -> dict[str, list[Path]]:
-    """Return {a field's name: the paths of all places of that name}; what a list holds is named after the list."""
+    """Return the paths of all places with a field's name, by that name. Items of a list are named after the list."""
     found: dict[str, list[Path]] = {"the whole": [()]}
 
     def walk(value: Any, path: Path, name: str, depth: int) -> None:
@@ -132,13 +132,13 @@ def fields(tree: Any) -> dict[str, list[Path]]:
 
 
 def encode(tree: Any, edits: dict[Path, Any]) -> bytes:
-    """Return the tree as a pickle, with what ``edits`` puts at its paths: a value, DELETED, or opcodes (Raw)."""
+    """Return the tree as a pickle, in which ``edits`` puts a value, DELETED, or opcodes (Raw) at its paths."""
     out: list[bytes] = [b"\x80\x02"]
 
     def put(value: Any, path: Path | None) -> None:
         if path is not None and path in edits:
             value, path = edits[path], None
-            value = None if value is DELETED else value  # where nothing can be left out
+            value = None if value is DELETED else value  # in places that cannot be left out
         writer = _WRITERS.get(type(value))
         if writer is not None:
             out.append(writer(value))

@@ -1,8 +1,8 @@
-"""Archives in which readers may see different files: dsconv against Python's ``zipfile`` and torch.
+"""Compare dsconv with Python's ``zipfile`` and torch on archives in which readers may see different files.
 
-An archive is put together from the parts of two torch.save files of the same names and other values: their records,
-directories, zip64 ends, locators and ends, in an order that is mostly sound. Whatever all three readers accept must
-read the same; whatever dsconv accepts, each of the others that accepts it must read as dsconv does.
+An archive is put together from the parts of two torch.save files with the same names and different values: their
+records, directories, zip64 ends, locators and ends, in a mostly sound order. If all three readers accept it, they must
+read the same. If dsconv accepts it, any other reader that accepts it must read the same as dsconv.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.fuzz.targets import Seeds, Target
 
 @dataclass(frozen=True)
 class Source:
-    """A torch.save file: its records, and what their directory says."""
+    """A torch.save file: its records and their directory."""
 
     records: tuple[tuple[str, bytes], ...]
 
 
 @dataclass
 class Laid:
-    """Where the parts of one source lie in the archive that is being made."""
+    """The places of one source's parts in the new archive."""
 
     offsets: list[int]
     directory: int = 0
@@ -46,7 +46,7 @@ def local_header(name: bytes, data: bytes) -> bytes:
 
 
 def directory_of(source: Source, offsets: list[int], rng: Random) -> bytes:
-    """Return a central directory; now and then an offset or a size of it lies in its zip64 field, or is a lie."""
+    """Return a central directory. Occasionally an offset lies in the zip64 field, or is false."""
     out = b""
     for (name, data), offset in zip(source.records, offsets, strict=True):
         encoded, extra, size, at = name.encode(), b"", len(data), offset
@@ -142,9 +142,9 @@ class ZipReaders(Target):
 
         parts = [put_records, put_directory, *([put_end64, put_locator] if rng.randrange(2) else []), put_end]
         plan = [(part, 0) for part in parts]
-        for _ in range(rng.choice((0, 1, 2, 3))):  # parts of the other one, or doubled ones
+        for _ in range(rng.choice((0, 1, 2, 3))):  # add parts of the other source, or duplicates
             plan.insert(rng.randrange(len(plan) + 1), (rng.choice((*parts, put_end64, put_junk)), rng.randrange(2)))
-        if rng.randrange(3) == 0:  # a whole second archive
+        if rng.randrange(3) == 0:  # add a whole second archive
             at = rng.randrange(len(plan) + 1)
             plan[at:at] = [(part, 1) for part in parts]
         if rng.randrange(5) == 0:
@@ -166,7 +166,7 @@ class ZipReaders(Target):
         return SAME if found == self.before else OTHER
 
     def by_zipfile(self, data: bytes) -> Tensors | None:
-        """Return the tensors of the records that Python's ``zipfile`` sees, or None where it refuses the file."""
+        """Return the tensors of the records that Python's ``zipfile`` sees, or None if it refuses the file."""
         try:
             seen = records(data)
         except Exception:  # noqa: BLE001 - zipfile's errors are of many kinds
@@ -180,7 +180,7 @@ class ZipReaders(Target):
             raise Failure(f"zipfile sees records that are no model: {error}") from None
 
     def by_torch(self) -> Tensors | None:
-        """Return what torch loads, or None where it refuses the file."""
+        """Return what torch loads, or None if it refuses the file."""
         try:
             theirs = torch.load(self.file, weights_only=True)
         except Exception:  # noqa: BLE001 - torch's errors are of every kind

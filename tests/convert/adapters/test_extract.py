@@ -1,4 +1,4 @@
-"""``--adapter``: for every method of the installed peft, what PEFT's own save_pretrained writes, bit for bit."""
+"""``--adapter`` writes what PEFT's own save_pretrained writes, bit for bit, for every method of the installed peft."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.fixtures import gloo, peft_methods, peft_runs
 from tests.trained import load_safetensors, same
 
 CASES = list(peft_runs.CASES)
-UNSAVED = {"shira"}  # whose indices are in no state dict
+UNSAVED = {"shira"}  # its indices are in no state dict
 
 
 def expect_adapter(found: Path, expected: Path) -> None:
-    """Both folders hold the same tensors, under the same names, in the same dtypes."""
+    """Assert that both folders hold the same tensors, under the same names and in the same dtypes."""
     ours, theirs = load_safetensors(found), load_safetensors(expected)
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
@@ -54,7 +54,7 @@ def test_every_method_and_engine(case: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of methods, each with ``pytorch_model.bin`` and what PEFT saves."""
+    """Make a folder for each method, with ``pytorch_model.bin`` and the files that PEFT saves."""
     root = tmp_path_factory.mktemp("built")
     for name in ("lora", "lora-two", "lora-modules", "adalora", "vera", "p-tuning"):
         model = peft_methods.build(name)
@@ -72,7 +72,7 @@ def merge(source: Path, out: Path, config: Path, **options: Any) -> dsconv.Merge
 
 
 def logits_of(adapter: Path, ids: torch.Tensor) -> torch.Tensor:
-    """What the base model with an adapter gives."""
+    """Return the logits of the base model with an adapter."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(peft_methods.base_model(peft_methods.METHODS["lora"]), adapter).eval()
@@ -112,7 +112,7 @@ def test_the_config_of_another_adapter_is_refused(built: Path, tmp_path: Path) -
 
 
 def test_the_ranks_that_adalora_pruned_are_left_out(built: Path, tmp_path: Path) -> None:
-    """As peft's resize_state_dict_by_rank_pattern does it."""
+    """peft's resize_state_dict_by_rank_pattern does the same."""
     config = json.loads((built / "adalora" / "adapter_config.json").read_text())
     layers = [f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qv"]
     config["rank_pattern"] = {f"{layer}.lora_E": [True, False, True, True] for layer in layers}
@@ -126,7 +126,7 @@ def test_the_ranks_that_adalora_pruned_are_left_out(built: Path, tmp_path: Path)
 
 
 def test_names_without_pefts_prefix_get_it(built: Path, tmp_path: Path) -> None:
-    """A model of ``model.add_adapter`` has none; transformers and PEFT save with it."""
+    """A model made by ``model.add_adapter`` has no prefix, but transformers and PEFT save it with one."""
     state = torch.load(built / "lora.bin", weights_only=True)
     torch.save({name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}, tmp_path / "a.bin")
     merge(tmp_path / "a.bin", tmp_path / "out", built / "lora")
@@ -183,7 +183,7 @@ def test_what_is_missing_is_said(built: Path, tmp_path: Path) -> None:
 
 
 def test_a_trained_tensor_that_peft_would_not_save_is_an_error(tmp_path: Path) -> None:
-    """ZeRO says what was trained: a configuration that leaves a trained module out would lose it."""
+    """ZeRO records what was trained. A configuration that leaves a trained module out would lose it."""
     folder = gloo.ensure("peft_runs")["lora-modules-zero3"]
     config = json.loads((folder / "peft" / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
