@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from dsconv.text import MAX_MESSAGE, clean, quote
+
 EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_UNREADABLE = 3
@@ -23,12 +25,18 @@ EXIT_TERMINATED = 143
 
 
 class DsconvError(Exception):
-    """Base of all errors that dsconv raises on purpose."""
+    """Base of all errors that dsconv raises on purpose.
+
+    Its text is one line that a terminal or a log can only show (``text.clean``), since it may quote names from files.
+    """
 
     exit_code = EXIT_UNREADABLE
 
     def __str__(self) -> str:
-        return " ".join(str(part) for part in self.args)
+        return clean(" ".join(str(part) for part in self.args), MAX_MESSAGE)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({quote(str(self), MAX_MESSAGE)})"
 
 
 class UsageError(DsconvError, ValueError):

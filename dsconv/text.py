@@ -1,6 +1,8 @@
 """Make text from files safe to show: names, messages and paths come from whoever wrote the checkpoint.
 
-Everything that dsconv prints passes ``clean`` at the place where it is printed.
+Everything that dsconv prints passes ``clean`` at the place where it is printed, and so does the text of every error and
+the warnings of a checkpoint, which a program may log. A name inside a message passes ``quote``, so that a long one does
+not push the rest of the sentence out. Each of them takes time in proportion to the text.
 """
 
 from __future__ import annotations
@@ -8,9 +10,11 @@ from __future__ import annotations
 import re
 
 MAX_LINE = 4000  # characters of a line; a path may have 4,096 bytes
+MAX_MESSAGE = 2000  # characters of an error or a warning
 MAX_NAME = 240  # characters of one name in a table
-_USER = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://?)[^\s/?#@'\"]*:[^\s/@'\"]*@")
-_QUERY = re.compile(r"(?P<url>\b[A-Za-z][A-Za-z0-9+.-]*://?[^\s?'\"]*)\?[^\s'\"]+")
+MAX_QUOTED = 120  # characters of one name in a message
+_WORD = re.compile(r"[^\s'\"]+")
+_USER = re.compile(r"(?P<slashes>:/{1,2})[^/?#@:]*:[^/@]*@")
 _TOKEN = re.compile(r"\b(?P<kind>hf_|Bearer |AKIA|ghp_)[A-Za-z0-9_.~+/=-]{8,}")
 
 
@@ -35,14 +39,38 @@ def clean(text: str, limit: int = MAX_LINE) -> str:
     return text
 
 
+def quote(name: object, limit: int = MAX_QUOTED) -> str:
+    """Return the ``repr`` of a name out of a file, for a message; a long one is cut in the middle.
+
+    Args:
+        name: Any text, or a plain value.
+        limit: The largest number of characters to return.
+    """
+    if isinstance(name, str) and len(name) > 2 * limit:  # bound the work before looking at each character
+        name = name[:limit] + name[-limit:]
+    text = repr(name)
+    return text if len(text) <= limit else f"{text[: limit - limit // 3]}…{text[len(text) - limit // 3 + 1 :]}"
+
+
 def redact(text: str) -> str:
     """Return ``text`` without what gives access: passwords and queries of URLs, and access tokens.
 
     The query of a URL goes as a whole, since a signed URL carries its signature there.
     """
-    if "://" in text or ":/" in text:
-        text = _QUERY.sub(r"\g<url>?…", _USER.sub(r"\g<scheme>…@", text))
+    if ":/" in text:
+        text = _WORD.sub(lambda word: _without_access(word[0]), text)
     return _TOKEN.sub(r"\g<kind>…", text)
+
+
+def _without_access(word: str) -> str:
+    """Return a word, which may be or hold a URL, without its password and its query."""
+    begins = word.find(":/")
+    if begins < 1:
+        return word
+    query = word.find("?", begins)
+    if 0 < query < len(word) - 1:
+        word = word[: query + 1] + "…"
+    return _USER.sub(r"\g<slashes>…@", word)
 
 
 def _escape(char: str) -> str:

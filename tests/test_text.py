@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
+import traceback
 import unicodedata
+from pathlib import Path
 
 import pytest
 
+from dsconv import errors
+from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.loaders.report import LoadReport
-from dsconv.text import MAX_LINE, clean, redact
+from dsconv.text import MAX_LINE, MAX_MESSAGE, MAX_QUOTED, clean, quote, redact
 
 
 def test_no_character_that_a_terminal_obeys_is_left() -> None:
@@ -55,3 +60,40 @@ def test_a_load_report_shows_names_as_text() -> None:
     assert len(shown) == 5
     assert all(line.isprintable() for line in shown)
     assert "u:p" not in shown[0]
+
+
+def test_a_name_is_quoted_and_cut_in_the_middle() -> None:
+    assert quote("layers.0.weight") == "'layers.0.weight'"
+    assert quote("it's") == '"it\'s"'
+    shown = quote("head." + "\u202e" * 100_000 + ".weight")
+    assert shown.isprintable()
+    assert len(shown) <= MAX_QUOTED
+    assert shown.startswith("'head.")
+    assert shown.endswith(".weight'")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type)])
+def test_the_text_of_an_error_can_be_logged(kind: type) -> None:
+    """A program that logs an error shows no more of a hostile name than the command line does."""
+    if not issubclass(kind, errors.DsconvError):
+        return
+    evil = "\x1b]0;t\x07\n" + "\u202e" * 10_000
+    error = kind("a.bin", {evil: 1}) if kind is errors.SeveralModelsError else kind(f"a.bin: {evil} https://u:p@h/x")
+    for text in (str(error), repr(error), "".join(traceback.format_exception(error)).strip(), f"{error}"):
+        assert text.isprintable()
+        assert len(text) < MAX_MESSAGE + 200
+        assert "u:p" not in text
+
+
+def test_the_warnings_of_a_checkpoint_can_be_logged(tmp_path: Path) -> None:
+    evil = "\x1b[2J" + "w" * 10_000
+    (text,) = Checkpoint(tmp_path, "safetensors", {}, warnings=(evil,)).warnings
+    assert text.isprintable()
+    assert len(text) <= MAX_MESSAGE
+
+
+@pytest.mark.parametrize("part", ["a://", "a.", "a:", "a://b:", "?a://", "@:/", "hf_", "a:/?"])
+def test_text_is_cleaned_in_time_in_proportion(part: str) -> None:
+    began = time.process_time()
+    clean("://" + part * (16_000 // len(part)) + "://")
+    assert time.process_time() - began < 0.3

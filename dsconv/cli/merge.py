@@ -9,6 +9,7 @@ import click
 
 from dsconv.cli import console
 from dsconv.cli.console import Dtype, Repo, Size, command, with_options
+from dsconv.text import quote
 
 # Each option is a keyword of ``dsconv.merge``. They are grouped as --help shows them.
 ARGUMENTS = (
@@ -169,17 +170,21 @@ def _run(options: dict[str, Any], masters: bool = False) -> None:
 
 def _show_loading(report: Any, is_adapter: bool) -> None:
     """Say how the output is loaded, or how much of it would be missing (the warning above says which)."""
+    left = ", ".join(quote(name) for name in report.sidecars_left_out)
+    without = f", without {left} (the warning says why)" if left else ""
     if report.loadable:
-        console.say(f"loads with {report.loads_with}")
+        console.say(f"loads with {report.loads_with}{without}")
     elif report.loadable is False:
         counts = f"{console.count(len(report.missing), 'weight')} missing, {len(report.unexpected)} unexpected"
-        console.say(f"does not load with {report.loads_with}: {counts}")
+        console.say(f"does not load with {report.loads_with}: {counts}{without}")
     elif "config.json" not in report.sidecars and not is_adapter:
         console.say(
             "No config.json was found beside the checkpoint. Name the model's folder with --config-from to make OUT"
             " loadable.",
             err=True,
         )
+    if left and report.loadable is None:
+        console.say(f"written{without}")
 
 
 def _show_plan(report: Any) -> None:

@@ -17,6 +17,7 @@ from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, CopyRun, Target
 from dsconv.checkpoint.transfer.ordered import run_all
 from dsconv.errors import InconsistentCheckpointError
+from dsconv.text import quote
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +40,13 @@ class ComputedEntry(TensorEntry):
         Raises InconsistentCheckpointError when the result is not of the dtype and shape that were planned.
         """
         if self.compute is None:
-            raise InconsistentCheckpointError(f"tensor {self.name!r}: nothing says how to compute it")
+            raise InconsistentCheckpointError(f"tensor {quote(self.name)}: nothing says how to compute it")
         tensor = self.compute().detach().contiguous()
         found = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         if found != (self.dtype.name, self.shape):
             raise InconsistentCheckpointError(
-                f"tensor {self.name!r}: computed {found[0]} {list(found[1])}, expected {self.dtype} {list(self.shape)}"
+                f"tensor {quote(self.name)}: computed {found[0]} {list(found[1])}, expected {self.dtype}"
+                f" {list(self.shape)}"
             )
         return tensor if index is None else tensor[index]
 

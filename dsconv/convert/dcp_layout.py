@@ -22,6 +22,7 @@ from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.pickling import Call, Made, Name, Pairs, dump, size
 from dsconv.convert.torch_writer import Streamed, TorchArchive
 from dsconv.errors import MalformedError
+from dsconv.text import quote
 
 CHUNK_BYTES = 64 << 20
 ALIGNMENT = 64  # of each tensor's bytes in the file, as torch.save aligns them in its own
@@ -109,7 +110,7 @@ def make_dcp_plan(
         names = tuple(dict.fromkeys((entry.name, *entry.aliases, *extra_names.get(entry.name, ()))))
         for name in names:
             if name in seen:
-                raise MalformedError(f"{checkpoint.path}: two tensors would be called {name!r}")
+                raise MalformedError(f"{checkpoint.path}: two tensors would be called {quote(name)}")
             seen.add(name)
         chunks = []
         start = 0

@@ -22,7 +22,7 @@ from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
-from dsconv.convert.sidecars import read_json
+from dsconv.convert.sidecars import MAX_MANIFEST_BYTES, read_json
 from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.ties import tied_pairs
 from dsconv.convert.writing import WriteOptions, refusal, write
@@ -123,7 +123,7 @@ def _tied_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
     A safetensors folder keeps one name of a tied weight. The others are those that the model's class ties, and those
     in the manifest of a merge.
     """
-    manifest = read_json(checkpoint.path / MANIFEST)
+    manifest = read_json(checkpoint.path / MANIFEST, MAX_MANIFEST_BYTES)
     noted = manifest.get("ties") if isinstance(manifest, dict) else None
     pairs = {
         **tied_pairs(find_config([checkpoint.path, checkpoint.folder])),

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+from dsconv.checkpoint.storage.local import kind_of
 from dsconv.errors import OutputError
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -235,16 +236,6 @@ def refuse_special(folder: Folder, names: Iterable[str], folders: Collection[str
                 f"{folder.path / name} is {kind_of(found)}, and the output has {wanted} of that name. dsconv neither"
                 " follows nor replaces it: move it, or choose another folder"
             )
-
-
-def kind_of(found: os.stat_result) -> str:
-    """Return what a name is, for messages."""
-    mode = found.st_mode
-    if stat.S_ISLNK(mode):
-        return "a link"
-    if stat.S_ISDIR(mode):
-        return "a folder"
-    return "a file" if stat.S_ISREG(mode) else "a fifo" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
 def is_plain(found: os.stat_result) -> bool:

@@ -23,6 +23,7 @@ from dsconv.convert.lora_layers import Folder, Parts, plain_name
 from dsconv.convert.sidecars import read_json
 from dsconv.convert.ties import tied_pairs
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.text import quote
 
 # Settings of a LoraConfig that change what is added to the base, and that dsconv does not compute.
 REFUSED = ("use_qalora", "use_bdlora", "monteclora_config", "arrow_config", "kasa_config", "velora_config",
@@ -91,7 +92,8 @@ def fold_lora(
         lost = sorted(entry.name for name, entry in own.items() if entry.role == "parameter" and name not in others)
         if lost:
             raise InconsistentCheckpointError(
-                f"{checkpoint.path}: {lost[0]!r} was trained and is not the adapter's; a fold into --base would lose it"
+                f"{checkpoint.path}: {quote(lost[0])} was trained and is not the adapter's; a fold into --base would"
+                " lose it"
             )
     source = own if base is None else _by_name(base, folders)
     kind = _model_type(folders, base)
@@ -120,8 +122,8 @@ def _refuse_changed_base(adapter: Adapter, checkpoint: Checkpoint) -> None:
     how = adapter.config.get("init_lora_weights")
     if isinstance(how, str) and how.lower().startswith(BASE_CHANGING):
         raise UnsupportedError(
-            f"{checkpoint.path}: the adapter was initialised with {how[:40]!r}, which changed the base's weights, so"
-            " --base is not what it was trained on. Fold a checkpoint that holds the base, or use PEFT's"
+            f"{checkpoint.path}: the adapter was initialised with {quote(how[:40])}, which changed the base's weights,"
+            " so --base is not what it was trained on. Fold a checkpoint that holds the base, or use PEFT's"
             " merge_and_unload"
         )
 

@@ -28,6 +28,7 @@ from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of,
 from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
 from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.plan import Plan
+from dsconv.text import quote
 
 if TYPE_CHECKING:
     import subprocess
@@ -205,9 +206,9 @@ class LoadingCheck:
         parts = []
         if missing:
             what = "missing" if not mismatched else "missing or of another shape"
-            parts.append(f"{len(missing)} of its weights are {what} (first {missing[0]!r})")
+            parts.append(f"{len(missing)} of its weights are {what} (first {quote(missing[0])})")
         if unexpected:
-            parts.append(f"{len(unexpected)} tensors are not its own (first {unexpected[0]!r})")
+            parts.append(f"{len(unexpected)} tensors are not its own (first {quote(unexpected[0])})")
         if mismatched and len(mismatched) == len(missing) and not unexpected:
             advice = (
                 "That config.json is of a model of other sizes: name the model's own folder with --config-from, or"
@@ -317,7 +318,7 @@ def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpecte
         rest = [name for name in unexpected if not name.startswith(prefix)]
         if not rest:
             return f"Use --strip-prefix {prefix}"
-        return f"The model's own names follow {prefix!r}: use --include '{prefix}*' --strip-prefix {prefix}"
+        return f"The model's own names follow {quote(prefix)}: use --include '{prefix}*' --strip-prefix {prefix}"
     if missing and not unexpected:
         return (
             "The checkpoint does not hold them (frozen weights may have been left out when it was saved): take them"

@@ -20,6 +20,7 @@ from dsconv.convert.adapters.methods import DELTA, TOKENS, by_pattern
 from dsconv.convert.computed import computed
 from dsconv.convert.lora_math import Lora, folded_bias, folded_weight, read_as, with_tokens
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.text import quote
 
 CONV1D = {
     "gpt2",
@@ -75,8 +76,8 @@ class Folder:
             for name, entry in self._layer(parts, result, names):
                 if name in folded:
                     raise UnsupportedError(
-                        f"{self.where}: {parts.layer!r} and another adapted layer share {name!r}; --fold-lora does"
-                        " not fold two products into tied weights. Use PEFT's merge_and_unload"
+                        f"{self.where}: {quote(parts.layer)} and another adapted layer share {quote(name)}; --fold-lora"
+                        " does not fold two products into tied weights. Use PEFT's merge_and_unload"
                     )
                 folded.add(name)
                 self.touched |= {name, *entry.aliases}
@@ -100,7 +101,7 @@ class Folder:
         if owner is None:
             if self.upcast:
                 raise InconsistentCheckpointError(
-                    f"{self.where}: {entry.name!r} replaces {name!r}, which the base does not have"
+                    f"{self.where}: {quote(entry.name)} replaces {quote(name)}, which the base does not have"
                 )
             result[name] = replace(entry, name=name)
             names[name] = name
@@ -127,8 +128,8 @@ class Folder:
         if name in names:
             return names[name]
         raise InconsistentCheckpointError(
-            f"{self.where}: the adapter changes {layer!r}, and the base has no {name!r}: they do not belong together,"
-            " or the base stores its tensors under other names"
+            f"{self.where}: the adapter changes {quote(layer)}, and the base has no {quote(name)}: they do not belong"
+            " together, or the base stores its tensors under other names"
         )
 
     def _layer(
@@ -142,7 +143,7 @@ class Folder:
         if down is None or up is None or found:
             missing = "lora_A or lora_B" if down is None or up is None else next(iter(found))
             raise UnsupportedError(
-                f"{self.where}: the layer {parts.layer!r} {'lacks' if not found else 'has'} {missing}, which"
+                f"{self.where}: the layer {quote(parts.layer)} {'lacks' if not found else 'has'} {missing}, which"
                 " --fold-lora does not fold. Use PEFT's merge_and_unload"
             )
         parameter = self._parameter(parts, down, up, result, names)
@@ -150,13 +151,13 @@ class Folder:
         base = result[name]
         if bias is not None and f"{parts.layer}.bias" not in names:
             raise UnsupportedError(
-                f"{self.where}: {parts.layer!r} has a LoRA bias (lora_bias=True), but its base has no bias: PEFT"
+                f"{self.where}: {quote(parts.layer)} has a LoRA bias (lora_bias=True), but its base has no bias: PEFT"
                 " does not merge it either. Write the adapter with --adapter"
             )
         if not base.dtype.floating or base.dtype.itemsize < 2:
             raise UnsupportedError(
-                f"{self.where}: {name!r} of the base is {base.dtype}: a product cannot be added to quantized weights."
-                " Name a base in fp32, bf16 or fp16"
+                f"{self.where}: {quote(name)} of the base is {base.dtype}: a product cannot be added to quantized"
+                " weights. Name a base in fp32, bf16 or fp16"
             )
         lora = self._lora(parts.layer, parameter, base, Lora(down, up, 1.0, magnitude=magnitude, upcast=self.upcast))
         kind = output_dtype(base.dtype, self.dtype)
@@ -202,8 +203,8 @@ class Folder:
             return "weight"
         if len(fitting) > 1:
             raise UnsupportedError(
-                f"{self.where}: {parts.layer!r} has {' and '.join(fitting)} of the same shape, and nothing says which"
-                " of them a product belongs to. Use PEFT's merge_and_unload"
+                f"{self.where}: {quote(parts.layer)} has {' and '.join(fitting)} of the same shape, and nothing says"
+                " which of them a product belongs to. Use PEFT's merge_and_unload"
             )
         return fitting[0]
 
@@ -231,7 +232,7 @@ class Folder:
             or lora.up.shape[1] != rank * experts
         ):
             raise InconsistentCheckpointError(
-                f"{self.where}: {layer!r} has factors {list(lora.down.shape)} and {list(lora.up.shape)}, and"
+                f"{self.where}: {quote(layer)} has factors {list(lora.down.shape)} and {list(lora.up.shape)}, and"
                 f" adapter_config.json gives it rank {told}"
             )
         alpha = by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
@@ -267,17 +268,17 @@ class Folder:
             asked = next((rows for key, rows in asked.items() if module.endswith(key)), None)
         if not isinstance(asked, list) or not all(type(row) is int and row >= 0 for row in asked):
             raise MalformedError(
-                f"{self.where}: trainable_token_indices of adapter_config.json gives no rows for {module!r}"
+                f"{self.where}: trainable_token_indices of adapter_config.json gives no rows for {quote(module)}"
             )
         if len(asked) != delta.shape[0]:
             raise InconsistentCheckpointError(
-                f"{self.where}: {module!r} has {delta.shape[0]} trained tokens, and trainable_token_indices"
+                f"{self.where}: {quote(module)} has {delta.shape[0]} trained tokens, and trainable_token_indices"
                 f" {len(asked)}"
             )
         return asked
 
     def _misfit(self, layer: str, base: TensorEntry, given: TensorEntry) -> InconsistentCheckpointError:
         return InconsistentCheckpointError(
-            f"{self.where}: {given.name!r} of shape {list(given.shape)} does not fit {layer!r}, whose base has shape"
-            f" {list(base.shape)}: the adapter belongs to another base"
+            f"{self.where}: {quote(given.name)} of shape {list(given.shape)} does not fit {quote(layer)}, whose base"
+            f" has shape {list(base.shape)}: the adapter belongs to another base"
         )

@@ -30,6 +30,7 @@ from dsconv.convert.ties import tied_keys, tied_pairs
 from dsconv.convert.verify import CompareOptions, compare
 from dsconv.convert.writing import WriteOptions, refusal, write
 from dsconv.errors import MismatchError, UsageError
+from dsconv.text import quote
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +42,13 @@ class MergeReport(Report):
 
     ``ties`` are {name: the name that its tensor is stored under}. ``item`` is the key of the model that was taken where
     the checkpoint holds several. ``left_out`` counts, by what holds them, the items that are not the model's: an
-    optimizer, counters, another model. ``pushed`` is what ``push`` reported.
+    optimizer, counters, another model. ``sidecars_left_out`` says by name why a file beside the weights was not copied.
+    ``pushed`` is what ``push`` reported.
     """
 
     files: list[str]
     sidecars: list[str]
+    sidecars_left_out: dict[str, str] = field(default_factory=dict)
     ties: dict[str, str]
     item: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
@@ -56,6 +59,11 @@ class MergeReport(Report):
     loads_with: str = ""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+
+    def note_unread(self, unread: dict[str, str]) -> None:
+        """Take over which files beside the weights are not copied, with a warning for each. ``unread``: {name: why}."""
+        self.sidecars_left_out = unread
+        self.warnings += [f"{quote(name)} beside the checkpoint is not copied: {why}" for name, why in unread.items()]
 
     def note_loading(self, loading: Loading) -> None:
         """Take over whether the output loads, with a warning where it does not."""
@@ -233,8 +241,9 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
     near = list(dict.fromkeys([*config_folders(of_step), opened.path, opened.folder, opened.folder.resolve().parent]))
     chosen = choose(opened, options.adapter, near, options.config_from, options.dtype)
     checkpoint = chosen.checkpoint
-    plan, extra = _plan(chosen, target, options)
+    plan, extra, unread = _plan(chosen, target, options)
     report = _report(checkpoint, target, plan, sorted(extra), options.dry_run)
+    report.note_unread(unread)
     if options.filters and (filtered := _filtered(checkpoint, plan)):
         report.left_out["tensors that the filters leave out"] = len(filtered)
     in_place = options.config_from is None and any(folder.resolve() == target.resolve() for folder in near)
@@ -280,8 +289,8 @@ def _write(
         report.pushed = push_merged(target, options.push_to_hub, options.private, options.writing.progress)
 
 
-def _plan(chosen: Chosen, target: Path, options: MergeOptions) -> tuple[Plan, dict[str, bytes]]:
-    """Return the plan, and {name: content} of the files beside the weights."""
+def _plan(chosen: Chosen, target: Path, options: MergeOptions) -> tuple[Plan, dict[str, bytes], dict[str, str]]:
+    """Return the plan, {name: content} of the files beside the weights, and {name: why} of those that are not read."""
     checkpoint = chosen.checkpoint
     folders = [options.config_from] if options.config_from else chosen.near
     is_adapter = bool(checkpoint.info.get("adapter"))  # it holds nothing else
@@ -297,8 +306,8 @@ def _plan(chosen: Chosen, target: Path, options: MergeOptions) -> tuple[Plan, di
         stem=ADAPTER_STEM if is_adapter else "model",
     )
     if chosen.files is not None:
-        return plan, chosen.files
-    return plan, _sidecar_files(options.config_from, chosen, plan, target)
+        return plan, chosen.files, {}
+    return plan, *_sidecar_files(options.config_from, chosen, plan, target)
 
 
 def _verify(checkpoint: Checkpoint, folder: Path, plan: Plan, report: MergeReport, options: MergeOptions) -> None:
@@ -323,8 +332,12 @@ def _filtered(checkpoint: Checkpoint, plan: Plan) -> set[str]:
     return set(checkpoint) - {tensor.entry.name for tensor in plan.placed}
 
 
-def _sidecar_files(config_from: Path | None, chosen: Chosen, plan: Plan, target: Path) -> dict[str, bytes]:
-    """Return {name: content} of what goes beside the weights. config.json names the dtype that most bytes have.
+def _sidecar_files(
+    config_from: Path | None, chosen: Chosen, plan: Plan, target: Path
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Return {name: content} of what goes beside the weights, and {name: why} of what is left out.
+
+    config.json names the dtype that most bytes have.
 
     Where the files lie in the target already, config.json alone is written, with the dtype that it has to name now.
     """
@@ -332,7 +345,8 @@ def _sidecar_files(config_from: Path | None, chosen: Chosen, plan: Plan, target:
     found = {}
     if chosen.folded is not None and config_from is not None and not (config_from / "config.json").is_file():
         config_from = None  # it has the adapter's configuration
-    for path in sidecars.find_sidecars(config_from, chosen.near):
+    beside = sidecars.find_sidecars(config_from, chosen.near)
+    for path in beside.files:
         in_place = path.name != "config.json" and path.parent.resolve() == target.resolve()
         if in_place or (chosen.folded is not None and path.name == ADAPTER_CONFIG):
             continue
@@ -342,7 +356,7 @@ def _sidecar_files(config_from: Path | None, chosen: Chosen, plan: Plan, target:
             if chosen.folded and _are_untied(path, plan, chosen.folded):
                 data = sidecars.untied(data)
         found[path.name] = data
-    return found
+    return found, beside.left_out
 
 
 def _are_untied(config: Path, plan: Plan, touched: frozenset[str]) -> bool:

@@ -25,6 +25,7 @@ from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.progress import Progress, ProgressCounter
 from dsconv.errors import CheckpointNotFoundError, MalformedError, MismatchError, UnsafeError
+from dsconv.text import quote
 
 # A run's own state, where a model was saved into the folder of a checkpoint: nothing that loading the model needs, and
 # pickles.
@@ -157,13 +158,13 @@ def check_names(folder: Path, model: Checkpoint, files: list[File], manifest: di
               if name.endswith(".safetensors") and "/" not in name and name not in listed]  # fmt: skip
     for name in sorted(set(tensors) | set(model)):
         if name not in model or name not in tensors:
-            wrong.append(f"tensor {name!r} is only in the {'manifest' if name in tensors else 'files'}")
+            wrong.append(f"tensor {quote(name)} is only in the {'manifest' if name in tensors else 'files'}")
             continue
         entry, said = model[name], tensors[name]
         file = entry.pieces[0].extent.record.path.name if entry.pieces else said.get("file")
         if (str(entry.dtype), list(entry.shape), file) != (said.get("dtype"), said.get("shape"), said.get("file")):
             wrong.append(
-                f"tensor {name!r} is {entry.dtype} {list(entry.shape)} in {file}, not {said.get('dtype')}"
+                f"tensor {quote(name)} is {entry.dtype} {list(entry.shape)} in {file}, not {said.get('dtype')}"
                 f" {said.get('shape')}"
             )
     _refuse(folder, wrong)
@@ -210,7 +211,7 @@ def check_and_hash(
     if manifest is not None:
         found = {name: f"{crc:08x}" for _, crcs in results.values() for name, crc in crcs.items()}
         tensors, listed = manifest["tensors"], manifest["files"]
-        wrong = [f"tensor {name!r} in {item.get('file')} has the CRC-32 {found.get(name)}, not {item.get('crc32')}"
+        wrong = [f"tensor {quote(name)} in {item.get('file')} has the CRC-32 {found.get(name)}, not {item.get('crc32')}"
                  for name, item in tensors.items() if found.get(name) != item.get("crc32")]  # fmt: skip
         wrong += [f"{name} has the sha256 {digests[name]}, not {item['sha256']}" for name, item in listed.items()
                   if "sha256" in item and digests.get(name) != item["sha256"]]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.text import quote
 
 
 @dataclass(kw_only=True)
@@ -41,7 +42,7 @@ class Report:
         if self.overflowed:
             self.warnings.append(
                 f"{sum(self.overflowed.values())} values in {len(self.overflowed)} tensors are too large for the dtype"
-                f" and became infinite, first in {next(iter(self.overflowed))!r}"
+                f" and became infinite, first in {quote(next(iter(self.overflowed)))}"
             )
 
 

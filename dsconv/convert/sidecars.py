@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.config_files import MAX_CONFIG_BYTES
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
-from dsconv.checkpoint.storage.local import read_small
-from dsconv.errors import CheckpointNotFoundError
+from dsconv.checkpoint.storage.local import MAX_SMALL_BYTES, is_remote, read_small, why_unread
+from dsconv.errors import CheckpointNotFoundError, MalformedError
 
 PATTERNS = (
     "config.json",
@@ -35,35 +37,60 @@ PATTERNS = (
     "modules.json",
 )
 MARKERS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
-MAX_JSON_BYTES = 256 << 20  # a manifest of a million tensors
-MAX_SIDECAR_BYTES = 200 << 20  # the largest tokenizer known is 35 MB
+DECISIVE = ("config.json", "adapter_config.json")  # without them nothing says what the weights are of
+MAX_MANIFEST_BYTES = 256 << 20  # a manifest of a million tensors
+MAX_SIDECAR_BYTES = MAX_SMALL_BYTES
 
 
-def find_sidecars(config_from: Path | None, folders: list[Path]) -> list[Path]:
+@dataclass
+class Sidecars:
+    """The files to copy, and {name: why} of those that are left out although they lie there."""
+
+    files: list[Path] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def find_sidecars(config_from: Path | None, folders: list[Path]) -> Sidecars:
     """Return the files to copy: those of ``config_from``, or of the first of ``folders`` that has a configuration.
 
     Raises:
         CheckpointNotFoundError: ``config_from`` has none.
+        MalformedError: A configuration lies there and cannot be read. Another folder's is not taken in its place.
     """
-    if config_from is not None:
-        if not any((config_from / marker).is_file() for marker in MARKERS):
-            raise CheckpointNotFoundError(
-                f"{config_from}: --config-from names a folder without config.json or tokenizer files"
-            )
-        return _of(config_from)
-    for folder in folders:
+    found = Sidecars()
+    for folder in [config_from] if config_from is not None else folders:
+        require_readable(folder, DECISIVE)
+        for path in _matching(folder):
+            if why := why_unread(path, MAX_SIDECAR_BYTES):
+                found.left_out.setdefault(path.name, why)
         if any((folder / marker).is_file() for marker in MARKERS):
-            return _of(folder)
-    return []
+            found.files = [path for path in _matching(folder) if path.is_file() and path.name not in found.left_out]
+            return found
+    if config_from is not None:
+        raise CheckpointNotFoundError(
+            f"{config_from}: --config-from names a folder without config.json or tokenizer files"
+        )
+    return found
 
 
-def _of(folder: Path) -> list[Path]:
-    found = {path.name: path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
-    config = found.get("config.json")
-    for name in _custom_code(config) if config else ():
-        if (folder / name).is_file():
+def require_readable(folder: Path, names: tuple[str, ...]) -> None:
+    """Raise MalformedError where one of the configurations ``names`` lies in ``folder`` and cannot be read."""
+    for name in names:
+        if why := why_unread(folder / name, MAX_CONFIG_BYTES):
+            raise MalformedError(
+                f"{folder / name}: {why}. It should say what the weights are of: replace it, or name the model's own"
+                " folder with --config-from"
+            )
+
+
+def _matching(folder: Path) -> list[Path]:
+    """Return what the patterns and the configuration's ``auto_map`` name in a folder, but folders without a suffix."""
+    found = {path.name: path for pattern in PATTERNS for path in folder.glob(pattern)}
+    config = folder / "config.json"
+    for name in _custom_code(config) if config.is_file() else ():
+        if (folder / name).exists() or (not is_remote(folder) and (folder / name).is_symlink()):
             found[name] = folder / name
-    return [path for _, path in sorted(found.items()) if path.stat().st_size <= MAX_SIDECAR_BYTES]
+    return [path for _, path in sorted(found.items()) if path.suffix or not path.is_dir()]
 
 
 def _custom_code(config: Path) -> list[str]:
@@ -76,10 +103,10 @@ def _custom_code(config: Path) -> list[str]:
     return [f"{module}.py" for module in sorted(modules) if module.isidentifier()]
 
 
-def read_json(path: Path) -> Any:
-    """Return the file's JSON; None where it holds none, must not be read, or is larger than any manifest."""
+def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> Any:
+    """Return the file's JSON; None where it holds none, must not be read, or is larger than ``limit_bytes``."""
     try:
-        return json.loads(read_small(path, MAX_JSON_BYTES))
+        return json.loads(read_small(path, limit_bytes))
     except (CheckpointNotFoundError, OSError, ValueError, RecursionError):
         return None
 

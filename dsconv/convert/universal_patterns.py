@@ -16,6 +16,7 @@ from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
 from dsconv.checkpoint.map.training import ShardRule, SubParams
 from dsconv.checkpoint.pickles.values import Instance, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import quote
 
 SUBPARAM = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
 
@@ -37,7 +38,7 @@ def written_form(
         shape = cut.view or (1,)
         if math.prod(shape) != entry.numel:
             raise MalformedError(
-                f"{path}: the affine map of {name!r}, of shape {list(entry.shape)}, is of a tensor of shape"
+                f"{path}: the affine map of {quote(name)}, of shape {list(entry.shape)}, is of a tensor of shape"
                 f" {list(shape)}"
             )
     elif cut.parts is not None:
@@ -50,7 +51,7 @@ def written_form(
         if rows is not None:
             if type(rows) is not int or rows < 1 or len(shape) != 2:
                 raise MalformedError(
-                    f"{path}: universal_checkpoint_info says that {name!r} of shape {list(shape)} pads"
+                    f"{path}: universal_checkpoint_info says that {quote(name)} of shape {list(shape)} pads"
                     f" {safe_repr(rows)} rows"
                 )
             rows = min(rows, shape[0])
@@ -85,7 +86,7 @@ def _sub_form(sub: SubParams, entry: TensorEntry, path: Path) -> tuple[tuple[int
     """
     dim, spec = sub.dim, list(sub.shape)
     wrong = MalformedError(
-        f"{path}: {entry.name!r} of shape {list(entry.shape)} is not of the sub-parameters {safe_repr(sub.shape)}"
+        f"{path}: {quote(entry.name)} of shape {list(entry.shape)} is not of the sub-parameters {safe_repr(sub.shape)}"
     )
     if not 0 <= dim < len(spec):
         raise wrong

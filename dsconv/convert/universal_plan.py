@@ -25,6 +25,7 @@ from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.convert.torch_writer import Streamed, TorchArchive
 from dsconv.convert.universal_patterns import written_form
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
+from dsconv.text import quote
 
 FOLDER = "zero"
 LATEST = "latest_universal"
@@ -170,7 +171,7 @@ def _folder(name: str, checkpoint: Checkpoint) -> str:
     _check_name(name, f"{checkpoint.path}: a parameter")
     if f"{FOLDER}/{name}" == SETTINGS:
         raise MalformedError(
-            f"{checkpoint.path}: a parameter is named {name!r}, as a file of a universal checkpoint is"
+            f"{checkpoint.path}: a parameter is named {quote(name)}, as a file of a universal checkpoint is"
         )
     return f"{FOLDER}/{name}"
 

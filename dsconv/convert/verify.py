@@ -18,7 +18,7 @@ from dsconv.convert.computed import ComputedEntry
 from dsconv.convert.filters import Filters
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.progress import Progress
-from dsconv.convert.sidecars import read_json
+from dsconv.convert.sidecars import MAX_MANIFEST_BYTES, read_json
 from dsconv.errors import UsageError
 
 
@@ -161,7 +161,7 @@ def _noted(
     first: Checkpoint, second: Checkpoint
 ) -> tuple[dict[str, list[str]] | None, Mapping[str, str], Collection[str]]:
     """Return the filters that the manifest of ``second`` keeps, the names it gave, and what it left out."""
-    manifest = read_json(second.path / MANIFEST) if second.path.is_dir() else None
+    manifest = read_json(second.path / MANIFEST, MAX_MANIFEST_BYTES) if second.path.is_dir() else None
     filters = Filters.read(manifest.get("filters")) if isinstance(manifest, dict) else None
     if not filters:
         return None, {}, ()

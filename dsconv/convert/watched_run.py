@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.errors import CheckpointNotFoundError, MalformedError
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import holds_states, read_latest, tags_in
 
 TRAINER = re.compile(r"checkpoint-(\d+)")
@@ -89,7 +90,7 @@ class WatchedRun:
             tag = read_latest(self.folder / "latest")
         except (MalformedError, OSError) as error:
             return str(error)
-        return f"{self.folder / 'latest'} names {tag!r}, and no checkpoint of that name is there"
+        return f"{self.folder / 'latest'} names {quote(tag)}, and no checkpoint of that name is there"
 
     def saved(self, order: Iterable[str]) -> list[str]:
         """Return the names of the complete checkpoints, in the order of saving; the newest is the last.

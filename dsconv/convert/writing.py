@@ -35,6 +35,7 @@ from dsconv.convert.folders import Folder, refuse_link, refuse_special
 from dsconv.convert.progress import Progress, ProgressCounter
 from dsconv.convert.staging import open_staging, refuse_existing, require_space
 from dsconv.errors import DsconvError, OutputError, UnsupportedError
+from dsconv.text import quote
 
 FLUSH_BYTES = 32 << 20
 FINISHERS = 4  # threads that wait for the disk
@@ -213,8 +214,8 @@ def _run_in_order(
     """Fill each file from its first byte to its last. A source record is checked as in every copy."""
     if made := next((entry for _, entry, _ in targets if isinstance(entry, ComputedEntry)), None):
         raise UnsupportedError(
-            f"{made.name!r} is computed, which is written to a disk only: write a folder first, then merge that one"
-            " into the store"
+            f"{quote(made.name)} is computed, which is written to a disk only: write a folder first, then merge that"
+            " one into the store"
         )
     copies = chain.from_iterable(copies_of(entry, target) for _, entry, target in targets)
     checks, padding = source_checks(copies)

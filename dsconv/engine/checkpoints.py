@@ -22,6 +22,7 @@ from dsconv.engine.data import Position
 from dsconv.engine.files import check_types, read_object, write_file
 from dsconv.engine.options import Layout
 from dsconv.errors import CheckpointNotFoundError, MalformedError, OutputError
+from dsconv.text import quote
 
 FOLDER = "checkpoints"
 LATEST = "latest"
@@ -173,7 +174,8 @@ def latest(run: Path) -> Path:
     found = path.parent / tag
     if not _TAG.match(tag) or not found.is_dir():
         raise MalformedError(
-            f"{path} names {tag!r}, which does not exist; there are: {', '.join(map(tag_of, steps(run))) or 'none'}"
+            f"{path} names {quote(tag)}, which does not exist; there are:"
+            f" {', '.join(map(tag_of, steps(run))) or 'none'}"
         )
     return found
 

@@ -87,7 +87,7 @@ def keep_source(source: Source, run: Path) -> None:
     target = run / FOLDER
     target.mkdir(parents=True, exist_ok=True)
     if source.folder is not None:
-        for path in find_sidecars(None, [source.folder]):
+        for path in find_sidecars(None, [source.folder]).files:
             write_file(target / path.name, path.read_bytes())
     kept = copy.deepcopy(source.config)
     kept.use_cache = True

@@ -12,6 +12,7 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.convert.universal_writer import to_universal
 from dsconv.engine.options import Layout
 from dsconv.errors import InconsistentCheckpointError
+from dsconv.text import quote
 
 
 def write_universal(checkpoint: Path, output: Path, layout: Layout, config: Any) -> None:
@@ -34,6 +35,6 @@ def _for_pipeline(source: Checkpoint, config: Any) -> Checkpoint:
     missing = [name for name in names if name not in source]
     if missing:
         raise InconsistentCheckpointError(
-            f"{source.path} has no {missing[0]!r}, which a pipeline stage of the {config.model_type} holds"
+            f"{source.path} has no {quote(missing[0])}, which a pipeline stage of the {config.model_type} holds"
         )
     return renamed(source, names)

@@ -12,6 +12,7 @@ from dsconv.checkpoint.map.training import SmallTensor, Training
 from dsconv.checkpoint.pickles.values import Instance
 from dsconv.convert.universal_plan import training_of
 from dsconv.errors import InconsistentCheckpointError, UnsupportedError
+from dsconv.text import quote
 
 
 def local_states(engine: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -133,7 +134,7 @@ def take_over(engine: Any, checkpoint: Checkpoint) -> None:
         entry = checkpoint[name]
         if (entry.shape or (1,)) != (tuple(parameter.shape) or (1,)):  # stage 3 has no 0-d parameters
             raise InconsistentCheckpointError(
-                f"{checkpoint.path}: {name!r} has shape {list(entry.shape)}, but {list(parameter.shape)} in the"
+                f"{checkpoint.path}: {quote(name)} has shape {list(entry.shape)}, but {list(parameter.shape)} in the"
                 " model: the"
                 " checkpoint was saved from another model"
             )

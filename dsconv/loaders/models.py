@@ -9,6 +9,7 @@ from dsconv.checkpoint.config_files import CONFIG, MAX_CONFIG_BYTES, find_config
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.local import read_small
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError
+from dsconv.text import quote
 
 
 def config_folder(checkpoint: Checkpoint) -> Path | None:
@@ -68,5 +69,5 @@ def model_class_of(model_class: Any, config: Any) -> Any:
         if name is None and type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     raise UnsupportedError(
-        f"the configuration names the architecture {name!r}, which transformers does not have: pass model_class="
+        f"the configuration names the architecture {quote(name)}, which transformers does not have: pass model_class="
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError
+from dsconv.text import quote
 
 K = TypeVar("K", bound=Hashable)
 
@@ -114,13 +115,13 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
     if tag is not None:
         chosen = path / _checked_tag(tag, path)
         if not holds_states(chosen):
-            raise CheckpointNotFoundError(f"{path}: no checkpoint of tag {tag!r}{_others(path)}")
+            raise CheckpointNotFoundError(f"{path}: no checkpoint of tag {quote(tag)}{_others(path)}")
         return scan(chosen, tag, path)
     if (path / "latest").is_file():
         tag = _checked_tag(read_latest(path / "latest"), path / "latest")
         if not holds_states(path / tag):
             raise CheckpointNotFoundError(
-                f"{path / 'latest'} names {tag!r}, and {path / tag} holds no checkpoint{_others(path)}"
+                f"{path / 'latest'} names {quote(tag)}, and {path / tag} holds no checkpoint{_others(path)}"
             )
         return scan(path / tag, tag, path)
     if holds_states(path):
@@ -157,7 +158,7 @@ def read_latest(path: Path) -> str:
 
 def _checked_tag(tag: str, where: Path) -> str:
     if not tag or tag in (".", "..") or "\0" in tag or tag.startswith("/") or ".." in Path(tag).parts:
-        raise MalformedError(f"{where}: {tag!r} is not the name of a tag inside the folder")
+        raise MalformedError(f"{where}: {quote(tag)} is not the name of a tag inside the folder")
     return tag
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import dsconv
-from dsconv.convert import folders, marked_folders
+from dsconv.checkpoint.storage.local import kind_of
+from dsconv.convert import marked_folders
 from dsconv.convert.staging import STAGING, open_staging
 from dsconv.convert.watch import locked_home
 from dsconv.engine import checkpoints
@@ -42,7 +43,7 @@ def state(folder: Path) -> dict[str, tuple[str, int, bytes | str]]:
     """Return the kind, inode and content of everything below a folder."""
     found: dict[str, tuple[str, int, bytes | str]] = {}
     for path in sorted(folder.rglob("*")):
-        kind = folders.kind_of(path.lstat())
+        kind = kind_of(path.lstat())
         content = str(path.readlink()) if path.is_symlink() else path.read_bytes() if kind == "a file" else b""
         found[str(path.relative_to(folder))] = (kind, path.lstat().st_ino, content)
     return found

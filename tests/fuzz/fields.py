@@ -26,11 +26,21 @@ from dsconv.errors import DsconvError
 from tests.checkpoint.building import Rec, tensor, zip_bytes
 from tests.fixtures import gloo
 from tests.fuzz import trees
-from tests.fuzz.judging import OTHER, SAME, tensors_of
+from tests.fuzz.judging import MAX_MESSAGE_CHARS, OTHER, SAME, Failure, tensors_of
 from tests.fuzz.mutations import EDGES, WORDS, records
 from tests.fuzz.targets import Seeds, Target
 
-HOSTILE_TEXTS = (*WORDS, "\x1b]0;title\x07\x1b[2J", "[z-a]", "(a+)+$", "__metadata__", "%s{0}", "line\nline", "\u0000x")
+HOSTILE_TEXTS = (
+    *WORDS,
+    "\x1b]0;title\x07\x1b[2J",
+    "[z-a]",
+    "(a+)+$",
+    "__metadata__",
+    "%s{0}",
+    "line\nline",
+    "\u0000x",
+    "\u202e" * 3000,
+)
 HF_CASES = ("llama_tied-z3-bf16-w3", "llama_lora-z2-bf16-w2")
 SHARD_BYTES = 20_000  # small enough that the merged folders have an index
 
@@ -221,6 +231,8 @@ class Fields(Target):
         out = self.folder / "out"
         found = open_checkpoint(checkpoint)
         json.dumps(describe(found))
+        if long := next((text for text in found.warnings if len(text) > MAX_MESSAGE_CHARS), None):
+            raise Failure(f"a warning of {len(long)} characters: {long[:300]!a}")
         if action == 0:
             dsconv.verify(found, checkpoint)  # a merge would run transformers in another process
         elif action == 1:

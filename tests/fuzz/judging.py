@@ -93,7 +93,7 @@ def judged(read: Callable[[], str]) -> str:
         outcome = read()
     except DsconvError as error:
         outcome = REFUSED
-        message = str(error)
+        message = " ".join(map(str, error.args))  # as it was raised: ``str`` would clean and cut it
         if not message.isprintable() or len(message) > MAX_MESSAGE_CHARS:
             raise Failure(f"a message of {len(message)} characters: {message[:300]!a}") from None
     except Failure:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.errors import TensorNotFoundError
+from dsconv.text import MAX_MESSAGE, clean, quote
 
 if TYPE_CHECKING:
     from dsconv.checkpoint.map.training import Training
@@ -55,7 +56,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.step = step
         self.world = dict(world or {})
         self.info = dict(info or {})
-        self.warnings = warnings
+        self.warnings = tuple(clean(text, MAX_MESSAGE) for text in warnings)
         self.sources = sources
         self.is_deepspeed = is_deepspeed
         self.training = training
@@ -68,7 +69,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         try:
             return self._entries[self._aliases.get(name, name)]
         except KeyError:
-            raise TensorNotFoundError(f"{self.path} has no tensor {name!r}") from None
+            raise TensorNotFoundError(f"{self.path} has no tensor {quote(name)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

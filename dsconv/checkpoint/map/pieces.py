@@ -9,6 +9,7 @@ from dataclasses import replace
 from dsconv.checkpoint.map.regions import Region, Shape, Sizes, box, is_whole, width
 from dsconv.checkpoint.map.tensors import Extent, Piece
 from dsconv.errors import UnsupportedError
+from dsconv.text import quote
 
 Layout = Callable[[], tuple[Piece, ...]]
 
@@ -73,7 +74,7 @@ def slice_pieces(
             continue
         if piece.strides is not None:
             raise UnsupportedError(
-                f"{piece.extent.record.path}: a shard of {name!r} is not contiguous, and only a part of it is used"
+                f"{piece.extent.record.path}: a shard of {quote(name)} is not contiguous, and only a part of it is used"
             )
         itemsize = piece.extent.nbytes // piece.numel
         extent = Extent(

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from dsconv.errors import InconsistentCheckpointError
+from dsconv.text import quote
 
 Interval = tuple[int, int]
 Region = tuple[tuple[Interval, ...], ...]
@@ -117,7 +118,7 @@ def prove_cover(regions: Sequence[Region], shape: tuple[int, ...], name: str) ->
         if dim == len(shape):
             if len(active) > 1:
                 raise InconsistentCheckpointError(
-                    f"tensor {name!r}: an overlap of {len(active)} shards at element {list(prefix)}"
+                    f"tensor {quote(name)}: an overlap of {len(active)} shards at element {list(prefix)}"
                 )
             return
         if len(active) == 1 and all(regions[active[0]][d] == ((0, shape[d]),) for d in range(dim, len(shape))):
@@ -139,11 +140,11 @@ def prove_cover(regions: Sequence[Region], shape: tuple[int, ...], name: str) ->
             budget[0] -= 1 + len(now)
             if budget[0] < 0:
                 raise InconsistentCheckpointError(
-                    f"tensor {name!r}: {len(regions)} shards that fit together in no simple way"
+                    f"tensor {quote(name)}: {len(regions)} shards that fit together in no simple way"
                 )
             if not now:
                 raise InconsistentCheckpointError(
-                    f"tensor {name!r}: a hole at element {[*prefix, edge, *[0] * (len(shape) - dim - 1)]}"
+                    f"tensor {quote(name)}: a hole at element {[*prefix, edge, *[0] * (len(shape) - dim - 1)]}"
                 )
             if now not in proven:
                 proven.add(now)

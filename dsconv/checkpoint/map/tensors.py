@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.regions import Region, check_inside, numel_of, prove_cover
 from dsconv.errors import InconsistentCheckpointError
+from dsconv.text import quote
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +162,7 @@ def prove_tiling(entry: TensorEntry) -> None:
         return
     filled: dict[Region | None, int] = {}
     for piece in entry.pieces:
-        where = f"tensor {entry.name!r} in {piece.extent.record.path}"
+        where = f"tensor {quote(entry.name)} in {piece.extent.record.path}"
         position = filled.get(piece.region, 0)
         if piece.start != position:
             kind = "a hole" if piece.start > position else "an overlap"
@@ -177,7 +178,7 @@ def prove_tiling(entry: TensorEntry) -> None:
     if set(filled) <= {None}:
         if filled.get(None, 0) != entry.numel:
             raise InconsistentCheckpointError(
-                f"tensor {entry.name!r}: shape {list(entry.shape)} needs {entry.numel} elements, found"
+                f"tensor {quote(entry.name)}: shape {list(entry.shape)} needs {entry.numel} elements, found"
                 f" {filled.get(None, 0)}"
             )
         return
@@ -185,7 +186,7 @@ def prove_tiling(entry: TensorEntry) -> None:
     for region, count in filled.items():
         if region is None or count != numel_of(region):
             raise InconsistentCheckpointError(
-                f"tensor {entry.name!r}: a shard of it has {count} elements of those it should have"
+                f"tensor {quote(entry.name)}: a shard of it has {count} elements of those it should have"
             )
         regions.append(region)
     prove_cover(regions, entry.shape, entry.name)

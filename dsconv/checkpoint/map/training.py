@@ -13,6 +13,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.text import MAX_MESSAGE, clean
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,6 @@ class Training:
     deepspeed_version: str | None = None
     stored: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "warnings", tuple(clean(text, MAX_MESSAGE) for text in self.warnings))

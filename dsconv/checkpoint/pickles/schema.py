@@ -31,6 +31,7 @@ from dsconv.checkpoint.pickles.values import (
     safe_repr,
 )
 from dsconv.errors import DsconvError, MalformedError, UnsupportedError
+from dsconv.text import quote
 
 MAX_TEXT_CHARS = 1 << 20
 MAX_NAME_CHARS = 4096  # of a tensor; the longest names of real models have some 200
@@ -56,11 +57,11 @@ def field(mapping: Any, key: str, expect: Callable[[Any, Path, str], T], path: P
         UnsupportedError: The value is an object of a class that dsconv does not read.
     """
     if not isinstance(mapping, dict):
-        raise wrong(mapping, path, "the file", f"a dictionary with {key!r}")
+        raise wrong(mapping, path, "the file", f"a dictionary with {quote(key)}")
     value = mapping.get(key)
     if value is None:
         if default is REQUIRED:
-            raise MalformedError(f"{path}: not what its name says: it has nothing under {key!r}")
+            raise MalformedError(f"{path}: not what its name says: it has nothing under {quote(key)}")
         return default
     return expect(value, path, key)
 

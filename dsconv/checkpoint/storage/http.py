@@ -15,6 +15,7 @@ from urllib.parse import unquote, urljoin
 
 from dsconv.checkpoint.storage.stores import Stat, Store
 from dsconv.errors import MalformedError, RemoteError
+from dsconv.text import quote
 
 ABSENT = (404, 410)
 ANSWER_SECONDS = 300  # for a whole answer, of at most 8 MB
@@ -152,12 +153,12 @@ class HttpStore(Store):
             if answer.headers.get("Content-Encoding", "identity") != "identity":
                 raise RemoteError(
                     f"{url}: the server compresses the file although it was asked not to"
-                    f" ({answer.headers['Content-Encoding']!r}), so the bytes cannot be placed; download the file"
+                    f" ({quote(answer.headers['Content-Encoding'])}), so the bytes cannot be placed; download the file"
                 )
             if found[1] is None or (int(found[1]), int(found[2])) != (start, stop - 1):
                 raise MalformedError(
                     f"{url}: truncated: asked for bytes {start} to {stop}, the server gives"
-                    f" {answer.headers['Content-Range']!r}"
+                    f" {quote(answer.headers['Content-Range'])}"
                 )
             return bytes(await answer.content.readexactly(stop - start))
 

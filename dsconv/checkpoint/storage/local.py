@@ -243,6 +243,40 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
         raise CheckpointNotFoundError(f"{path}: not a regular file")
 
 
+def kind_of(found: os.stat_result) -> str:
+    """Return what a name is, for messages."""
+    mode = found.st_mode
+    if stat.S_ISLNK(mode):
+        return "a link"
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a file" if stat.S_ISREG(mode) else "a fifo" if stat.S_ISFIFO(mode) else "a device or socket"
+
+
+def why_unread(path: Path, limit_bytes: int) -> str:
+    """Return why a file is not read that lies beside weights: "it is a fifo"; "" where it is sound or absent.
+
+    Args:
+        path: The file.
+        limit_bytes: The largest size of a file of its kind.
+    """
+    if path.is_file():
+        nbytes = path.stat().st_size
+        return "" if nbytes <= limit_bytes else f"it has {nbytes:,} bytes, and no file of its kind over {limit_bytes:,}"
+    if is_remote(path):
+        return ""
+    try:
+        found = os.lstat(path)
+    except (OSError, ValueError):
+        return ""
+    if stat.S_ISLNK(found.st_mode):
+        try:
+            found = os.stat(path)  # noqa: PTH116 - of the disk, also where the Hub would answer for the path
+        except OSError:
+            return "it is a link that leads nowhere"
+    return f"it is {kind_of(found)}"
+
+
 def is_remote(path: object) -> bool:
     """Return whether ``path`` lies in a store: every path of the local disk is a ``PurePath``."""
     return not isinstance(path, PurePath)

@@ -14,6 +14,7 @@ from dsconv.checkpoint.torchfile import legacy
 from dsconv.checkpoint.torchfile.legacy import storage_of
 from dsconv.checkpoint.torchfile.zip import Archive, open_archive
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import quote
 
 MAX_KNOWN = 4096  # pickles of a few hundred bytes each
 # The most bytes of a tensor that repeats its storage (torch's expand). A file of 2 kB can name one of any size.
@@ -120,7 +121,7 @@ class TorchFile:
 
         record = self.archive.records.get(name)
         if record is None:
-            raise MalformedError(f"{self.path}: no record {name!r}: not written by torch.save")
+            raise MalformedError(f"{self.path}: no record {quote(name)}: not written by torch.save")
         if record.nbytes > MAX_PICKLE_BYTES:
             raise MalformedError(f"{self.path}: {name} has {record.nbytes} bytes; the limit is {MAX_PICKLE_BYTES}")
         data = file.read(record.offset_bytes - file.offset_bytes, record.nbytes)
@@ -137,10 +138,10 @@ class TorchFile:
     def _check_storage(self, key: str, nbytes: int) -> None:
         record = self.archive.records.get(f"data/{key}")
         if record is None:
-            raise MalformedError(f"{self.path}: storage {key!r} is named and has no record in the file")
+            raise MalformedError(f"{self.path}: storage {quote(key)} is named and has no record in the file")
         if nbytes != record.nbytes:
             raise MalformedError(
-                f"{self.path}: storage {key!r} should have {nbytes} bytes, its record has {record.nbytes}"
+                f"{self.path}: storage {quote(key)} should have {nbytes} bytes, its record has {record.nbytes}"
             )
         self._storages[key] = nbytes
 
@@ -157,7 +158,7 @@ class TorchFile:
         if first + nbytes > record.nbytes:
             raise MalformedError(
                 f"{self.path}: a tensor of shape {list(tensor.shape)} reaches byte {first + nbytes} of storage "
-                f"{tensor.storage.key!r}, which has {record.nbytes}"
+                f"{quote(tensor.storage.key)}, which has {record.nbytes}"
             )
         return Extent(record, record.offset_bytes + first, nbytes)
 

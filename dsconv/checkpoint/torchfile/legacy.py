@@ -16,6 +16,7 @@ from dsconv.checkpoint.pickles.values import OpaqueClass, StorageKind, StorageRe
 from dsconv.checkpoint.storage.local import OpenFile
 from dsconv.checkpoint.torchfile.zip import Archive
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import quote
 
 MAGIC = 0x1950A86A20F9469CFC6C
 MAGIC_BYTES = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # as a pickle of protocol 2 and later spells it
@@ -47,7 +48,7 @@ def storage_of(pid: Any, path: Any) -> StorageRef:
     if not isinstance(key, str) or len(key) > MAX_KEY_CHARS or type(numel) is not int or numel < 0:
         raise ValueError("a storage id of the wrong types")
     if isinstance(kind, OpaqueClass):
-        raise UnsupportedError(f"{path}: storage {key!r} is a {kind}, which dsconv does not read")
+        raise UnsupportedError(f"{path}: storage {quote(key)} is a {kind}, which dsconv does not read")
     if not isinstance(kind, StorageKind):
         raise ValueError("a storage id without a storage class")
     return StorageRef(key, kind.dtype, numel)
@@ -100,12 +101,12 @@ def read(file: OpenFile) -> tuple[Machine, Any, Archive]:
         numel = int.from_bytes(file.read(position, 8), "little")
         if numel != storage.numel:
             raise MalformedError(
-                f"{file.path}: storage {key!r} should have {storage.numel} elements, the file says {numel}"
+                f"{file.path}: storage {quote(key)} should have {storage.numel} elements, the file says {numel}"
             )
         position += 8
         if position + nbytes > file.nbytes:
             raise MalformedError(
-                f"{file.path}: truncated: storage {key!r} needs {nbytes} bytes at offset {position}, found"
+                f"{file.path}: truncated: storage {quote(key)} needs {nbytes} bytes at offset {position}, found"
                 f" {file.nbytes - position}"
             )
         records[f"data/{key}"] = Record(file.path, position, nbytes, None, f"data/{key}")
@@ -140,7 +141,8 @@ def _parse(file: OpenFile, data: bytes) -> Pickles:
         storage = storage_of(pid, file.path)
         if pid[5:] and pid[5] is not None:
             raise UnsupportedError(
-                f"{file.path}: storage {storage.key!r} is a view of another, as torch before 0.4 wrote; save it again"
+                f"{file.path}: storage {quote(storage.key)} is a view of another, as torch before 0.4 wrote; save it"
+                " again"
             )
         if storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"storage {safe_repr(storage.key)} with two types or sizes")

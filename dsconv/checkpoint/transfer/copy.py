@@ -24,6 +24,7 @@ from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.transfer.pool import Jobs, run_jobs
 from dsconv.checkpoint.transfer.reading import Part, Sources, gather_view, parts_of
 from dsconv.errors import MalformedError
+from dsconv.text import quote
 
 BLOCK_BYTES = 8 << 20  # what a worker holds, and what one request to a store asks for
 LOCAL_BLOCK_BYTES = (
@@ -167,7 +168,7 @@ class CopyRun:
         for record, check in self.checks.items():
             if record.crc32 is not None and check.complete and check.value != record.crc32:
                 raise MalformedError(
-                    f"{record.path}: record {record.name!r} fails its CRC-32 (expected {record.crc32:08x}, found"
+                    f"{record.path}: record {quote(record.name)} fails its CRC-32 (expected {record.crc32:08x}, found"
                     f" {check.value:08x}): the file was damaged after it was saved, or written to while it was read."
                     " Restore it from another copy"
                 )

@@ -11,6 +11,7 @@ from dsconv.checkpoint.map.regions import count_before, scatter
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.storage.local import OpenFile, open_for_reading
 from dsconv.errors import UnsupportedError, require_packages
+from dsconv.text import quote
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +173,7 @@ def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:
         remaining: Any = (slice(None, None, step), *rest)
     elif isinstance(first, int) and not isinstance(first, bool) and entry.shape:
         if not -rows <= first < rows:
-            raise IndexError(f"{entry.name!r} has {rows} rows; row {first} is out of range")
+            raise IndexError(f"{quote(entry.name)} has {rows} rows; row {first} is out of range")
         low = first % rows
         high, remaining = low + 1, (0, *rest)
     else:
@@ -181,7 +182,7 @@ def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:
     row_numel = entry.numel // rows if rows else 0
     dtype = getattr(torch, entry.dtype.name, None)
     if dtype is None:
-        raise UnsupportedError(f"{entry.name!r} is of {entry.dtype}, which this release of torch does not have")
+        raise UnsupportedError(f"{quote(entry.name)} is of {entry.dtype}, which this release of torch does not have")
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
         with Sources() as sources:

@@ -10,7 +10,7 @@ from typing import Any
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.convert.adapters.methods import ATTRIBUTES, PROMPTS, slot
-from dsconv.convert.sidecars import read_json
+from dsconv.convert.sidecars import read_json, require_readable
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError, UnsupportedError
 
 CONFIG = "adapter_config.json"
@@ -36,11 +36,15 @@ def read_config(
         InconsistentCheckpointError: verl's rank is not that of the weights.
     """
     places = [place for folder in folders for place in (folder / adapter, folder, folder / "lora_adapter")]
+    for place in places:
+        require_readable(place, (CONFIG, VERL_META))
+        if any((place / name).is_file() for name in (CONFIG, VERL_META)):
+            break
     if (path := next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)) is not None:
+        data = path.read_bytes()  # which says so where it must not be read
         config = read_json(path)
         if not isinstance(config, dict):
             raise MalformedError(f"{path}: not a JSON object")
-        data = path.read_bytes()
         if config.get("inference_mode") is False:  # peft_model.py save_pretrained sets it while it saves
             config["inference_mode"] = True
             data = json.dumps(config, indent=2, sort_keys=True).encode()

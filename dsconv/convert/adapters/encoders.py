@@ -18,6 +18,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.convert.adapters.methods import ENCODER
 from dsconv.convert.computed import ComputedEntry, computed
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import quote
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ def prompt_entries(state: Mapping[str, TensorEntry], config: Mapping[str, Any], 
     def need(part: str) -> TensorEntry:
         if part not in own:
             raise MalformedError(
-                f"the adapter {adapter!r} is of {kind}, and the checkpoint has no {start}{part}, which it needs"
+                f"the adapter {quote(adapter)} is of {kind}, and the checkpoint has no {start}{part}, which it needs"
             )
         return own[part]
 
@@ -102,7 +103,7 @@ def _encoder(
     known = {"embedding.weight"}
     if more := sorted(set(own) - known):
         raise UnsupportedError(
-            f"the prompt encoder of {kind} has {more[0]!r}, which dsconv does not know; save the adapter with PEFT"
+            f"the prompt encoder of {kind} has {quote(more[0])}, which dsconv does not know; save the adapter with PEFT"
         )
     return None, rows.shape[1]
 
@@ -200,7 +201,9 @@ def without_pruned_ranks(
             entry = entries.get(saved)
             axis = 1 if letter == "B" else 0
             if entry is None or len(kept) < 1:
-                raise MalformedError(f"rank_pattern of adapter_config.json names {name!r}, and there is no {saved}")
+                raise MalformedError(
+                    f"rank_pattern of adapter_config.json names {quote(name)}, and there is no {saved}"
+                )
             if sum(kept) == entry.shape[axis]:
                 continue
             if len(kept) != entry.shape[axis]:

@@ -31,6 +31,7 @@ from dsconv.convert.adapters.methods import (
 )
 from dsconv.convert.sidecars import read_json
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.text import quote
 
 PREFIX = "base_model.model."
 # Modules that models give their input and output embeddings; PEFT asks the model (get_input_embeddings), of which only
@@ -106,7 +107,7 @@ def _choose(checkpoint: Checkpoint, names: list[str], saved: bool, wanted: str |
     if wanted is not None:
         if names and wanted not in names:
             raise MalformedError(
-                f"{checkpoint.path}: has no adapter {wanted!r}; --adapter-name takes one of {', '.join(names)}"
+                f"{checkpoint.path}: has no adapter {quote(wanted)}; --adapter-name takes one of {', '.join(names)}"
             )
         return wanted
     if len(names) > 1:
@@ -152,7 +153,7 @@ def _select(
     names |= {name: name for name in _embedding_tensors(state, config, folders)}
     if missing := sorted(name for name in names if name not in state):
         raise InconsistentCheckpointError(
-            f"{checkpoint.path}: an adapter of {kind} needs {missing[0]!r}, which the checkpoint does not have"
+            f"{checkpoint.path}: an adapter of {kind} needs {quote(missing[0])}, which the checkpoint does not have"
         )
     has_prefix = kind in PROMPTS or any(name.startswith("base_model.") for name in state)
     by_name = {}
@@ -276,7 +277,7 @@ def _refuse_losses(
         )
     if of_others:
         also = ", ".join(map(repr, others))
-        return (f"adapter {adapter!r} is written; the checkpoint also holds {also} (--adapter-name)",)
+        return (f"adapter {quote(adapter)} is written; the checkpoint also holds {also} (--adapter-name)",)
     return ()
 
 
@@ -291,7 +292,7 @@ def _refuse_incomplete(checkpoint: Checkpoint, found: list[TensorEntry], config:
             " checkpoint does not hold them; save the adapter with PEFT's save_pretrained"
         )
     if empty := [entry.name for entry in found if 0 in entry.shape]:
-        raise MalformedError(f"{checkpoint.path}: {empty[0]!r} of the adapter has no elements")
+        raise MalformedError(f"{checkpoint.path}: {quote(empty[0])} of the adapter has no elements")
 
 
 def _refuse_other_config(checkpoint: Checkpoint, found: list[TensorEntry], config: Mapping[str, Any]) -> None:

@@ -253,7 +253,12 @@ def test_only_regular_files_are_opened(
     else:
         assert name != "model.safetensors"
         assert same(found["w"].read(), FULL)
-        assert "config.json" not in merge(found, tmp_path / "out", fsync=False).sidecars or name != "config.json"
+        if name != "config.json":
+            assert "config.json" in merge(found, tmp_path / "out", fsync=False).sidecars
+        else:
+            with pytest.raises(MalformedError, match=r"config\.json: it is a (fifo|device or socket|folder)"):
+                merge(found, tmp_path / "out", fsync=False)
+            assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointNotFoundError, match="not a regular file"):
         open_for_reading(folder / name)
     with pytest.raises(DsconvError):
@@ -280,10 +285,43 @@ def test_small_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
         (PathRoot(tmp_path).path / "config.json").read_bytes()
 
 
-def test_a_sparse_configuration_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_configuration_of_gigabytes_is_refused(name: str, tmp_path: Path) -> None:
+    folder = model(tmp_path / "run" / "ckpt")
+    shutil.copy(folder / "config.json", folder.parent)  # it would be taken in its place
+    (folder / name).touch()
+    os.truncate(folder / name, 3 << 30)
+    with pytest.raises(MalformedError, match=rf"{name}: it has 3,221,225,472 bytes.*--config-from"):
+        merge(folder, tmp_path / "out", fsync=False)
+    assert not (tmp_path / "out").exists()
+    assert merge(folder, tmp_path / "out", config_from=folder.parent, fsync=False).sidecars == ["config.json"]
+
+
+def test_what_is_not_copied_is_named_with_its_reason(tmp_path: Path) -> None:
     folder = model(tmp_path / "ckpt")
-    os.truncate(folder / "config.json", 3 << 30)
-    assert merge(folder, tmp_path / "out", fsync=False).sidecars == []
+    os.mkfifo(folder / "tokenizer.json")
+    (folder / "vocab.txt").symlink_to("nowhere")
+    (folder / "tokenizer.model").touch()
+    os.truncate(folder / "tokenizer.model", 300_000_000)  # sparse
+    (folder / "tokenizer").mkdir()  # of a pipeline of several models: not a file that from_pretrained looks for here
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_x.X"}}')
+    os.mkfifo(folder / "modeling_x.py")
+    report = merge(folder, tmp_path / "out", fsync=False)
+    assert report.sidecars == ["config.json"]
+    assert report.sidecars_left_out == {
+        "modeling_x.py": "it is a fifo",
+        "tokenizer.json": "it is a fifo",
+        "tokenizer.model": "it has 300,000,000 bytes, and no file of its kind over 209,715,200",
+        "vocab.txt": "it is a link that leads nowhere",
+    }
+    for name, why in report.sidecars_left_out.items():
+        assert f"'{name}' beside the checkpoint is not copied: {why}" in report.warnings
+    shown = dsconv("merge", str(folder), str(tmp_path / "again"), "--no-fsync")
+    assert shown.out.splitlines()[-1].endswith(
+        ", without 'modeling_x.py', 'tokenizer.json', 'tokenizer.model', 'vocab.txt' (the warning says why)"
+    )
+    shown = dsconv("merge", str(folder), str(tmp_path / "again"), "--no-fsync", "--force", "--json")
+    assert shown.json["sidecars_left_out"] == report.sidecars_left_out
 
 
 def test_a_shard_that_is_replaced_while_others_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from dsconv.checkpoint.map.tensors import Extent, TensorEntry
 from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extents
 from dsconv.errors import InconsistentCheckpointError, MalformedError
+from dsconv.text import quote
 from dsconv.zero_utils import tag_folder
 
 SAMPLES = 16  # elements that are compared of each tensor's start: 64 bytes of each file
@@ -176,7 +177,7 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
     if differing:
         warnings.append(
             f"{len(differing)} of the parameters differ between {states.path.name} and the optimizer's masters, the"
-            f" first {differing[0]!r}: the files are from different saves, or the weights were changed without the"
+            f" first {quote(differing[0])}: the files are from different saves, or the weights were changed without the"
             " optimizer. The masters were taken"
         )
     return differing

@@ -12,6 +12,7 @@ from dsconv.checkpoint.map.tensors import Extent, Piece, ProvenLayout, Record, T
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError
+from dsconv.text import quote
 
 
 def flat_pieces(
@@ -147,17 +148,17 @@ class EqualShares(ProvenLayout):
         ranks = self.ranks
         if entry.numel != self.numel or not 0 <= self.numel <= self.share * len(ranks.files):
             raise InconsistentCheckpointError(
-                f"tensor {entry.name!r}: shape {list(entry.shape)} needs {entry.numel} elements; {len(ranks.files)}"
-                f" ranks hold {self.share} each of {self.numel}"
+                f"tensor {quote(entry.name)}: shape {list(entry.shape)} needs {entry.numel} elements;"
+                f" {len(ranks.files)} ranks hold {self.share} each of {self.numel}"
             )
         if entry.dtype != ranks.dtype:
             raise InconsistentCheckpointError(
-                f"tensor {entry.name!r}: {entry.dtype} is expected, and the masters are {ranks.dtype}"
+                f"tensor {quote(entry.name)}: {entry.dtype} is expected, and the masters are {ranks.dtype}"
             )
         needed = self.begin + min(self.share, self.numel)
         if self.begin < 0 or needed > ranks.shortest:
             short = ranks.totals.index(ranks.shortest)
             raise InconsistentCheckpointError(
-                f"tensor {entry.name!r} in {ranks.files[short].path}: its share ends at element {needed}; the file's"
-                f" flat tensors have {ranks.totals[short]}"
+                f"tensor {quote(entry.name)} in {ranks.files[short].path}: its share ends at element {needed}; the"
+                f" file's flat tensors have {ranks.totals[short]}"
             )

@@ -23,6 +23,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
 States = dict[str, dict[str, TensorEntry]]
@@ -113,14 +114,15 @@ def _over_stages(stages: Sequence[Training], rules: Rules | None) -> _Slice:
                     other = states.get(state)
                     if other is None or not same(entry, 0, other, 0, entry.numel, sources):
                         raise InconsistentCheckpointError(
-                            f"the optimizer's {state!r} of tied parameter {name!r} differs between pipeline stages"
-                            f"{path_of(entry)}: the files are from different saves, or the stages trained it apart"
+                            f"the optimizer's {quote(state)} of tied parameter {quote(name)} differs between pipeline"
+                            f" stages{path_of(entry)}: the files are from different saves, or the stages trained it"
+                            " apart"
                         )
             for name, step in training.steps.items():
                 if found.steps.setdefault(name, step) != step and not first_is_right(name):
                     raise InconsistentCheckpointError(
-                        f"{training.model_files[0].parent}: the optimizer's step of tied parameter {name!r} differs"
-                        " between pipeline stages: files from two saves lie in one folder"
+                        f"{training.model_files[0].parent}: the optimizer's step of tied parameter {quote(name)}"
+                        " differs between pipeline stages: files from two saves lie in one folder"
                     )
             for name, entry in training.module.items():
                 found.module.setdefault(name, entry)
@@ -139,11 +141,11 @@ def _join_states(
             entry = of_rank.states.get(name, {}).get(state, master)
             if entry is master and master.numel:
                 raise InconsistentCheckpointError(
-                    f"the optimizer has no {state!r} of {name!r} on model-parallel rank {tp}{path_of(master)}, and has"
-                    " it on another: the files are not from one save"
+                    f"the optimizer has no {quote(state)} of {quote(name)} on model-parallel rank"
+                    f" {tp}{path_of(master)}, and has it on another: the files are not from one save"
                 )
             mine[tp] = entry
-        joined = join_shards(name, mine, rules, "parameter", sources, f"the optimizer's {state!r} of ")
+        joined = join_shards(name, mine, rules, "parameter", sources, f"the optimizer's {quote(state)} of ")
         result[state] = replace(joined, name=f"{name}/{state}")
     return result
 
@@ -153,8 +155,8 @@ def _step(name: str, slices: Sequence[_Slice], folder: TagFolder) -> Any:
     steps = [mine.steps[name] for mine in slices if name in mine.steps]
     if any(step != steps[0] for step in steps):
         raise InconsistentCheckpointError(
-            f"{folder.path}: the optimizer's step of {name!r} differs between tensor-parallel ranks: files from two"
-            " saves lie in one folder"
+            f"{folder.path}: the optimizer's step of {quote(name)} differs between tensor-parallel ranks: files from"
+            " two saves lie in one folder"
         )
     return steps[0] if steps else None
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import quote
 
 MAX_PATTERN_CHARS = 1024
 Test = Callable[[str], bool]
@@ -69,12 +70,12 @@ def _tokens(pattern: str, where: str) -> tuple[tuple[Test | None, str], ...]:
         part = re.compile(r"\\[dwD]|\\[^0-9A-Za-z]|\[\^?[^\]\[\\]+\]|[^\\\[\](){}*+?|^]").match(pattern, at)
         if part is None:
             raise UnsupportedError(
-                f"{where}: the name pattern {pattern[:200]!r} uses more of regular expressions than dsconv reads"
+                f"{where}: the name pattern {quote(pattern)} uses more of regular expressions than dsconv reads"
             )
         try:
             test = _test(part[0])
         except re.error as error:
-            raise MalformedError(f"{where}: the name pattern {pattern[:200]!r} is not valid: {error}") from None
+            raise MalformedError(f"{where}: the name pattern {quote(pattern)} is not valid: {error}") from None
         at = part.end()
         quantifier = pattern[at] if at < len(pattern) and pattern[at] in "*+?" else ""
         at += len(quantifier)

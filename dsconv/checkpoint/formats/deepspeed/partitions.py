@@ -20,6 +20,7 @@ from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
+from dsconv.text import quote
 from dsconv.zero_utils.partition import group_padding_limit, share_numel
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -201,7 +202,7 @@ def walk_group(folder: TagFolder, members: Sequence[Partition], g: int, group: S
         numel = math.prod(shape)
         if position + numel > starts[-1]:
             raise InconsistentCheckpointError(
-                f"{folder.path}: parameter {name!r} of group {g} ends at element {position + numel}; the optimizer"
+                f"{folder.path}: parameter {quote(name)} of group {g} ends at element {position + numel}; the optimizer"
                 f" files of {len(members)} ranks, from {members[0].path.name} on, hold {starts[-1]} together. A file is"
                 " from another save, or of another model"
             )
@@ -244,11 +245,11 @@ def frozen_entry(
     for states in all_states:
         fragment = states.frozen_fragments.get(name)
         if not isinstance(fragment, TensorRef):
-            raise MalformedError(f"{states.path}: frozen parameter {name!r} has no fragment")
+            raise MalformedError(f"{states.path}: frozen parameter {quote(name)} has no fragment")
         if numel and fragment.numel != share:
             raise InconsistentCheckpointError(
-                f"{states.path}: frozen parameter {name!r} of shape {list(shape)} has a fragment of {fragment.numel}"
-                f" elements; expected {share} on each of {world} ranks"
+                f"{states.path}: frozen parameter {quote(name)} of shape {list(shape)} has a fragment of"
+                f" {fragment.numel} elements; expected {share} on each of {world} ranks"
             )
         fragments.append((states.file, fragment))
 

@@ -30,6 +30,7 @@ from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import LAYER, LAYERS_OF_TRANSFORMERS, TagFolder
 
 TIED = re.compile(r"tied_modules\.(?P<key>[^.]+)\.(?P<local>.+)")
@@ -282,13 +283,14 @@ def _same_copy(
     )
     if rules is not None and first.shape == other.shape and rules.is_pipeline_replicated(first.name):
         warnings.append(
-            f"tied tensor {first.name!r} differs between {paths}: the first was taken, as the trainer's metadata says"
+            f"tied tensor {quote(first.name)} differs between {paths}: the first was taken, as the trainer's metadata"
+            " says"
         )
         return
     raise InconsistentCheckpointError(
-        f"tied tensor {first.name!r} differs between {paths}: the files are from different saves, or the stages trained"
-        " it apart (it is not among the tied_weight_attr of its TiedLayerSpec); which is right the checkpoint does"
-        " not say"
+        f"tied tensor {quote(first.name)} differs between {paths}: the files are from different saves, or the stages"
+        " trained it apart (it is not among the tied_weight_attr of its TiedLayerSpec); which is right the checkpoint"
+        " does not say"
     )
 
 
@@ -298,8 +300,8 @@ def _need_layers(layers: dict[int, Layer], names: set[str], stages: Sequence[Ran
     if missing:
         name = next(name for name in sorted(names) if _place(name) == missing[0])
         raise MissingShardError(
-            f"{stages[0].states.path.parent}: no layer_{missing[0]:02d}-*model_states.pt, which {name!r} belongs to. "
-            "Copy it from the node that wrote it"
+            f"{stages[0].states.path.parent}: no layer_{missing[0]:02d}-*model_states.pt, which {quote(name)} belongs"
+            " to. Copy it from the node that wrote it"
         )
 
 

@@ -20,6 +20,7 @@ from dsconv.checkpoint.map.regions import Interval, Region, Shape, box, merged, 
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, UnsupportedError
+from dsconv.text import quote
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,14 @@ def join_shards(
         dtypes = ", ".join(
             f"{shard.dtype} on rank {rank}{path_of(shard)}" for rank, shard in shards.items() if shard.numel
         )
-        raise InconsistentCheckpointError(f"{what}{name!r} has another dtype on other model-parallel ranks: {dtypes}")
+        raise InconsistentCheckpointError(
+            f"{what}{quote(name)} has another dtype on other model-parallel ranks: {dtypes}"
+        )
     shapes = [shards[rank].shape for rank in range(len(shards))]
     if role == "buffer":
         if len(set(shapes)) > 1:
             raise UnsupportedError(
-                f"buffer {name!r} has shapes {[list(s) for s in shapes[:8]]} on the tensor-parallel ranks"
+                f"buffer {quote(name)} has shapes {[list(s) for s in shapes[:8]]} on the tensor-parallel ranks"
             )
         join = replicated(shapes[0], len(shapes))
     else:
@@ -235,12 +238,12 @@ def join_shards(
             paths = f"rank {owner.rank}{path_of(shards[owner.rank])} and rank {copy.rank}{path_of(shards[copy.rank])}"
             if join.averaged:
                 raise UnsupportedError(
-                    f"{what}{name!r} differs between {paths}, and the trainer uses their average, which no file"
+                    f"{what}{quote(name)} differs between {paths}, and the trainer uses their average, which no file"
                     " holds. Convert with the trainer's own tool"
                 )
             raise InconsistentCheckpointError(
-                f"{what}{name!r} should be the same on all tensor-parallel ranks and differs between {paths}: the files"
-                " are from different saves, or the ranks drifted apart in training"
+                f"{what}{quote(name)} should be the same on all tensor-parallel ranks and differs between {paths}: the"
+                " files are from different saves, or the ranks drifted apart in training"
             )
     # A shard without elements is nobody's to train: what the others say counts.
     role = next((shard.role for shard in filled if shard.role == "parameter"), filled[0].role)

@@ -35,6 +35,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training, whole_rows
 from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
 INNER = "optimizer_state_dict"
@@ -106,7 +107,8 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
     idle = [name for name, kept in found.items() if name not in trained and rank.entries[name].numel]
     if idle:
         warnings.append(
-            f"{len(idle)} parameters, such as {idle[0]!r}, have no optimizer states (frozen, or never given a gradient)"
+            f"{len(idle)} parameters, such as {quote(idle[0])}, have no optimizer states (frozen, or never given a"
+            " gradient)"
         )
     info = states.universal_info
     return Training(
@@ -169,7 +171,8 @@ def _with_masters(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
             fits = _fits(row, rank.entries[name].shape)
         if not fits:
             raise UnsupportedError(
-                f"{states.path}: the optimizer's states of {name!r} do not have the shape of its master. {OTHERWISE}"
+                f"{states.path}: the optimizer's states of {quote(name)} do not have the shape of its master."
+                f" {OTHERWISE}"
             )
         found[name] = _Kept(row, slot.master)
     return found
@@ -244,7 +247,7 @@ def _entries(
 def _steps(trained: Mapping[str, _Kept], states: ModuleStates) -> dict[str, Any]:
     """Return the step counters; raise UnsupportedError where they differ, as ZeRO keeps one for a whole group."""
     steps = {
-        name: plain(kept.row[STEP], states.file, f"the step of {name!r}")
+        name: plain(kept.row[STEP], states.file, f"the step of {quote(name)}")
         for name, kept in trained.items()
         if STEP in kept.row
     }
@@ -252,8 +255,8 @@ def _steps(trained: Mapping[str, _Kept], states: ModuleStates) -> dict[str, Any]
     other = next((name for name, step in steps.items() if first is not None and step != steps[first]), None)
     if other is not None:
         raise UnsupportedError(
-            f"{states.path}: {other!r} has not taken as many steps as {first!r}: some parameters had no gradient for a"
-            f" while, and ZeRO counts steps for all of them together. {OTHERWISE}"
+            f"{states.path}: {quote(other)} has not taken as many steps as {quote(first)}: some parameters had no"
+            f" gradient for a while, and ZeRO counts steps for all of them together. {OTHERWISE}"
         )
     return steps
 
@@ -263,7 +266,9 @@ def _settings(states: ModuleStates) -> dict[str, Any]:
     ``runtime/fp16/loss_scaler.py``).
     """
     optimizer = states.optimizer
-    settings = {k: plain(v, states.file, f"optimizer[{k!r}]") for k, v in optimizer.items() if k not in NO_SETTINGS}
+    settings = {
+        k: plain(v, states.file, f"optimizer[{safe_repr(k)}]") for k, v in optimizer.items() if k not in NO_SETTINGS
+    }
     scale = settings.pop("cur_scale", None)
     moving = {
         key: settings.pop(key, None) for key in ("cur_iter", "last_overflow_iter", "scale_factor", "scale_window")

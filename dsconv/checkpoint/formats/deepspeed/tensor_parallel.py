@@ -21,6 +21,7 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, MissingShardError
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
 
@@ -137,7 +138,7 @@ def join_ranks(ranks: Mapping[int, Mapping[str, TensorEntry]], rules: Rules) -> 
         if strange is not None:
             path = path_of(entries[strange])
             raise InconsistentCheckpointError(
-                f"tensor {strange!r} is on model-parallel rank {rank}{path} and not on rank 0: not one save"
+                f"tensor {quote(strange)} is on model-parallel rank {rank}{path} and not on rank 0: not one save"
             )
     with Sources() as sources:
         for name, entry in first.items():
@@ -145,7 +146,7 @@ def join_ranks(ranks: Mapping[int, Mapping[str, TensorEntry]], rules: Rules) -> 
             for rank, entries in ranks.items():
                 if name not in entries:
                     raise InconsistentCheckpointError(
-                        f"tensor {name!r} is on model-parallel rank 0{path_of(entry)} and not on rank {rank}"
+                        f"tensor {quote(name)} is on model-parallel rank 0{path_of(entry)} and not on rank {rank}"
                     )
                 shards[rank] = entries[name]
             result[name] = join_shards(name, shards, rules, entry.role, sources)

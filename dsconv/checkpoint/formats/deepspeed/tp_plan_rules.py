@@ -20,6 +20,7 @@ from dsconv.checkpoint.formats.huggingface.config_sizes import LAYERS, sizes_of
 from dsconv.checkpoint.formats.huggingface.transformers_source import class_literal, class_nodes
 from dsconv.checkpoint.map.regions import Shape
 from dsconv.errors import UnsupportedError
+from dsconv.text import quote
 
 COLUMNS = {"colwise", "colwise_rep", "colwise_gather_output", "embedding_rowwise"}
 ROWS = {"rowwise", "rowwise_rep", "rowwise_split_input", "embedding_colwise"}
@@ -64,7 +65,7 @@ class PlanRules:
 
     def join(self, name: str, shapes: Sequence[Shape]) -> Join:
         """Return how shards of ``shapes`` make ``name``; raise UnsupportedError where that is not certain."""
-        where = f"{self.path}: parameter {name!r}"
+        where = f"{self.path}: parameter {quote(name)}"
         if self.config is None:
             raise UnsupportedError(
                 f"{where}: the trainer saved no universal_checkpoint_info, so how its {len(shapes)} shards make the"

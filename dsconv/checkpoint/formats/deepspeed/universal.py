@@ -36,6 +36,7 @@ from dsconv.errors import (
     UnsafeError,
     UnsupportedError,
 )
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder, holds_states, read_latest, scan
 
 FOLDER = "zero"
@@ -184,8 +185,8 @@ def _with_states(folder: TagFolder, all_states: list[ModuleStates]) -> dict[str,
 def _refuse_shards(folder: TagFolder, frozen: list[str], model_parallel: int) -> None:
     if frozen and model_parallel > 1:
         raise UnsupportedError(
-            f"{folder.path}: frozen weights such as {frozen[0]!r} in {model_parallel} model-parallel ranks; a universal"
-            " checkpoint does not say how their shards fit together"
+            f"{folder.path}: frozen weights such as {quote(frozen[0])} in {model_parallel} model-parallel ranks; a"
+            " universal checkpoint does not say how their shards fit together"
         )
 
 
@@ -202,11 +203,12 @@ def _copies(
     found = {name: _parameter(folder, name, name, (), whole=None) for name in names}
     if found:
         warnings.append(
-            f"{len(found)} frozen weights and buffers of a pipeline, such as {names[0]!r}, are kept as fp32 copies"
+            f"{len(found)} frozen weights and buffers of a pipeline, such as {quote(names[0])}, are kept as fp32 copies"
         )
     if lost := sorted(buffers - set(found) - set(known)):
         warnings.append(
-            f"buffers such as {lost[0]!r} were in the pipeline's layer files and are not in this universal checkpoint"
+            f"buffers such as {quote(lost[0])} were in the pipeline's layer files and are not in this universal"
+            " checkpoint"
         )
     return {name: replace(entry, role="buffer" if name in buffers else "frozen") for name, entry in found.items()}
 
@@ -300,14 +302,15 @@ def _parameter(folder: TagFolder, name: str, stored: str, shape: tuple[int, ...]
     path = folder.path / FOLDER / stored / "fp32.pt"
     if not path.is_file():
         raise MissingShardError(
-            f"{path}: missing; parameter {name!r} has no weights. The conversion was not finished, or files were lost"
+            f"{path}: missing; parameter {quote(name)} has no weights. The conversion was not finished, or files were"
+            " lost"
         )
     file = TorchFile(path)
     value = file.root
     tensor = value.get("param") if isinstance(value, dict) else value
     if not isinstance(tensor, TensorRef):
         raise MalformedError(
-            f"{path}: holds a {type(value).__name__} without 'param'; expected the tensor of parameter {name!r}"
+            f"{path}: holds a {type(value).__name__} without 'param'; expected the tensor of parameter {quote(name)}"
         )
     cut = isinstance(value, dict) and value.get("vocab_tensor") is True
     without_padding = cut and len(shape) == 2 and tensor.shape[1:] == shape[1:] and tensor.shape[0] <= shape[0]
@@ -318,7 +321,7 @@ def _parameter(folder: TagFolder, name: str, stored: str, shape: tuple[int, ...]
         shape = (math.prod(tensor.shape[:folded]), *tensor.shape[folded:]) if shape else shape
     elif tensor.numel != math.prod(shape):
         raise InconsistentCheckpointError(
-            f"{path}: parameter {name!r} has shape {list(tensor.shape)}; the model states say {list(shape)}. "
+            f"{path}: parameter {quote(name)} has shape {list(tensor.shape)}; the model states say {list(shape)}. "
             "The files are not from one conversion"
         )
     layout = partial(file.pieces, tensor)

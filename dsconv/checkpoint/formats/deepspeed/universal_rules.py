@@ -21,6 +21,7 @@ from dsconv.checkpoint.map.regions import Interval, Shape
 from dsconv.checkpoint.map.training import ShardRule, SubParams
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.text import quote
 
 MAP_VERSION = 1  # AFFINE_MAP_FORMAT_VERSION, checkpoint/affine.py
 
@@ -116,7 +117,7 @@ class UniversalInfo:
             UnsupportedError: The trainer said that there is no rule.
             MalformedError: The metadata cannot be read.
         """
-        where = f"{self.path}: parameter {name!r}"
+        where = f"{self.path}: parameter {quote(name)}"
         name = self._stored.get(name, name)
         if self.replicated.find(name) is not None and len(set(shapes)) == 1:
             return self._without_padding(name, replicated(shapes[0], len(shapes)), where)
@@ -153,7 +154,7 @@ class UniversalInfo:
             shape = view.get("logical_shape") if isinstance(view, dict) else None
             if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
                 raise MalformedError(
-                    f"{self.path}: the affine map of {name!r} is for a tensor of shape {safe_repr(shape)}"
+                    f"{self.path}: the affine map of {quote(name)} is for a tensor of shape {safe_repr(shape)}"
                 )
             return ShardRule(None, view=tuple(shape), **padded)
         if self.replicated.find(name) is not None or self.averaged.find(name) is not None:

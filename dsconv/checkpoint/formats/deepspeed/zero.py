@@ -36,6 +36,7 @@ from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.text import quote
 from dsconv.zero_utils.partition import share_numel
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -98,8 +99,8 @@ def _shapes_from_mappings(partitions: list[Partition], shapes_of: ShapesOf) -> l
         for name, numel in group.items():
             if math.prod(shapes.get(name, (0,))) != numel:
                 raise MissingShardError(
-                    f"{partitions[0].path}: holds parameter {name!r} of {numel} elements, and no file beside it has a"
-                    " weight like that"
+                    f"{partitions[0].path}: holds parameter {quote(name)} of {numel} elements, and no file beside it"
+                    " has a weight like that"
                 )
     return [{name: shapes[name] for name in group} for group in numels]
 
@@ -145,8 +146,8 @@ def _read_zero12(
     if differing and folder.chosen:
         raise InconsistentCheckpointError(
             f"{folder.path}: holds optimizer files from two runs ({' and '.join(folder.kinds)}), and those that"
-            f" {states.path.name} names by its configuration do not hold its weights, such as {differing[0]!r}. Restore"
-            " the files of one save"
+            f" {states.path.name} names by its configuration do not hold its weights, such as {quote(differing[0])}."
+            " Restore the files of one save"
         )
     warn_of_unlisted(states, warnings)
     warn_of_absent(states, entries, warnings)

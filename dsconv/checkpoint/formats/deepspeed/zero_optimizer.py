@@ -89,7 +89,9 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
         )
     version = first.state.get("ds_version", first.file.root.get("ds_version"))
     settings = {
-        k: plain(v, first.file, f"optimizer_state_dict[{k!r}]") for k, v in first.state.items() if k not in SHARDED
+        k: plain(v, first.file, f"optimizer_state_dict[{safe_repr(k)}]")
+        for k, v in first.state.items()
+        if k not in SHARDED
     }
     info = states.universal_info
     return Training(

@@ -35,6 +35,7 @@ from dsconv.checkpoint.map.regions import box
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
 # Presets and the model types that they are for (DeepSpeed module_inject/auto_ep_presets/*.py PRESET).
@@ -77,7 +78,7 @@ class AutoEPLayer:
         mine = self.placement[ep_rank] if ep_size == len(self.placement) else None
         if mine is None or not shape or shape[0] != len(mine):
             raise InconsistentCheckpointError(
-                f"parameter {name!r} of shape {list(shape)} on expert-parallel rank {ep_rank} of {ep_size};"
+                f"parameter {quote(name)} of shape {list(shape)} on expert-parallel rank {ep_rank} of {ep_size};"
                 f" ds_autoep_layers has {len(self.placement)} such ranks of"
                 f" {[len(experts) for experts in self.placement][:8]} experts. They are not from one save"
             )
@@ -174,7 +175,7 @@ class Naming:
                 if SECOND_GATE in entry.name:
                     continue
                 raise InconsistentCheckpointError(
-                    f"tensors {entry.name!r} and another would both be {name!r} of the model"
+                    f"tensors {quote(entry.name)} and another would both be {quote(name)} of the model"
                 )
             aliases = tuple(alias for alias in entry.aliases if self.name(alias) == alias)
             result[name] = replace(entry, name=name, aliases=aliases)
@@ -255,7 +256,8 @@ def whole_experts(entries: dict[str, TensorEntry], naming: Naming) -> dict[str, 
         where = entry.pieces[0].extent.record.path if entry.pieces else Path(name)
         if len(entry.shape) != 3 or entry.shape[0] != layer.experts:
             raise InconsistentCheckpointError(
-                f"{where}: {name!r} has shape {list(entry.shape)}, and the model states say {layer.experts} experts"
+                f"{where}: {quote(name)} has shape {list(entry.shape)}, and the model states say {layer.experts}"
+                " experts"
             )
         for share in layer.shares_of_all(name, entry.shape):
             pieces = partial(slice_pieces, entry.layout, share.start, share.numel, share.region, name)

@@ -26,6 +26,7 @@ from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import EXPERT, TagFolder
 
 MARK = ".deepspeed_moe.experts.deepspeed_experts."
@@ -83,8 +84,8 @@ class NativeLayer:
         local, here = int(match["expert"]) if match else 0, self.experts // ep_size
         if match is None or self.experts % ep_size or local >= here:
             raise InconsistentCheckpointError(
-                f"parameter {name!r}: {self.path} has {self.experts} experts over {ep_size} expert-parallel ranks, so "
-                f"{self.experts / ep_size:g} on each. The files are not from one save"
+                f"parameter {quote(name)}: {self.path} has {self.experts} experts over {ep_size} expert-parallel ranks,"
+                f" so {self.experts / ep_size:g} on each. The files are not from one save"
             )
         return [Share(f"{self.path}{MARK}{ep_rank * here + local}{match['rest']}", shape, None, 0, math.prod(shape))]
 
@@ -128,8 +129,9 @@ class Assembly:
             or self.dtypes.setdefault(share.name, dtype) != dtype
         ):
             raise InconsistentCheckpointError(
-                f"{where}: its part of tensor {share.name!r} is {dtype} of a tensor of shape {list(share.shape)}; other"
-                f" files hold {self.dtypes[share.name]} of {list(self.shapes[share.name])}. They are not from one save"
+                f"{where}: its part of tensor {quote(share.name)} is {dtype} of a tensor of shape {list(share.shape)};"
+                f" other files hold {self.dtypes[share.name]} of {list(self.shapes[share.name])}. They are not from one"
+                " save"
             )
         self.parts.setdefault(share.name, {}).setdefault(share.region, pieces)
 
@@ -248,12 +250,12 @@ def _expert_tensors(layer: ExpertLayer, expert: int, file: TorchFile, unwrapped:
         share = layer.in_file(key, tensor.shape, expert)
         if share is None:
             raise InconsistentCheckpointError(
-                f"{file.path} holds {key!r}, which does not belong to expert {expert} of this layer: that expert would"
-                " appear twice. A file was copied over another's, or renamed: restore the files of one save"
+                f"{file.path} holds {quote(key)}, which does not belong to expert {expert} of this layer: that expert"
+                " would appear twice. A file was copied over another's, or renamed: restore the files of one save"
             )
         if not is_contiguous(tensor.shape, tensor.strides):
             raise MalformedError(
-                f"{file.path}: tensor {key!r} is not contiguous; DeepSpeed saves experts' tensors as copies of"
+                f"{file.path}: tensor {quote(key)} is not contiguous; DeepSpeed saves experts' tensors as copies of"
                 " their own"
             )
         yield ExpertTensor(share, key, file, tensor)
@@ -285,14 +287,14 @@ def warn_of_lost(
     lost = [n for n in states.buffer_names if n not in entries and n not in aliases and owner_of(layers, n) is None]
     if lost:
         warnings.append(
-            f"DeepSpeed did not save {len(lost)} buffers, such as {lost[0]!r}: it leaves out what lies in a MoE module"
-            " under a name that holds 'expert'. They are in no file of the checkpoint"
+            f"DeepSpeed did not save {len(lost)} buffers, such as {quote(lost[0])}: it leaves out what lies in a MoE"
+            " module under a name that holds 'expert'. They are in no file of the checkpoint"
         )
     suspects = [layer.path for layer in layers if isinstance(layer, NativeLayer) and "expert" in layer.path]
     if suspects and not states.frozen_shapes:
         warnings.append(
-            f"the module {suspects[0]!r} has 'expert' in its own name: DeepSpeed saves the gate and the experts of such"
-            f" a MoE module and nothing else. What more it has (use_residual)"
+            f"the module {quote(suspects[0])} has 'expert' in its own name: DeepSpeed saves the gate and the experts of"
+            f" such a MoE module and nothing else. What more it has (use_residual)"
             f"{' and was frozen' if states.param_shapes else ''} is in no file of the checkpoint"
         )
 

@@ -33,6 +33,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import MissingShardError
+from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
 MIN_TIED_NUMEL = 64  # shorter weights may be equal by chance, or because they are all ones
@@ -136,8 +137,8 @@ class _Masters:
         lacking = [name for name in (*whole, *stacked_names) if name not in self.found]
         if self.found and lacking:
             self.warnings.append(
-                f"{len(lacking)} parameters, the first {lacking[0]!r}, have no fp32 master in the optimizer files: "
-                "their 16-bit weights were taken"
+                f"{len(lacking)} parameters, the first {quote(lacking[0])}, have no fp32 master in the optimizer files:"
+                " their 16-bit weights were taken"
             )
         return self.found
 
@@ -189,7 +190,7 @@ class _Masters:
             if match and name not in self.found and (match["layer"], match["rest"]) in have
         ]
         if partly:
-            raise MissingShardError(f"{_lacks(self.folder, files)} (no master of {partly[0]!r} was found)")
+            raise MissingShardError(f"{_lacks(self.folder, files)} (no master of {quote(partly[0])} was found)")
 
 
 def _is_local(layers: Iterable[ExpertLayer], name: str, ep_rank: int, ep_size: int) -> bool:

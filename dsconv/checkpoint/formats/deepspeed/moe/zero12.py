@@ -52,6 +52,7 @@ from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.errors import InconsistentCheckpointError, MissingShardError, UnsupportedError
+from dsconv.text import quote
 from dsconv.zero_utils.partition import expert_replicas
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -98,8 +99,8 @@ def _without_masters(
         if not masters.holds(tensor.share):
             if tensor.share.name in masters.parts:
                 raise InconsistentCheckpointError(
-                    f"{tensor.file.path}: the optimizer files hold masters of some experts of {tensor.share.name!r} and"
-                    " not of this one's"
+                    f"{tensor.file.path}: the optimizer files hold masters of some experts of"
+                    f" {quote(tensor.share.name)} and not of this one's"
                 )
             rest.add(tensor.share, tensor.tensor.dtype, tensor.pieces, tensor.file.path)
     entries.update((entry.name, entry) for entry in rest.entries(role))
@@ -179,7 +180,7 @@ def _read_zero12(folder: TagFolder, found: autoep.Experts, warnings: list[str]) 
             for name, place in walk_group(folder, members, g, group):
                 layer = owner_of(layers, name)
                 if layer is None:
-                    raise InconsistentCheckpointError(f"{first.path}: {name!r} of group {g} is not an expert's")
+                    raise InconsistentCheckpointError(f"{first.path}: {quote(name)} of group {g} is not an expert's")
                 for share in layer.shares(name, place.shape, ep_rank, len(replicas)):
                     layout = partial(
                         slice_pieces, partial(place.layout, parts), share.start, share.numel, share.region, name
@@ -232,8 +233,8 @@ def _masters_match_experts(masters: Assembly, owners: Owners, tensors: list[Expe
         for region in parts:
             if (name, region) not in held:
                 raise InconsistentCheckpointError(
-                    f"{owners[name, region].path} holds masters of {name!r}, which no expert file holds: they are not"
-                    " of one save"
+                    f"{owners[name, region].path} holds masters of {quote(name)}, which no expert file holds: they are"
+                    " not of one save"
                 )
     differing: dict[Any, ExpertTensor] = {}
     for tensor in tensors:
@@ -248,6 +249,6 @@ def _masters_match_experts(masters: Assembly, owners: Owners, tensors: list[Expe
         owner = owners[tensor.share.name, tensor.share.region]
         raise InconsistentCheckpointError(
             f"{len(differing)} expert files, such as {tensor.file.path}, do not hold what the masters of"
-            f" {owner.path.name} and its replicas do: {tensor.key!r} differs. An expert or optimizer file is from"
+            f" {owner.path.name} and its replicas do: {quote(tensor.key)} differs. An expert or optimizer file is from"
             " another save, or ranks' files were swapped: restore the files of one save"
         )

@@ -22,6 +22,7 @@ from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError
+from dsconv.text import quote
 from dsconv.zero_utils.partition import share_numel
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -140,7 +141,7 @@ class _Reading:
             if not isinstance(layer, AutoEPLayer):
                 if len(members) != self.world:
                     raise InconsistentCheckpointError(
-                        f"{members[0].path}: {name!r} is not an expert's and is shared by {len(members)} of"
+                        f"{members[0].path}: {quote(name)} is not an expert's and is shared by {len(members)} of"
                         f" {self.world} ranks"
                     )
                 self.entries[name] = master_entry(
@@ -151,7 +152,7 @@ class _Reading:
             place = next(iter(places))
             if len(places) != 1 or place is None:
                 raise InconsistentCheckpointError(
-                    f"{members[0].path} shares {name!r} with ranks {list(ranks)}, whose model states place them at"
+                    f"{members[0].path} shares {quote(name)} with ranks {list(ranks)}, whose model states place them at"
                     f" expert-parallel ranks {sorted(map(str, places))}; expected one. Files of ranks were swapped,"
                     " or are from several saves"
                 )
