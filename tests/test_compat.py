@@ -161,7 +161,7 @@ def test_errors_are_ours(trained: Callable[[str], Trained], tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_flipped_bit_does(copied: Callable[[str], Path], trained: Callable[[str], Trained]) -> None:
+def test_a_flipped_bit_is_an_error(copied: Callable[[str], Path], trained: Callable[[str], Trained]) -> None:
     """The official function silently returns a wrong model. Ours names the file."""
     save_dir = copied("gpt2-z3-fp32-w3")
     from dsconv import open_checkpoint
@@ -265,7 +265,7 @@ def test_a_tag_may_be_a_path(trained: Callable[[str], Trained]) -> None:
         equal(compat.get_fp32_state_dict_from_zero_checkpoint(save_dir, given), expected)
 
 
-def test_what_the_official_function_raises_is_caught_as_before(
+def test_errors_are_those_that_callers_already_catch(
     copied: Callable[[str], Path], tmp_path: Path, trained: Callable[[str], Trained]
 ) -> None:
     save_dir = copied("llama_tied-z3-bf16-w3")

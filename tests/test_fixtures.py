@@ -67,7 +67,7 @@ def test_the_truth_is_not_dsconvs_own(maker: str) -> None:
 
 
 @pytest.mark.parametrize("maker", KEPT)
-def test_options_are_told_by_their_text(maker: str) -> None:
+def test_options_are_identified_by_their_text(maker: str) -> None:
     """The DONE file holds this text. If it contained an address, the same case would be trained again and again."""
     for case in importlib.import_module(f"tests.fixtures.{maker}").CASES.values():
         assert " at 0x" not in repr(case)

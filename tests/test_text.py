@@ -48,7 +48,7 @@ def test_long_text_is_cut_in_the_middle() -> None:
         ("layers.0.weight: is it?", "layers.0.weight: is it?"),
     ],
 )
-def test_what_gives_access_is_not_shown(text: str, shown: str) -> None:
+def test_credentials_are_not_shown(text: str, shown: str) -> None:
     assert redact(text) == clean(text) == shown
 
 

@@ -366,7 +366,7 @@ def test_the_old_scripts_spellings(trained: Callable[[str], Trained], tmp_path: 
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
-def test_a_missing_config_is_said(copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_missing_config_is_reported(copied: Callable[[str], Path], tmp_path: Path) -> None:
     save_dir = copied(CASE)
     (save_dir / "config.json").unlink()
     result = dsconv("zero-to-fp32", save_dir, tmp_path / "out")
@@ -468,7 +468,7 @@ def test_inspect_for_programs(trained: Callable[[str], Trained]) -> None:
     assert found["warnings"] == []
 
 
-def test_inspect_says_what_is_odd(copied: Callable[[str], Path]) -> None:
+def test_inspect_reports_what_is_unusual(copied: Callable[[str], Path]) -> None:
     save_dir = copied(CASE)
     (save_dir / "latest").unlink()
     result = dsconv("inspect", save_dir)
@@ -582,7 +582,7 @@ def test_a_merge_without_a_cast_needs_no_torch_and_no_deepspeed(
     made.check(load_safetensors(tmp_path / "out"))
 
 
-def test_the_reader_of_the_output_may_leave(trained: Callable[[str], Trained]) -> None:
+def test_a_closed_pipe_is_not_an_error(trained: Callable[[str], Trained]) -> None:
     command = f"{sys.executable} -m dsconv inspect {trained(CASE).checkpoint} --json | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert result.stderr == ""

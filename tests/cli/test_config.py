@@ -43,7 +43,7 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "ds.json"
 
 
-def test_all_is_resolved(written: Path) -> None:
+def test_every_value_is_resolved(written: Path) -> None:
     found = dsconv("config", written, *VALUES, "--model", written.parent, "--json")
     assert (found.code, found.err) == (0, "")
     assert found.json == {
@@ -94,7 +94,7 @@ def test_findings_and_mismatches_for_people(written: Path) -> None:
     ]
 
 
-def test_a_warning_is_no_failure() -> None:
+def test_a_warning_is_not_a_failure() -> None:
     encoded = base64.urlsafe_b64encode(b'{"train_batch_size": 8, "communication_timeout": 7200}').decode()
     found = dsconv("config", encoded, "--json")
     assert found.code == 0

@@ -198,7 +198,7 @@ main(sys.argv[1:])
         ("KeyboardInterrupt()", 130, "Interrupted"),
     ],
 )
-def test_what_a_command_raises_is_a_line_and_an_exit_code(
+def test_every_exception_becomes_a_line_and_an_exit_code(
     model: Path, tmp_path: Path, error: str, code: int, says: str
 ) -> None:
     program = BROKEN.format(error=error)

@@ -28,7 +28,7 @@ SHARD = "5KB"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_it_takes_its_files_away(
+def test_an_interrupted_run_removes_its_files(
     number: int, code: int, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -54,7 +54,7 @@ def test_two_runs_on_one_output(trained: Callable[[str], Trained], tmp_path: Pat
     assert not out.exists()
 
 
-def test_a_lock_that_was_taken_away_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_lock_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that waits for another one to end must not take the lock of a folder that no longer exists."""
     with folders.Folder.open(tmp_path) as parent:
         first = marked_folders.open_marked(parent, "hidden")

@@ -117,7 +117,7 @@ def test_each_chunk_is_a_torch_save_file_with_sound_checksums(zoo: Path, tmp_pat
             assert (info.offset + piece.extent.offset_bytes) % 64 == 0
 
 
-def test_a_cast_is_torchs(zoo: Path, tmp_path: Path, small_chunks: None) -> None:
+def test_casts_equal_torch(zoo: Path, tmp_path: Path, small_chunks: None) -> None:
     save_file({**ZOO, "large": torch.tensor([1e6, 1.0])}, zoo / "model.safetensors")
     report = dsconv.to_dcp(zoo, tmp_path / "out", dtype="fp16", fsync=False)
     expected = {n: t.half() if t.dtype in (torch.float32, torch.float64, torch.bfloat16) else t for n, t in ZOO.items()}
@@ -280,7 +280,7 @@ def test_the_command(zoo: Path, tmp_path: Path) -> None:
     assert "is not a prefix" in bad.err
 
 
-def test_a_checkpoint_that_does_not_open_is_no_usage_error(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_open_is_not_a_usage_error(tmp_path: Path) -> None:
     for rank in (0, 1):
         torch.save({"w": torch.arange(rank + 1)}, tmp_path / f"rank_{rank}.pt")
     with pytest.raises(InconsistentCheckpointError):
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_does_not_open_is_no_usage_error(tmp_path: Path) -> No
     assert command("to-dcp", tmp_path, tmp_path / "out").code == 3
 
 
-def test_metadata_names_only_what_torchs_own_does(zoo: Path, tmp_path: Path) -> None:
+def test_metadata_has_only_names_that_torch_writes(zoo: Path, tmp_path: Path) -> None:
     dsconv.to_dcp(zoo, tmp_path / "ours", fsync=False)
     dcp.save(dict(ZOO), checkpoint_id=tmp_path / "theirs", no_dist=True)
     ours = {
@@ -305,7 +305,7 @@ def test_metadata_names_only_what_torchs_own_does(zoo: Path, tmp_path: Path) -> 
     assert ours <= {f"{module} {name}" for module in texts for name in texts}
 
 
-def test_what_it_writes_is_read_back_ties_and_all(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_its_output_is_read_back_with_all_ties(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     source = trained("llama_tied-z3-bf16-w3").checkpoint
     dsconv.to_dcp(source, tmp_path / "dcp", fsync=False)
     found = dsconv.open_checkpoint(tmp_path / "dcp")

@@ -177,7 +177,7 @@ NAMES = ("model.safetensors", "model.safetensors.index.json", "dsconv.manifest.j
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
-def test_what_is_no_file_at_a_name_that_is_written(
+def test_an_output_name_that_is_not_a_regular_file(
     name: str, kind: str, home: Path, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -212,7 +212,7 @@ def test_a_file_with_a_second_name_keeps_its_bytes(trained: Callable[[str], Trai
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo"])
-def test_a_lock_that_is_no_file(kind: str, home: Path, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_a_lock_that_is_not_a_file(kind: str, home: Path, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     hidden = tmp_path / "out" / STAGING
     hidden.mkdir(parents=True)
     if kind == "link":

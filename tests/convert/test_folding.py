@@ -128,7 +128,7 @@ def test_convolutions(tmp_path: Path) -> None:
     expect_model(tmp_path / "out", expected)
 
 
-def test_an_untied_head_is_said_in_the_configuration(tmp_path: Path) -> None:
+def test_an_untied_head_is_recorded_in_the_configuration(tmp_path: Path) -> None:
     """lm_head was trained separately, so tying it to the embeddings again would lose it."""
     made = peft_methods.lora(peft_methods.TIED, modules_to_save=["lm_head"])
     base = peft_methods.base_model(made)

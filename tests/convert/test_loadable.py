@@ -49,7 +49,7 @@ def build(name: str, settings: dict[str, Any]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("name", "settings"), TOLD, ids=[name for name, _ in TOLD])
-def test_the_source_tells_names_and_shapes(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_source_gives_names_and_shapes(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model = build(name, settings)
     model.save_pretrained(tmp_path / "model")
     skeleton = read_skeleton(json.loads((tmp_path / "model" / "config.json").read_text()))
@@ -61,7 +61,7 @@ def test_the_source_tells_names_and_shapes(name: str, settings: dict[str, Any], 
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "t5", "mixtral", "llama_frozen"])
-def test_trained_models_load_as_it_says(name: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_trained_models_load_as_reported(name: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     """transformers fuses Mixtral's experts on loading, so transformers itself is asked."""
     report = dsconv.merge(trained(f"{name}-z3-fp32-w2").checkpoint, tmp_path / "out", fsync=False)
     assert report.loadable is True
@@ -70,7 +70,7 @@ def test_trained_models_load_as_it_says(name: str, trained: Callable[[str], Trai
     assert not report.warnings
 
 
-def test_converted_weights_are_asked_of_transformers(tmp_path: Path) -> None:
+def test_transformers_is_asked_about_converted_weights(tmp_path: Path) -> None:
     """GPT-NeoX's lm_head is saved as embed_out, which only transformers' own table shows."""
     build("GPTNeoXForCausalLM", TINY).save_pretrained(tmp_path / "model")
     assert read_skeleton(json.loads((tmp_path / "model" / "config.json").read_text())) is None
@@ -121,7 +121,7 @@ def test_names_of_another_kind(
     assert any(advice in warning and "LlamaForCausalLM" in warning for warning in report.warnings)
 
 
-def test_weights_that_are_not_there_or_too_many(llama: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_missing_and_unexpected_weights(llama: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     folder, tensors = llama
     short = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
     report = merged(folder, short, tmp_path / "short")
@@ -143,7 +143,7 @@ def test_weights_that_are_not_there_or_too_many(llama: tuple[Path, dict[str, tor
     assert "--strip-prefix" in report.warnings[0]
 
 
-def test_an_older_files_buffers_are_no_fault(llama: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_buffers_of_older_files_are_not_unexpected(llama: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     folder, tensors = llama
     old = {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     report = merged(folder, old, tmp_path / "old")

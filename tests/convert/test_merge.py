@@ -23,7 +23,7 @@ WRONG = ["int8", "float64", "fp8", "float8_e4m3fn", "", "bf-16", 16, b"bf16", to
 
 @pytest.mark.parametrize("given", WRONG, ids=str)
 @pytest.mark.parametrize("convert", [dsconv.merge, dsconv.to_dcp])
-def test_a_dtype_that_weights_are_not_cast_to(
+def test_unsupported_dtypes(
     convert: Callable[..., Any], given: Any, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"unknown dtype .*: use fp32, bf16 or fp16"):
@@ -57,9 +57,7 @@ def test_a_folder_that_is_merged_into_itself_keeps_its_files(
     assert json.loads((save_dir / "config.json").read_text()) == config
 
 
-def test_a_file_beside_the_weights_that_is_another_ones_is_not_replaced(
-    trained: Callable[[str], Trained], tmp_path: Path
-) -> None:
+def test_a_different_file_beside_the_weights_is_not_replaced(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text('{"mine": 1}')
@@ -75,7 +73,7 @@ def test_a_file_beside_the_weights_that_is_another_ones_is_not_replaced(
 
 
 @pytest.mark.parametrize("name", ["merge", "to-dcp", "to-universal"])
-def test_a_dry_run_says_what_the_run_would_be_refused_for(
+def test_a_dry_run_reports_every_reason_for_a_refusal(
     name: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     source, out = trained(CASE).checkpoint, tmp_path / "out"

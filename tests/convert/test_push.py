@@ -95,7 +95,7 @@ PASSING: dict[str, tuple[str, int | str, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", PASSING)
-def test_what_fails_in_passing_is_tried_again(name: str, hub: WritableHub, folder: Path, tmp_path: Path) -> None:
+def test_transient_failures_are_retried(name: str, hub: WritableHub, folder: Path, tmp_path: Path) -> None:
     request, what, headers = PASSING[name]
     hub.faults = [Fault(request, what, 1 if what == "deaf" else 3, headers)]
     assert package.push(folder, "org/new").changed
@@ -193,7 +193,7 @@ def test_a_file_that_changes_after_its_check(hub: WritableHub, folder: Path) -> 
         package.push(folder, "org/new", progress=change)
 
 
-def test_weights_of_an_earlier_push_are_taken_away(hub: WritableHub, folder: Path, tmp_path: Path) -> None:
+def test_weights_of_an_earlier_push_are_removed(hub: WritableHub, folder: Path, tmp_path: Path) -> None:
     """from_pretrained would prefer an old model.safetensors to a new index."""
     keep = {"other.safetensors": b"x", "pytorch_model.bin": b"y", "sub/model.safetensors": b"z"}
     hub.make("org/new", {"model.safetensors": b"old", "model-00007-of-00007.safetensors": b"old", **keep})
@@ -323,7 +323,7 @@ def test_failures_of_the_hub_are_one_sentence(
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
-def test_a_manifest_that_is_no_file(kind: str, tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_a_file(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "dsconv.manifest.json"
     if kind == "fifo":
         os.mkfifo(path)
@@ -335,7 +335,7 @@ def test_a_manifest_that_is_no_file(kind: str, tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_what_is_no_model(hub: WritableHub, trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_folders_without_a_model(hub: WritableHub, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     for source, words in (
         (trained(CASE).checkpoint, "holds no safetensors"),
         (tmp_path / "no", "no such folder"),

@@ -228,7 +228,7 @@ def test_a_killed_process_leaves_no_model(how: str, s3: Any, s3_environment: Any
 class Stopped(Exception): ...
 
 
-def test_what_a_run_left_while_putting_files_in_place_is_known_for_debris(
+def test_debris_of_a_run_that_was_putting_files_in_place_is_recognised(
     store: Any, trained: Callable[[str], Trained], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A run that is stopped between two shards leaves no index, so no model. The next run removes everything without
@@ -273,7 +273,7 @@ def test_the_index_comes_after_all_that_it_names(
     assert seen == [True]
 
 
-def test_a_mismatch_takes_the_output_away(
+def test_a_mismatch_removes_the_output(
     store: Any, trained: Callable[[str], Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Writer.write

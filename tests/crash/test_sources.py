@@ -172,7 +172,7 @@ def test_signals_that_interrupt_calls(trained: Callable[[str], Trained], tmp_pat
 
 
 @pytest.mark.parametrize("command", ["merge", "to-universal", "to-dcp"])
-def test_of_two_processes_at_one_output_the_second_refuses(
+def test_the_second_of_two_processes_at_one_output_refuses(
     command: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     source, out = trained(CASE).checkpoint, tmp_path / "home" / "out"

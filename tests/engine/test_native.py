@@ -35,7 +35,7 @@ def test_fsdp_resumes_in_place_as_ddp_and_tensor_parallel_and_converts(tiny_llam
     assert scenario.targets["another stage"] == Layout("native", 2, tp=2)
 
 
-def test_what_powersgd_remembers_is_part_of_the_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+def test_powersgds_memory_is_part_of_the_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
     train(options(tiny_llama, run, Layout("native", 2, fsdp=False), hook="powersgd"))
     shutil.copytree(run, again, ignore=shutil.ignore_patterns("logs", checkpoints.tag_of(4)))
@@ -46,7 +46,7 @@ def test_what_powersgd_remembers_is_part_of_the_checkpoint(tiny_llama: Path, tmp
     assert left == right
 
 
-def test_what_needs_a_gpu_is_refused_by_the_ranks_without_one(tiny_llama: Path, tmp_path: Path) -> None:
+def test_settings_that_need_a_gpu_are_refused_on_ranks_without_one(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--cp 2 needs a GPU"):
         train(options(tiny_llama, tmp_path / "run", Layout("native", 2, cp=2)))
     with pytest.raises(UsageError, match=r"--hook bf16 needs a GPU, .* --hook powersgd works on a CPU"):

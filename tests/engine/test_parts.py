@@ -117,7 +117,7 @@ def test_options_survive_their_file(tmp_path: Path) -> None:
     assert RunOptions.read(tmp_path) == options
 
 
-def test_a_run_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_invalid_run_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"run\.json does not exist"):
         RunOptions.read(tmp_path)
     (tmp_path / "run.json").write_text("{")
@@ -169,7 +169,7 @@ def test_token_ids_are_checked_against_the_vocabulary(tmp_path: Path) -> None:
         open_data(str(tmp_path / "none"), 10, 50, 0, None)
 
 
-def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_generators_continue_where_they_were(tmp_path: Path) -> None:
     def draw() -> list[object]:
         return [
             random.random(),
@@ -210,7 +210,7 @@ def test_a_save_that_was_killed_leaves_the_one_before(tmp_path: Path) -> None:
     assert not (tmp_path / checkpoints.FOLDER / checkpoints.PARTIAL).exists()
 
 
-def test_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
+def test_latest_that_names_no_checkpoint_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint"):
         checkpoints.latest(tmp_path)
     _save(tmp_path, 5)
@@ -224,7 +224,7 @@ def test_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run.json", "latest", "engine.json"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "deep", "list", "bytes"])
-def test_a_file_of_the_engine_that_is_none(name: str, kind: str, tmp_path: Path) -> None:
+def test_an_invalid_engine_file_is_named(name: str, kind: str, tmp_path: Path) -> None:
     replace(RUN, output_dir=str(tmp_path)).write()
     _save(tmp_path, 5)
     folder = tmp_path / checkpoints.FOLDER
@@ -249,7 +249,7 @@ def test_a_file_of_the_engine_that_is_none(name: str, kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("value", [None, True, -1.5, "x", [], {}, 10**30, [1]], ids=repr)
-def test_fields_of_other_types(value: object, tmp_path: Path) -> None:
+def test_fields_of_the_wrong_type(value: object, tmp_path: Path) -> None:
     replace(RUN, output_dir=str(tmp_path)).write()
     _save(tmp_path, 5)
     for path, read in (
@@ -268,12 +268,12 @@ def test_fields_of_other_types(value: object, tmp_path: Path) -> None:
                     read()
 
 
-def test_a_metrics_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
+def test_a_truncated_metrics_line_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.1}]
 
 
-def test_keep_leaves_what_latest_names(tmp_path: Path) -> None:
+def test_keep_never_removes_the_latest_checkpoint(tmp_path: Path) -> None:
     """A run that goes back to an earlier checkpoint saves lower steps than the branch that it left."""
     for step in (2, 4, 6, 8):
         folder = checkpoints.begin(tmp_path) / checkpoints.tag_of(step)

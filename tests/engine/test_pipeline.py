@@ -76,7 +76,7 @@ def test_layers_one_after_another_are_the_model(name: str) -> None:
         assert torch.equal(x, model(rows).logits)
 
 
-def test_a_pipeline_and_zero_go_on_from_each_other(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_pipeline_and_zero_resume_from_each_other(tiny_llama: Path, tmp_path: Path) -> None:
     """The states saved right after the change equal those before it, bit for bit, and the losses are those of either
     layout.
     """
@@ -109,7 +109,7 @@ def test_stages_and_replicas_resume_bit_for_bit(tiny_llama: Path, tmp_path: Path
     assert cell.evidence["states compared"] > 50
 
 
-def test_what_no_pipeline_can_do_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_a_pipeline_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
     from transformers import GemmaConfig
 
     def start(layout: Layout, **changes: Any) -> None:

@@ -106,7 +106,7 @@ def test_a_run_that_was_killed_in_a_save_goes_on_from_the_one_before(
     assert not (run / checkpoints.FOLDER / checkpoints.PARTIAL).exists()
 
 
-def test_told_to_stop_it_saves_and_ends_well(
+def test_a_run_that_is_told_to_stop_saves_and_exits_with_0(
     finished: Path, tiny_llama: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     run = tmp_path / "run"

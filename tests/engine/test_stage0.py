@@ -13,7 +13,7 @@ from dsconv.engine.validation import Validation
 from dsconv.errors import UnsupportedError
 
 
-def test_a_run_goes_on_without_zero(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_without_zero(tiny_llama: Path, tmp_path: Path) -> None:
     options = RunOptions(str(tiny_llama), "", 4, Layout(nproc=2), seq_len=16, batch_size=4, warmup=3)
     (scenario,) = scenarios(2, False, ("zero1-bf16",))
     validation = Validation(tmp_path, options, [scenario])

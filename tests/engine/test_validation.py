@@ -65,7 +65,7 @@ def test_model_parallel_runs_resume_in_place_and_elsewhere(name: str, tiny_llama
     assert [cell.passed for cell in validation.cells] == [True] * 4, validation.cells
 
 
-def test_rows_and_sabotages_that_are_none_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+def test_unknown_rows_and_sabotages_are_named(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="zero3-bf16"):
         validate(str(tiny_llama), tmp_path, nproc=2, cells=("zero9",))
     with pytest.raises(UsageError, match="even number"):

@@ -82,7 +82,7 @@ def test_the_judge_sees_what_must_not_happen() -> None:
         assert judged(lambda: SAME) == SAME
 
 
-def test_other_bytes_are_told(found: Seeds, tmp_path: Path) -> None:
+def test_changed_bytes_are_reported(found: Seeds, tmp_path: Path) -> None:
     """A covered file that was changed together with its checksum counts as a failure."""
     from tests.checkpoint.building import Rec, zip_bytes
     from tests.fuzz.mutations import records

@@ -86,7 +86,7 @@ def test_every_form(form: Callable[[Path], Any], tmp_path: Path) -> None:
         (None, CheckpointNotFoundError, "cannot be read: Is a directory"),
     ],
 )
-def test_what_is_no_config(source: str | bytes | None, error: type[Exception], says: str, tmp_path: Path) -> None:
+def test_invalid_configs(source: str | bytes | None, error: type[Exception], says: str, tmp_path: Path) -> None:
     given: Any = tmp_path if source is None else source
     if isinstance(source, bytes):
         given = tmp_path / "ds.json"
@@ -130,7 +130,7 @@ def test_it_is_frozen_and_a_copy() -> None:
     assert config.to_dict() == CONFIG
 
 
-def test_mismatches_are_told_together() -> None:
+def test_mismatches_are_reported_together() -> None:
     config = DSConfig.read(
         {"train_batch_size": 32, "gradient_clipping": 1, "optimizer": {"params": {"lr": 0.1, "eps": "auto"}}}
     )
@@ -155,7 +155,7 @@ def test_mismatches_are_told_together() -> None:
     assert config.resolved(searching).get("optimizer.params.eps") == 1e-6
 
 
-def test_what_is_not_known_stays_auto() -> None:
+def test_unknown_values_stay_auto() -> None:
     recipe = DSConfig.read(RECIPES["zero3"].config)
     untouched = recipe.resolved(TrainingValues())
     assert untouched.to_dict() == recipe.to_dict() == RECIPES["zero3"].config

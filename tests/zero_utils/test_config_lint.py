@@ -15,7 +15,7 @@ from tests.fixtures.config_cases import BASE, CASES, Wrong
 
 
 @pytest.mark.parametrize("wrong", CASES, ids=lambda wrong: f"{wrong.key}-{wrong.severity}")
-def test_what_is_wrong_is_found(wrong: Wrong) -> None:
+def test_mistakes_are_found(wrong: Wrong) -> None:
     findings = DSConfig.read(BASE | wrong.config).lint()
     found = [finding for finding in findings if finding.key == wrong.key and wrong.fix in finding.fix]
     assert [finding.severity for finding in found] == [wrong.severity], findings
@@ -35,7 +35,7 @@ def test_recipes_are_clean(name: str) -> None:
     assert all(why and not why.endswith(".") for why in RECIPES[name].comments.values())
 
 
-def test_a_config_of_everyday_is_clean() -> None:
+def test_an_everyday_config_is_clean() -> None:
     config = {
         "_comment": "for the small model",
         "train_batch_size": 32,
@@ -74,7 +74,7 @@ def test_batch_sizes_and_ranks() -> None:
     assert not DSConfig.read({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}).lint(world_size=8)
 
 
-def test_what_the_text_itself_has() -> None:
+def test_mistakes_in_the_text_itself() -> None:
     twice = DSConfig.read('{"train_batch_size": 8, "bf16": {"enabled": true, "enabled": false}}')
     assert [(f.severity, f.key) for f in twice.lint()] == [("error", "enabled")]
     commented = DSConfig.read("{\n  # what memory allows\n  train_batch_size: 8,\n}")

@@ -210,7 +210,7 @@ SPARSE: dict[str, Callable[[], torch.Tensor]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", SPARSE)
-def test_tensors_that_are_no_view_of_a_storage_are_marked(kind: str, tmp_path: Path) -> None:
+def test_tensors_that_are_not_views_of_a_storage_are_marked(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save({"mask": SPARSE[kind]()}, path)
     found = TorchFile(path, may_hold_unread=True).root["mask"]

@@ -73,7 +73,7 @@ def test_plain_data_comes_back_as_pickle_reads_it(protocol: int, pickler: Any) -
     check()
 
 
-def test_what_floats_can_hold_survives() -> None:
+def test_special_floats_survive() -> None:
     for protocol in range(6):
         found = load_raw(pickle.dumps([float("nan"), float("inf"), -0.0, 5e-324], protocol=protocol))
         assert [struct.pack(">d", v) for v in found] == [
@@ -497,7 +497,7 @@ def test_shown_cuts_what_is_long() -> None:
         assert time.process_time() - start < 0.1
 
 
-def test_shown_stands_cycles_and_any_depth() -> None:
+def test_shown_survives_cycles_and_any_depth() -> None:
     cycle: list[Any] = []
     cycle.append(cycle)
     deep: Any = None

@@ -46,7 +46,7 @@ FITTING: list[tuple[Callable[..., Any], Any, Any]] = [
 
 
 @pytest.mark.parametrize(("expect", "value", "result"), FITTING)
-def test_what_fits_comes_back(expect: Callable[..., Any], value: Any, result: Any) -> None:
+def test_values_that_fit_are_returned(expect: Callable[..., Any], value: Any, result: Any) -> None:
     assert expect(value, PATH, "a field") == result
 
 
@@ -95,7 +95,7 @@ MISFITS: list[tuple[Callable[..., Any], Any]] = [
 
 
 @pytest.mark.parametrize(("expect", "value"), MISFITS)
-def test_what_does_not_fit_is_refused_by_file_and_field(expect: Callable[..., Any], value: Any) -> None:
+def test_values_that_do_not_fit_are_refused_by_file_and_field(expect: Callable[..., Any], value: Any) -> None:
     with pytest.raises(MalformedError) as caught:
         expect(value, PATH, "the field\u2019s name")
     assert str(caught.value).startswith("a/file.pt: ")

@@ -246,7 +246,7 @@ FAILURES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_what_cannot_be_had_is_said_in_a_line(name: str, shell: Shell, tmp_path: Path) -> None:
+def test_unavailable_models_give_a_one_line_error(name: str, shell: Shell, tmp_path: Path) -> None:
     arguments, environment, code, words = FAILURES[name]
     (tmp_path / "here").mkdir()
     ran = shell("inspect", *arguments, **environment)

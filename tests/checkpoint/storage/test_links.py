@@ -121,7 +121,7 @@ def test_every_command_takes_follow_links(tmp_path: Path) -> None:
     assert "safetensors" in dsconv("to-universal", "own", "universal", "--follow-links", cwd=tmp_path).err
 
 
-def test_files_of_deepspeed_and_dcp_are_held_to_the_same_rule(copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_files_of_deepspeed_and_dcp_follow_the_same_rule(copied: Callable[[str], Path], tmp_path: Path) -> None:
     save_dir = copied(ZERO3)
     torch.distributed.checkpoint.save({"w": FULL}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     tag = (save_dir / "latest").read_text()
@@ -146,7 +146,7 @@ def test_files_of_deepspeed_and_dcp_are_held_to_the_same_rule(copied: Callable[[
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "config.json", "tokenizer_config.json", "modeling_own.py"])
-def test_what_lies_beside_the_weights_is_held_to_it(name: str, secret: Path, tmp_path: Path) -> None:
+def test_files_beside_the_weights_follow_the_same_rule(name: str, secret: Path, tmp_path: Path) -> None:
     folder = model(tmp_path / "ckpt")
     if name.endswith(".py"):
         (folder / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_own.Own"}}')
@@ -157,7 +157,7 @@ def test_what_lies_beside_the_weights_is_held_to_it(name: str, secret: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_configuration_further_up_is_held_to_it(secret: Path, tmp_path: Path) -> None:
+def test_a_configuration_in_a_parent_folder_follows_the_same_rule(secret: Path, tmp_path: Path) -> None:
     folder = model(tmp_path / "run" / "step-5")
     (folder / "config.json").unlink()
     (tmp_path / "run" / "config.json").symlink_to(secret)
@@ -265,7 +265,7 @@ def test_only_regular_files_are_opened(
         open_for_reading(PathRoot(folder).path / name)
 
 
-def test_a_shard_that_is_no_file_is_missing(tmp_path: Path) -> None:
+def test_a_shard_that_is_not_a_file_is_missing(tmp_path: Path) -> None:
     folder = tmp_path / "ckpt"
     folder.mkdir()
     os.mkfifo(folder / "a.safetensors")

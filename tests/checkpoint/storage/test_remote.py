@@ -198,7 +198,7 @@ def test_a_server_that_turns_bad_during_a_merge_leaves_nothing(folders: dict[str
     assert not (tmp_path / "out").exists()
 
 
-def test_failures_that_pass_are_tried_again(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_transient_failures_are_retried(folders: dict[str, Path], tmp_path: Path) -> None:
     with serve(folders["zero3"], "flaky") as server:
         assert verify(folders["zero3"], server.url).equal
         assert len(server.failed) > 10
@@ -244,12 +244,12 @@ def test_an_index_in_a_store_cannot_leave_its_folder(memory: Any, folders: dict[
         ("gs://x/y", r"pip install 'dsconv-toolkit\[gs\]'"),
     ],
 )
-def test_a_store_that_nothing_reads(url: str, words: str) -> None:
+def test_a_store_that_cannot_be_read(url: str, words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
         open_checkpoint(url)
 
 
-def test_wrong_credentials_are_not_tried_again(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_are_not_retried(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     class NoCredentialsError(Exception): ...
 
     calls = []
@@ -270,7 +270,7 @@ def test_file_urls_are_local(folders: dict[str, Path], tmp_path: Path) -> None:
     assert open_checkpoint(f"file://{tmp_path}/a%20b").path == tmp_path / "a b"
 
 
-def test_remote_paths_are_as_pathlibs(memory: Any) -> None:
+def test_remote_paths_behave_like_pathlib(memory: Any) -> None:
     for name in ("a/x.pt", "a/y.tar.gz", "a/sub/z.pt", "b.json"):
         memory.pipe_file(f"/root/{name}", b"12345")
     root = as_path("memory://root/")
@@ -306,7 +306,7 @@ def test_reads_in_many_places_are_joined_and_exact(memory: Any) -> None:
             file.read_many([(0, 1), (400_000, 1)])
 
 
-def test_runs_are_read_to_where_they_belong(memory: Any, tmp_path: Path) -> None:
+def test_runs_are_read_into_their_places(memory: Any, tmp_path: Path) -> None:
     data = bytes(i * 7 % 251 for i in range(400_000))
     memory.pipe_file("/f.bin", data)
     (tmp_path / "f.bin").write_bytes(data)
@@ -328,7 +328,7 @@ def test_local_paths_need_no_fsspec(folders: dict[str, Path], tmp_path: Path) ->
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_a_server_is_what_the_tests_say_it_is(tmp_path: Path) -> None:
+def test_the_test_server_behaves_as_described(tmp_path: Path) -> None:
     """The server honours ranges as HTTP says, so that the tests above test dsconv and not the server."""
     import urllib.request
 

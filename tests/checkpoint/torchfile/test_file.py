@@ -150,7 +150,7 @@ def test_parameters_buffers_and_subclasses_are_their_tensors(tmp_path: Path) -> 
         assert same(file, file.root[key], data), key
 
 
-def test_what_surrounds_tensors(tmp_path: Path) -> None:
+def test_the_objects_around_tensors(tmp_path: Path) -> None:
     layer = torch.nn.Linear(3, 2)
     value = {
         "module": layer.state_dict(),
@@ -228,7 +228,7 @@ def test_a_torchscript_program_is_refused_by_name(tmp_path: Path) -> None:
         TorchFile(tmp_path / "program.pt")
 
 
-def test_paths_that_are_no_files(tmp_path: Path) -> None:
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"nothing\.pt: no such file"):
         TorchFile(tmp_path / "nothing.pt")
     with pytest.raises(CheckpointNotFoundError, match="not a regular file"):

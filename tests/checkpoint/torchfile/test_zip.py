@@ -120,7 +120,7 @@ def test_one_checksum_of_zero_does_not_turn_the_others_off(tmp_path: Path) -> No
         TorchFile(path)
 
 
-def test_a_comment_is_no_harm(tmp_path: Path) -> None:
+def test_a_comment_does_no_harm(tmp_path: Path) -> None:
     assert "data.pkl" in opened(written(tmp_path, zip_bytes(SOUND, comment=b"saved on a Sunday"))).records
     assert "data.pkl" in opened(written(tmp_path, zip_bytes(SOUND, comment=b"x" * 65535))).records
 
@@ -183,7 +183,7 @@ def test_zip64_records_beyond_four_gigabytes_are_found(tmp_path: Path) -> None:
     }
 
 
-def test_torch_files_carry_a_zip64_end_that_is_believed(tmp_path: Path) -> None:
+def test_the_zip64_end_of_torch_files_is_read(tmp_path: Path) -> None:
     assert "data/0" in opened(written(tmp_path, zip_bytes(SOUND, zip64=True))).records
     assert "data/0" in opened(written(tmp_path, zip_bytes(SOUND, zip64=True, narrow_count=0xFFFF))).records
 

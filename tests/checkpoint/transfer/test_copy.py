@@ -96,7 +96,7 @@ def prove_piece_by_piece(entry: dsconv.TensorEntry) -> None:
     share=st.integers(0, 8),
     numel=st.integers(0, 20),
 )
-def test_what_arithmetic_proves_is_so_piece_by_piece(
+def test_arithmetic_proofs_hold_for_each_piece(
     lengths: list[list[int]], alike: bool, begin: int, share: int, numel: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """For shares that follow from the numbers, whether they fit the files or not, the proof without pieces holds for
@@ -256,9 +256,7 @@ def test_files_saved_without_checksums_load_with_a_warning(
         trained(case).check(load_safetensors(tmp_path / case))
 
 
-def test_a_tag_whose_model_states_alone_have_no_checksums_is_told(
-    copied: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_model_states_without_checksums_give_a_warning(copied: Callable[[str], Path], tmp_path: Path) -> None:
     save_dir = copied("llama_tied-z2-bf16-w3")
     path = next(save_dir.rglob("mp_rank_00_model_states.pt"))
     torch.serialization.set_crc32_options(False)

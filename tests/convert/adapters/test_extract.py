@@ -167,7 +167,7 @@ def test_verls_three_settings_stand_in_for_the_configuration(built: Path, tmp_pa
         merge(built / "lora.bin", tmp_path / "none", tmp_path / "verl")
 
 
-def test_what_is_missing_is_said(built: Path, tmp_path: Path) -> None:
+def test_missing_parts_are_reported(built: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointNotFoundError, match=r"no adapter_config\.json beside the checkpoint"):
         merge(built / "lora.bin", tmp_path / "none", tmp_path / "empty")

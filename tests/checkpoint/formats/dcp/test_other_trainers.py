@@ -12,7 +12,7 @@ from tests.trained import load_safetensors, same
 DATA = Path(__file__).resolve().parents[3] / "data"
 
 
-def test_megatron_core_s_own_directory(tmp_path: Path) -> None:
+def test_a_directory_of_megatron_core(tmp_path: Path) -> None:
     """Its .metadata names an enumeration, layers are stacked, and tensor-parallel shards are boxes of the tensor."""
     found = dsconv.open_checkpoint(DATA / "megatron_core" / "ckpt")
     assert (found.step, found.info["tag"], found.warnings) == (10, "iter_0000010", ())

@@ -96,7 +96,7 @@ def test_merge_is_bit_exact(name: str, tmp_path: Path) -> None:
         ("titan-w3", {"dataloader": 2, "lr_scheduler": 7, "optimizer": 86, "train_state": 2}, None),
     ],
 )
-def test_what_is_left_out_is_told(name: str, left_out: dict[str, int] | None, removed: list[str] | None) -> None:
+def test_left_out_items_are_reported(name: str, left_out: dict[str, int] | None, removed: list[str] | None) -> None:
     info = dsconv.open_checkpoint(ckpt(name)).info
     found = info.get("left_out")
     if found and "lr_scheduler" in found:  # torch releases differ in what a scheduler keeps
@@ -197,7 +197,7 @@ def test_two_models_in_one_folder_must_be_told_apart(tmp_path: Path) -> None:
     assert second.sources[0].parent.name == "pytorch_model_fsdp_1"
 
 
-def test_a_root_prefix_stays_where_no_config_disowns_it(tmp_path: Path) -> None:
+def test_a_root_prefix_stays_unless_a_config_rules_it_out(tmp_path: Path) -> None:
     case = made("root_prefix-w3")
     bare = shutil.copytree(ckpt("root_prefix-w3"), tmp_path / "bare", ignore=shutil.ignore_patterns("config.json"))
     kept = {"optimizer.state.lr"}  # a number under a bare name may be a buffer; only the architecture can rule that out
@@ -298,7 +298,7 @@ def test_an_item_may_be_the_dictionary_around_a_model() -> None:
     assert sorted(choose(paths, Path("x"), None, "both").chosen.values()) == ["a.w", "b.w"]
 
 
-def test_what_may_have_been_trained_is_not_left_out_without_a_word() -> None:
+def test_leaving_out_what_may_be_trained_gives_a_warning() -> None:
     both = leaves(("model", "w"), ("model", "v")) | leaves(("head", "scale"), shape=(2,))
     found = choose(both, Path("x"), None)
     assert found.left_out == {"head": 1}
@@ -461,7 +461,7 @@ def test_metadata_runs_nothing(broken: Callable[[str], Path], tmp_path: Path) ->
         dsconv.open_checkpoint(folder)
 
 
-def test_a_chunk_that_is_no_tensor(broken: Callable[[str], Path]) -> None:
+def test_a_chunk_that_is_not_a_tensor(broken: Callable[[str], Path]) -> None:
     """The chunk is a sound zip of a number, or of a tensor that runs code when torch unpickles it."""
     folder = broken("fsdp2-w3")
     for value, error in (({"a": 1}, UnsupportedError), (Call(os.system, "true"), UnsafeError)):
@@ -554,7 +554,7 @@ def test_random_damage_is_an_error_or_harmless(file: str, broken: Callable[[str]
     assert max(map(len, refused)) < 900
 
 
-def test_chunks_whose_places_collide_take_time_in_proportion(tmp_path: Path) -> None:
+def test_chunks_with_colliding_offsets_take_linear_time(tmp_path: Path) -> None:
     """The file chooses the offsets and so their hashes. As dictionary keys they took quadratic time: 5 s for these 1.8
     MB.
     """

@@ -143,13 +143,13 @@ def test_the_shards_are_read_and_not_what_torch_made_of_them(broken: Callable[[s
         b'{"vocab_size": 99, "hidden_size": 24, "text_config": {"hidden_size": 3}}',
     ],
 )
-def test_a_config_that_says_nothing_of_use(config: bytes, broken: Callable[[str], Path]) -> None:
+def test_a_config_without_useful_sizes(config: bytes, broken: Callable[[str], Path]) -> None:
     folder = broken("hf_transformers-w4")
     (folder / "config.json").write_bytes(config)
     assert "a lost last shard would not be seen" in dsconv.open_checkpoint(folder).warnings[0]
 
 
-def test_padded_embeddings_are_no_problem(broken: Callable[[str], Path]) -> None:
+def test_padded_embeddings_are_accepted(broken: Callable[[str], Path]) -> None:
     folder = broken("hf_transformers-w4")
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 60}
     (folder / "config.json").write_text(json.dumps(config))

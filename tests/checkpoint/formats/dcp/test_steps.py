@@ -86,7 +86,7 @@ def test_megatron_s_tracker_names_the_step(tmp_path: Path) -> None:
     assert holds(tmp_path, old, tag="iter_0000010").step == 10
 
 
-def test_two_folders_of_one_step_are_not_chosen_between(tmp_path: Path) -> None:
+def test_two_folders_of_the_same_step_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "iter_10", 1)
     save(tmp_path / "iter_0010", 2)
     with pytest.raises(CheckpointNotFoundError, match="iter_0010 and iter_10 are the same step; choose one with --tag"):

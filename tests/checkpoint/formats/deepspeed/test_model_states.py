@@ -70,9 +70,7 @@ def test_a_universal_checkpoint_keeps_the_names_that_the_trainer_looks_for(
 
 
 @pytest.mark.parametrize("name", ["excluded-z2", "excluded-z3"])
-def test_a_save_without_frozen_weights_is_said_to_lack_them(
-    made: Callable[[str], Trained], name: str, tmp_path: Path
-) -> None:
+def test_missing_frozen_weights_are_reported(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
     report = dsconv.merge(made(name).checkpoint, tmp_path / "out", fsync=False)
     assert [text for text in report.warnings if "frozen are not in the checkpoint" in text]
     trained = {key: value for key, value in made(name).truth.items() if not key.startswith("blocks.0.")}
@@ -141,7 +139,7 @@ def test_the_model_s_own_weights_without_optimizer_files(made: Callable[[str], T
         dsconv.to_universal(checkpoint, tmp_path / "universal")
 
 
-def test_zero3_has_no_own_weights_to_take(made: Callable[[str], Trained]) -> None:
+def test_zero3_has_no_16_bit_weights_to_take(made: Callable[[str], Trained]) -> None:
     with pytest.raises(UnsupportedError, match="ZeRO-3 keeps no whole 16-bit weights"):
         dsconv.open_checkpoint(made("wrapped-z3").checkpoint, weights="16bit")
 

@@ -51,7 +51,9 @@ def test_the_run_of_the_model_states_is_taken(
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_a_set_that_is_not_whole_is_not_filled_up(copied: Callable[[str], tuple[Trained, Path]], name: str) -> None:
+def test_an_incomplete_set_is_not_filled_from_another_run(
+    copied: Callable[[str], tuple[Trained, Path]], name: str
+) -> None:
     _, folder = copied(name)
     prefix = "bf16_" if name.endswith("bf16") else ""
     (folder / TAG / f"{prefix}zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
@@ -59,7 +61,7 @@ def test_a_set_that_is_not_whole_is_not_filled_up(copied: Callable[[str], tuple[
         dsconv.open_checkpoint(folder)
 
 
-def test_model_states_that_do_not_tell_are_refused(copied: Callable[[str], tuple[Trained, Path]]) -> None:
+def test_ambiguous_model_states_are_refused(copied: Callable[[str], tuple[Trained, Path]]) -> None:
     _, folder = copied("two-z3-bf16")
     for path in (folder / TAG).glob("*model_states.pt"):
         states = torch.load(path, weights_only=False)

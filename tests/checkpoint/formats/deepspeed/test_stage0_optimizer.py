@@ -99,7 +99,7 @@ def _unlisted(value: Any) -> None:
         (_unlisted, MalformedError, "does not list its parameters by number"),
     ],
 )
-def test_what_could_be_mistaken_is_refused(
+def test_ambiguous_states_are_refused(
     edit: Callable[[Any], None], error: type[Exception], words: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     source = edited(trained(SOURCE).checkpoint, tmp_path / "ckpt", "*.pt", edit)

@@ -160,7 +160,7 @@ def test_bad_universal_checkpoints_are_named(kind: str, copied: Callable[[str], 
     assert str(folder) in str(caught.value)
 
 
-def test_which_of_several(copied: Callable[[str], Path]) -> None:
+def test_the_choice_among_several_tags(copied: Callable[[str], Path]) -> None:
     """The source is the save dir, the tag folder, or a tag by name. A plain ``latest`` comes first."""
     folder = copied(Z2)
     name = tag(folder).name

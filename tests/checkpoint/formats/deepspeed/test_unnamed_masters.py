@@ -45,7 +45,7 @@ def test_what_was_trained_is_never_left_out(made: Callable[[str], Trained], name
 
 
 @pytest.mark.parametrize("name", NOT_TOLD)
-def test_what_cannot_be_told_is_refused(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
+def test_an_ambiguous_assignment_is_refused(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
     with pytest.raises(
         UnsupportedError, match=r"which master belongs to which weight cannot be determined.*--weights 16bit"
     ):
@@ -103,7 +103,7 @@ def test_masters_that_fit_no_weight_are_refused(made: Callable[[str], Trained], 
         dsconv.open_checkpoint(path.parent)
 
 
-def test_a_weight_that_differs_at_its_end_alone(tmp_path: Path) -> None:
+def test_weights_that_differ_only_at_the_end(tmp_path: Path) -> None:
     """The first elements of two weights are equal, and the rest shows which master belongs to which."""
     first = torch.ones(300)
     second = first.clone()

@@ -178,7 +178,7 @@ def test_a_tensor_that_its_file_lacks_is_named(sharded: Path) -> None:
         read(sharded)
 
 
-def test_a_tensor_that_the_index_does_not_place_is_left_out_and_told(sharded: Path) -> None:
+def test_a_tensor_that_the_index_does_not_place_is_left_out_and_reported(sharded: Path) -> None:
     index(sharded, {"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"})
     checkpoint = read(sharded)
     assert list(checkpoint) == ["a", "c"]
@@ -430,7 +430,7 @@ def test_a_shape_without_elements_that_torch_cannot_make_is_malformed(tmp_path: 
         open_checkpoint(path)
 
 
-def test_paths_that_are_no_files(tmp_path: Path) -> None:
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"no\.safetensors: no such file"):
         read_file(tmp_path / "no.safetensors")
     with pytest.raises(CheckpointNotFoundError, match="not a regular file"):
@@ -589,7 +589,7 @@ def test_rows_that_do_not_end_with_a_byte_are_refused(tmp_path: Path) -> None:
         dsconv.open_checkpoint(tmp_path)
 
 
-def test_an_optimizer_among_the_weights_is_left_out_and_said(tmp_path: Path) -> None:
+def test_an_optimizer_among_the_weights_is_left_out_and_reported(tmp_path: Path) -> None:
     weights = {"a.w": torch.ones(2, 3), "b.w": torch.ones(3)}
     states = {
         f"optimizer.state.{name}.{slot}": torch.zeros_like(tensor)

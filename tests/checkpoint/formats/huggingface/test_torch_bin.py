@@ -227,7 +227,7 @@ def test_weights_under_a_key(under: str, tmp_path: Path) -> None:
     assert any("left out 'best'" in warning for warning in found.warnings)
 
 
-def test_what_is_no_tensor_is_left_out_and_said(tmp_path: Path) -> None:
+def test_objects_that_are_not_tensors_are_left_out_and_reported(tmp_path: Path) -> None:
     torch.save(
         {"w": torch.ones(3), "_extra_state": b"abc", "count": 4, "w._extra_state": None, "io": io.BytesIO(b"x")},
         tmp_path / "a.bin",
@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[Any, type[DsconvError], str]] = {
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_state_dict_is_refused_in_words(
+def test_a_file_without_a_state_dict_is_refused(
     name: str, options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     value, kind, words = REFUSED[name]

@@ -166,7 +166,7 @@ BAD_MESHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", BAD_MESHES.values(), ids=list(BAD_MESHES))
-def test_a_mesh_that_is_none(change: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_mesh(change: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, 0, one(**change), FULL)
     fails(tmp_path, MalformedError, "rank_0.pt: 'w': ")
 
@@ -183,7 +183,7 @@ BAD_LAYOUTS: dict[str, tuple[Any, Any, list[int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("shape", "stride", "ranks", "more"), BAD_LAYOUTS.values(), ids=list(BAD_LAYOUTS))
-def test_a_layout_that_is_none(shape: Any, stride: Any, ranks: list[int], more: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_layout(shape: Any, stride: Any, ranks: list[int], more: dict[str, Any], tmp_path: Path) -> None:
     coordinate = [0] * (len(shape) if isinstance(shape, tuple) else 1)
     write(tmp_path, 0, torch_2_10(shape, stride, ranks, coordinate, [SHARD] * len(coordinate), **more), FULL)
     fails(tmp_path, MalformedError, "rank_0.pt: 'w': .*mesh")
@@ -206,7 +206,7 @@ def test_a_layout_that_is_none(shape: Any, stride: Any, ranks: list[int], more: 
         ([("InterleavedShard", {"dim": 0})], UnsupportedError, "the placement InterleavedShard"),
     ],
 )
-def test_placements_that_are_none(placements: list[Any], kind: type[DsconvError], message: str, tmp_path: Path) -> None:
+def test_invalid_placements(placements: list[Any], kind: type[DsconvError], message: str, tmp_path: Path) -> None:
     write(tmp_path, 0, torch_2_4((1,), [0], [0], placements), FULL)
     fails(tmp_path, kind, message)
 
@@ -324,7 +324,7 @@ PART = tensor("0", "FloatStorage", (7, 2))
         (sharded([local_shard(PART, shard_of([0, -1], [7, 2]))], [WHOLE]), "expected sizes or ranks, found"),
     ],
 )
-def test_a_sharded_tensor_that_is_none(pickle: bytes, message: str, tmp_path: Path) -> None:
+def test_an_invalid_sharded_tensor(pickle: bytes, message: str, tmp_path: Path) -> None:
     write_pt(tmp_path / "rank_0.pt", pickle, _0=FULL.numpy().tobytes())
     fails(tmp_path, MalformedError, message)
 

@@ -131,7 +131,7 @@ def refused(path: Path, kind: type[DsconvError], *parts: str) -> None:
     assert len(message) < 700
 
 
-def test_placements_and_layouts_that_say_no_region_are_refused_by_name(made: dict[str, Path]) -> None:
+def test_placements_and_layouts_without_a_region_are_refused_by_name(made: dict[str, Path]) -> None:
     refused(made["partial-w4"], UnsupportedError, "rank_0.pt", "'g'", "Partial")
     refused(
         made["fsdp1-flat-w3"], UnsupportedError, "pytorch_model_fsdp_rank0.bin", "_flat_param", "SHARDED_STATE_DICT"
@@ -248,7 +248,7 @@ def test_a_tensor_that_one_rank_lacks_is_named(copied: Copy) -> None:
     refused(folder, MissingShardError, "save_rank_2.pt", "lacks 'rows'", "mesh [2, 2] of ranks [0, 1, 2, 3]")
 
 
-def test_of_several_models_one_is_named_by_a_file(made: dict[str, Path]) -> None:
+def test_a_file_chooses_one_of_several_models(made: dict[str, Path]) -> None:
     folder = made["accelerate-fsdp1-w3"] / "checkpoint-4"
     refused(
         folder,

@@ -70,7 +70,7 @@ def test_merge_is_bit_exact(made: Callable[[str], Trained], name: str, tmp_path:
 @pytest.mark.parametrize(
     "name", ["z2-bf16-w4-mixed", "mixtral-z0-bf16-w4-ep2", "qwen2_moe-z3-bf16-w4-ep2", "z1-fp16-w2-ep2"]
 )
-def test_masters_cast_are_the_weights(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
+def test_cast_masters_equal_the_weights(made: Callable[[str], Trained], name: str, tmp_path: Path) -> None:
     dtype = torch.float16 if "fp16" in name else torch.bfloat16
     low = load_safetensors(made(name).folder / "truth_module.safetensors")
     dsconv.merge(made(name).checkpoint, tmp_path / "out", dtype="fp16" if "fp16" in name else "bf16", fsync=False)
@@ -89,7 +89,7 @@ def test_tensors_and_slices_are_read(made: Callable[[str], Trained], name: str) 
             assert same(entry.read(slice(1, 3)), truth[1:3]), key
 
 
-def test_what_is_said_of_a_checkpoint(made: Callable[[str], Trained]) -> None:
+def test_the_description_of_a_checkpoint(made: Callable[[str], Trained]) -> None:
     mixed = dsconv.open_checkpoint(made("z2-bf16-w4-mixed").checkpoint)
     assert (mixed.format, mixed.step, mixed.info["experts"]) == ("ZeRO-2, MoE", 2, [4, 6, 3])
     assert mixed.world == {"data_parallel": 4, "model_parallel": 1, "expert_parallel": 4}
@@ -150,7 +150,7 @@ def test_transformers_loads_it_and_computes_the_same_loss(
         ("z2-fp32-w2-trap", {"mlp.seen"}),
     ],
 )
-def test_what_deepspeed_did_not_save_is_said(
+def test_tensors_that_deepspeed_did_not_save_are_reported(
     made: Callable[[str], Trained], name: str, lost: set[str], tmp_path: Path
 ) -> None:
     """Parameters of the residual branch are recovered from their masters, though the 16-bit files lack them."""
@@ -242,7 +242,7 @@ def test_an_expert_that_appears_twice(damaged: Callable[[str], Path]) -> None:
     refused(tag, InconsistentCheckpointError, expert(1, 0), "another layer's")
 
 
-def test_a_file_that_is_no_experts(damaged: Callable[[str], Path]) -> None:
+def test_a_file_without_experts(damaged: Callable[[str], Path]) -> None:
     tag = damaged("z0-fp32-w2-ep2")
     edit(tag / expert(0, 0), lambda state: {"weight": torch.zeros(2)})
     refused(tag, MalformedError, expert(0, 0))
