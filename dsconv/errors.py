@@ -176,7 +176,7 @@ def missing_package(what: str, package: str, extra: str) -> MissingPackageError:
 
 
 def as_missing_package(what: str, error: ImportError) -> MissingPackageError | None:
-    """Return the error that names the extra for a failed import; None where no extra brings the missing package."""
+    """Return the error that names the extra for a failed import; None if no extra brings the missing package."""
     package = (error.name or "").partition(".")[0]
     if isinstance(error, MissingPackageError) or package not in EXTRAS or package in sys.modules:
         return None

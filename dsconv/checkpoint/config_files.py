@@ -1,4 +1,4 @@
-"""Where the configuration of a checkpoint's model is looked for: one rule for every format and destination.
+"""Find the configuration of a checkpoint's model: one rule for every format and destination.
 
 Trainers put ``config.json`` beside the weights, one level up (the Trainer's run folder, the folder of a DeepSpeed tag),
 or in a folder inside: verl writes ``huggingface/`` and NeMo Automodel ``.hf_metadata/``.
@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.json"
-# Any of these marks a folder as one that from_pretrained was or will be pointed at.
+# Any of these files marks a folder that from_pretrained is meant to load.
 MARKERS = (CONFIG, "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
-MAX_CONFIG_BYTES = 8 << 20  # the largest config.json known has some 100 kB
+MAX_CONFIG_BYTES = 8 << 20  # the largest known config.json has about 100 kB
 INSIDE = ("huggingface", ".hf_metadata")
 
 
 def find_config(folders: Iterable[Path], names: str | Iterable[str] = CONFIG) -> Path | None:
     """Return the first of the files ``names`` that lies in or near ``folders``.
 
-    Each folder is searched in turn, itself first and then its folders ``INSIDE``; the parent of the last one comes at
-    the end.
+    Each folder is searched in turn, first the folder itself and then its subfolders ``INSIDE``. The parent of the last
+    folder comes at the end.
 
     Args:
         folders: The folders to search, the most likely one first.
-        names: One file name, or several of which any will do.
+        names: One file name, or several, of which any one is enough.
 
     Returns:
-        The path of the file, or None where there is none.
+        The path of the file, or None if there is none.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     return next(
@@ -47,7 +47,7 @@ def config_folders(folders: Iterable[Path]) -> list[Path]:
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object of a config.json; None where it is not one, or is larger than any configuration."""
+    """Return the JSON object of a config.json, or None if it is not one, or is larger than any configuration."""
     try:
         data = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_CONFIG_BYTES else None
     except (OSError, ValueError, RecursionError):

@@ -23,7 +23,7 @@ def read_hidden_size(model: str, revision: str | None = None) -> int:
         revision: A branch, tag or commit of the Hub.
 
     Raises:
-        CheckpointNotFoundError: There is no such file.
+        CheckpointNotFoundError: The file does not exist.
         MalformedError: The file is not JSON, or no object.
         RemoteError: The Hub or the network fails.
         UnsupportedError: The configuration states no size.
@@ -60,7 +60,7 @@ def read_hidden_size(model: str, revision: str | None = None) -> int:
 
 
 def _known_to_transformers(path: Path) -> Any:
-    """Return the configuration as transformers reads it; None where it is not installed or does not know the model."""
+    """Return the configuration as transformers reads it; None if it is not installed or does not know the model."""
     try:
         from transformers import AutoConfig, logging
     except ImportError:

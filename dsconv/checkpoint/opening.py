@@ -40,7 +40,7 @@ def open_checkpoint(
             on the Hub, whose files are downloaded into the Hub's cache.
         tag: Which checkpoint of a folder that holds several.
         revision: A branch, tag or commit of the Hub.
-        item: The key of the model to open, where there are several: ``actor`` of ``{"actor": …, "critic": …}``.
+        item: The key of the model to open, if there are several: ``actor`` of ``{"actor": …, "critic": …}``.
         follow_links: Read what links lead to that leave the checkpoint's folder. They are refused otherwise: in a
             download, they could lead to private files.
         weights: Which weights of a DeepSpeed checkpoint: ``masters``, those of the optimizer, which are mostly fp32, or
@@ -52,7 +52,7 @@ def open_checkpoint(
     Raises:
         CheckpointNotFoundError: There is nothing at the path, nothing that dsconv reads, or no such tag or item.
         SeveralModelsError: There are several models, and ``item`` is None; it lists them.
-        MissingShardError: A file of the checkpoint is not there.
+        MissingShardError: A file of the checkpoint is missing.
         MalformedError: A file is damaged or cannot be read.
         InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The format has a feature that dsconv does not read.

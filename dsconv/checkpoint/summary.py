@@ -1,4 +1,4 @@
-"""Sum a checkpoint up for people: who wrote it, what kind of model it is, and its tensors layer by layer."""
+"""Summarise a checkpoint for people: who wrote it, what kind of model it is, and its tensors layer by layer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Group:
 
 
 def trainer_of(found: Checkpoint) -> str:
-    """Return who wrote a checkpoint, as far as its files tell; "" where they do not."""
+    """Return who wrote a checkpoint, or "" if its files do not tell."""
     if "Lightning" in found.format:
         return "PyTorch Lightning"
     if found.format.startswith("verl"):
@@ -76,7 +76,7 @@ def _exists(path: Path) -> bool:
 
 
 def content_of(found: Checkpoint) -> str:
-    """Return what kind of model a checkpoint holds where its names tell: a LoRA, a value head; else ""."""
+    """Return the kind of model that the names in a checkpoint show, such as a LoRA or a value head, or ""."""
     names = [name for entry in found.values() for name in (entry.name, *entry.aliases)]
     parts = {part for name in names for part in name.split(".")}
     kinds = []
@@ -121,7 +121,7 @@ def grouped(entries: Iterable[TensorEntry]) -> list[Group]:
 
 
 def _split(template: Sequence[str], members: list[tuple[tuple[int, ...], TensorEntry]]) -> list[Group]:
-    """Return one group, or one for each tensor where they are not all that their numbers allow."""
+    """Return one group, or one for each tensor unless they are all that their numbers allow."""
     columns = [sorted(set(column)) for column in zip(*(numbers for numbers, _ in members), strict=True)]
     if len(members) == 1 or math.prod(map(len, columns)) != len(members):
         return [Group(entry.name, "", "", [entry]) for _, entry in members]

@@ -1,4 +1,4 @@
-"""The command line: one file a command, each of which parses, calls one function and prints.
+"""The command line: one file per command, each of which parses, calls one function and prints.
 
 This file imports only the standard library at its top: an interrupt during the other imports must be handled too.
 """

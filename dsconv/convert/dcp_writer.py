@@ -76,8 +76,8 @@ def to_dcp(
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a file of one chunk exceeds it.
         dry_run: write nothing, and report the plan.
         force: replace a DCP checkpoint that ``output`` already holds.
-        fsync: have the output on the disk before it counts as written.
-        workers: the number of copying threads (default: one a core, at most 8).
+        fsync: have the output on disk before it counts as written.
+        workers: the number of copying threads (default: one per core, at most 8).
         progress: called with (phase, bytes done, bytes in all), from any thread.
 
     Returns:

@@ -102,7 +102,7 @@ class Destination(Protocol):
     def older(self, target: Path) -> list[str]:
         """Return the names of an older output in the folder ``target``, its commit marker first.
 
-        ``write`` refuses them without ``force`` and takes them away with it. Raises OutputError where the output must
+        ``write`` refuses them without ``force`` and takes them away with it. Raises OutputError if the output must
         not go into this folder at all.
         """
         ...
@@ -174,7 +174,7 @@ class PlaceFile(Protocol):
         ...
 
     def finish(self, rest: Iterable[tuple[int, bytes]]) -> None:
-        """Write ``rest``, have all of it on the disk or in the store, and close the file."""
+        """Write ``rest``, have all of it on disk or in the store, and close the file."""
         ...
 
     def close(self) -> None:

@@ -42,8 +42,8 @@ class Distance:
         max_abs: The largest ``|b - a|``; infinite where exactly one of the two is NaN or infinite.
         max_relative: The largest ``|b - a| / |a|`` of elements that are not zero in ``a``.
         l2: The Euclidean norm of ``b - a``.
-        relative_l2: ``l2`` over the norm of ``a``; None where ``a`` is all zeros.
-        cosine: The cosine of the angle between the two; None where one of them is all zeros.
+        relative_l2: ``l2`` over the norm of ``a``; None if ``a`` is all zeros.
+        cosine: The cosine of the angle between the two; None if one of them is all zeros.
     """
 
     name: str

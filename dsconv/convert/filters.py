@@ -58,7 +58,7 @@ class Filters:
 
     @staticmethod
     def read(noted: object) -> Filters | None:
-        """Return the filters that a manifest holds; None where it holds none, or none that can be followed."""
+        """Return the filters that a manifest holds, or None if it holds none, or none that can be followed."""
         if not isinstance(noted, dict):
             return None
         lists = [noted.get(name, []) for name in ("include", "exclude", "strip_prefix", "rename")]
@@ -97,7 +97,7 @@ class Filters:
         return rules
 
     def names(self, checkpoint: Checkpoint, dropped: Sequence[str] = ()) -> dict[str, str | None]:
-        """Return {name in the checkpoint: name in the output, or None where the tensor is left out}.
+        """Return {name in the checkpoint: name in the output, or None if the tensor is left out}.
 
         Args:
             checkpoint: the source. Of a tied tensor each name is tried, the one that is stored by default first.
@@ -166,7 +166,7 @@ def _kept(
     exclude: Mapping[str, re.Pattern[str]],
     unused: set[tuple[str, str]],
 ) -> str | None:
-    """Return the first of a tensor's names that is to be written; None where none is."""
+    """Return the first of a tensor's names that is to be written, or None if none is."""
     kept = []
     for name in names:
         included = [pattern for pattern, fits in include.items() if fits.match(name)]

@@ -1,4 +1,4 @@
-"""Folders by their descriptors: the one way in which dsconv creates, clears and renames files on the disk.
+"""Folders by their descriptors: the one way in which dsconv creates, clears and renames files on disk.
 
 Names are looked up in an open folder, and no link is followed: neither where a file is created or opened, nor where a
 folder is cleared. Only the path of the folder that the user names is looked up as usual, and even that may not end in a
@@ -84,7 +84,7 @@ class Folder:
             return os.open(last, flags | FILE_FLAGS, 0o666, dir_fd=folder.descriptor)
 
     def read(self, name: str, limit_bytes: int) -> bytes:
-        """Return the content of a regular file. Raises OSError where it is none, or larger than ``limit_bytes``."""
+        """Return the content of a regular file. Raises OSError if it is none, or larger than ``limit_bytes``."""
         with os.fdopen(self.open_file(name, os.O_RDONLY), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(f"{self.path / name} is no regular file")
@@ -105,7 +105,7 @@ class Folder:
         return sorted(os.listdir(self.descriptor))
 
     def stat(self, name: str) -> os.stat_result | None:
-        """Return what the system says of a name, of a link and not of what it leads to; None where there is none."""
+        """Return what the system says of a name, of a link and not of what it leads to, or None if there is none."""
         try:
             return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         except OSError:
@@ -144,11 +144,11 @@ class Folder:
         os.rmdir(name, dir_fd=self.descriptor)
 
     def sync(self) -> None:
-        """Have the names in this folder on the disk. Raises OSError."""
+        """Have the names in this folder on disk. Raises OSError."""
         os.fsync(self.descriptor)
 
     def sync_below(self, files: bool = False) -> None:
-        """Have the names in all folders below this one on the disk, and with ``files`` their files. Raises OSError."""
+        """Have the names in all folders below this one on disk, and with ``files`` their files. Raises OSError."""
         for name in self.names():
             found = self.stat(name)
             if found is not None and stat.S_ISDIR(found.st_mode):
@@ -163,7 +163,7 @@ class Folder:
                     os.close(descriptor)
 
     def replace_file(self, name: str, data: bytes, fresh: str | None = None) -> None:
-        """Replace a small file in one step. It is on the disk when this returns.
+        """Replace a small file in one step. It is on disk when this returns.
 
         Args:
             name: the file.
@@ -209,7 +209,7 @@ def opened(path: Path, make: bool = False) -> Iterator[Folder]:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise OutputError where ``path`` is a link."""
+    """Raise OutputError if ``path`` is a link."""
     if path.is_symlink():
         raise OutputError(
             f"{path} is a link, and dsconv writes through none: name the folder that it leads to,"

@@ -22,7 +22,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def explain(repo: str, revision: str | None, error: Exception) -> RemoteError:
-    """Return the error to raise. The Hub also answers 401 for a repository that is not there, or is another user's."""
+    """Return the error to raise. The Hub also answers 401 for a repository that is missing, or is another user's."""
     endpoint = connection()["endpoint"] or "https://huggingface.co"
     status, said = status_of(error), _said(error)
     if status == 401:

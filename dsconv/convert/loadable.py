@@ -52,7 +52,7 @@ class Loading:
     """Whether ``from_pretrained`` finds the weights that its architecture has, and no others.
 
     Attributes:
-        loadable: None where it was not found out.
+        loadable: None if it was not found out.
         call: What loads it, as one writes it in Python; "" where that is not known.
         missing: Names that the architecture has and the output has not, or in another shape.
         unexpected: Names that the output has and the architecture has not.

@@ -46,7 +46,7 @@ class MarkedFolder(Folder):
         self._marked.update(new)
 
     def sync_marks(self) -> None:
-        """Have the marks on the disk. Raises OSError."""
+        """Have the marks on disk. Raises OSError."""
         os.fsync(self._lock)
 
     def remove_marked(self, name: str) -> None:
@@ -96,7 +96,7 @@ def open_marked(parent: Folder, name: str) -> MarkedFolder | None:
     """Open dsconv's own folder ``name`` in ``parent`` and lock it. It is made if need be.
 
     Returns:
-        The folder; None where another process has the lock.
+        The folder; None if another process has the lock.
 
     Raises:
         OutputError: it is a link, no folder, or a folder that dsconv did not make here. Nothing in it was touched.

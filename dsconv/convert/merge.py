@@ -140,7 +140,7 @@ def merge(
     private: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads, on the disk or in a store.
+    """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads, on disk or in a store.
 
     Weights of a ZeRO checkpoint come from its fp32 masters; frozen weights and buffers keep their stored dtype.
 
@@ -168,9 +168,9 @@ def merge(
         dry_run: write nothing, and report the plan.
         verify_output: read the output back and compare every byte, before it counts.
         force: replace a model that ``output`` already holds.
-        fsync: have the output on the disk before it counts as written (default: yes). A store takes None only.
+        fsync: have the output on disk before it counts as written (default: yes). A store takes None only.
         sha256: put the sha256 of each file in the manifest.
-        workers: the number of copying threads (default: one a core, at most 8).
+        workers: the number of copying threads (default: one per core, at most 8).
         push_to_hub: push the output to this repository, ``org/model``. See ``push``.
         private: make that repository a private one. See ``push``.
         progress: called with (phase, bytes done, bytes in all), from any thread.
@@ -366,7 +366,7 @@ def _are_untied(config: Path, plan: Plan, touched: frozenset[str]) -> bool:
 
 
 def main_dtype(plan: Plan) -> DType | None:
-    """Return the floating dtype that most of the plan's bytes have; None where no tensor is floating."""
+    """Return the floating dtype that most of the plan's bytes have; None if no tensor is floating."""
     totals: dict[DType, int] = {}
     for tensor in plan.placed:
         if tensor.dtype.floating:

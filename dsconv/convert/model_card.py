@@ -97,7 +97,7 @@ def _with_metadata(text: str, metadata: Mapping[str, Any], newline: str) -> str:
 def base_model(folder: Path, source: Mapping[str, Any], repo: str) -> str | None:
     """Return the repository that the model came from.
 
-    The adapter's or model's configuration may name it, or the manifest; None where none does.
+    The adapter's or model's configuration may name it, or the manifest, or None if none does.
     """
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
         config = read_json(folder / name)

@@ -67,7 +67,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a merge's output: the shards, and the name of the index where there are several."""
+    """All of a merge's output: the shards, and the name of the index if there are several."""
 
     shards: tuple[Shard, ...]
     index_name: str = INDEX
@@ -194,5 +194,5 @@ def _shard(filename: str, group: list[tuple[str, TensorEntry, DType]]) -> Shard:
 
 
 def find_config(folders: Iterable[Path], name: str = "config.json") -> Path | None:
-    """Return the path of the first ``name`` in ``folders``; None where there is none."""
+    """Return the path of the first ``name`` in ``folders``, or None if there is none."""
     return next((folder / name for folder in folders if (folder / name).is_file()), None)

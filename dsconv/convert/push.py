@@ -54,7 +54,7 @@ def push(
         commit_message: that of the commit (default: says where the model came from).
         check: compare the folder with its manifest.
         dry_run: push nothing, and report what would be pushed.
-        workers: the number of threads that read files (default: one a core, at most 8).
+        workers: the number of threads that read files (default: one per core, at most 8).
         progress: called with (phase, bytes done, bytes in all), from any thread.
 
     Raises:
@@ -116,7 +116,7 @@ def push(
 
 
 def prepare(repo: str, output: Path) -> None:
-    """Find out before a merge what would stop its push. Raises OutputError where the output is not on this disk."""
+    """Find out before a merge what would stop its push. Raises OutputError if the output is not on this disk."""
     check_repo(repo)
     if is_remote(output):
         raise OutputError(f"{output}: --push-to-hub pushes what lies on this disk; merge to a folder here")

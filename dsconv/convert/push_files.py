@@ -61,7 +61,7 @@ def open_model(folder: Path) -> Checkpoint:
     """Open the model in ``folder``, which may be the folder of a training checkpoint too.
 
     Raises:
-        DsconvError: what ``open_checkpoint`` raises; CheckpointNotFoundError where there is no folder of safetensors.
+        DsconvError: what ``open_checkpoint`` raises; CheckpointNotFoundError if there is no folder of safetensors.
     """
     if is_remote(folder):
         raise CheckpointNotFoundError(
@@ -119,7 +119,7 @@ def _left_out(path: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read ``dsconv.manifest.json``; None where there is none.
+    """Read ``dsconv.manifest.json``, or None if there is none.
 
     Raises:
         MalformedError: it is not what a merge writes.

@@ -58,7 +58,7 @@ class PushReport:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at a revision: its head (None where the repository has no such branch yet) and the files there."""
+    """A repository at a revision: its head (None if the repository has no such branch yet) and the files there."""
 
     repo: str
     revision: str | None
@@ -68,7 +68,7 @@ class Repository:
 
 
 def look(api: Any, repo: str, revision: str | None) -> Repository | None:
-    """Return the repository as it is; None where there is none, or none that this token may see."""
+    """Return the repository as it is, or None if there is none, or none that this token may see."""
     from huggingface_hub import errors
 
     try:

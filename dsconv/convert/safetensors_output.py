@@ -68,7 +68,7 @@ class SafetensorsOutput(Destination):
                 yield shard.filename, tensor.entry, Target(tensor.name, tensor.dtype, filled.write)
 
     def small_files(self, written: Written) -> Mapping[str, bytes]:
-        """Return the sidecars, the manifest, and the index where there are several shards."""
+        """Return the sidecars, the manifest, and the index if there are several shards."""
         self._report.note_copy(written.bytes_read, written.overflowed)
         small = {**self._sidecars, MANIFEST: self._manifest(written.digests)}
         return small if self._index is None else {**small, self._plan.index_name: self._index}

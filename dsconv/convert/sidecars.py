@@ -74,7 +74,7 @@ def find_sidecars(config_from: Path | None, folders: list[Path]) -> Sidecars:
 
 
 def require_readable(folder: Path, names: tuple[str, ...]) -> None:
-    """Raise MalformedError where one of the configurations ``names`` lies in ``folder`` and cannot be read."""
+    """Raise MalformedError if one of the configurations ``names`` lies in ``folder`` and cannot be read."""
     for name in names:
         if why := why_unread(folder / name, MAX_CONFIG_BYTES):
             raise MalformedError(
@@ -104,7 +104,7 @@ def _custom_code(config: Path) -> list[str]:
 
 
 def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> Any:
-    """Return the file's JSON; None where it holds none, must not be read, or is larger than ``limit_bytes``."""
+    """Return the file's JSON, or None if it holds none, must not be read, or is larger than ``limit_bytes``."""
     try:
         return json.loads(read_small(path, limit_bytes))
     except (CheckpointNotFoundError, OSError, ValueError, RecursionError):
@@ -112,11 +112,9 @@ def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> Any:
 
 
 def with_dtype(data: bytes, dtype: DType | None) -> bytes:
-    """Return a config.json that names the dtype of the weights beside it, so that from_pretrained loads them as they
-    are.
+    """Return a config.json with the dtype of the weights beside it, so that from_pretrained loads them unchanged.
 
-    Only a ``dtype`` or ``torch_dtype`` that is there is changed, also in nested configurations. The rest keeps its
-    meaning.
+    Only an existing ``dtype`` or ``torch_dtype`` is changed, also in nested configurations. The rest keeps its meaning.
     """
     if dtype is None:
         return data

@@ -1,4 +1,4 @@
-"""A file of an output while it is written: positioned writes, write-back, and one sync at its end."""
+"""A file of an output that is being written: positioned writes, write-back, and one sync at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import cast
 
 from dsconv.errors import OutputError
 
-SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h: start the write-back, do not wait
+SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h: start the write-back, do not wait
 # The page cache is filled in folios as large as a write allows, and where memory is fragmented the system first
 # compacts it for the largest: 8 MB writes took 0.2 to 1.1 s for 1.4 GB here (Linux 6.18, ext4), 256 KB ones 0.22 to 0.3
 # s.
@@ -53,7 +53,7 @@ class StagedFile:
                 write_at(descriptor, data, offset_bytes)
 
     def start_writeback(self) -> None:
-        """Have the system write to the disk what was written so far, without waiting for it."""
+        """Let the system start writing to disk what was written so far, without waiting for it."""
         with self._lock:
             if self._descriptor is not None:
                 _sync_file_range()(self._descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)

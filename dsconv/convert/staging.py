@@ -1,15 +1,16 @@
-"""Output on the disk that is whole or absent.
+"""Output on disk that is whole or absent.
 
 Everything is written to a hidden folder inside the target, synced, and renamed into place, the commit marker (the file
 that makes the folder an output) last. A run that is killed leaves the hidden folder, which the next run takes over. The
 lock on it belongs to the system, and goes with the process.
 
-Moving begins with one rename, which makes ``STARTED``: of the commit marker of an older output, if there is one. Before
-it the older output is whole, and what is new is removed when the run ends. After it the new output is whole too, in
-the hidden folder, and is the one that stays: the run, or the next one, finishes the renames. ``MOVING`` says which, and
-by which signatures (inode, size, time) the files are known, so that nothing is touched that somebody else put there.
+Moving begins with one rename, which makes ``STARTED``: that of the older output's commit marker, if there is one.
+Before this rename the older output is whole, and the new files are removed when the run ends. After it the new output
+is whole too, in the hidden folder, and is the one that stays: the run, or the next one, finishes the renames.
+``MOVING`` lists them, with the signatures (inode, size, time) of the files, so that files of others are never touched.
 
-All of it goes through ``folders.py``: no link is followed, and the hidden folder is cleared only of dsconv's own files.
+Everything goes through ``folders.py``: no link is followed, and only dsconv's own files are removed from the hidden
+folder.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ Signatures = dict[str, list[int] | None]
 
 
 def _is_name(name: object) -> bool:
-    """Return whether it names something that lies in a folder, and not elsewhere."""
+    """Return whether the name belongs inside the folder, and leads nowhere else."""
     return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
 
 
 @dataclass(frozen=True)
 class Move:
-    """The renames that put an output into place, by the signatures of the files.
+    """The renames that put an output into place, with the signatures of the files.
 
     Attributes:
-        obsolete: what goes before, the commit marker of the older output first.
-        new: what goes into the target, the commit marker last.
-        replaced: what had a name of ``new`` in the target, and is replaced by it.
+        obsolete: the files that are removed first, beginning with the older output's commit marker.
+        new: the files that move into the target, the commit marker last.
+        replaced: the files in the target that ``new`` replaces, under the same names.
     """
 
     obsolete: Signatures
@@ -59,12 +60,12 @@ class Move:
     replaced: Signatures
 
     def to_dict(self) -> dict[str, Signatures]:
-        """Return what ``MOVING`` holds: a later release reads it too, so the keys stay."""
+        """Return the content of ``MOVING``. Later releases read it too, so the keys must stay."""
         return {"gone": self.obsolete, "names": self.new, "there": self.replaced}
 
     @staticmethod
     def read(folder: Folder) -> Move | None:
-        """Return the move that was begun in a hidden folder and not finished; None where there is none."""
+        """Return the move that was begun in a hidden folder and not finished, or None if there is none."""
         try:
             found = json.loads(folder.read(MOVING, MAX_MOVING_BYTES))
             move = Move(found["gone"], found["names"], found["there"])
@@ -79,7 +80,7 @@ class Move:
 
 
 class Staging:
-    """The hidden folder of one run, in which an output of the disk is gathered. Use ``open_staging``."""
+    """The hidden folder of one run, in which an output on disk is gathered. Use ``open_staging``."""
 
     in_order = False
 
@@ -162,7 +163,7 @@ class Staging:
     def commit(
         self, names: Sequence[str], obsolete: Sequence[str], verify: Callable[[Path], None] | None = None
     ) -> None:
-        """Take away ``obsolete`` files and folders of the target, then move ``names`` into it in their order.
+        """Remove ``obsolete`` files and folders of the target, then move ``names`` into it in their order.
 
         Args:
             names: what was written, the commit marker last.
@@ -229,7 +230,7 @@ class Staging:
             ) from None
 
     def finish(self, move: Move) -> None:
-        """Do what is left of ``move`` once ``STARTED`` is there. Raises OSError, and may then be called again."""
+        """Do what is left of ``move`` once ``STARTED`` exists. Raises OSError, and may then be called again."""
         target, hidden = self._target, self._hidden
         waiting = [name for name in move.new if hidden.stat(name) is not None]
         if len(waiting) == len(move.new):
@@ -268,11 +269,11 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
     finally:
         if created:
             with contextlib.suppress(OSError):
-                target.rmdir()  # only when nothing was put there
+                target.rmdir()  # this works only if nothing was put there
 
 
 def _is_missing_or_debris(target: Path) -> bool:
-    """Return whether ``target`` is made by this run, or was made by one that was killed."""
+    """Return whether this run makes ``target``, or a killed one did."""
     try:
         return not target.exists() or os.listdir(target) == [STAGING]
     except OSError:
@@ -324,9 +325,9 @@ def recover_interrupted(target: Path) -> None:
 
 
 def finish_interrupted(target: Path) -> None:
-    """Finish what a killed run had begun to put into place in ``target``, which is to be read next.
+    """Finish what a killed run had begun to put into place in ``target``, before ``target`` is read.
 
-    Nothing else is touched: what a run left that had not begun to move its files stays until another one writes here.
+    Nothing else is touched: the files of a run that had not begun to move them stay until another run writes here.
     """
     if is_remote(target) or target.is_symlink() or not os.path.lexists(target / STAGING):
         return
@@ -348,7 +349,7 @@ def refuse_existing(target: Path, names: list[str], what: str, force: bool) -> N
 
 
 def debris(target: Path) -> set[str]:
-    """Return the names in ``target``, a folder of a store, that are parts of no output.
+    """Return the names in ``target``, a folder in a store, that do not belong to any output.
 
     A run that was killed while it put another output into place left them.
     """

@@ -1,4 +1,4 @@
-"""Under which of its names a tied weight is stored.
+"""Choose the name under which a tied weight is stored.
 
 transformers drops the names in a model's ``_tied_weights_keys`` when it saves, and looks for the other one when it
 loads (transformers ``modeling_utils.py``, ``remove_tied_weights_from_state_dict``). The table is read from the
@@ -21,7 +21,7 @@ def tied_keys(config: Path | None) -> tuple[str, ...]:
 
 
 def tied_pairs(config: Path | None) -> dict[str, str]:
-    """Return {name that transformers drops: name that it keeps}, where the architecture of ``config`` says both.
+    """Return {name that transformers drops: name that it keeps} if the architecture of ``config`` gives both.
 
     Some of them may be patterns.
     """

@@ -1,4 +1,4 @@
-"""A ``.pt`` as torch.save writes it, around bytes that are still to come.
+"""Write a ``.pt`` as torch.save does, around bytes that follow later.
 
 A ``TorchArchive`` lays the file out: its pickle, its zip records, and where each storage's bytes go. The caller puts
 those there in any order (a ``Streamed`` tensor) and then writes ``fixed``, which is everything else, with the CRC-32s
@@ -41,7 +41,7 @@ _NO_HOOKS = Call(Name("collections", "OrderedDict"), ())
 
 @dataclass(frozen=True)
 class Streamed:
-    """A contiguous tensor whose bytes are put into the file after it was laid out."""
+    """A contiguous tensor whose bytes are put into the file after its layout is fixed."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -144,7 +144,7 @@ class TorchArchive:
         """Yield (offset, bytes) of all but the streamed tensors, whose CRC-32s are given in their order."""
         given = iter(checksums)
         sums = [next(given) if record.data is None else crc32(record.data) for record in self._records]
-        start, together = 0, b""  # what follows each other is one write
+        start, together = 0, b""  # neighbouring parts become one write
         for record, checksum in zip(self._records, sums, strict=True):
             together += record.header(checksum) + (record.data or b"")
             if record.data is None:
@@ -171,7 +171,7 @@ class TorchArchive:
 
 
 def _tensor(tensor: SmallTensor | Streamed, key: str) -> Call:
-    """Return what makes the tensor again out of the storage ``key``."""
+    """Return the object that rebuilds the tensor from the storage ``key``."""
     strides: list[int] = []
     numel = 1
     for extent in reversed(tensor.shape):

@@ -1,9 +1,10 @@
-"""In which shape, and with which keys beside it, a parameter is written into a universal checkpoint.
+"""The shape in which a parameter is written into a universal checkpoint, and the keys beside it.
 
-The keys tell a loader of another tensor-parallel size how to cut it; also from one model-parallel rank, where nothing
-was joined, it wants them. Read from DeepSpeed ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``),
-``checkpoint/constants.py`` and ``checkpoint/universal_checkpoint.py`` (``load_hp_checkpoint_state``). A parameter that
-an affine map describes (AutoTP's all are) gets no key: AutoTP's loader cuts it by the map of its own layer.
+The keys tell a loader with another tensor-parallel degree how to cut the parameter. It needs them even if the source
+had one model-parallel rank and nothing was joined. Read from DeepSpeed ``checkpoint/ds_to_universal.py``
+(``merge_tp_slices``), ``checkpoint/constants.py`` and ``checkpoint/universal_checkpoint.py``
+(``load_hp_checkpoint_state``). A parameter that an affine map describes (AutoTP's all are) gets no key: AutoTP's loader
+cuts it by the map of its own layer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The files of a universal checkpoint: which states go where, in which form, and what the loader wants besides.
+"""The files of a universal checkpoint: which states go where, in which form, and what else the loader needs.
 
 Read from DeepSpeed: ``checkpoint/ds_to_universal.py`` (names of files, keys of a state's file), and what the
 loaders ask for, ``checkpoint/universal_checkpoint.py`` and ``runtime/base_optimizer.py`` (stages 1 and 2: a dict with
-``param``, a ``step.pt`` a parameter, ``param_groups`` and ``ds_version`` in ``zero/optimizer_state.pt``),
+``param``, a ``step.pt`` per parameter, ``param_groups`` and ``ds_version`` in ``zero/optimizer_state.pt``),
 ``runtime/zero/stage3.py`` (``load_hp_checkpoint_state_from_checkpoint_dir_stage3``: a dict or a bare tensor,
 ``optimizer_state_dict`` with a step and ``param_groups``), ``runtime/engine.py`` (``_get_all_ckpt_names``: the model
 states by the name of the loading stage). All of that is written, so that any stage loads the result; the official
@@ -40,7 +40,7 @@ MAX_NAME_BYTES = 255 - len("/exp_avg_sq.pt")
 
 @dataclass(frozen=True)
 class StateFile:
-    """``zero/<parameter>/<state>.pt``. ``entry`` is streamed into it, as ``dtype``; None where nothing is streamed."""
+    """``zero/<parameter>/<state>.pt``. ``entry`` is streamed into it, as ``dtype``; None if nothing is streamed."""
 
     path: str
     archive: TorchArchive
@@ -64,7 +64,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class UniversalPlan:
-    """All that a universal checkpoint consists of. ``links`` are {second name of a model-states file: its name}."""
+    """The whole content of a universal checkpoint. ``links`` is {second name of a model-states file: its name}."""
 
     states: tuple[StateFile, ...]
     models: tuple[ModelFile, ...]
@@ -105,9 +105,8 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
         UnsafeError: a parameter's name cannot be a file's name.
         UnsupportedError: the format has no place for something that the checkpoint holds.
     """
-    uncut = (
-        checkpoint.world.get("model_parallel", 1) == 1
-    )  # a dict says how to cut; releases that read no dicts never cut
+    # A dict says how to cut; releases that read no dicts never cut.
+    uncut = checkpoint.world.get("model_parallel", 1) == 1
     flat = training.stage == 3 and uncut and _version(training.deepspeed_version) < READS_DICTS
     files: list[StateFile] = []
     for name, states in training.states.items():
@@ -157,9 +156,8 @@ def _settings(training: Training) -> dict[str, Any]:
     settings = {**training.settings, "param_groups": training.param_groups}
     if isinstance(settings.get("group_paddings"), list):
         settings["group_paddings"] = [0] * len(settings["group_paddings"])  # the states are written without
-    if (
-        training.stage == 0
-    ):  # the reader's own sign that the model states list no parameters; DeepSpeed looks at the rest only
+    # The reader's own sign that the model states list no parameters; DeepSpeed looks at the rest only.
+    if training.stage == 0:
         settings["zero_stage"] = 0
     if training.deepspeed_version is not None:
         settings.setdefault("ds_version", training.deepspeed_version)

@@ -82,8 +82,8 @@ def to_universal(
         dry_run: write nothing, and report the plan.
         verify_output: read the output back and compare every byte, before it counts.
         force: replace a universal checkpoint that ``output`` already holds.
-        fsync: have the output on the disk before it counts as written.
-        workers: the number of copying threads (default: one a core, at most 8).
+        fsync: have the output on disk before it counts as written.
+        workers: the number of copying threads (default: one per core, at most 8).
         progress: called with (phase, bytes done, bytes in all), from any thread.
 
     Returns:

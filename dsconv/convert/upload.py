@@ -1,10 +1,10 @@
-"""Output into a store (``s3://bucket/model``): whole or absent there too, in memory of a few blocks.
+"""Output to a store (``s3://bucket/model``), also whole or absent, with a few blocks of memory.
 
-Files go up from their first byte to their last, a few at once, and are not to be seen until all of them are complete
-and every source record has passed its checksum. Then they are put into place, the commit marker last, as on the disk
+Files are uploaded from their first byte to their last, a few at once, and stay invisible until all of them are complete
+and every source record has passed its checksum. Then they are put into place, the commit marker last, as on disk
 (``staging.py``). A run that is killed leaves nothing that looks like an output: on S3, parts of an upload that was
 never completed, which a lifecycle rule clears away; elsewhere, files in ``.dsconv-partial/``, which the next run
-removes. Two runs into one folder are not kept apart: stores have no locks.
+removes. Nothing prevents two runs into one folder, since stores have no locks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ READ_ONLY = ("http", "https", "hf")
 
 
 class StoreFile:
-    """A file on its way into a store, which takes bytes from the first to the last."""
+    """A file that is being uploaded to a store, which takes bytes from the first to the last."""
 
     def __init__(self, store: Any, url: str, nbytes: int, hashed: bool) -> None:
         self.digest = hashlib.sha256() if hashed else None
@@ -63,7 +63,7 @@ class StoreFile:
         self._writer = None
 
     def close(self) -> None:
-        """Do nothing: what was not committed is discarded when the upload ends."""
+        """Do nothing: files that were not committed are discarded when the upload ends."""
 
     def discard(self) -> None:
         """Leave nothing of the file in the store, unless it was committed."""

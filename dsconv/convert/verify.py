@@ -24,7 +24,7 @@ from dsconv.errors import UsageError
 
 @dataclass
 class Difference:
-    """One tensor that differs. ``element`` is the index of the first element that differs, where there is one."""
+    """One tensor that differs. ``element`` is the index of the first element that differs, if there is one."""
 
     name: str
     what: str

@@ -64,7 +64,7 @@ class WatchedRun:
         """Refuse what is no run's folder.
 
         Raises:
-            CheckpointNotFoundError: it is not there, or is one checkpoint of a run.
+            CheckpointNotFoundError: it is missing, or is one checkpoint of a run.
         """
         if not self.folder.is_dir():
             raise CheckpointNotFoundError(

@@ -1,6 +1,6 @@
 """The writer behind every output: merge, to-universal and to-dcp hand it a ``Destination``, and it does the rest.
 
-It refuses an output that is there already, opens the place (a folder of the disk or of a store; only ``open_place``
+It refuses an output that is there already, opens the place (a folder on disk or of a store; only ``open_place``
 knows which), creates the files, runs the copy, tells of its progress, keeps the disk busy, syncs each file once its
 last byte has arrived, checks the source records, and puts everything into place, the commit marker last.
 """
@@ -48,9 +48,9 @@ class WriteOptions:
 
     Attributes:
         force: replace an older output.
-        fsync: have the output on the disk before it counts; None is yes. A store takes None only.
+        fsync: have the output on disk before it counts; None is yes. A store takes None only.
         sha256: compute the sha256 of each file.
-        workers: the number of copying threads; None is one a core, at most 8, and 8 where the source is in a store.
+        workers: the number of copying threads; None is one per core, at most 8, and 8 where the source is in a store.
         progress: called with (phase, bytes done, bytes in all), from any thread.
     """
 
@@ -73,7 +73,7 @@ def write(
     Args:
         destination: what to write.
         checkpoint: the source, by whose signatures changes of its files are noticed.
-        target: the folder, on the disk or in a store.
+        target: the folder, on disk or in a store.
         options: how to write.
         verify: reads back what was written into a folder and raises MismatchError where it differs.
 
@@ -136,7 +136,7 @@ def refusal(destination: Destination, target: Path, force: bool) -> list[str]:
 
 @contextlib.contextmanager
 def open_place(target: Path, fsync: bool | None) -> Iterator[Place]:
-    """Open the folder ``target`` of the disk or of a store for one run. What was not committed is gone at the end.
+    """Open the folder ``target`` on disk or of a store for one run. What was not committed is gone at the end.
 
     Raises:
         OutputError: another run is at work there, or it cannot be written to.

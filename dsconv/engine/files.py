@@ -21,7 +21,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace ``path`` in one step; the data is on the disk when this returns.
+    """Replace ``path`` in one step; the data is on disk when this returns.
 
     Raises:
         OutputError: a link has the name of the file, or the system refuses.
@@ -39,7 +39,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file that the engine wrote.
 
     Raises:
-        CheckpointNotFoundError: There is no such file, or it is not a regular one.
+        CheckpointNotFoundError: The file does not exist, or it is not a regular one.
         MalformedError: It is larger than any such file, or holds no JSON object.
     """
     try:

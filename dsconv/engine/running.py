@@ -80,9 +80,8 @@ def train(options: RunOptions, *, stop_after: int | None = None, progress: Progr
     _lint(options)
     run = Path(options.output_dir)
     if _leads():
-        if (run / METRICS).exists() or checkpoints.steps(
-            run
-        ):  # a run that failed before its first step may be repeated
+        # A run that failed before its first step may be repeated.
+        if (run / METRICS).exists() or checkpoints.steps(run):
             raise OutputError(
                 f"{run} already holds a run: resume it with `dsconv resume {run}`, or give another --output-dir"
             )

@@ -230,9 +230,8 @@ class _StopFlag:
 
     def __init__(self, run: Path, launcher: int | None) -> None:
         self._file = run / STOP
-        self._launcher = (
-            os.pidfd_open(launcher) if launcher is not None else None
-        )  # readable once that process has ended
+        # Readable once that process has ended.
+        self._launcher = os.pidfd_open(launcher) if launcher is not None else None
         self._signalled = False
         with contextlib.suppress(ValueError):  # not the main thread
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -42,11 +42,7 @@ def load_tp(
         model_class: The class to build, as for ``load_zero3``.
         config: The configuration, as for ``load_zero3``.
         dtype: The dtype of the weights; by default the configuration's, else the checkpoint's.
-        strict: Require every tensor to match.
-        ignore_mismatched_sizes: Initialise tensors whose shapes differ, instead of raising.
-        tag: The checkpoint to read, if ``source`` holds several.
-        workers: Reading threads.
-        progress: Called with ("load", bytes done, bytes in all), from any thread.
+        strict, ignore_mismatched_sizes, tag, workers, progress: As for ``load_zero3``.
 
     Returns:
         The model in evaluation mode; ``model.load_report`` is the ``LoadReport``.

@@ -1,8 +1,8 @@
 """Estimate the activations that a decoder keeps for its backward pass.
 
-Korthikanti et al. (arXiv 2205.05198) count s·b·h·(34 + 5·a·s/h) bytes a layer of GPT in 16 bits. Flash attention, which
-torch's sdpa and FlashAttention run, keeps q, k, v, the output and one fp32 number a row and head in place of the 5·a·s²
-term. The rest is counted here in the same way for transformers' own modules, whose norms are not fused, without
+Korthikanti et al. (arXiv 2205.05198) count s·b·h·(34 + 5·a·s/h) bytes for a layer of GPT in 16 bits. Flash attention,
+which torch's sdpa and FlashAttention run, keeps q, k, v, the output and one fp32 number a row and head in place of the
+5·a·s² term. The rest is counted here in the same way for transformers' own modules, whose norms are not fused, without
 dropout.
 """
 

@@ -46,7 +46,7 @@ class DSConfig:
                 Hjson, as DeepSpeed's own reader allows, if the package hjson is installed.
 
         Raises:
-            CheckpointNotFoundError: There is no such file.
+            CheckpointNotFoundError: The file does not exist.
             MalformedError: The text is not a JSON object.
         """
         if isinstance(source, DSConfig):

@@ -211,7 +211,7 @@ SECTIONS: dict[str, Section] = {
         shared_experts_pattern shared_experts_gate_pattern expert_activation""",
     ),
 }  # fmt: skip
-SECTIONS["bfloat16"] = SECTIONS["bf16"]  # the old name, read where there is no bf16 (runtime/precision_config.py)
+SECTIONS["bfloat16"] = SECTIONS["bf16"]  # the old name, read if there is no bf16 (runtime/precision_config.py)
 SECTIONS["tensor_parallel.tensor_parallel"] = SECTIONS["tensor_parallel.tp"]
 
 # What DeepSpeed refuses with "has been removed" (runtime/config.py _REMOVED_TOP_LEVEL_CONFIG_KEYS,

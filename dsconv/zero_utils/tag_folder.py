@@ -105,10 +105,10 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
         tag: The tag that the user named, or None for the one that ``latest`` names.
 
     Returns:
-        The tag's folder; None where there is nothing of DeepSpeed.
+        The tag's folder, or None if there is nothing of DeepSpeed.
 
     Raises:
-        CheckpointNotFoundError: The tag is not there, or there are several and none was chosen.
+        CheckpointNotFoundError: The tag is missing, or there are several and none was chosen.
         MalformedError: ``latest`` does not hold the name of a tag.
         InconsistentCheckpointError: Two files claim to be of the same rank.
     """

@@ -1,4 +1,4 @@
-"""What every format does with the entries that it found: unwrap their names, and refuse a model without its weights."""
+"""Check the entries of every format: unwrap their names, and refuse a model without its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsconv.errors import MalformedError
 from dsconv.zero_utils.tag_folder import holds_states
 
 RANK_FILE = re.compile(r"((?:.*[_.-])?)rank[_-]?(\d+)\.(pt|pth|bin)")  # one rank's file of a plain script
-# ZeRO-3 keeps small parameters whole (stage3_param_persistence_threshold), so some weights of a hollow file are there.
+# ZeRO-3 keeps small parameters whole (stage3_param_persistence_threshold), so a hollow file still has some weights.
 HOLLOW_SHARE = 5
 
 

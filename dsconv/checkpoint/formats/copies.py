@@ -1,4 +1,4 @@
-"""Whether two copies of a tensor are the same, by the checksums that their files hold, where these can tell."""
+"""Compare two copies of a tensor by the checksums in their files, or by their bytes if those do not tell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 
 BLOCK_BYTES = 1 << 20
-# A larger copy is compared by WINDOWS blocks that are spread over it: opening a checkpoint must not read a model.
+# A larger copy is compared by WINDOWS blocks spread over it, since opening a checkpoint must not read a whole model.
 WHOLE_BYTES = 64 << 20
 WINDOWS = 64
 
@@ -19,8 +19,8 @@ WINDOWS = 64
 def same_bytes(a_file: TorchFile, a: TensorRef, b_file: TorchFile, b: TensorRef) -> bool:
     """Return whether two tensors hold the same bytes, by the CRC-32s of the records that they lie in.
 
-    The tensors' own bytes are read only where the records hold more than the tensors and differ. Tensors of files
-    without checksums count as the same: the caller warns of such files.
+    The tensors' own bytes are read only if the records hold more than the tensors and differ. Tensors in files without
+    checksums count as the same; the caller warns about such files.
     """
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
@@ -54,9 +54,9 @@ def _read_and_compare(a_file: TorchFile, a: TensorRef, b_file: TorchFile, b: Ten
 def same(a: TensorEntry, a_start: int, b: TensorEntry, b_start: int, numel: int, sources: Sources) -> bool:
     """Return whether ``numel`` flat elements of ``a`` and ``b`` are equal, byte for byte.
 
-    Two whole records with checksums are compared by those. Otherwise the bytes are compared: all of up to 64 MB, and of
-    more than that 64 blocks of 1 MB, the first and the last among them. What is merged is rank 0's copy, so a
-    difference that hides from this changes nothing that is written.
+    Two whole records with checksums are compared by those. Otherwise the bytes are compared: all of them up to 64 MB,
+    and beyond that 64 blocks of 1 MB, the first and the last among them. A merge takes rank 0's copy, so a difference
+    that is missed changes nothing in the output.
 
     Args:
         a: One tensor.

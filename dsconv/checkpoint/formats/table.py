@@ -53,7 +53,7 @@ class Format(Protocol):
         Raises:
             CheckpointNotFoundError: There is no checkpoint of that tag, or no such item.
             SeveralModelsError: There are several models, and ``item`` is None.
-            MissingShardError: A file that the checkpoint needs is not there.
+            MissingShardError: A file that the checkpoint needs is missing.
             MalformedError: A file is damaged, or is not what its name says.
             InconsistentCheckpointError: The files are not from one save.
             UnsupportedError: The format has a feature that dsconv does not read.

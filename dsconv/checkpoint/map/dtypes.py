@@ -32,7 +32,7 @@ class DType:
         return [*shape[:-1], shape[-1] // nbytes * elements] if self.packed != (1, 1) else list(shape)
 
     def map_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the shape of a safetensors header as the map has it; None where a row does not end with a byte."""
+        """Return the shape of a safetensors header as the map has it; None if a row does not end with a byte."""
         elements, nbytes = self.packed
         if self.packed == (1, 1):
             return shape

@@ -1,4 +1,4 @@
-"""Which part of a tensor a rank of a device mesh holds: torch's own rule, as regions.
+"""The part of a tensor that a rank of a device mesh holds: torch's own rule, as regions.
 
 Placements are one for each dimension of the mesh and are applied from the first to the last: each cuts what the ones
 before it left. ``Shard`` cuts as torch.chunk does: ceil(n / parts) indices each, so that the last parts are smaller or
@@ -70,7 +70,7 @@ def region_in_order(
 ) -> Region | None:
     """Return the same, each dimension cut in the order of the mesh's dimensions that the split factors encode.
 
-    Returns None where they encode no order. It equals ``local_region`` without split factors, and where all sizes are
+    Returns None if they encode no order. It equals ``local_region`` without split factors, and where all sizes are
     even.
     """
     region = [_all(size) for size in shape]

@@ -1,7 +1,7 @@
 """Regions: which elements of a full tensor a shard holds if they are not one run of it.
 
 A region is, for each dimension, a sorted list of disjoint intervals [start, stop) of indices; it holds the elements
-whose every index lies in one of them, in row-major order. A box has one interval a dimension; a tensor-parallel shard
+whose every index lies in one of them, in row-major order. A box has one interval per dimension; a tensor-parallel shard
 of fused projections, or of a dimension that FSDP and TP both cut, has several. Its order is the full tensor's order
 with elements left out, so a run of the full tensor is always one run of the shard: that is what lets a copy read each
 byte once.
@@ -21,7 +21,7 @@ from dsconv.text import quote
 Interval = tuple[int, int]
 Region = tuple[tuple[Interval, ...], ...]
 Shape = tuple[int, ...]
-Sizes = tuple[int, ...]  # the sizes of a box, one a dimension, or its offsets
+Sizes = tuple[int, ...]  # the sizes of a box, one per dimension, or its offsets
 
 UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # numpy's types to move elements of so many bytes
 MAX_SLABS = 4_000_000  # of a proof; a real mesh of 1,000 × 1,000 ranks needs two million

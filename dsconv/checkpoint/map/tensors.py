@@ -77,7 +77,7 @@ class ProvenLayout(ABC):
     """A layout of so many pieces that they are counted, and proved to tile, by arithmetic instead of one by one.
 
     ``group`` is the files in which all of them lie. In each file, the layouts of a group lie in the order of ``begin``.
-    It is None where other tensors share the records.
+    It is None if other tensors share the records.
     """
 
     begin: int

@@ -42,7 +42,7 @@ class SubParams:
 class ShardRule:
     """How tensor parallelism cuts a parameter, by what the trainer saved. A loader of another degree must know it.
 
-    ``dim`` is the dimension that is cut; None where none is, or where the layer has a rule of its own. ``halves`` says
+    ``dim`` is the dimension that is cut, or None if none is, or where the layer has a rule of its own. ``halves`` says
     that two parts of equal width are cut, each by itself; ``parts``, any number of them. ``view`` is the shape that was
     cut, several dimensions of which may be one of the parameter's. ``vocabulary`` says that rows may be padded, and
     ``rows`` how many are not padding.
@@ -78,7 +78,7 @@ class Training:
         counters: Makes the engine's own counters (global_steps, global_samples, skipped_steps, and the state of the
             lr_scheduler), as far as the model states have them; it may raise UnsupportedError.
         cut: Tells how a parameter is cut, by its name; it may raise UnsupportedError or MalformedError.
-        deepspeed_version: The release that saved it; None where that is not known.
+        deepspeed_version: The release that saved it, or None if that is not known.
         stored: What the trainer's module calls each parameter that has a wrapper in its name there
             (``map/renaming.py``).
         warnings: What was found on the way.

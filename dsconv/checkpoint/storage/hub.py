@@ -156,7 +156,7 @@ class HubRoot:
         self._note_revision(sha)
 
     def name_of(self, path: Path) -> str | None:
-        """Return the name of a path within the repository; None where it lies outside."""
+        """Return the name of a path within the repository; None if it lies outside."""
         try:
             return PurePath(path).relative_to(PurePath(self.path)).as_posix()
         except ValueError:
@@ -275,7 +275,7 @@ def explain_absence(url: str) -> None:
     """Raise the error that ``org/model`` gives where nothing lies at ``hf://org/model``: fsspec hides the reason.
 
     Raises:
-        RemoteError: The repository is private, gated or not there, or has no such revision.
+        RemoteError: The repository is private, gated or missing, or has no such revision.
     """
     parts = url.removeprefix(SCHEME).split("/")
     if not url.startswith(SCHEME) or len(parts) < 2 or _offline():

@@ -173,7 +173,7 @@ def open_for_reading(path: Path) -> OpenFile:
         path: A path of the local disk, or one that a root handed out.
 
     Raises:
-        CheckpointNotFoundError: There is no such file, or it is not a regular one.
+        CheckpointNotFoundError: The file does not exist, or it is not a regular one.
         MalformedError: The system cannot open it; the message has the system's reason.
         RemoteError: A store or the Hub cannot be reached.
     """
@@ -189,7 +189,7 @@ def read_small(path: Path, limit_bytes: int = MAX_SMALL_BYTES) -> bytes:
 
     Raises:
         MalformedError: The file is larger, or cannot be read.
-        CheckpointNotFoundError: There is no such file, or it is not a regular one.
+        CheckpointNotFoundError: The file does not exist, or it is not a regular one.
         UnsafeError: A link on the way leaves the checkpoint.
         RemoteError: A store or the Hub cannot be reached.
     """
@@ -222,7 +222,7 @@ def stat_signature(path: Path) -> Signature | None:
         found: Signature | None = asks_itself()
         return found
     try:
-        return _signature(os.stat(path))  # noqa: PTH116 - of the disk, also where the Hub would answer for the path
+        return _signature(os.stat(path))  # noqa: PTH116 - on disk, also where the Hub would answer for the path
     except OSError:
         return None
 
@@ -271,7 +271,7 @@ def why_unread(path: Path, limit_bytes: int) -> str:
         return ""
     if stat.S_ISLNK(found.st_mode):
         try:
-            found = os.stat(path)  # noqa: PTH116 - of the disk, also where the Hub would answer for the path
+            found = os.stat(path)  # noqa: PTH116 - on disk, also where the Hub would answer for the path
         except OSError:
             return "it is a link that leads nowhere"
     return f"it is {kind_of(found)}"

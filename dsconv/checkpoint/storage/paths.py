@@ -52,7 +52,7 @@ class Bounds:
         return file
 
     def _real(self, path: Path) -> str | None:
-        """Return the file that ``path`` leads to; None where every link may be followed."""
+        """Return the file that ``path`` leads to, or None if every link may be followed."""
         if self._follow_links:
             return None
         folder, base = self._folder(path.parent)
@@ -105,7 +105,7 @@ class SourcePath(PosixPath):
         return LocalFile(self) if self.bounds is None else self.bounds.open(self)
 
     def first_signature(self) -> Signature | None:
-        """Return the signature that the file had when it was first opened; None where it was not."""
+        """Return the signature that the file had when it was first opened; None if it was not."""
         return None if self.bounds is None else self.bounds.signatures.get(self)
 
     def read_bytes(self) -> bytes:

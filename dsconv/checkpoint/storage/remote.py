@@ -243,7 +243,7 @@ class RemoteFile(OpenFile):
 
 
 def store_of(url: str) -> Store:
-    """Return the store that serves a URL. Raises UnsupportedError where no installed library reads such URLs."""
+    """Return the store that serves a URL. Raises UnsupportedError if no installed library reads such URLs."""
     protocol = url.partition("://")[0]
     try:
         import fsspec

@@ -20,7 +20,7 @@ from dsconv.errors import DsconvError, RemoteError
 T = TypeVar("T")
 FIRST_WAIT_SECONDS = 0.25  # doubled after each try, and varied, so that workers do not all come back at once
 PATIENCE_SECONDS = 300  # since the first try; a later failure is the last
-PARTIAL = ".dsconv-partial"  # the folder for files that are not whole yet, as on the disk
+PARTIAL = ".dsconv-partial"  # the folder for files that are not whole yet, as on disk
 DEFERS = {"s3", "s3a"}  # stores that show an upload once it is completed, and whose library lets the caller do that
 PART_BYTES = 16 << 20  # a part of an upload; those in flight are held in memory
 MAX_PARTS = 9_000  # S3 takes 10,000
@@ -61,7 +61,7 @@ class Store:
         self.fs = fs
 
     def stat(self, url: str) -> Stat | None:
-        """Return what lies at a URL; None where there is nothing."""
+        """Return what lies at a URL, or None if there is nothing."""
 
         def info() -> Stat | None:
             self.fs.invalidate_cache()
@@ -77,7 +77,7 @@ class Store:
         return self.stat(url)
 
     def list(self, url: str) -> dict[str, Stat]:
-        """Return {name: what it is} of a folder; empty where there is no such folder."""
+        """Return {name: what it is} of a folder; empty if there is no such folder."""
 
         def names() -> dict[str, Stat]:
             self.fs.invalidate_cache()
@@ -97,7 +97,7 @@ class Store:
         return self.attempt(url, lambda: bytes(self.fs.cat_file(url, start=start, end=stop, **options)))
 
     def require_ranges(self, url: str) -> None:
-        """Raise RemoteError where the store cannot give parts of a file."""
+        """Raise RemoteError if the store cannot give parts of a file."""
 
     def read_all(self, url: str, limit_bytes: int) -> bytes:
         """Return the content of a small file. Raises MalformedError for one of more than ``limit_bytes``."""

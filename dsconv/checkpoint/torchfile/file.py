@@ -17,7 +17,7 @@ from dsconv.errors import MalformedError, UnsupportedError
 from dsconv.text import quote
 
 MAX_KNOWN = 4096  # pickles of a few hundred bytes each
-# The most bytes of a tensor that repeats its storage (torch's expand). A file of 2 kB can name one of any size.
+# The limit for a tensor that repeats its storage (torch's expand). A file of 2 kB can name one of any size.
 MAX_EXPANDED_BYTES = 64 << 20
 
 KnownPickles = dict[bytes, tuple[TensorRef, dict[str, int]]]
@@ -49,13 +49,13 @@ class TorchFile:
         Args:
             path: The file.
             span: The part of a larger file that is the ``.pt``, such as one item of a ``.distcp``.
-            known: Pickles that were read before. Many small files hold the same pickle: its object is kept there and
-                only the storages of the next file are looked up.
+            known: Pickles that were read before. Many small files hold the same pickle: its object is kept
+                here, and only the storages of the next file are looked up.
             may_hold_unread: Whether tensors that dsconv does not read may stand beside the weights. They become an
                 ``UnreadTensor``, so the caller must refuse one in the place of a weight.
 
         Raises:
-            CheckpointNotFoundError: There is no such file.
+            CheckpointNotFoundError: The file does not exist.
             MalformedError: The file is empty, truncated, corrupt, or not written by torch.save.
             UnsupportedError: It is compressed, big-endian, or holds tensors of a kind that dsconv does not read.
             UnsafeError: It calls what no checkpoint needs, or two readers could read it differently.

@@ -1,4 +1,4 @@
-"""Read torch's older file format, which has no zip. torch.save wrote it before 1.6, and still does when asked.
+"""Read torch's older file format, which is not a zip. torch.save wrote it before 1.6, and still does on request.
 
 Five pickles follow each other: a magic number, the protocol's version, the machine's properties, the object, and the
 keys of its storages in order. Then comes each storage: its number of elements in eight bytes, and its bytes. There are
@@ -32,7 +32,7 @@ def is_legacy(file: OpenFile) -> bool:
 
 
 def storage_of(pid: Any, path: Any) -> StorageRef:
-    """Return the storage that a persistent id means, in either format.
+    """Return the storage of a persistent id, in either format.
 
     Args:
         pid: What the pickle gives as the persistent id.
@@ -56,7 +56,7 @@ def storage_of(pid: Any, path: Any) -> StorageRef:
 
 @dataclass
 class Pickles:
-    """What the pickles at the start of a file say.
+    """The content of the pickles at the start of a file.
 
     Attributes:
         root: The object that was saved.
@@ -126,7 +126,7 @@ def _pickles(file: OpenFile) -> Pickles:
     while True:
         try:
             return _parse(file, file.read(0, nbytes))
-        except MalformedError:  # the start of a file is a truncated pickle until enough of it is there
+        except MalformedError:  # the start of a file is a truncated pickle until enough of it has been read
             if nbytes == limit:
                 raise
         nbytes = min(limit, nbytes * 8)

@@ -3,8 +3,9 @@
 ``torch.save`` writes an uncompressed zip whose records are aligned to 64 bytes (torch
 ``torch/utils/serialization/config.py``, ``save.storage_alignment``), zip64 when large. The directory at the end is the
 authority. Each local header is read too, since its name and extra field may differ in length from the directory's.
-Whatever torch.save does not do is refused: compression, encryption, duplicate or odd names, records that overlap, bytes
-before or after the zip, two directories that disagree. Where readers of one file can differ, one of them is deceived.
+Everything that torch.save never writes is refused: compression, encryption, duplicate or odd names, overlapping
+records, bytes before or after the zip, and directories that disagree. If two readers see different files, one of them
+is deceived.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def open_archive(file: OpenFile) -> Archive:
         name, crc32, nbytes, header_offset, position = _read_central(directory, position, path)
         root, inner = _split_name(name, path)
         roots.add(root)
-        # torch looks names up without regard to case (miniz 3.0 ``mz_zip_reader_locate_file`` without flags).
+        # torch ignores case when it looks up names (miniz 3.0 ``mz_zip_reader_locate_file`` without flags).
         if inner.lower() in lowered:
             raise UnsafeError(
                 f"{path}: the zip has two records named {safe_repr(name)}; refused: readers differ on which one counts"
@@ -112,7 +113,7 @@ def open_archive(file: OpenFile) -> Archive:
     for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
             raise UnsafeError(f"{path}: zip records {safe_repr(name)} and {safe_repr(other)} overlap; refused")
-    # torch serialization.py _is_zipfile looks at a file's first bytes, and unpickles what does not begin as a zip.
+    # torch serialization.py _is_zipfile looks at a file's first bytes, and unpickles files that do not begin as a zip.
     if spans and spans[0][0]:
         raise UnsafeError(
             f"{path}: {spans[0][0]} bytes lie before the zip's first record; refused: readers differ on what such a"
@@ -168,14 +169,14 @@ def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
 def _read_end64(file: OpenFile, locator: bytes, expected_offset: int, narrow: list[int]) -> tuple[int, int, int]:
     """Return the number of records, the bytes of the directory and its offset from the zip64 end.
 
-    Python's zipfile looks for the zip64 end right before its locator, and torch where the locator says. So it must be
-    there by both (CPython 3.11 ``zipfile.py`` ``_EndRecData64``, miniz 3.0 ``mz_zip_reader_read_central_dir``).
+    Python's zipfile looks for the zip64 end right before its locator, and torch where the locator says. Both must find
+    the same one (CPython 3.11 ``zipfile.py`` ``_EndRecData64``, miniz 3.0 ``mz_zip_reader_read_central_dir``).
 
     Args:
         file: The file.
         locator: The bytes of the locator.
         expected_offset: Where a zip64 end begins that touches the locator.
-        narrow: The same three numbers as the zip's other end says them, or "see zip64".
+        narrow: The same three numbers from the zip's other end, or "see zip64".
     """
     path = file.path
     _, disk, offset, disks = END64_LOCATOR.unpack(locator)
@@ -270,7 +271,7 @@ def _split_name(name: str, path: Path) -> tuple[str, str]:
 
 
 def _header_bytes(header: bytes, path: Path, header_offset: int, name: str, nbytes: int) -> int:
-    """Return the length of a record's own header, which must agree with the directory as far as it says anything."""
+    """Return the length of a record's own header. All fields that are set must agree with the directory."""
     encoded = name.encode()
     fields = LOCAL.unpack_from(header)
     if fields[0] != b"PK\x03\x04":

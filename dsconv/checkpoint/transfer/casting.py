@@ -1,9 +1,9 @@
 """Cast blocks of elements from one floating dtype to another: once, to nearest even, with numpy.
 
-Casting needs no torch, whose import takes longer than most merges. numpy has no bfloat16, so its bits are computed.
-The results are torch's bit for bit (torch, ``c10/util/BFloat16.h`` and the vectorized casts of
-``aten/src/ATen/cpu/vec``), NaN and subnormal values included, with one exception that is meant: float64 is rounded
-straight to 16 bits. torch rounds it to float32 first, and so twice.
+Casting needs no torch, whose import takes longer than most merges. numpy has no bfloat16, so its bits are computed. The
+results are torch's bit for bit (torch, ``c10/util/BFloat16.h`` and the vectorized casts of ``aten/src/ATen/cpu/vec``),
+NaN and subnormal values included, with one deliberate exception: float64 is rounded straight to 16 bits. torch rounds
+it to float32 first, and thus twice.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 CASTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
-CHUNK = 1 << 16  # elements that are cast at once: what they need stays in a core's own cache
+CHUNK = 1 << 16  # elements that are cast at once; they fit in a core's own cache
 SIGN, MAGNITUDE = 0x8000_0000, 0x7FFF_FFFF
 INFINITY = 0x7F80_0000  # of float32; larger magnitudes are NaN
 BF16_OVERFLOW = 0x7F7F_8000  # the smallest float32 that rounds to an infinite bfloat16
 F16_OVERFLOW = 0x477F_F000  # 65520.0, the smallest float32 that rounds to an infinite float16
 F16_NORMAL = 0x3880_0000  # 2**-14, the smallest normal float16
-# What torch makes of a NaN that becomes bfloat16: its vectorized casts of float32 and float64 set all bits,
-# its cast of float16 does not.
+# torch's bfloat16 NaN: the vectorized casts of float32 and float64 set all bits, and the cast of float16 does not.
 VECTORIZED_NAN, PLAIN_NAN = 0xFFFF, 0x7FC0
 
 
 def output_dtype(stored: DType, wanted: DType | None) -> DType:
-    """Return what a tensor is written as.
+    """Return the dtype that a tensor is written in.
 
     Floats of 16 bits and more are cast to ``wanted``, if it is given; integers, bools and fp8 never are.
     """
@@ -36,7 +35,7 @@ def output_dtype(stored: DType, wanted: DType | None) -> DType:
 
 
 class Caster:
-    """Casts blocks into a buffer of its own. Each thread has one."""
+    """Cast blocks into its own buffer. Each thread has one."""
 
     def __init__(self) -> None:
         self._out = bytearray()
@@ -165,7 +164,7 @@ def _to_float16(bits: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> int:
 
 
 def _cast_with_torch(data: memoryview, source: DType, room: memoryview, target: DType) -> int:
-    """Cast between dtypes of which one is no float of 16 bits or more, as a model may ask of a loader."""
+    """Cast from or to a dtype that is not a float of 16 bits or more, which a model may need in a loader."""
     import torch
 
     values = torch.frombuffer(data, dtype=getattr(torch, source.name))

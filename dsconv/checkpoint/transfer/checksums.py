@@ -1,6 +1,6 @@
 """CRC-32s that are computed block by block, in any order, and combined as blocks become neighbours.
 
-The CRC-32 of zlib-ng runs at some 20 GB/s a core (measured), so checking every byte of a copy costs a few percent.
+The CRC-32 of zlib-ng runs at about 20 GB/s per core (measured), so checking every byte of a copy costs a few percent.
 """
 
 from __future__ import annotations

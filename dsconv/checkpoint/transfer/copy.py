@@ -26,13 +26,13 @@ from dsconv.checkpoint.transfer.reading import Part, Sources, gather_view, parts
 from dsconv.errors import MalformedError
 from dsconv.text import quote
 
-BLOCK_BYTES = 8 << 20  # what a worker holds, and what one request to a store asks for
-LOCAL_BLOCK_BYTES = (
-    1 << 20
-)  # of a local file: read, checked and written while it is in the core's own cache (0.44 s, not 0.54)
-MAX_GAP_BYTES = 64 << 10  # bytes nobody wants that are read through rather than skipped, for one sequential read
+BLOCK_BYTES = 8 << 20  # the size of a worker's block, and of one request to a store
+# A block of a local file is read, checked and written while it is in the core's own cache (0.44 s, not 0.54).
+LOCAL_BLOCK_BYTES = 1 << 20
+MAX_GAP_BYTES = 64 << 10  # unwanted bytes that are read rather than skipped, for one sequential read
 MAX_DEFAULT_WORKERS = 8
-MAX_STREAMS = 4  # targets filled in order at once: each holds a block, and a store's about two parts of its upload
+# Targets that are filled in order at once. Each holds a block, and in a store about two parts of its upload.
+MAX_STREAMS = 4
 SHORT_RUN = 16  # elements
 
 
@@ -231,9 +231,8 @@ class CopyRun:
             (length for part, (_, _, length, _) in zip(gather.parts, spans, strict=True) if not part.in_place),
             default=0,
         )
-        room = (
-            buffer if wanted <= len(buffer) else memoryview(bytearray(wanted))
-        )  # larger only for a non-contiguous piece
+        # Larger only for a non-contiguous piece.
+        room = buffer if wanted <= len(buffer) else memoryview(bytearray(wanted))
         block = room[:nbytes]
         for part, (record, offset, length, _) in zip(gather.parts, spans, strict=True):
             begin = (part.first - gather.start) * itemsize if part.in_place else nbytes
@@ -284,7 +283,7 @@ class CopyRun:
 
 
 def default_workers(ranks: int = 1) -> int:
-    """Return one thread a core that this process may use, at most MAX_DEFAULT_WORKERS.
+    """Return one thread per core that this process may use, at most MAX_DEFAULT_WORKERS.
 
     Args:
         ranks: how many processes work on these cores. Each gets its share.

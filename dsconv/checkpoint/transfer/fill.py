@@ -1,7 +1,7 @@
-"""Filling memory from a checkpoint: any part of any tensor, each wanted byte read once, nothing else read.
+"""Fill memory from a checkpoint: any part of any tensor. Each wanted byte is read once, and nothing else is read.
 
-A ``Slot`` says where in memory which part of a tensor goes: a range of a region, as a ``Piece`` says it of a file.
-Where a slot and a piece meet, their common elements form runs that lie together on both sides; each run is one
+A ``Slot`` says which part of a tensor goes where in memory, as a range of a region, just as a ``Piece`` does for a
+file. Where a slot and a piece meet, their common elements form runs that lie together on both sides; each run is one
 positioned read, straight into the slot's memory, or through a block where it is cast or where runs are too short to be
 read one by one.
 """
@@ -23,7 +23,7 @@ from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, default_workers
 from dsconv.checkpoint.transfer.pool import Jobs, run_jobs
 from dsconv.checkpoint.transfer.reading import Sources, gather_view
 
-SHORT_RUN_BYTES = 512  # a read of fewer bytes costs more than reading through to the next run
+SHORT_RUN_BYTES = 512  # a separate read of fewer bytes costs more than reading on to the next run
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _windowed(piece: Piece, dtype: DType, slot: Slot, run: int, sources: Any, ta
 
 
 class Filling:
-    """Carries out reads in a pool of threads. ``overflowed`` counts finite values that became infinite in a cast.
+    """Carry out reads in a pool of threads. ``overflowed`` counts finite values that became infinite in a cast.
 
     Args:
         workers: the number of threads (default: this rank's share of the cores).
@@ -239,7 +239,7 @@ def _jobs(reads: Reads) -> Iterator[Reads]:
 
 
 def _carry_out(job: Reads, sources: Sources, room: memoryview, caster: Caster) -> tuple[int, int]:
-    """Do one job of at most a block. Returns the number of bytes read, and of values that overflowed."""
+    """Do one job of at most one block. Returns the number of bytes read, and of values that overflowed."""
     slot, itemsize, run_bytes = job.slot, job.dtype.itemsize, job.run * job.dtype.itemsize
     direct = slot.dtype == job.dtype and job.piece.strides is None
     if slot.view is not None and direct and (run_bytes >= SHORT_RUN_BYTES or len(job.sources) == 1):
@@ -265,9 +265,8 @@ def _collect(job: Reads, sources: Sources, room: memoryview) -> tuple[memoryview
     extent, itemsize = job.piece.extent, job.dtype.itemsize
     run_bytes = job.run * itemsize
     path = extent.record.path
-    if (
-        job.piece.strides is not None
-    ):  # saved as a non-contiguous view: read whole, the one exception to the block's bound
+    # Saved as a non-contiguous view: read whole, the one exception to the block's bound.
+    if job.piece.strides is not None:
         raw = memoryview(bytearray(extent.nbytes))
         sources.read_into(path, extent.offset_bytes, raw)
         return _pick(gather_view(raw, job.piece, itemsize), 0, job, room), extent.nbytes

@@ -1,4 +1,4 @@
-"""Whole tensors of a checkpoint into memory, by the same copy that writes files, with the same checks."""
+"""Load whole tensors of a checkpoint into memory, with the same copy and the same checks as files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def load_tensors(
 
     Args:
         entries: the tensors to read.
-        dtype_of: what each is cast to, at most once.
-        workers: the number of copying threads (default: one a core, at most 8).
+        dtype_of: the dtype that each tensor is cast to, at most once.
+        workers: the number of copying threads (default: one per core, at most 8).
 
     Returns:
         The tensors by name.

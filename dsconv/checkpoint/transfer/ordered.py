@@ -1,6 +1,6 @@
-"""Copies that are made as they are run, file by file, for layouts of so many pieces that a list would not fit.
+"""Make copies while they run, file by file, for layouts with so many pieces that a list would not fit in memory.
 
-A list can be sorted by place and looked through for what lies between the pieces; here the layout knows both.
+A list can be sorted by place and searched for gaps between the pieces. Here the layout knows both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Stream:
     def copies(self) -> Iterator[Copy]:
         """Yield copies of all of each file's records, one file after the other.
 
-        What no tensor wants is read too, since a check is of a whole record.
+        Bytes that no tensor wants are read too, since a checksum covers a whole record.
         """
         raw = BY_NAME["uint8"]
         for number in range(self.group.file_count):

@@ -1,4 +1,4 @@
-"""The pool of copying threads, which ends as a whole on the first error, or when its caller is interrupted."""
+"""The pool of copying threads. All of them end on the first error, or when the caller is interrupted."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Jobs(Iterator[T], Generic[T]):
 def run_jobs(jobs: Iterable[T], worker: Callable[[Jobs[T]], None], count: int) -> None:
     """Run ``worker`` in ``count`` threads, each of which takes from the same ``jobs``, until all of them have ended.
 
-    Where the system gives fewer threads than asked for, those that it gives do the work, or the calling thread does.
+    If the system starts fewer threads than requested, those do the work, or the calling thread does.
 
     Args:
-        jobs: what is to be done. It is advanced by one thread at a time.
+        jobs: the jobs. The iterable is advanced by one thread at a time.
         worker: takes jobs until there are none. Buffers and open files that a thread needs are made here.
         count: the number of threads; at least 1.
 
@@ -79,7 +79,7 @@ def run_jobs(jobs: Iterable[T], worker: Callable[[Jobs[T]], None], count: int) -
 
 
 def _join(threads: list[threading.Thread]) -> None:
-    """Wait for threads that were told to stop, also while further interrupts come: what they use is let go of next."""
+    """Wait for threads that were told to stop, even if more interrupts come, since what they use is released next."""
     for thread in threads:
         while thread.is_alive():
             with contextlib.suppress(BaseException):

@@ -1,4 +1,4 @@
-"""Reading tensors, or parts of them, through a tensor map into memory."""
+"""Read tensors, or parts of them, through a tensor map into memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Sources:
         self.file(path).read_runs(offsets, run_bytes, view, places)
 
     def read_ahead(self, spans: Iterable[tuple[Path, int, int]]) -> None:
-        """Get the bytes of each (path, offset, number of bytes) for ``read_into``. A store is asked for all at once."""
+        """Get the bytes of each (path, offset, number of bytes) for ``read_into``. A store gets one request for all of
+        them.
+        """
         by_path: dict[Path, list[tuple[int, int]]] = {}
         for path, offset, nbytes in spans:
             by_path.setdefault(path, []).append((offset, nbytes))
@@ -86,7 +88,7 @@ def gather_view(raw: memoryview, piece: Piece, itemsize: int) -> bytearray:
 
 @dataclass(frozen=True)
 class Part:
-    """The share that a piece has of a run of its tensor: elements [first, first + numel) of what the piece fills.
+    """The part of a run of a tensor that one piece holds: elements [first, first + numel) of what the piece fills.
 
     ``first`` counts as the piece's ``start`` does.
     """
@@ -122,7 +124,7 @@ class Part:
 
 
 def parts_of(pieces: Iterable[Piece], shape: tuple[int, ...], start: int, stop: int) -> Iterator[Part]:
-    """Yield what elements [start, stop) of a tensor of ``shape`` are made of."""
+    """Yield the parts that make elements [start, stop) of a tensor of ``shape``."""
     for piece in pieces:
         low, high = start, stop
         if piece.region is not None:

@@ -1,4 +1,4 @@
-"""Checksums of the records that a copy reads: which to compute, and which bytes to read besides to complete them."""
+"""Decide which checksums of records a copy computes, and which extra bytes it reads to complete them."""
 
 from __future__ import annotations
 

@@ -49,9 +49,9 @@ class Chosen:
 
     Attributes:
         checkpoint: Its tensors.
-        files: The files beside an adapter; None where those of a model go beside it.
+        files: The files beside an adapter; None if those of a model go beside it.
         near: Where config.json and the tokenizer may lie.
-        folded: The tensors that a folded adapter changed; None where none was folded in. Then adapter_config.json does
+        folded: The tensors that a folded adapter changed; None if none was folded in. Then adapter_config.json does
             not belong beside the weights, and embeddings that were tied may differ.
         warnings: What to say.
     """

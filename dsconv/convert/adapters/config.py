@@ -30,7 +30,7 @@ def read_config(
         state: The entries by name, from which verl's three settings are completed.
 
     Raises:
-        CheckpointNotFoundError: There is no such file.
+        CheckpointNotFoundError: The file does not exist.
         MalformedError: It is not an object of JSON, or has no method.
         UnsupportedError: It has a method that dsconv does not know.
         InconsistentCheckpointError: verl's rank is not that of the weights.

@@ -88,7 +88,7 @@ def _joined(name: str, parts: list[TensorEntry]) -> TensorEntry:
 def _encoder(
     kind: str, own: Mapping[str, TensorEntry], config: Mapping[str, Any], rows: TensorEntry
 ) -> tuple[Callable[[Read], torch.Tensor] | None, int]:
-    """Return the function that encodes the prompt and the width of what it gives; (None, …) where there is none."""
+    """Return the function that encodes the prompt and the width of what it gives; (None, …) if there is none."""
     if kind == "P_TUNING" and any(name.startswith("mlp_head.") for name in own):
         last = max(int(name.split(".")[1]) for name in own if name.startswith("mlp_head."))
         if config.get("encoder_reparameterization_type", "MLP") == "LSTM":
@@ -190,7 +190,7 @@ def without_pruned_ranks(
     """Return AdaLoRA's tensors, by the names that they are saved under, without the ranks that ``pattern`` prunes.
 
     Raises:
-        MalformedError: The pattern names a tensor that is not there, or has another length than its rank.
+        MalformedError: The pattern names a tensor that is missing, or has another length than its rank.
     """
     result = dict(entries)
     for name, kept in pattern.items():

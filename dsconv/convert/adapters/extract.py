@@ -68,7 +68,7 @@ def extract_adapter(
         that
             PEFT saves, which are taken as they are.
         folders: Where adapter_config.json may lie.
-        wanted: The adapter's name; needed where there are several.
+        wanted: The adapter's name; needed if there are several.
         keeps_base: The base's tensors go on, too, so that nothing is lost with them.
 
     Raises:

@@ -74,7 +74,7 @@ _LAST_PARTS = [[name] for name in ("weight", "bias", "Xd", "Xu", "zeros", "X", "
 
 
 def slot(name: str, starts: tuple[str, ...] = ALL_ATTRIBUTES) -> int | None:
-    """Return which part of ``name`` is a method's parameter, counted from 0; None where none is.
+    """Return which part of ``name`` is a method's parameter, counted from 0, or None if none is.
 
     Wholly trained modules and trainable tokens beside another method are not the method's own: they give None.
     """

@@ -36,9 +36,9 @@ from dsconv.errors import (
 
 ZSTD = "stream.zstd"
 ZSTD_VERSION = "1"
-MAX_AROUND_BYTES = 1 << 20  # what a zip may add to its tensor's bytes
+MAX_AROUND_BYTES = 1 << 20  # the most that a zip adds to its tensor's bytes
 BLOCK_BYTES = 4 << 20
-# So many bytes become at most 64 MB before they are counted: each 4 of them can stand for a block of 128 kB.
+# This many bytes become at most 64 MB before they are counted, since 4 bytes can stand for a block of 128 kB.
 ZSTD_STEP_BYTES = 2048
 TRAILING = "a zstd frame that does not end where the chunk does"
 
@@ -129,7 +129,7 @@ def _in_chunk(name: str, stored: Stored) -> Iterator[None]:
 class Unpacked:
     """An unnamed file that chunks are decompressed into. It disappears when nothing refers to this object any more.
 
-    It takes as much room in the folder for temporary files as the tensors have bytes, and no memory.
+    It takes as much space in the folder for temporary files as the tensors have bytes, and no memory.
     """
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ class Unpacked:
             view, self._end = view[count:], self._end + count
 
     def moved(self, piece: Piece, name: str, path: Path) -> Piece:
-        """Return the piece as it lies in this file; its record's name says where it came from."""
+        """Return the piece within this file; its record's name says where it came from."""
         record = replace(piece.extent.record, path=self.path, name=f"{name} of {path}, decompressed")
         return replace(piece, extent=Extent(record, piece.extent.offset_bytes, piece.extent.nbytes))
 
@@ -212,7 +212,7 @@ def _require_zstd(path: Path, transforms: Sequence[str]) -> None:
 
 
 def _checksum_of(piece: Piece) -> Any:
-    """Return what two copies of a chunk must share."""
+    """Return the values that two copies of a chunk must share."""
     return piece.extent.record.crc32, piece.extent.nbytes
 
 
@@ -235,7 +235,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
         The entries by their names in the map, and warnings.
 
     Raises:
-        MissingShardError: A file that the metadata names is not there.
+        MissingShardError: A file that the metadata names is missing.
         UnsupportedError: A tensor has a dtype that dsconv does not know.
         InconsistentCheckpointError: Two tensors would have one name, or a chunk belongs to another save.
         MalformedError: A chunk is damaged.

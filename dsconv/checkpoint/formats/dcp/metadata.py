@@ -5,8 +5,8 @@ gives the dtype, the full shape and the chunks of each tensor; ``storage_data`` 
 span of a file (``_StorageInfo`` of ``filesystem.py``); ``planner_data`` maps each flat name to the path it had in the
 nested state dict, which is the only safe way back. Everything is checked here before it is used.
 
-A save without collectives writes ``__R.metadata`` on each rank R, with that rank's chunks alone. Each rank then stores
-its own copy of what all ranks hold.
+A save without collectives writes ``__R.metadata`` on each rank R, with only that rank's chunks. Each rank then stores
+its own copy of tensors that all ranks hold.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TensorMeta:
     """A tensor of the metadata.
 
     Attributes:
-        dtype: None where dsconv does not know it; ``dtype_name`` has the name in any case.
+        dtype: None if dsconv does not know it; ``dtype_name`` has the name in any case.
         shape: The full shape, in elements.
         chunks: (offsets, sizes, the places where it is stored) of each chunk, by ``_key`` of offsets and sizes.
         path: The metadata file that names it.
@@ -71,7 +71,7 @@ class TensorMeta:
 
 @dataclass
 class Metadata:
-    """What all metadata files of a directory say together.
+    """The content of all metadata files of a directory.
 
     Attributes:
         tensors: By flat name.
@@ -85,9 +85,8 @@ class Metadata:
     objects: dict[str, Stored | None] = field(default_factory=dict)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
-    stored: dict[str, list[tuple[int, int, str]]] = field(
-        default_factory=dict
-    )  # file → (offset, bytes, name) of each item
+    # File → (offset, bytes, name) of each item.
+    stored: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
@@ -96,10 +95,10 @@ class Metadata:
 
 
 def metadata_files(folder: Path) -> list[Path]:
-    """Return ``.metadata``, or without it the ranks' own metadata files in order.
+    """Return ``.metadata``, or if it is missing the ranks' own metadata files in order.
 
     Raises:
-        MissingShardError: The metadata file of a rank is not there.
+        MissingShardError: The metadata file of a rank is missing.
     """
     if (folder / METADATA).is_file():
         return [folder / METADATA]
@@ -119,7 +118,7 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         MalformedError: A file is damaged, or was not written by torch.
         InconsistentCheckpointError: Files from two saves lie there.
-        MissingShardError: The metadata file of a rank is not there.
+        MissingShardError: The metadata file of a rank is missing.
         UnsafeError: The pickle calls something, or a chunk's file lies outside the folder.
     """
     whole = Metadata()

@@ -1,8 +1,8 @@
 """Decide which items of a DCP directory are the model, and what they are called there.
 
 A directory of torch.distributed.checkpoint holds whatever dictionary the trainer gave it. The path of each item in that
-dictionary is known (planner_data), so nothing is guessed from dots: ``model.model.norm.weight`` is
-``model.norm.weight`` of ``model``, or it is the name itself, and its path says which.
+dictionary is known (planner_data), so nothing is guessed from dots: ``model.model.norm.weight`` may be
+``model.norm.weight`` of ``model``, or the name itself, and its path says which.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsconv.checkpoint.formats.items.state_dicts import Leaf
 from dsconv.checkpoint.map.renaming import unwrap
 from dsconv.checkpoint.pickles.values import safe_repr
 
-ROOTS = ("model.", "module.", "app.model.")  # prefixes of all names that the model's own architecture may disown
+ROOTS = ("model.", "module.", "app.model.")  # prefixes of all names that the model's own architecture may rule out
 
 
 def leaves_of(metadata: Metadata) -> dict[str, Leaf]:
@@ -35,8 +35,8 @@ def choose(leaves: Mapping[str, Leaf], folder: Path, config: Path | None, item: 
     Args:
         leaves: What ``leaves_of`` returned.
         folder: The directory, for messages.
-        config: The model's config.json, if there is one; its architecture may disown a prefix of all names.
-        item: The key of the wanted model; None where there is only one.
+        config: The model's config.json, if there is one; its architecture may rule out a prefix of all names.
+        item: The key of the wanted model; None if there is only one.
 
     Raises:
         SeveralModelsError, CheckpointNotFoundError, UnsupportedError: As ``choose_model`` does.
@@ -51,7 +51,7 @@ def choose(leaves: Mapping[str, Leaf], folder: Path, config: Path | None, item: 
 
 
 def _remove_root(names: Items, leaves: Mapping[str, Leaf], config: Path) -> None:
-    """Take off a prefix that the architecture of config.json has no place for.
+    """Remove a prefix that the architecture of config.json has no place for.
 
     All names have the prefix, except those that the architecture has no place for either way. These were beside the
     model in a dictionary that was flattened: weights keep their names, and single numbers are left out with a warning.

@@ -54,12 +54,12 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     Args:
         root: The directory, or a folder around it: a step, a run's folder of steps.
         tag: The step to take (``step-N``, ``checkpoint-N``, ``iter_N``, ``epoch_E_step_S``); by default the newest.
-        item: The key of the model to take, where there are several.
+        item: The key of the model to take, if there are several.
 
     Raises:
-        CheckpointNotFoundError: There is no such step or item.
+        CheckpointNotFoundError: The step or the item does not exist.
         SeveralModelsError: There are several models, and ``item`` is None.
-        MissingShardError: A file is not there, or the save has no ``.metadata``.
+        MissingShardError: A file is missing, or the save has no ``.metadata``.
         DsconvError: What ``read_metadata``, ``choose`` and ``entries_of`` raise.
     """
     from dsconv.checkpoint.formats.dcp.chunks import entries_of, files_of
@@ -113,7 +113,7 @@ def _in_model_folder(path: Path) -> bool:
 
 
 def _pick(top: Path, folders: list[Path], item: str | None) -> tuple[Path, str | None]:
-    """Return the folder of the model, and the item that is wanted of what it holds."""
+    """Return the folder of the model, and the item that is wanted from it."""
     if len(folders) == 1:
         return folders[0], item
     if item is None:
@@ -148,7 +148,7 @@ def _read_hub_form(root: Root, top: Path, warnings: tuple[str, ...]) -> Checkpoi
 
 
 def _step(folder: Path) -> int | None:
-    """Return the step that the folder, or the ones around it, name."""
+    """Return the step in the name of the folder, or of a folder around it."""
     here = folder.absolute()
     names = (part.name for part in (here, here.parent, here.parent.parent))
     return next((step for name in names if (step := step_of(name)) is not None), None)

@@ -5,9 +5,9 @@ The writers are ``torch/distributed/checkpoint/hf_storage.py`` and ``filesystem.
 ``sharded/``, torchtitan and torch with ``enable_consolidation``. Each rank R writes its chunk of each tensor, the
 chunks of part P in one file; ``__metadata__`` says where each chunk begins (``saved_offsets``).
 
-The full shape of a tensor is not recorded. It is taken from where the chunks end, so without the last rank's file a
-tensor only looks smaller. A hole is always found; a lost end is found where config.json, an index or the shards of
-other ranks disagree with it.
+The full shape of a tensor is not recorded. It follows from where the chunks end, so without the last rank's file a
+tensor only looks smaller. A hole is always found. A lost end is found if config.json, an index or the shards of other
+ranks disagree with it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     Raises:
         MalformedError: A header is damaged, or does not say where the chunks begin.
         InconsistentCheckpointError: The shards are from two saves.
-        MissingShardError: A part, or the end of a tensor, is not there.
+        MissingShardError: A part, or the end of a tensor, is missing.
     """
     return read_folder(root.path, root.fetch)
 
@@ -144,7 +144,7 @@ def _offsets(file: Path, metadata: dict[str, str], entries: dict[str, TensorEntr
 
 
 def _numbering(folder: Path, files: list[Path]) -> list[str]:
-    """Raise where the files' own numbers say that some are missing. A rank without any file is only a warning."""
+    """Raise an error if the files' numbers show that some are missing. A rank without any file is only a warning."""
     matches = [match for file in files if (match := SHARD.fullmatch(file.name))]
     parts = {int(match["parts"]) for match in matches}
     if len(parts) > 1:
@@ -169,7 +169,7 @@ def _numbering(folder: Path, files: list[Path]) -> list[str]:
 
 
 def _ends(folder: Path, shapes: dict[str, Sizes], config: Path | None) -> list[str]:
-    """Raise where config.json names a larger size than the chunks reach; warn where it names none."""
+    """Raise an error if config.json names a larger size than the chunks reach; warn if it names none."""
     compared = 0
     if config is not None:
         compared, problem = too_small(config, shapes)
@@ -192,7 +192,7 @@ def _ends(folder: Path, shapes: dict[str, Sizes], config: Path | None) -> list[s
 def _against_index(
     folder: Path, path: Path, first: dict[str, tuple[TensorEntry, Path]], ends: dict[str, Sizes]
 ) -> None:
-    """Raise where an index names a tensor, or a number of bytes, that the shards do not have.
+    """Raise an error if an index names a tensor, or a number of bytes, that the shards do not have.
 
     It lies beside the shards, or beside the consolidated files above them.
     """

@@ -1,4 +1,4 @@
-"""Find the model's folder in what a trainer leaves: a run of steps, a step, or a folder of several models.
+"""Find the model's folder in a trainer's output: a run of steps, a step, or a folder of several models.
 
 The layouts are those of torchtitan 0.3 (``step-N/``, the last of which may be in the Hub's form), of accelerate
 and the Trainer (``checkpoint-N/pytorch_model_fsdp_I/``; ``utils/constants.py`` ``FSDP_MODEL_NAME``), of Megatron-core
@@ -77,7 +77,7 @@ def _headless(path: Path) -> list[Path]:
 
 
 def refuse_unfinished(path: Path) -> None:
-    """Raise MissingShardError where the files of a save lie without the metadata that makes them a checkpoint."""
+    """Raise MissingShardError if the files of a save lie without the metadata that makes them a checkpoint."""
     for folder in _headless(path):
         count = sum(1 for _ in folder.glob("*.distcp"))
         raise MissingShardError(
@@ -100,7 +100,7 @@ def steps_in(path: Path) -> list[tuple[int, Path]]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether a step counts: it has ``.metadata``, or weights in the Hub's form. DeepSpeed's are not meant."""
+    """Return whether a step counts: it has ``.metadata``, or weights in the Hub's form. DeepSpeed's do not count."""
     return bool(model_folders(folder)) or (not _is_deepspeed(folder) and hub_folder(folder) is not None)
 
 
@@ -172,7 +172,7 @@ def _tracked(path: Path) -> int | None:
 
 
 def folders_around(folder: Path) -> Iterator[Path]:
-    """Yield the folders around one, as long as its name says that it is part of something larger."""
+    """Yield the folders around one, as long as the name says that it is part of something larger."""
     inner = folder.absolute()
     while STEP.fullmatch(inner.name) or NESTED.fullmatch(inner.name) or inner.name in (MODEL_FOLDER, CONSOLIDATED):
         inner = inner.parent

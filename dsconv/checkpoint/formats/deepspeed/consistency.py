@@ -89,7 +89,7 @@ def same_step(partitions: list[tuple[TorchFile, dict[str, Any]]]) -> None:
 
 
 def optimizer_step(file: TorchFile, state: dict[str, Any]) -> float | None:
-    """Return the first 'step' of the base optimizer's state; None where it keeps none."""
+    """Return the first 'step' of the base optimizer's state, or None if it keeps none."""
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
     states = base.get("state") if isinstance(base, dict) else base
     rows = list(states.values()) if isinstance(states, dict) else states if isinstance(states, list) else []

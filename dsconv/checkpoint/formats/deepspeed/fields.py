@@ -65,13 +65,13 @@ class Fields:
         return schema.field(self.values, key, expect_shapes, self.path, default={})
 
     def groups_of_shapes(self, key: str) -> list[Shapes]:
-        """Return a list of such mappings, one a parameter group. Releases before 0.4 wrote one group bare."""
+        """Return a list of such mappings, one per parameter group. Releases before 0.4 wrote one group bare."""
         value = self.values.get(key)
         groups = [value] if isinstance(value, dict) else self.listing(key)
         return [expect_shapes(group, self.path, f"{key}[{number}]") for number, group in enumerate(groups)]
 
     def count(self, key: str) -> int | None:
-        """Return a positive number of ranks; None where the field is absent."""
+        """Return a positive number of ranks, or None if the field is absent."""
         return schema.field(self.values, key, expect_rank_count, self.path, default=None)
 
     def counts(self, key: str) -> list[int]:
@@ -82,11 +82,11 @@ class Fields:
         return [schema.field(self.values, key, expect_rank_count, self.path)]
 
     def number(self, key: str) -> int | None:
-        """Return an integer that is not negative; None where the field is absent."""
+        """Return an integer that is not negative, or None if the field is absent."""
         return schema.field(self.values, key, expect_int, self.path, default=None)
 
     def text(self, key: str) -> str | None:
-        """Return a text; None where the field is absent."""
+        """Return a text, or None if the field is absent."""
         return schema.field(self.values, key, schema.expect_text, self.path, default=None)
 
     def wrong(self, key: str, expected: str) -> DsconvError:

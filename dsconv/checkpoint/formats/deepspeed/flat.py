@@ -38,7 +38,7 @@ def flat_pieces(
 
 
 class RankFlats:
-    """Stage 3: the flat tensors of each rank, one a sub-group, laid end to end.
+    """Stage 3: the flat tensors of each rank, one per sub-group, laid end to end.
 
     ``starts[rank]`` are the positions of its parts and their end; ranks whose parts are of the same lengths, as all of
     one save are, share one list. Raises MalformedError or InconsistentCheckpointError unless each part is one run of

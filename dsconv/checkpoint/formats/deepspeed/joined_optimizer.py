@@ -57,7 +57,7 @@ def join_training(
     Raises:
         InconsistentCheckpointError: Ranks lack a state, hold copies of one that differ, or are of different steps.
         MalformedError: An optimizer's state is not what it should be.
-        UnsupportedError: An optimizer keeps states that are not one value a weight.
+        UnsupportedError: An optimizer keeps states that are not one value per weight.
     """
     of_ranks = [read_training(folder.of_rank(mp), r) for mp, r in enumerate(ranks)]
     degree = len(shards)
@@ -151,7 +151,7 @@ def _join_states(
 
 
 def _step(name: str, slices: Sequence[_Slice], folder: TagFolder) -> Any:
-    """Return the step counter of a parameter, on which the ranks that keep one agree; None where none does."""
+    """Return the step counter of a parameter, on which the ranks that keep one agree, or None if none does."""
     steps = [mine.steps[name] for mine in slices if name in mine.steps]
     if any(step != steps[0] for step in steps):
         raise InconsistentCheckpointError(

@@ -33,10 +33,10 @@ PARAMETER, FROZEN, BUFFER = "parameter", "frozen", "buffer"  # roles of a Tensor
 class ModuleStates:
     """One model-states file.
 
-    ``param_shapes`` has one mapping a parameter group, in the order of the flat data. ``lists_frozen`` says whether the
-    file has a list of frozen parameters: stage 0 and ZeRO-1 write none, and stages 2 and 3 none with
-    ``exclude_frozen_parameters``. ``elsewhere`` are parameters whose weights lie in other files, as those of experts.
-    ``stored`` gives the name in the file of each name that a wrapper was taken out of.
+    ``param_shapes`` has one mapping per parameter group, in the order of the flat data. ``lists_frozen`` says whether
+    the file has a list of frozen parameters: stage 0 and ZeRO-1 write none, and neither do stages 2 and 3 with
+    ``exclude_frozen_parameters``. ``elsewhere`` lists parameters whose weights lie in other files, such as those of
+    experts. ``stored`` gives the name in the file for each name from which a wrapper was removed.
     """
 
     file: TorchFile
@@ -67,7 +67,7 @@ class ModuleStates:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The ds_config of the run; empty where none was saved."""
+        """The ds_config of the run; empty if none was saved."""
         found = self.raw.get("ds_config")
         return found if isinstance(found, dict) else {}
 
@@ -80,7 +80,7 @@ class ModuleStates:
 
     @property
     def universal_info(self) -> dict[str, Any] | None:
-        """How tensor-parallel shards are joined, by the trainer; None where it saved nothing about that."""
+        """How tensor-parallel shards are joined, by the trainer; None if it saved nothing about that."""
         return self.fields.mapping("universal_checkpoint_info") or None
 
     @property
@@ -243,7 +243,7 @@ def warn_of_absent(states: ModuleStates, entries: Mapping[str, TensorEntry], war
 
 
 def refuse_missing_experts(states: ModuleStates) -> None:
-    """Raise MissingShardError where the model has experts in files of their own; for folders without such files.
+    """Raise MissingShardError if the model has experts in files of their own; for folders without such files.
 
     ``num_experts`` is written with expert files only (DeepSpeed ``runtime/engine.py`` ``_save_moe_checkpoint``).
     """

@@ -40,7 +40,7 @@ class Patterns:
                 self._others.append((_tokens(pattern, where), value))
 
     def find(self, name: str) -> object | None:
-        """Return the value of the first pattern that matches ``name``; None where none does."""
+        """Return the value of the first pattern that matches ``name``, or None if none does."""
         if name in self._exact:
             return self._exact[name]
         return next((value for tokens, value in self._others if _matches(tokens, name)), None)

@@ -32,7 +32,7 @@ ShapesOf = Callable[[Mapping[str, int]], Mapping[str, tuple[int, ...]]]
 class Place:
     """Where a parameter lies: ``layout`` makes its pieces from flat tensors, the masters' or another state's.
 
-    It takes [a tensor a rank] of group ``group`` at stages 1 and 2, [[a tensor a sub-group] a rank] at stage 3.
+    It takes [a tensor per rank] of group ``group`` at stages 1 and 2, [[a tensor per sub-group] per rank] at stage 3.
     """
 
     shape: tuple[int, ...]
@@ -106,7 +106,7 @@ def read_partitions(
         ranks: The number of ranks, if it is known to be larger than that of the files' partition counts.
 
     Raises:
-        MissingShardError: A rank's file is not there.
+        MissingShardError: A rank's file is missing.
         InconsistentCheckpointError: The files are not from one save.
     """
     paths = {dp: path for (_, dp), path in folder.optimizer.items()}
@@ -275,7 +275,7 @@ def read_zero3_states(folder: TagFolder, world: int, every: Callable[[ModuleStat
             are read.
 
     Raises:
-        MissingShardError: A rank's file is not there.
+        MissingShardError: A rank's file is missing.
         InconsistentCheckpointError: The files are not from one save.
     """
     models = {dp: path for (_, dp), path in folder.zero3.items()}

@@ -50,7 +50,7 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
     """Read the tensor map of a folder with layer files.
 
     Raises:
-        MissingShardError: A file is not there.
+        MissingShardError: A file is missing.
         MalformedError: A file does not hold what its name says.
         InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: Names, masters or the way that shards make a tensor cannot be determined.
@@ -295,7 +295,7 @@ def _same_copy(
 
 
 def _need_layers(layers: dict[int, Layer], names: set[str], stages: Sequence[RankMap]) -> None:
-    """Raise MissingShardError where a stage lists a name of a layer that has no file."""
+    """Raise MissingShardError if a stage lists a name of a layer that has no file."""
     missing = sorted({_place(name) for name in names} - set(layers) - {-1})
     if missing:
         name = next(name for name in sorted(names) if _place(name) == missing[0])

@@ -60,7 +60,7 @@ def with_one_kind(folder: TagFolder) -> TagFolder:
 
 
 def _is_bf16(states: ModuleStates) -> bool | None:
-    """Return whether the run that wrote the model states was in bf16; None where they do not tell."""
+    """Return whether the run that wrote the model states was in bf16, or None if they do not tell."""
     sections = [states.config[key] for key in BF16_KEYS if isinstance(states.config.get(key), dict)]
     said = [section.get("enabled") for section in sections if isinstance(section.get("enabled"), bool)]
     dtypes = {value.dtype.name for value in states.module.values() if isinstance(value, TensorRef) and value.numel}

@@ -13,7 +13,7 @@ from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_r
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import MalformedError, UnsupportedError
 
-STEP = "step"  # a number, whatever the optimizer; every other state of one value a weight is a flat tensor
+STEP = "step"  # a number, whatever the optimizer; every other state of one value per weight is a flat tensor
 MAX_SMALL_BYTES = 1 << 20  # a setting is a number or a handful of them
 MAX_DEPTH = 40  # real settings are nested four deep
 # numpy's names of scalar dtypes and the codes of ``struct`` for them.

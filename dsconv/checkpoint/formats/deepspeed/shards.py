@@ -194,7 +194,7 @@ class Rules(Protocol):
     """Say how the shards of a parameter make the full one."""
 
     def join(self, name: str, shapes: Sequence[Shape]) -> Join:
-        """Return the join of shards of ``shapes``, one a rank, to the parameter ``name``; raise if it is not known."""
+        """Return the join of shards of ``shapes``, one per rank, to the parameter ``name``; raise if it is unknown."""
         ...
 
 

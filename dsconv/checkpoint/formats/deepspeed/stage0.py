@@ -88,7 +88,7 @@ def read_states(folder: TagFolder) -> ModuleStates:
 
 
 def _refuse_hollow(states: ModuleStates) -> None:
-    """Raise MalformedError where the weights are the empty tensors that ZeRO-3 puts in the place of its shards."""
+    """Raise MalformedError if the weights are the empty tensors that ZeRO-3 puts in the place of its shards."""
     tensors = [value for value in states.module.values() if isinstance(value, TensorRef)]
     shapes = {shape for group in states.param_shapes for shape in group.values()} - {(0,)}
     if tensors and all(value.shape == (0,) for value in tensors) and (shapes or not states.param_shapes):

@@ -57,7 +57,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A group of fp32 training, which lists the states of each parameter; those of one value a weight have its
+    """A group of fp32 training, which lists the states of each parameter; those of one value per weight have its
     shape.
     """
 
@@ -206,7 +206,7 @@ def _by_shape(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
 def _fits(row: Row, shape: Shape) -> bool:
     """Return whether the states of ``row`` can be those of a parameter of ``shape``.
 
-    States of one value a weight have its shape, others are 0-d; a row without states fits any parameter.
+    States of one value per weight have its shape, others are 0-d; a row without states fits any parameter.
     """
     sizes = {value.shape for key, value in row.items() if key != STEP and isinstance(value, TensorRef)}
     return not row or (shape in sizes and sizes <= {shape, ()}) or (not sizes and not shape)
@@ -215,7 +215,7 @@ def _fits(row: Row, shape: Shape) -> bool:
 def _entries(
     trained: Mapping[str, _Kept], entries: Mapping[str, TensorEntry], states: ModuleStates, warnings: list[str]
 ) -> dict[str, dict[str, TensorEntry]]:
-    """Return the states of one value a weight, by parameter and name; add a warning that names the others."""
+    """Return the states of one value per weight, by parameter and name; add a warning that names the others."""
     rows = {name: {k: v for k, v in kept.row.items() if k != STEP} for name, kept in trained.items()}
     wide = {
         k
@@ -224,9 +224,8 @@ def _entries(
         if isinstance(v, TensorRef) and v.shape and entries[name].shape
     }
     every = {k for row in rows.values() for k in row}
-    wide = wide or {
-        k for row in rows.values() for k, v in row.items() if isinstance(v, TensorRef)
-    }  # of 0-d parameters only
+    # Of 0-d parameters only.
+    wide = wide or {k for row in rows.values() for k, v in row.items() if isinstance(v, TensorRef)}
     if every - wide:
         warnings.append(
             f"the optimizer's {', '.join(sorted(map(safe_repr, every - wide)))} is not of one value a weight: left out"

@@ -29,7 +29,7 @@ def read_tensor_parallel(folder: TagFolder) -> Checkpoint:
     """Read the tensor map of a folder with files of several model-parallel ranks.
 
     Raises:
-        MissingShardError: A rank's file is not there.
+        MissingShardError: A rank's file is missing.
         MalformedError: A file does not hold what its name says.
         InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: How shards make a full tensor is not known.

@@ -33,7 +33,7 @@ class PlanRules:
 
     Args:
         path: The file that has no rules, for messages.
-        config: The config.json; None where there is none, which makes ``join`` refuse.
+        config: The config.json, or None if there is none, which makes ``join`` refuse.
         sizes: The model's sizes.
         plan: The style of each pattern of modules.
     """

@@ -1,4 +1,4 @@
-"""DeepSpeed universal checkpoints: ``zero/<parameter>/fp32.pt``, one file a parameter, and model states beside them.
+"""DeepSpeed universal checkpoints: ``zero/<parameter>/fp32.pt``, one file per parameter, and model states beside them.
 
 Read from DeepSpeed ``checkpoint/ds_to_universal.py``. From stages 1 and 2 a file holds a dict with ``param``, in
 the parameter's full shape (rows that only pad a vocabulary are cut off: ``vocab_tensor``), from stage 3 a bare flat
@@ -57,7 +57,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Read the tensor map of the universal checkpoint at ``root``.
 
     Raises:
-        MissingShardError: A file is not there.
+        MissingShardError: A file is missing.
         MalformedError: A file does not hold what its name says.
         InconsistentCheckpointError: The files are not from one conversion.
         UnsupportedError: The checkpoint does not say how frozen shards fit together.
@@ -221,9 +221,8 @@ def _stage(folder: TagFolder) -> int:
             f"{path}: missing; the conversion to a universal checkpoint was not finished: run it again"
         )
     root = TorchFile(path).root
-    stage = (
-        root.get("zero_stage", 1) if isinstance(root, dict) else None
-    )  # BF16_Optimizer, which is stage 1, writes none
+    # BF16_Optimizer, which is stage 1, writes none.
+    stage = root.get("zero_stage", 1) if isinstance(root, dict) else None
     if type(stage) is not int or not 0 <= stage <= 3:
         raise MalformedError(f"{path}: the ZeRO stage is {safe_repr(stage)}; expected 0, 1, 2 or 3")
     return stage
@@ -291,7 +290,7 @@ def _parameter(folder: TagFolder, name: str, stored: str, shape: tuple[int, ...]
 
     Raises:
         UnsafeError: The name is a path that leaves the folder.
-        MissingShardError: Its file is not there.
+        MissingShardError: Its file is missing.
         MalformedError: The file does not hold a tensor.
         InconsistentCheckpointError: The tensor has another size than the model states say.
     """

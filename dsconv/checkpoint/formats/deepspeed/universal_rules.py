@@ -110,7 +110,7 @@ class UniversalInfo:
         return Patterns(pairs, f"{self.path}: parameter_with_sub_params")
 
     def join(self, name: str, shapes: Sequence[Shape]) -> Join:
-        """Return how shards of ``shapes``, one a rank, make the parameter ``name``.
+        """Return how shards of ``shapes``, one per rank, make the parameter ``name``.
 
         Raises:
             InconsistentCheckpointError: The shapes are not those that the rule says.

@@ -1,6 +1,6 @@
 """Which fp32 master belongs to which weight, where the optimizer keeps masters without names.
 
-Without ZeRO, DeepSpeed pickles the masters of 16-bit weights as lists of tensors, one a parameter group (DeepSpeed
+Without ZeRO, DeepSpeed pickles the masters of 16-bit weights as lists of tensors, one per parameter group (DeepSpeed
 ``runtime/fp16/unfused_optimizer.py`` ``fp32_groups``), or each group as one flat tensor
 (``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``). Nothing says which weights they are of, and which weights
 were frozen and have none. Two things tell:
@@ -42,7 +42,7 @@ class Group(Protocol):
         ...
 
     def slot(self, position: int, name: str) -> MasterSlot | None:
-        """Return the slot at ``position`` as that of the parameter ``name``, judged by its shape; None where it cannot
+        """Return the slot at ``position`` as that of the parameter ``name``, judged by its shape; None if it cannot
         be.
         """
         ...
@@ -186,7 +186,7 @@ class Matcher:
         return ways, {name: found[name] for name in self.names if name in found}
 
     def by_value(self) -> dict[str, MasterSlot] | None:
-        """Return the assignment that values alone give, whatever the order; None where they do not tell."""
+        """Return the assignment that values alone give, whatever the order, or None if they do not tell."""
         found: dict[str, MasterSlot] = {}
         for group in self.groups:
             position = 0
@@ -300,7 +300,7 @@ def match_masters(file: TorchFile, optimizer: Any, weights: Mapping[str, TensorE
         weights: The weights that may have a master, in the module's order.
 
     Returns:
-        The slots by name; empty where the optimizer has no masters.
+        The slots by name; empty if the optimizer has no masters.
 
     Raises:
         Ambiguous: The checkpoint does not say whose master is whose.

@@ -50,7 +50,7 @@ def read_rank(folder: TagFolder, warnings: list[str], shapes_of: ShapesOf | None
         shapes_of: Gives the shapes of parameters of a checkpoint that keeps its weights elsewhere than in ``module``.
 
     Raises:
-        MissingShardError: A file is not there.
+        MissingShardError: A file is missing.
         MalformedError: A file does not hold what its name says.
         InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The checkpoint has a feature that dsconv does not read.
@@ -209,7 +209,7 @@ def _has_frozen(states: ModuleStates) -> bool:
 
 
 def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
-    """Raise UnsupportedError where masters were swapped to NVMe.
+    """Raise UnsupportedError if masters were swapped to NVMe.
 
     Such a sub-group is an empty tensor here (DeepSpeed ``stage3.py`` ``_create_fp32_partitions``). Its file is named by
     the ids that parameters had in the process, which the checkpoint does not record: which parameters a file holds

@@ -3,7 +3,7 @@
 Read from DeepSpeed: ``runtime/zero/stage_1_and_2.py`` and ``runtime/bf16_optimizer.py`` (``state_dict``: one
 flat tensor a group, whose states are the base optimizer's own ``state_dict`` and keep the padding that the masters may
 lack; with ``elastic_checkpoint`` a list of states without padding and without hyperparameters),
-``runtime/zero/stage3.py`` (``_rigid_state_dict``: one flat tensor a sub-group, numbered in the order of the parameter
+``runtime/zero/stage3.py`` (``_rigid_state_dict``: one flat tensor per sub-group, numbered in the order of the parameter
 groups).
 """
 
@@ -51,7 +51,7 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
     Raises:
         MalformedError: An optimizer file does not hold what it should.
         InconsistentCheckpointError: The files are not from one save.
-        UnsupportedError: The optimizer keeps states that are not one value a weight.
+        UnsupportedError: The optimizer keeps states that are not one value per weight.
     """
     states, partitions, stage, places = rank.states, rank.partitions, rank.stage, rank.places
     first = partitions[0]
@@ -180,7 +180,7 @@ def _flat_states(partitions: list[Partition], rows: list[dict[str, Any]], g: int
 
 
 def _step(partitions: list[Partition], rows: list[dict[str, Any]], g: int) -> Any:
-    """Return the step counter of a group, on which all ranks must agree; None where there is none."""
+    """Return the step counter of a group, on which all ranks must agree, or None if there is none."""
     found: dict[float, Any] = {}
     for partition, row in zip(partitions, rows, strict=True):
         if row.get(STEP) is None or partition.groups[g].numel == 0:

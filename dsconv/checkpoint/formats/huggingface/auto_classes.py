@@ -6,13 +6,13 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-# Of several classes that load an architecture, the one that people use.
+# If several classes load an architecture, people use these.
 PREFERRED = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM",
     "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
     "AutoModelForMaskedLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageClassification", "AutoModel",
 )  # fmt: skip
-# The class by what an architecture's name ends with, where transformers is not there to say it.
+# The class by the end of an architecture's name, for use without transformers.
 ENDINGS = {
     "ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification", "ForMaskedLM": "AutoModelForMaskedLM",
@@ -22,10 +22,10 @@ ENDINGS = {
 
 
 def auto_class(architecture: str, kind: str) -> str:
-    """Return the class to call ``from_pretrained`` of: an Auto class where one loads it, else the architecture itself.
+    """Return the class whose ``from_pretrained`` to call: an Auto class if one loads it, else the architecture itself.
 
     Args:
-        architecture: As config.json has it.
+        architecture: The architecture that config.json names.
         kind: Its model_type.
     """
     text = _source()

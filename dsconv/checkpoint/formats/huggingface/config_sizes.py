@@ -38,7 +38,7 @@ def too_small(config: Path, shapes: Mapping[str, Sizes]) -> tuple[int, tuple[str
 
 def _table(config: Path) -> list[tuple[re.Pattern[str], Sizes]]:
     data = read_config(config)
-    # Models of several parts, and those whose embeddings are narrower than the rest, give these keys another meaning.
+    # These keys mean something else in models with several parts or with narrower embeddings.
     if data is None or any(
         key.endswith("_config") and isinstance(v, dict) and "hidden_size" in v for key, v in data.items()
     ):

@@ -41,7 +41,7 @@ def read_indexed(
         The entries, the files in the order in which the index first names them, and warnings.
 
     Raises:
-        MissingShardError: A file or a tensor that the index names is not there.
+        MissingShardError: A file or a tensor that the index names is missing.
         DsconvError: Whatever ``weight_map_of`` and ``read_file`` raise.
     """
     weight_map = weight_map_of(index)
@@ -80,12 +80,12 @@ def read_numbered(
     Args:
         folder: The folder, for messages.
         shards: The files.
-        index_name: The index that is not there, for messages.
+        index_name: The index that is missing, for messages.
         read_file: Reads the entries of one file.
 
     Raises:
         InconsistentCheckpointError: The files are from two saves, or hold a tensor twice.
-        MissingShardError: A number is not there.
+        MissingShardError: A number is missing.
     """
     found = {int(match["number"]): (match, shard) for shard in shards if (match := SHARD.fullmatch(shard.stem))}
     kinds = {(match["stem"], int(match["count"])) for match, _ in found.values()}
@@ -114,7 +114,7 @@ def read_numbered(
 
 
 def set_warning(file: Path) -> list[str]:
-    """Return a warning where a file that was given alone is one of several, by its name."""
+    """Return a warning if a file that was given alone is one of several, by its name."""
     match = SHARD.fullmatch(file.stem)
     if match is None or int(match["count"]) < 2:
         return []
@@ -130,11 +130,11 @@ def pick_file(folder: Path, first: str, item: str | None, count: Callable[[Path]
     Args:
         folder: The folder.
         first: The name of the first model's file.
-        item: The stem of the file that is wanted; None where there is one model.
+        item: The stem of the file that is wanted; None if there is one model.
         count: Returns the number of tensors in a file.
 
     Returns:
-        The file, and the number of tensors of every model where there are several.
+        The file, and the number of tensors of every model if there are several.
 
     Raises:
         SeveralModelsError: There are several, and ``item`` is None.

@@ -33,7 +33,7 @@ class Configuration:
     names: dict[str, str] = field(default_factory=dict)
 
     def get(self, name: str) -> Any:
-        """Return a value. Raises CannotTell where there is none."""
+        """Return a value. Raises CannotTell if there is none."""
         name = self.names.get(name, name)
         if name not in self.values:
             if name.startswith("_"):  # of transformers' own, as the choice of an attention function
@@ -84,7 +84,7 @@ class Module:
             self.attributes[name] = value
 
     def get(self, name: str) -> Any:
-        """Return an attribute; UNKNOWN where there is none."""
+        """Return an attribute; UNKNOWN if there is none."""
         for place in (self.children, self.tensors, self.attributes):
             if name in place:
                 return place[name]

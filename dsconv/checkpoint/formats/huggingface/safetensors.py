@@ -67,7 +67,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     Raises:
         SeveralModelsError: There are several models, and ``item`` is None.
         MalformedError: A header or the index breaks the rules, or the weights are empty.
-        MissingShardError: A file that the index names, or a shard, is not there.
+        MissingShardError: A file that the index names, or a shard, is missing.
         UnsupportedError: A tensor has a dtype that dsconv does not know, or all are an optimizer's.
         UnsafeError: The index names a file outside the folder.
     """

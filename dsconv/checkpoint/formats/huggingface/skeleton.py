@@ -56,7 +56,7 @@ class Skeleton:
 
 
 def read_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
-    """Return the weights of the architecture that a config.json names; None where its source does not tell.
+    """Return the weights of the architecture that a config.json names; None if its source does not tell.
 
     Args:
         config: The parsed file.

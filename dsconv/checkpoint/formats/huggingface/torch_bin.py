@@ -54,7 +54,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     Raises:
         SeveralModelsError: There are several models, and ``item`` is None.
         MalformedError: A file is damaged, holds something else than a state dict, or its weights are empty.
-        MissingShardError: One of several files is not there.
+        MissingShardError: One of several files is missing.
         UnsupportedError: The file holds a pickled module, or tensors that dsconv does not read.
         UnsafeError: A pickle calls a function, or the index names a file outside the folder.
     """

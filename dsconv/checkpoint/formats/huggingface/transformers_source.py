@@ -26,7 +26,7 @@ MAX_SOURCE_BYTES = 4 << 20
 
 
 def read_architecture(config: Path) -> tuple[str, str] | None:
-    """Return the first of ``architectures`` and the ``model_type`` of a config.json; None where it lacks one."""
+    """Return the first of ``architectures`` and the ``model_type`` of a config.json; None if it lacks one."""
     data = read_config(config) or {}
     named = data.get("architectures")
     if not isinstance(named, list) or not named or "model_type" not in data:
@@ -55,7 +55,7 @@ def class_nodes(model_type: str, kind: str = "modeling") -> list[ast.ClassDef]:
 
 
 def class_literal(node: ast.ClassDef, name: str) -> Any:
-    """Return the value that a class assigns to its attribute ``name``; None where it has none or it is no literal."""
+    """Return the value that a class assigns to its attribute ``name``; None if it has none or it is no literal."""
     for statement in node.body:
         if isinstance(statement, ast.Assign):
             targets: list[ast.expr] = statement.targets
@@ -83,7 +83,7 @@ def tied_weights_keys(config: Path | None) -> Any:
 
 
 def children_of(config: Path) -> Callable[[str], bool] | None:
-    """Return a test of names: whether a name's first two parts are modules of the model. None where that is unknown."""
+    """Return a test of names: whether a name's first two parts are modules of the model. None if that is unknown."""
     named = read_architecture(config)
     if named is None:
         return None

@@ -24,7 +24,7 @@ class Leaf:
 
     Attributes:
         path: The keys that lead to it.
-        shape: Its shape in elements; None where it is not a tensor.
+        shape: Its shape in elements; None if it is not a tensor.
         floating: Whether its elements are floating-point numbers.
     """
 

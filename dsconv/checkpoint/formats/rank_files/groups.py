@@ -26,7 +26,7 @@ MAX_SETTINGS_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Group:
-    """The files of one save. ``world`` is the number of ranks in their names; None where the names have none."""
+    """The files of one save. ``world`` is the number of ranks in their names; None if the names have none."""
 
     kind: str
     name: str
@@ -60,11 +60,11 @@ def pick_home(path: Path, item: str | None) -> tuple[Path, str | None]:
 
     Args:
         path: The folder that the user named.
-        item: The role (``actor``, ``critic``) that is wanted, where there are several.
+        item: The role (``actor``, ``critic``) that is wanted, if there are several.
 
     Raises:
         SeveralModelsError: There are several roles, and ``item`` is None.
-        CheckpointNotFoundError: There is no such role.
+        CheckpointNotFoundError: The role does not exist.
     """
     homes = homes_in(path)
     if len(homes) < 2:
@@ -109,7 +109,7 @@ def choose_group(path: Path, home: Path, item: str | None, warnings: list[str]) 
     Args:
         path: What the user named: the folder, or one file of the save that is meant.
         home: The folder with the files.
-        item: The name of the group that is wanted, where there are several.
+        item: The name of the group that is wanted, if there are several.
         warnings: Warnings are added.
 
     Raises:

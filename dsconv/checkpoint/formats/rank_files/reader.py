@@ -57,11 +57,11 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     Args:
         root: The folder, or any file of the save that is meant where the folder holds several.
         tag: Not used: such a folder holds one step.
-        item: The model to take, where there are several: verl's role, a group of files, or a key in the files.
+        item: The model to take, if there are several: verl's role, a group of files, or a key in the files.
 
     Raises:
         SeveralModelsError: There are several models, and ``item`` is None.
-        MissingShardError: The file of a rank, or a rank's share of a tensor, is not there.
+        MissingShardError: The file of a rank, or a rank's share of a tensor, is missing.
         InconsistentCheckpointError: The files are not from one save.
         MalformedError: A file is damaged, or holds no tensors.
         UnsupportedError: A tensor lies on the ranks in a way that dsconv does not read.
@@ -151,7 +151,7 @@ def _find(files: dict[int, TorchFile], item: str | None) -> tuple[Items, dict[st
 def _refuse_other_keys(
     files: dict[int, TorchFile], values: dict[int, dict[str, Any]], leaves: dict[str, Leaf], item: str | None
 ) -> None:
-    """Raise InconsistentCheckpointError where ranks keep their model under different keys, each of them just one."""
+    """Raise InconsistentCheckpointError if ranks keep their model under different keys, each of them just one."""
     keys = {
         rank: choose_model({flat: leaves[flat] for flat in held}, files[rank].path, item).key
         for rank, held in values.items()
@@ -317,7 +317,7 @@ def _boxes(name: str, files: dict[int, TorchFile], tensors: dict[int, ShardedTen
 
 
 def _same_copies(name: str, held: list[Held]) -> None:
-    """Raise InconsistentCheckpointError where two ranks hold different bytes for the same part."""
+    """Raise InconsistentCheckpointError if two ranks hold different bytes for the same part."""
     first: dict[Region | None, Held] = {}
     for part in held:
         original = first.setdefault(part.region, part)

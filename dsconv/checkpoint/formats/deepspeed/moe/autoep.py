@@ -1,6 +1,6 @@
 """AutoEP: Hugging Face MoE layers that DeepSpeed spread over ranks, put back as transformers has them; also at ZeRO-3.
 
-AutoEP replaces a MoE block by one whose experts are three tensors a rank (w1 gate, w2 down, w3 up; dimension 0 counts
+AutoEP replaces a MoE block by one whose experts are three tensors per rank (w1 gate, w2 down, w3 up; dimension 0 counts
 this rank's experts) and calls its router, shared experts and their gate by names of its own. Here they come out as
 transformers 5 holds them: ``experts.gate_up_proj`` with the gate's rows before the up's, ``experts.down_proj``,
 ``gate``.
@@ -267,7 +267,7 @@ def whole_experts(entries: dict[str, TensorEntry], naming: Naming) -> dict[str, 
 
 
 def _model_type(folder: TagFolder) -> str | None:
-    """Return the ``model_type`` of the config.json that belongs to the checkpoint; None where it is not known."""
+    """Return the ``model_type`` of the config.json that belongs to the checkpoint, or None if it is not known."""
     path = find_config([folder.path, folder.save_dir])
     config = read_config(path) if path is not None else None
     kind = config.get("model_type") if config is not None else None

@@ -1,6 +1,6 @@
 """Experts of a DeepSpeed MoE model: their names in the whole model, and the files that hold one expert each.
 
-Facts read from DeepSpeed: ``runtime/engine.py`` ``_save_moe_checkpoint`` (a file an expert, named by the layer's
+Facts read from DeepSpeed: ``runtime/engine.py`` ``_save_moe_checkpoint`` (one file per expert, named by the layer's
 number among MoE layers and the expert's global id, with global names inside; the main model states leave them out) and
 ``moe/experts.py`` (a rank numbers its own experts from 0, in its parameters and so in ``param_shapes``).
 """
@@ -64,7 +64,7 @@ class ExpertLayer(Protocol):
         ...
 
     def in_file(self, key: str, shape: tuple[int, ...], expert: int) -> Share | None:
-        """Return where tensor ``key`` of the file of ``expert`` belongs; None where it is not of that expert."""
+        """Return where tensor ``key`` of the file of ``expert`` belongs; None if it is not of that expert."""
         ...
 
 
@@ -152,7 +152,7 @@ def _in_turn(parts: list[Layout]) -> tuple[Piece, ...]:
 
 
 def owner_of(layers: list[ExpertLayer], name: str) -> ExpertLayer | None:
-    """Return the layer whose experts have a tensor called ``name``; None where there is none."""
+    """Return the layer whose experts have a tensor called ``name``, or None if there is none."""
     return next((layer for layer in layers if layer.owns(name)), None)
 
 
@@ -168,7 +168,7 @@ def read_layers(
         warnings: A warning is added where files of more experts are ignored.
 
     Raises:
-        MissingShardError: An expert's file is not there.
+        MissingShardError: An expert's file is missing.
         InconsistentCheckpointError: A file holds another expert than its name says.
         UnsupportedError: The files are of an old release or of a tensor-parallel run.
     """
@@ -319,7 +319,7 @@ def contents_of(
         entries: The tensors by the model's own names.
         files: The files that were read beside the model states.
         warnings: What was found on the way.
-        ep_size: The number of expert-parallel ranks; None where it is not known.
+        ep_size: The number of expert-parallel ranks, or None if it is not known.
     """
     world = {"data_parallel": states.data_parallel, "model_parallel": 1}
     return Contents(

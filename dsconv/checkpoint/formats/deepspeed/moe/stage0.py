@@ -43,7 +43,7 @@ def read_moe_stage0(folder: TagFolder, found: autoep.Experts, warnings: list[str
     """Read the tensor map of a checkpoint with expert files and without ZeRO.
 
     Raises:
-        MissingShardError: An optimizer file is not there.
+        MissingShardError: An optimizer file is missing.
         UnsupportedError: Which master belongs to which weight cannot be determined.
     """
     states, layers, tensors = found.states, found.layers, found.tensors
@@ -180,7 +180,7 @@ class _Masters:
             self.found[name] = TensorEntry(name, master.dtype, old.shape, layout, old.aliases, old.role)
 
     def _need_all(self, whole: dict[str, TensorEntry], files: int) -> None:
-        """Raise MissingShardError where some experts of a layer have a master of a tensor and others lack it."""
+        """Raise MissingShardError if some experts of a layer have a master of a tensor and others lack it."""
         partly = [name for name, parts in self.stacked.parts.items() if set(parts) != set(self.weights.parts[name])]
         matches = {name: LOCAL.fullmatch(name) for name in whole}
         have = {(match["layer"], match["rest"]) for name, match in matches.items() if match and name in self.found}

@@ -63,7 +63,7 @@ def read_moe(folder: TagFolder) -> Checkpoint:
     """Read the tensor map of a checkpoint with expert files.
 
     Raises:
-        MissingShardError: A file is not there.
+        MissingShardError: A file is missing.
         MalformedError: A file does not hold what its name says.
         InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The checkpoint has a feature that dsconv does not read.
@@ -107,7 +107,7 @@ def _without_masters(
 
 
 def _group_keys(partition: Partition) -> list[tuple[str, int]] | None:
-    """Return the name of each group and how many of that name came before; None where groups have no names."""
+    """Return the name of each group and how many of that name came before; None if groups have no names."""
     base = partition.state.get("base_optimizer_state")
     groups = base.get("param_groups") if isinstance(base, dict) else None
     if not isinstance(groups, list) or len(groups) != len(partition.groups):

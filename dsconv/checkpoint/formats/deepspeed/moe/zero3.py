@@ -36,7 +36,7 @@ def read_zero3_experts(folder: TagFolder, partitions: list[Partition], warnings:
         warnings: What was found is added.
 
     Raises:
-        MissingShardError: A rank's model states are not there.
+        MissingShardError: A rank's model states are missing.
         MalformedError: A file does not hold what its name says.
         InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: AutoEP was folded with tensor parallelism.
