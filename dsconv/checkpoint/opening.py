@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 
 from dsconv.checkpoint.formats.table import EXPECTED, Format, formats
@@ -19,6 +20,11 @@ from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, 
 TensorEntry.reader = staticmethod(read_tensor)  # the map is a floor below the reading of bytes
 
 
+TRAINER_SAVE = re.compile(r"checkpoint-\d{1,18}")
+TRAINER_STATE = "trainer_state.json"
+FSDP_MODEL = "pytorch_model_fsdp_0"
+OWN_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp")
+NO_WEIGHTS = ("training_args.bin",)
 MASTERS, OWN_WEIGHTS = "masters", "16bit"  # what ``weights`` may be
 
 
@@ -34,11 +40,13 @@ def open_checkpoint(
     """Open a checkpoint for reading: read its metadata, and prove that its pieces tile every tensor exactly once.
 
     Args:
-        path: A DeepSpeed save dir, tag dir or Trainer ``checkpoint-N``; a torch.distributed.checkpoint directory or a
-            folder that holds one; a folder with one torch.save a rank (verl, accelerate, FSDP); a safetensors or
-            ``.bin`` file or folder; a URL of any of these (``s3://``, ``https://``, ``hf://`` …); or the id of a model
-            on the Hub, whose files are downloaded into the Hub's cache.
-        tag: Which checkpoint of a folder that holds several.
+        path: A DeepSpeed save dir or tag dir; a Trainer's ``checkpoint-N`` or output folder; a
+            torch.distributed.checkpoint directory or a folder that holds one; a folder with one torch.save a rank
+            (verl, accelerate, FSDP); a safetensors or ``.bin`` file or folder; a URL of any of these (``s3://``,
+            ``https://``, ``hf://`` …); or the id of a model on the Hub, whose files are downloaded into the Hub's
+            cache.
+        tag: Which checkpoint of a folder that holds several, such as ``global_step100`` or ``checkpoint-500``. Of a
+            Trainer's output folder, the newest is taken by default.
         revision: A branch, tag or commit of the Hub.
         item: The key of the model to open, if there are several: ``actor`` of ``{"actor": …, "critic": …}``.
         follow_links: Read what links lead to that leave the checkpoint's folder. They are refused otherwise: in a
@@ -82,6 +90,7 @@ def open_checkpoint(
 
 
 def _read(root: Root, tag: str | None, item: str | None, weights: str) -> Checkpoint:
+    tag = _enter_trainer_folder(root, tag)
     for kind in formats():
         if kind.detect(root, tag):
             checkpoint = kind.read(root, tag, item) if weights == MASTERS else _read_own_weights(kind, root, tag)
@@ -91,6 +100,45 @@ def _read(root: Root, tag: str | None, item: str | None, weights: str) -> Checkp
                 )
             return checkpoint
     raise root.nothing_found(EXPECTED)
+
+
+def _enter_trainer_folder(root: Root, tag: str | None) -> str | None:
+    """Move ``root`` from a Trainer's output folder to the ``checkpoint-N`` that is meant; return the tag to read there.
+
+    ``trainer_state.json`` is written last, so a folder without it is a save that did not end. As in transformers
+    (``trainer_utils.py``, ``get_last_checkpoint``) the newest is the one of the largest number. A folder with weights
+    of its own is left to the formats.
+
+    Raises:
+        CheckpointNotFoundError: The newest save did not end, and which one is meant is not clear.
+    """
+    path = root.path
+    saves = [p for p in path.iterdir() if TRAINER_SAVE.fullmatch(p.name)] if path.is_dir() else []
+    if any((p / FSDP_MODEL).is_dir() for p in saves):  # the format of these finds its own way
+        return tag
+    if tag is not None:
+        if not any(p.name == tag and (p / TRAINER_STATE).is_file() for p in saves):
+            return tag
+        root.path = path / tag
+        return None
+    if not saves or any(
+        p.name == "latest" or (p.suffix in OWN_FILES and p.name not in NO_WEIGHTS) for p in path.iterdir()
+    ):
+        return tag
+    saves.sort(key=lambda p: int(p.name.rpartition("-")[2]))
+    whole = [p for p in saves if (p / TRAINER_STATE).is_file()]
+    if not whole:
+        return tag
+    unfinished = saves[saves.index(whole[-1]) + 1 :]
+    if unfinished:
+        raise CheckpointNotFoundError(
+            f"{path}: {unfinished[-1].name} is the newest and has no {TRAINER_STATE}, so its save did not end."
+            f" Choose an older one with --tag: {', '.join(p.name for p in whole[-8:])}"
+        )
+    root.path = whole[-1]
+    if len(saves) > 1:
+        root.warnings.append(f"took {root.path.name}, the newest of {len(saves)} checkpoints; --tag chooses another")
+    return None
 
 
 def _read_own_weights(kind: Format, root: Root, tag: str | None) -> Checkpoint:

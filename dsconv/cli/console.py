@@ -23,6 +23,7 @@ from dsconv.text import MAX_NAME, clean, redact
 
 LOG_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 QUICK_BYTES = 64 << 20  # work below this ends before a bar is drawn
+HEAD_ROWS, TAIL_ROWS = 32, 8  # what is shown of a long table
 SMALLEST_PLAIN_BYTES = 1000  # a smaller size without a unit is a mistake
 
 Progress = Callable[[str, int, int], None]
@@ -171,6 +172,29 @@ def table(
     Console(file=out, width=width, highlight=False, force_terminal=terminal and colour(sys.stdout)).print(made)
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines()))
     sys.stdout.flush()
+
+
+def long_table(
+    columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str | Sequence[str]]], all_of_them: str
+) -> None:
+    """Print the first and last rows of a table, how many are between, and what shows ``all_of_them``."""
+    hidden = len(rows) - HEAD_ROWS - TAIL_ROWS
+    if hidden <= 1:
+        table(columns, rows)
+        return
+    more = [f"… {hidden:,} more rows; {all_of_them}", *[""] * (len(columns) - 1)]
+    table(columns, [*rows[:HEAD_ROWS], more, *rows[HEAD_ROWS + hidden :]])
+
+
+def plan_cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Return dtype, shape, offset and bytes of a tensor's row in a plan."""
+    cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
+    return f"{row['dtype']}{cast}", shape(row["shape"]), f"{row['offset']:,}", f"{row['bytes']:,}"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """Return ``16 × 8``, or ``scalar``."""
+    return " × ".join(map(str, sizes)) or "scalar"
 
 
 def size(nbytes: float) -> str:

@@ -29,7 +29,9 @@ Example:
 @console.QUIET
 @console.DEBUG
 def diff(a: str, b: str, show_all: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Measure how far two checkpoints of any formats are apart, tensor by tensor and layer by layer.
+    """Measure by how much two checkpoints differ.
+
+    They may have any formats, and are compared tensor by tensor and layer by layer.
 
     Values are compared as float64. A row shows the fraction of elements that changed, the largest change, the largest
     change relative to a value, the norm of the change relative to the norm of A, and the cosine between the two. The

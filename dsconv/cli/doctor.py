@@ -26,7 +26,8 @@ def doctor(context: click.Context, folder: str, as_json: bool, debug: bool) -> N
     """Show versions, devices, free space and what works here.
 
     FOLDER is the folder whose free space is shown. A small checkpoint is merged and compared; if that fails, the exit
-    code is 3. Missing optional packages are not a failure.
+    code is 3. Missing optional packages are not a failure. What "works" was tried here; of what is "installed",
+    only the packages were imported.
     """
     from dsconv.doctor import diagnose
 
@@ -56,6 +57,6 @@ def _show(found: dict[str, Any]) -> None:
         console.say(f"free: {'unknown' if free is None else console.size(free)} in {path}")
     for check in found["works"]:
         if check["works"]:
-            console.say(f"works: {check['what']}")
+            console.say(f"{'works' if check['tried'] else 'installed'}: {check['what']}")
         else:
             console.say(f"does not work: {check['what']}: {check['problem']}. {check['fix']}")

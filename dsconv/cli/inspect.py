@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from dsconv.checkpoint.map.tensors import TensorEntry
     from dsconv.errors import SeveralModelsError
 
-HEAD_ROWS, TAIL_ROWS = 32, 8
 Row = tuple[list[str], str, str, str, str, str]
 
 
@@ -129,12 +128,12 @@ def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None
     console.table([("", "left"), ("", "left")], [(label, value) for label, value in facts if value])
     console.say("")
     rows = [_row([entry.name], [entry]) for entry in entries] if show_all else _grouped_rows(entries)
-    hidden = 0 if show_all else max(0, len(rows) - HEAD_ROWS - TAIL_ROWS)
-    if hidden:
-        more = [f"… {hidden:,} more rows; --all lists every tensor"]
-        rows[HEAD_ROWS : HEAD_ROWS + hidden] = [(more, "", "", "", "", "")]
-    left = ("tensor", "dtype", "shape", "role")
-    console.table([*((title, "left") for title in left), ("pieces", "right"), ("size", "right")], rows)
+    left = [(title, "left") for title in ("tensor", "dtype", "shape", "role")]
+    columns = [*left, ("pieces", "right"), ("size", "right")]
+    if show_all:
+        console.table(columns, rows)
+    else:
+        console.long_table(columns, rows, "--all lists every tensor")
     if not entries:
         console.say("no tensor has such a name" if found else "no tensors")
     for warning in found.warnings:
@@ -169,7 +168,7 @@ def _row(name: list[str], entries: list[TensorEntry]) -> Row:
     return (
         [*name, *(f"  = {alias}" for entry in entries for alias in entry.aliases)],
         str(first.dtype),
-        " × ".join(map(str, first.shape)) or "scalar",
+        console.shape(first.shape),
         "" if first.role == "parameter" else first.role,
         str(sum(entry.piece_count for entry in entries)),
         console.size(sum(entry.nbytes for entry in entries)),

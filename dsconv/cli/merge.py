@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
@@ -165,39 +166,55 @@ def _run(options: dict[str, Any], masters: bool = False) -> None:
         console.say(f"with {', '.join(report.sidecars)}")
     if report.pushed is not None:
         console.show_push(report.pushed)
-    _show_loading(report, options["adapter"])
+    _show_loading(report, options)
 
 
-def _show_loading(report: Any, is_adapter: bool) -> None:
-    """Say how the output is loaded, or how much of it would be missing (the warning above says which)."""
+def _show_loading(report: Any, options: dict[str, Any]) -> None:
+    """Say how the output is loaded, or how much of it would be missing (the warning above says which).
+
+    The last line is what to type next.
+    """
     left = ", ".join(quote(name) for name in report.sidecars_left_out)
     without = f", without {left} (the warning says why)" if left else ""
+    if left and report.loadable is None:
+        console.say(f"written{without}")
     if report.loadable:
         console.say(f"loads with {report.loads_with}{without}")
     elif report.loadable is False:
         counts = f"{console.count(len(report.missing), 'weight')} missing, {len(report.unexpected)} unexpected"
         console.say(f"does not load with {report.loads_with}: {counts}{without}")
-    elif "config.json" not in report.sidecars and not is_adapter:
+    elif "config.json" not in report.sidecars and not options["adapter"]:
         console.say(
             "No config.json was found beside the checkpoint. Name the model's folder with --config-from to make OUT"
             " loadable.",
             err=True,
         )
-    if left and report.loadable is None:
-        console.say(f"written{without}")
+    elif options["adapter"]:
+        console.say(f'loads with PeftModel.from_pretrained(base_model, "{report.output}")')
+    elif not (report.verified or options["fold_lora"] or options["revision"] or options["weights"] != "masters"):
+        console.say(f"prove it with: {_verify_command(report, options)}")
+
+
+def _verify_command(report: Any, options: dict[str, Any]) -> str:
+    words = ["dsconv", "verify", report.source, report.output]
+    words += ["--allow-cast"] if options["dtype"] is not None else []
+    words += ["--subset"] if options["exclude_frozen"] else []
+    words += ["--item", report.item] if report.item is not None else []
+    words += ["--follow-links"] if options["follow_links"] else []
+    return shlex.join(words)
 
 
 def _show_plan(report: Any) -> None:
-    file = None
+    rows, file = [], None
     for row in report.plan:
         if row["file"] != file:
             file = row["file"]
-            console.say("", file)
-        cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
-        console.say(
-            f"  {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']}  {row['name']}"
-            f"  ({row['role']}, {console.count(row['pieces'], 'piece')})"
-        )
+            rows.append((f"{file}:", "", "", "", "", "", ""))
+        rows.append((f"  {row['name']}", *console.plan_cells(row), row["role"], f"{row['pieces']:,}"))
+    left = [(title, "left") for title in ("tensor", "dtype", "shape")]
+    at = [("offset", "right"), ("bytes", "right")]
+    console.say("")
+    console.long_table([*left, *at, ("role", "left"), ("pieces", "right")], rows, "--json lists all of them")
     console.say(
         "",
         f"{console.count(report.tensors, 'tensor')}, {console.size(report.nbytes)} in"

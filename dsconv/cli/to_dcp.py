@@ -64,12 +64,14 @@ def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool
     seconds = time.monotonic() - began
     if not console.show_report(report, seconds, as_json, quiet):
         return
-    for row in report.plan:
-        cast = "" if row["dtype"] == row["stored_dtype"] else f" from {row['stored_dtype']}"
-        console.say(
-            f"  {row['file']} {row['offset']:>14,}  {row['bytes']:>14,}  {row['dtype']}{cast}  {row['shape']} "
-            f" {row['name']}  ({console.count(row['chunks'], 'chunk')} of {console.count(row['pieces'], 'piece')})"
-        )
+    if report.plan:
+        left = [(title, "left") for title in ("file", "tensor", "dtype", "shape")]
+        right = [(title, "right") for title in ("offset", "bytes", "chunks", "pieces")]
+        rows = [
+            (row["file"], row["name"], *console.plan_cells(row), f"{row['chunks']:,}", f"{row['pieces']:,}")
+            for row in report.plan
+        ]
+        console.long_table([*left, *right], rows, "--json lists all of them")
     total = (
         f"{console.count(report.tensors, 'tensor')}, {console.count(report.parameters, 'parameter')},"
         f" {console.size(report.nbytes)}"
@@ -78,3 +80,5 @@ def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool
     console.say(f"{total} in {console.count(len(report.files), 'file')}, {end}")
     for alias, name in report.ties.items():
         console.say(f"{alias} is tied to {name}, stored once")
+    if not report.dry_run:
+        console.say(f'load it with torch.distributed.checkpoint.load(state_dict, checkpoint_id="{report.output}")')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -57,13 +58,9 @@ def to_universal(checkpoint: str, output: str | None, as_json: bool, quiet: bool
     seconds = time.monotonic() - began
     if not console.show_report(report, seconds, as_json, quiet):
         return
-    for row in report.plan:
-        kind = (
-            f"from {row['copied_from']}"
-            if "copied_from" in row
-            else f"{row.get('dtype', '')}  {row.get('shape', '')}".strip()
-        )
-        console.say(f"  {row['bytes']:>14,}  {row['file']}  {kind}".rstrip())
+    if report.plan:
+        columns = [("file", "left"), ("dtype", "left"), ("shape", "left"), ("bytes", "right")]
+        console.long_table(columns, list(map(_cells, report.plan)), "--json lists all of them")
     size = (
         f"{console.count(report.tensors, 'parameter')} of {report.parameters:,} elements, each with"
         f" {', '.join(report.states)}"
@@ -74,3 +71,11 @@ def to_universal(checkpoint: str, output: str | None, as_json: bool, quiet: bool
         else f"{seconds:.2f} s{', verified' if report.verified else ''}"
     )
     console.say(f"{size}: {console.size(report.nbytes)} in {console.count(report.files, 'file')}; {done}")
+    if not report.dry_run:
+        console.say('resume from it with "checkpoint": {"load_universal": true} in the DeepSpeed config')
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    if "copied_from" in row:
+        return row["file"], f"a copy of {Path(row['copied_from']).name}", "", f"{row['bytes']:,}"
+    return row["file"], row.get("dtype", ""), console.shape(row["shape"]) if "shape" in row else "", f"{row['bytes']:,}"

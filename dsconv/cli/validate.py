@@ -116,5 +116,9 @@ def _show(report: ValidationReport, folder: str) -> None:
     console.table([("", "left"), *((column, "left") for column in COLUMNS)], rows)
     count = sum(cell.passed is not None for cell in report.cells)
     failed = sum(cell.passed is False for cell in report.cells)
-    verdict = f"all {count} cells passed" if report.passed else f"{failed} of {count} cells FAILED"
+    verdict = (
+        f"all {console.count(count, 'cell')} passed"
+        if report.passed
+        else f"{failed} of {console.count(count, 'cell')} FAILED"
+    )
     console.say(f"{verdict} in {report.seconds:.0f} s; {Path(folder) / 'report.md'}")

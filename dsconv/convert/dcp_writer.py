@@ -25,7 +25,7 @@ from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.sidecars import MAX_MANIFEST_BYTES, read_json
 from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.ties import tied_pairs
-from dsconv.convert.writing import WriteOptions, refusal, write
+from dsconv.convert.writing import WriteOptions, refuse_target, write
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def to_dcp(
     report = _report(checkpoint, target, plan, dry_run)
     destination = DcpOutput(plan)
     if dry_run:
-        report.warnings += refusal(destination, target, force)
+        refuse_target(destination, target, WriteOptions(force))
         for tensor in plan.tensors:
             first = tensor.chunks[0]
             row = tensor_row(

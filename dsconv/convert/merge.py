@@ -28,7 +28,7 @@ from dsconv.convert.safetensors_output import SafetensorsOutput
 from dsconv.convert.staging import finish_interrupted, recover_interrupted
 from dsconv.convert.ties import tied_keys, tied_pairs
 from dsconv.convert.verify import CompareOptions, compare
-from dsconv.convert.writing import WriteOptions, refusal, write
+from dsconv.convert.writing import WriteOptions, refuse_target, write
 from dsconv.errors import MismatchError, UsageError
 from dsconv.text import quote
 
@@ -254,7 +254,7 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
         if report.loadable is None:
             report.warnings += chosen.warnings
         if options.dry_run:
-            report.warnings += refusal(destination, target, options.writing.force)
+            refuse_target(destination, target, options.writing)
             report.plan = [
                 tensor_row(t.name, t.entry, t.dtype, shard.filename, t.offset_bytes)
                 for shard in plan.shards

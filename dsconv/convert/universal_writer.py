@@ -34,7 +34,7 @@ from dsconv.convert.universal_plan import (
     training_of,
 )
 from dsconv.convert.universal_verify import verify_universal
-from dsconv.convert.writing import WriteOptions, refusal, write
+from dsconv.convert.writing import WriteOptions, refuse_target, write
 from dsconv.errors import OutputError
 
 MODEL_STATES = "_model_states.pt"
@@ -101,7 +101,7 @@ def to_universal(
     report = _report(checkpoint, training, target, plan, dry_run)
     destination = UniversalOutput(checkpoint, plan, target)
     if dry_run:
-        report.warnings += refusal(destination, target, force)
+        refuse_target(destination, target, WriteOptions(force))
         report.plan = [*map(_state_row, plan.states), *map(_model_row, plan.models)]
         return report
     recover_interrupted(target)

@@ -8,6 +8,7 @@ last byte has arrived, checks the source records, and puts everything into place
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,13 +126,31 @@ def older_output(destination: Destination, target: Path, force: bool) -> list[st
     return names
 
 
-def refusal(destination: Destination, target: Path, force: bool) -> list[str]:
-    """Return the reason why ``write`` would refuse the target, for a dry run; nothing where it would not."""
-    try:
-        older_output(destination, target, force)
-    except OutputError as error:
-        return [f"without --dry-run this is refused: {error}"]
-    return []
+def refuse_target(destination: Destination, target: Path, options: WriteOptions) -> None:
+    """Raise what ``write`` would refuse the target with, without touching it. A dry run ends as the run would.
+
+    Whether another run is writing there is not looked at.
+
+    Raises:
+        OutputError: the output exists (without ``force``), does not fit the disk or cannot be written to.
+    """
+    older_output(destination, target, options.force)
+    if is_remote(target):
+        _refuse_fsync(target, options.fsync)
+        return
+    require_space(target, sum(file.nbytes for file in destination.files))
+    existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise OutputError(f"{target} cannot be made: {existing} is a file; name another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"{target} cannot be written: {existing} is not writable; name another folder")
+
+
+def _refuse_fsync(target: Path, fsync: bool | None) -> None:
+    if fsync is not None:
+        raise OutputError(
+            f"{target}: --fsync and --no-fsync are for local disks. Leave them out: a store keeps what it acknowledges"
+        )
 
 
 @contextlib.contextmanager
@@ -145,10 +164,7 @@ def open_place(target: Path, fsync: bool | None) -> Iterator[Place]:
         with open_staging(target, fsync is not False) as staging:
             yield staging
         return
-    if fsync is not None:
-        raise OutputError(
-            f"{target}: --fsync and --no-fsync are for local disks. Leave them out: a store keeps what it acknowledges"
-        )
+    _refuse_fsync(target, fsync)
     from dsconv.convert.upload import open_upload
 
     with open_upload(target) as upload:

@@ -133,10 +133,10 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
         return found
     if tags:
         raise CheckpointNotFoundError(f"{path} has no file 'latest'{_others(path)}")
-    nested = sorted(p.name for p in path.glob("checkpoint-*") if (p / "latest").is_file()) if path.is_dir() else []
-    if nested:
+    if nested := trainer_saves(path):
         raise CheckpointNotFoundError(
-            f"{path} holds several training checkpoints: give one of them, such as {path / nested[-1]}"
+            f"{path} holds checkpoints of a training beside other files: choose one with --tag, such as --tag"
+            f" {nested[-1]}, or name the model's file"
         )
     return None
 
@@ -144,6 +144,12 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
 def tags_in(path: Path) -> list[str]:
     """Return the names of the tag folders in ``path``, numbers in them in the order of their values."""
     return sorted((p.name for p in path.iterdir() if holds_states(p)), key=_natural) if path.is_dir() else []
+
+
+def trainer_saves(path: Path) -> list[str]:
+    """Return the names of the ``checkpoint-N`` of DeepSpeed in a Trainer's output folder, the newest last."""
+    names = [p.name for p in path.glob("checkpoint-*") if (p / "latest").is_file()] if path.is_dir() else []
+    return sorted(names, key=_natural)
 
 
 def read_latest(path: Path) -> str:
@@ -163,7 +169,7 @@ def _checked_tag(tag: str, where: Path) -> str:
 
 
 def _others(path: Path) -> str:
-    tags = tags_in(path)
+    tags = tags_in(path) or trainer_saves(path)
     return f"; choose one with --tag: {', '.join(tags[-8:])}" if tags else "; no tag folder was found there"
 
 

@@ -512,7 +512,7 @@ def test_doctor_shows_what_works_here(tmp_path: Path) -> None:
     assert found["free_bytes"][str(tmp_path / "not yet there")] > 0
     core = found["works"][:2]
     assert [check["what"] for check in core] == [
-        "merging and verifying a checkpoint",
+        "merging, casting and verifying a checkpoint",
         "refusing a pickle that would run code",
     ]
     assert all(check["works"] for check in core)
@@ -530,7 +530,8 @@ def test_doctor_says_what_is_missing_and_what_fails(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
     lines = result.stdout.splitlines()
     assert any(
-        line.startswith("does not work: merging and verifying a checkpoint: FileNotFoundError: ") for line in lines
+        line.startswith("does not work: merging, casting and verifying a checkpoint: FileNotFoundError: ")
+        for line in lines
     )
     assert "works: refusing a pickle that would run code" in lines
     assert any("zstd: " in line and line.endswith("pip install 'dsconv-toolkit[zstd]'") for line in lines)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import dsconv
-from dsconv.errors import OutputError
+from dsconv.errors import CheckpointNotFoundError, OutputError
 from tests.cli.running import dsconv as command
 from tests.trained import Trained, load_safetensors
 
@@ -73,17 +73,44 @@ def test_a_different_file_beside_the_weights_is_not_replaced(trained: Callable[[
 
 
 @pytest.mark.parametrize("name", ["merge", "to-dcp", "to-universal"])
-def test_a_dry_run_reports_every_reason_for_a_refusal(
-    name: str, trained: Callable[[str], Trained], tmp_path: Path
-) -> None:
+def test_a_dry_run_refuses_what_the_run_refuses(name: str, trained: Callable[[str], Trained], tmp_path: Path) -> None:
     source, out = trained(CASE).checkpoint, tmp_path / "out"
-    assert "refused" not in command(name, source, out, "--dry-run").err
+    assert command(name, source, out, "--dry-run").code == 0
     assert command(name, source, out, "--no-fsync").code == 0
-    plan = command(name, source, out, "--dry-run")
-    assert plan.code == 0
-    assert "Warning: without --dry-run this is refused:" in plan.err
-    assert "already holds" in plan.err
-    assert "refused" not in command(name, source, out, "--dry-run", "--force").err
+    dry, real = command(name, source, out, "--dry-run"), command(name, source, out)
+    assert dry.code == real.code == 3
+    assert dry.err == real.err
+    assert "already holds" in dry.err
+    assert command(name, source, out, "--dry-run", "--force").code == 0
+    (tmp_path / "file").touch()
+    below = command(name, source, tmp_path / "file" / "out", "--dry-run")
+    assert below.code == 3
+    assert "is a file" in below.err
+
+
+def test_a_trainers_output_folder(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    """The checkpoint of the largest number is taken, and --tag takes another; what is not clear is refused."""
+    made = trained("llama_tied-z3-bf16-w2-trainer")
+    run = tmp_path / "run"
+    for name in ("checkpoint-10", "checkpoint-9"):
+        shutil.copytree(made.checkpoint, run / name)
+    report = dsconv.merge(run, tmp_path / "out", fsync=False)
+    assert report.source == str(run / "checkpoint-10" / "global_step2")
+    assert report.warnings == ["took checkpoint-10, the newest of 2 checkpoints; --tag chooses another"]
+    made.check(load_safetensors(tmp_path / "out"))
+    report = dsconv.merge(run, tmp_path / "nine", tag="checkpoint-9", fsync=False)
+    assert (report.source, report.warnings) == (str(run / "checkpoint-9" / "global_step2"), [])
+    with pytest.raises(CheckpointNotFoundError, match="choose one with --tag: checkpoint-9, checkpoint-10"):
+        dsconv.open_checkpoint(run, tag="checkpoint-8")
+    (run / "checkpoint-11").mkdir()
+    with pytest.raises(CheckpointNotFoundError, match=r"checkpoint-11 is the newest .* its save did not end"):
+        dsconv.open_checkpoint(run)
+    (run / "checkpoint-11").rmdir()
+    (run / "training_args.bin").touch()
+    assert dsconv.open_checkpoint(run).folder == run / "checkpoint-10"
+    shutil.copy(made.folder / "truth.safetensors", run / "model.safetensors")
+    with pytest.raises(CheckpointNotFoundError, match=r"such as --tag checkpoint-10, or name the model's file"):
+        dsconv.open_checkpoint(run)
 
 
 def test_zero_to_fp32_of_a_model_without_masters_says_so(tmp_path: Path) -> None:
