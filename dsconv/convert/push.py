@@ -163,7 +163,7 @@ def open_api(repo: str) -> Any:
 def _require_private(there: Repository | None, private: bool) -> None:
     if private and there is not None and not there.private:
         raise UnsafeError(
-            f"{there.repo} is there already and is public: make it private in its settings on the Hub, or leave out"
+            f"{there.repo} already exists and is public: make it private in its settings on the Hub, or leave out"
             " --private"
         )
 
@@ -179,7 +179,7 @@ def _make(
         api.create_branch(repo, branch=revision, exist_ok=True)
     made = look(api, repo, revision)
     if made is None or made.sha is None:
-        raise RemoteError(f"{repo}: was made on the Hub, and cannot be seen there yet: run it again")
+        raise RemoteError(f"{repo}: was created on the Hub, but cannot be seen there yet: run it again")
     return made
 
 

@@ -130,9 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             return None
         manifest = json.loads(read_small(path))
     except (CheckpointNotFoundError, OSError, ValueError, RecursionError) as error:
-        raise MalformedError(
-            f"{path}: not the JSON that a merge writes ({error}); merge again, or take it away"
-        ) from None
+        raise MalformedError(f"{path}: not the JSON that a merge writes ({error}); merge again, or remove it") from None
     tensors, files = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("tensors", "files"))
     sound = (
         isinstance(tensors, dict)
@@ -140,9 +138,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         and all(isinstance(v, dict) for v in (*tensors.values(), *files.values()))
     )
     if not sound or not isinstance(manifest.get("source", {}), dict):
-        raise MalformedError(
-            f"{path}: no table of tensors and files, which a merge writes; merge again, or take it away"
-        )
+        raise MalformedError(f"{path}: no table of tensors and files, which a merge writes; merge again, or remove it")
     return dict(manifest)
 
 

@@ -180,7 +180,7 @@ def _differences(api: Any, repo: str, commit: str, shelf: Path, digests: dict[st
     for name in names:
         file = found.get(name)
         if file is None:
-            wrong.append(f"{name} is not there (does the repository's .gitignore name it?)")
+            wrong.append(f"{name} is missing (does the repository's .gitignore name it?)")
         elif file.lfs is not None:
             if file.lfs.sha256 != digests[name]:
                 wrong.append(f"{name} has the sha256 {file.lfs.sha256} and was {digests[name]} when it was checked")

@@ -80,7 +80,7 @@ class StagedFile:
             descriptor = self._open(os.O_RDWR)
         except OSError as error:
             raise OutputError(
-                f"{self._path}: cannot be opened for writing: {error.strerror}; nothing of the output was kept"
+                f"{self._path}: cannot be opened for writing: {error.strerror}; no output was kept"
             ) from None
         try:
             yield descriptor

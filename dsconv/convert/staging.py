@@ -180,7 +180,7 @@ class Staging:
         new = {name: hidden.signature(name) for name in names}
         unknown = [name for name, found in new.items() if found is None]
         if unknown:
-            raise OutputError(f"{self.path(unknown[0])} is gone: something else clears that folder; run again")
+            raise OutputError(f"{self.path(unknown[0])} is gone: another program clears that folder; run again")
         refuse_special(target, [*obsolete, *names], {name for name, found in new.items() if len(found or ()) == 1})
         old = {name: target.signature(name) for name in obsolete if target.stat(name) is not None}
         replaced = {name: target.signature(name) for name in names if name not in old}

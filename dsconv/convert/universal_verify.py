@@ -38,12 +38,12 @@ def verify_universal(
             continue
         value = opened.root["param"] if isinstance(opened.root, dict) else opened.root
         if not isinstance(value, TensorRef) or file.dtype is None:
-            raise MismatchError(f"{target / file.path}: what was written holds no tensor. Nothing was kept")
+            raise MismatchError(f"{target / file.path}: the file that was written holds no tensor. Nothing was kept")
         if file.entry.dtype != file.dtype and file.entry.dtype.name not in CASTABLE:
             record = opened.archive.records[f"data/{value.storage.key}"]
             if crc32(read_extent(Extent(record, record.offset_bytes, record.nbytes))) != record.crc32:
                 raise MismatchError(
-                    f"{target / file.path}: what was written is not what lies on the disk. Nothing was kept"
+                    f"{target / file.path}: the file on disk differs from what was written. Nothing was kept"
                 )
             continue
         source[file.path] = file.entry

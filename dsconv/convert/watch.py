@@ -289,12 +289,12 @@ class Watcher:
             return None
         except (OSError, ValueError, RecursionError) as error:
             raise MalformedError(
-                f"{path}: cannot be read ({error}); take it away to begin with the newest checkpoint"
+                f"{path}: cannot be read ({error}); remove it to begin with the newest checkpoint"
             ) from None
         if not isinstance(state, dict) or not all(
             isinstance(item, dict) and {"outcome", "files"} <= set(item) for item in state.values()
         ):
-            raise MalformedError(f"{path}: not a watcher's state; take it away to begin with the newest checkpoint")
+            raise MalformedError(f"{path}: not a watcher's state; remove it to begin with the newest checkpoint")
         return state
 
     def _save(self) -> None:
@@ -391,6 +391,6 @@ def locked_home(run: Path, repo: str) -> Iterator[MarkedFolder]:
                 f"{run / HOME / name}: cannot be written to, and what was pushed is noted there: {error.strerror}"
             ) from None
         if home is None:
-            raise OutputError(f"{run}: another watcher pushes this run to {repo}; end it first, or leave it at work")
+            raise OutputError(f"{run}: another watcher pushes this run to {repo}; stop it first, or leave it running")
         with home:
             yield home

@@ -216,7 +216,7 @@ def _offload(zero: Mapping[str, Any], stage: int) -> Iterator[Finding]:
         if stage < lowest:
             fix = f"Set {ZERO}.stage to {'1, 2 or 3' if lowest == 1 else '3'}, or remove it."
             yield Finding(
-                "error", key, f"It asks for offload to {device}, and stage {stage} offloads nothing of that.", fix
+                "error", key, f"It asks for offload to {device}, but stage {stage} does not offload that.", fix
             )
         elif device == "nvme" and stage < 3:
             fix = f'Set {ZERO}.stage to 3, or write "device": "cpu".'
@@ -238,7 +238,7 @@ def _offload(zero: Mapping[str, Any], stage: int) -> Iterator[Finding]:
     for name in ("cpu_offload", "cpu_offload_param"):
         if zero.get(name) is True and stage < (1 if name == "cpu_offload" else 3):
             yield Finding(
-                "error", f"{ZERO}.{name}", f"Stage {stage} offloads nothing of that.", "Set a stage, or remove it."
+                "error", f"{ZERO}.{name}", f"Stage {stage} does not offload that.", "Set a stage, or remove it."
             )
 
 
@@ -304,7 +304,7 @@ def _optimizer(config: Mapping[str, Any]) -> Iterator[Finding]:
         fix = (
             f"Write {next(known for known in _OPTIMIZERS if known.lower() == close[0])}."
             if close
-            else "Name one that there is."
+            else "Name one that exists."
         )
         yield Finding("error", "optimizer.type", f"Neither DeepSpeed nor torch.optim has the optimizer {name!r}.", fix)
     elif (

@@ -37,27 +37,27 @@ class Recipe:
 
 
 _BATCH = (
-    ("train_micro_batch_size_per_gpu", "auto", "samples of a forward pass on one rank, as many as memory allows"),
+    ("train_micro_batch_size_per_gpu", "auto", "samples per forward pass on one rank, as many as memory allows"),
     ("gradient_accumulation_steps", "auto", "micro-batches per step"),
     ("train_batch_size", "auto", "micro-batch × accumulation × ranks; DeepSpeed refuses any other number"),
 )
 _TRAINING = (
     ("bf16.enabled", "auto", "half the memory of fp32 and no loss scaling; on GPUs without bf16 (V100, T4) use fp16"),
-    ("optimizer.type", "AdamW", "DeepSpeed's own: fused on the GPU, DeepSpeedCPUAdam where the optimizer is offloaded"),
+    ("optimizer.type", "AdamW", "DeepSpeed's own: fused on the GPU, DeepSpeedCPUAdam if the optimizer is offloaded"),
     ("optimizer.params.lr", "auto", "the learning rate"),
     ("optimizer.params.betas", "auto", "Adam's decay rates"),
     ("optimizer.params.eps", "auto", "Adam's epsilon"),
     ("optimizer.params.weight_decay", "auto", "decoupled weight decay"),
-    ("scheduler.type", "WarmupDecayLR", "linear up, then linear down to 0, as the Trainer's default schedule"),
+    ("scheduler.type", "WarmupDecayLR", "linear up, then linear down to 0, like the Trainer's default schedule"),
     ("scheduler.params.warmup_min_lr", 0, "from 0"),
-    ("scheduler.params.warmup_max_lr", "auto", "the learning rate at the top; keep it equal to optimizer.params.lr"),
-    ("scheduler.params.warmup_num_steps", "auto", "steps up; DeepSpeed takes at least 2"),
+    ("scheduler.params.warmup_max_lr", "auto", "the peak learning rate; keep it equal to optimizer.params.lr"),
+    ("scheduler.params.warmup_num_steps", "auto", "steps of warm-up; DeepSpeed takes at least 2"),
     ("scheduler.params.warmup_type", "linear", "DeepSpeed's default is log, which no other trainer has"),
-    ("scheduler.params.total_num_steps", "auto", "steps in all; WarmupDecayLR does not start without it"),
+    ("scheduler.params.total_num_steps", "auto", "all steps; WarmupDecayLR does not start without it"),
     ("gradient_clipping", "auto", "DeepSpeed 0.19 clips at 1.0 if this is left out; 0 turns clipping off"),
 )
 _COMMON = (*_BATCH, *_TRAINING)
-_STAGE1 = ("zero_optimization.stage", 1, "optimizer states are partitioned: 12 bytes a parameter become 12 / ranks")
+_STAGE1 = ("zero_optimization.stage", 1, "optimizer states are partitioned: 12 bytes per parameter become 12 / ranks")
 _STAGE2 = (
     "zero_optimization.stage",
     2,
@@ -66,12 +66,12 @@ _STAGE2 = (
 _STAGE3 = (
     "zero_optimization.stage",
     3,
-    "parameters too are partitioned, and gathered layer by layer: for models that fit in no other way",
+    "parameters are partitioned too, and gathered layer by layer, for models that fit in no other way",
 )
 _OVERLAP = (
     "zero_optimization.overlap_comm",
     True,
-    "reduce gradients while the backward pass goes on; costs a second bucket",
+    "reduce gradients during the backward pass; costs a second bucket",
 )
 _BUCKET2 = (
     "zero_optimization.reduce_bucket_size",
@@ -86,11 +86,15 @@ _CONTIGUOUS = (
 )
 _BUCKETS3 = (
     ("zero_optimization.reduce_bucket_size", "auto", "hidden_size²: the gradients of one matrix"),
-    ("zero_optimization.stage3_prefetch_bucket_size", "auto", "0.9 × hidden_size²: what is fetched ahead of use"),
+    (
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "auto",
+        "0.9 × hidden_size²: the parameters that are fetched ahead of use",
+    ),
     (
         "zero_optimization.stage3_param_persistence_threshold",
         "auto",
-        "10 × hidden_size: norms and biases stay whole, they are not worth a gather",
+        "10 × hidden_size: norms and biases stay whole, since they are not worth a gather",
     ),
 )
 _SAVE16 = (
@@ -105,12 +109,12 @@ _OPTIMIZER_CPU = (
     (
         "zero_optimization.offload_optimizer.device",
         "cpu",
-        "optimizer states and their step move to the host: 12 bytes a parameter / ranks of GPU memory",
+        "optimizer states and their step move to the host: 12 bytes per parameter / ranks of GPU memory",
     ),
     (
         "zero_optimization.offload_optimizer.pin_memory",
         True,
-        "page-locked, for full speed; false where ulimit -l or memory is short",
+        "page-locked, for full speed; use false if ulimit -l or memory is short",
     ),
 )
 _PARAMETERS_CPU = (
@@ -127,7 +131,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe(
             "zero1",
-            "Fits in memory but for Adam's states: the least communication, and works with pipelines.",
+            "For models of which only Adam's states do not fit. Needs the least communication; works with pipelines.",
             (
                 *_COMMON,
                 _STAGE1,
@@ -149,7 +153,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "zero2-offload-cpu",
-            "As zero2, with the optimizer on the host: one GPU, or few.",
+            "zero2 with the optimizer on the host, for one or a few GPUs.",
             (
                 *_COMMON,
                 _STAGE2,
@@ -162,7 +166,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "zero3",
-            "Parameters do not fit on one GPU, and all of it fits on all of them.",
+            "For models whose parameters do not fit on one GPU, but on all of them together.",
             (
                 *_COMMON,
                 _STAGE3,
@@ -174,7 +178,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "zero3-offload-cpu",
-            "As zero3, with optimizer and parameters on the host: slow, and as large as host memory.",
+            "zero3 with optimizer and parameters on the host: slow, but the model may be as large as host memory.",
             (
                 *_COMMON,
                 _STAGE3,
@@ -188,24 +192,24 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "zero3-nvme",
-            "As zero3, with optimizer and parameters on NVMe. Needs libaio and a compiler; not run by the tests.",
+            "zero3 with optimizer and parameters on NVMe. It needs libaio and a compiler, and the tests do not run it.",
             (
                 *_COMMON,
                 _STAGE3,
                 (
                     "zero_optimization.offload_optimizer.device",
                     "nvme",
-                    "on disk; DeepSpeed 0.19.8 cannot resume such a run: else write cpu",
+                    "on disk; DeepSpeed 0.19.8 cannot resume such a run, so write cpu if you need to",
                 ),
                 (
                     "zero_optimization.offload_optimizer.nvme_path",
                     "/local_nvme",
-                    "a folder of a disk of each node: change it",
+                    "a folder on a local disk of each node; change it",
                 ),
                 (
                     "zero_optimization.offload_optimizer.buffer_count",
                     5,
-                    "at least the states of the optimizer: Adam has 4 with gradients",
+                    "at least the number of optimizer states: Adam has 4 with gradients",
                 ),
                 (
                     "zero_optimization.offload_optimizer.pipeline_read",
@@ -234,22 +238,22 @@ RECIPES: dict[str, Recipe] = {
                 (
                     "zero_optimization.sub_group_size",
                     1_000_000_000,
-                    "elements stepped at a time: lower it if the step runs out of host memory",
+                    "elements updated at a time; lower it if the step runs out of host memory",
                 ),
                 _OVERLAP,
                 _CONTIGUOUS,
                 *_BUCKETS3,
                 _SAVE16,
-                ("aio.block_size", 1_048_576, "bytes a request; measure yours with ds_nvme_tune"),
-                ("aio.queue_depth", 8, "requests under way"),
-                ("aio.intra_op_parallelism", 1, "threads a request"),
+                ("aio.block_size", 1_048_576, "bytes per request; measure yours with ds_nvme_tune"),
+                ("aio.queue_depth", 8, "requests in flight"),
+                ("aio.intra_op_parallelism", 1, "threads per request"),
                 ("aio.single_submit", False, "submit requests together"),
-                ("aio.overlap_events", True, "collect what is done while submitting"),
+                ("aio.overlap_events", True, "collect finished requests while submitting"),
             ),
         ),
         Recipe(
             "long-context",
-            "Long sequences: activations are what fills memory, so all else makes room. With gradient checkpointing.",
+            "For long sequences, whose activations fill the memory. Use it with gradient checkpointing.",
             (
                 *_COMMON,
                 _STAGE3,
@@ -260,28 +264,28 @@ RECIPES: dict[str, Recipe] = {
                 (
                     "zero_optimization.stage3_max_live_parameters",
                     100_000_000,
-                    "parameters whole at a time: a layer or two, not 1e9",
+                    "parameters that are whole at a time: a layer or two, not 1e9",
                 ),
                 (
                     "zero_optimization.stage3_max_reuse_distance",
                     100_000_000,
-                    "let go of parameters between forward and backward",
+                    "release parameters between forward and backward",
                 ),
                 _SAVE16,
                 (
                     "seq_parallel_communication_data_type",
                     "bf16",
-                    "of Ulysses, ParallelismConfig(sp_backend='deepspeed'); the default is fp32",
+                    "for Ulysses, ParallelismConfig(sp_backend='deepspeed'); the default is fp32",
                 ),
                 (
                     "activation_checkpointing.partition_activations",
                     True,
-                    "of deepspeed.checkpointing only, as Megatron uses it",
+                    "only for deepspeed.checkpointing, as Megatron uses it",
                 ),
                 (
                     "activation_checkpointing.cpu_checkpointing",
                     True,
-                    "as above; for others gradient_checkpointing=True",
+                    "as above; elsewhere use gradient_checkpointing=True",
                 ),
             ),
         ),

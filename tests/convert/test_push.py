@@ -222,7 +222,7 @@ def test_branches(hub: WritableHub, folder: Path) -> None:
 
 def test_private_means_private(hub: WritableHub, folder: Path) -> None:
     hub.make("org/public")
-    with pytest.raises(UnsafeError, match="org/public is there already and is public"):
+    with pytest.raises(UnsafeError, match="org/public already exists and is public"):
         package.push(folder, "org/public", private=True)
     hub.make("org/private", private=True)
     assert package.push(folder, "org/private").private

@@ -289,7 +289,7 @@ def test_what_a_watcher_refuses(hub: WritableHub, run: Run, tmp_path: Path) -> N
         pass
     for text in ("{", "[]", '{"a": 1}'):
         (home / "state.json").write_text(text)
-        with pytest.raises(MalformedError, match=r"state\.json: .*take it away to begin with the newest"):
+        with pytest.raises(MalformedError, match=r"state\.json: .*remove it to begin with the newest"):
             watch(run.folder, "org/new", once=True)
     (run.folder / ".dsconv-watch" / "org--second").write_text("a file")
     with pytest.raises(OutputError, match="org--second is a file, and dsconv keeps a folder of that name there"):

@@ -149,7 +149,7 @@ class HttpStore(Store):
                 )
             probe = self.probes.get(url)
             if probe is not None and (probe.nbytes, probe.etag) != (int(found[3]), _etag(answer)):
-                raise MalformedError(f"{url}: it was written to while it was read: run again when nothing writes there")
+                raise MalformedError(f"{url}: it was written to while it was read: run again when nothing writes to it")
             if answer.headers.get("Content-Encoding", "identity") != "identity":
                 raise RemoteError(
                     f"{url}: the server compresses the file although it was asked not to"

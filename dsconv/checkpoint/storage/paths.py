@@ -48,7 +48,7 @@ class Bounds:
         first = self.signatures.setdefault(path, file.signature)
         if first[-1] != file.signature[-1]:
             file.close()
-            raise MalformedError(f"{path}: it was written to while it was read: run again when nothing writes there")
+            raise MalformedError(f"{path}: it was written to while it was read: run again when nothing writes to it")
         return file
 
     def _real(self, path: Path) -> str | None:

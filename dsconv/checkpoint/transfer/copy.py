@@ -175,7 +175,7 @@ class CopyRun:
         for path in sorted(self.unchecked):
             if stat_signature(path) != self.signatures.get(path, stat_signature(path)):
                 raise MalformedError(
-                    f"{path}: it was written to while it was read: run again when nothing writes there"
+                    f"{path}: it was written to while it was read: run again when nothing writes to it"
                 )
 
     def _work(self, jobs: Jobs[list[Copy] | Gather]) -> None:

@@ -243,7 +243,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
     missing = [file for file in files_of(metadata, chosen) if not (folder / file).is_file()]
     if missing:
         raise MissingShardError(
-            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are not there, the first"
+            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are missing, the first"
             f" {safe_repr(missing[0], 255)}: copy the files of all ranks"
         )
     dtypes = {name: _dtype(name, metadata.tensors[name]) for name in chosen}
@@ -269,7 +269,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
         )
     if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
         warnings.append(
-            "the chunks were saved without checksums (torch.serialization.set_crc32_options), so damage cannot be seen"
+            "the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be detected"
         )
     entries: dict[str, TensorEntry] = {}
     owners: dict[tuple[Any, ...], str] = {}

@@ -107,7 +107,7 @@ def metadata_files(folder: Path) -> list[Path]:
     if missing:
         raise MissingShardError(
             f"{folder}: {len(found)} ranks wrote their own metadata, the last __{max(found)}.metadata, and"
-            f" __{missing[0]}.metadata is not there: copy the files of all ranks into one folder"
+            f" __{missing[0]}.metadata is missing: copy the files of all ranks into one folder"
         )
     return [path for _, path in sorted(found.items())]
 

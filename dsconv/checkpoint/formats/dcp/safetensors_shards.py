@@ -154,15 +154,15 @@ def _numbering(folder: Path, files: list[Path]) -> list[str]:
     lost = set(range(1, parts.pop() + 1)) - {int(match["part"]) for match in matches}
     if lost:
         raise MissingShardError(
-            f"{folder}: no shard of part {min(lost):05d} of the model is there: {len(lost)} parts are missing"
+            f"{folder}: part {min(lost):05d} of the model has no shard: {len(lost)} parts are missing"
         )
     ranks = {int(match["rank"]) for match in matches}
     gaps = sorted(set(range(1, max(ranks) + 1)) - ranks)
     if gaps:
         return [
             (
-                f"no shard {gaps[0]:05d} is there: that rank wrote nothing, or its file is lost with the tensors"
-                " that it alone held"
+                f"there is no shard {gaps[0]:05d}: that rank wrote nothing, or its file is lost with the tensors that"
+                " only it held"
             )
         ]
     return []
@@ -177,14 +177,14 @@ def _ends(folder: Path, shapes: dict[str, Sizes], config: Path | None) -> list[s
             name, expected = problem
             raise MissingShardError(
                 f"{folder}: {safe_repr(name)} ends at {list(shapes[name])}, and {config} says"
-                f" {list(expected)}: the last rank's shards are not there; copy the files of all ranks"
+                f" {list(expected)}: the last rank's shards are missing; copy the files of all ranks"
             )
     if compared:
         return []
     return [
         (
             "the shards do not record full shapes, and no config.json names a size to compare: a lost last shard would"
-            " not be seen"
+            " not be noticed"
         )
     ]
 

@@ -232,7 +232,7 @@ def warn_of_absent(states: ModuleStates, entries: Mapping[str, TensorEntry], war
     trained = [name for group in states.param_shapes for name, shape in group.items() if 0 not in shape]
     if lost := [name for name in trained if name not in known and name not in states.elsewhere]:
         warnings.append(
-            f"{len(lost)} trained weights, such as {quote(lost[0])}, are in the optimizer files alone: they are missing"
+            f"{len(lost)} trained weights, such as {quote(lost[0])}, are only in the optimizer files: they are missing"
             " in the output"
         )
     if not states.lists_frozen and "frozen_param_shapes" in states.raw and states.stage in (2, 3):

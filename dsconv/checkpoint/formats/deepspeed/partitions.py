@@ -154,7 +154,7 @@ def read_partitions(
     if align is None and any(count != world for count in first.counts):
         raise MissingShardError(
             f"{folder.path}: its groups have their own partition counts {list(first.counts)}, so the model has experts;"
-            " their files (layer_0_expert_0_mp_rank_00_model_states.pt and so on) are not there. Copy them from the"
+            " their files (layer_0_expert_0_mp_rank_00_model_states.pt and so on) are missing. Copy them from the"
             " nodes that wrote them"
         )
     return partitions

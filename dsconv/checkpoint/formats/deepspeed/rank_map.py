@@ -80,7 +80,7 @@ def build_checkpoint(folder: TagFolder, states: ModuleStates, contents: Contents
     files = {file.path: file for file in contents.files}
     if not all(file.archive.checksummed for file in files.values()):
         contents.warnings.append(
-            "the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be seen"
+            "the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be detected"
         )
     info: dict[str, Any] = {
         "zero_stage": contents.stage,

@@ -48,9 +48,7 @@ def read_indexed(
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise MissingShardError(
-            f"{index} names {len(missing)} files that are not there, the first {safe_repr(missing[0], 255)}"
-        )
+        raise MissingShardError(f"{index} names {len(missing)} missing files, the first {safe_repr(missing[0], 255)}")
     fetch(files)
     entries: dict[str, TensorEntry] = {}
     warnings = []
@@ -119,7 +117,7 @@ def set_warning(file: Path) -> list[str]:
     if match is None or int(match["count"]) < 2:
         return []
     count = int(match["count"])
-    return [f"{file.name} is one of {count} files of a model, and was read alone: give {file.parent} for all of them"]
+    return [f"{file.name} is one of {count} files of a model, but was read alone: give {file.parent} for all of them"]
 
 
 def pick_file(folder: Path, first: str, item: str | None, count: Callable[[Path], int]) -> tuple[Path, dict[str, int]]:

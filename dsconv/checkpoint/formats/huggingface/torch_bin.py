@@ -31,7 +31,7 @@ ADAPTER = "adapter_model.bin"
 STEM = "pytorch_model"
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 UNCHECKED = (
-    "saved without checksums (in torch's legacy format, or with set_crc32_options(False)): damage cannot be seen"
+    "saved without checksums (in torch's legacy format, or with set_crc32_options(False)): damage cannot be detected"
 )
 
 
@@ -71,7 +71,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
         entries = entries_of(path)
         warnings += set_warning(path)
         if RANK_FILE.fullmatch(path.name):
-            warnings.append(f"{path.name} was read alone; if it is one rank's of several, rank 0's is not beside it")
+            warnings.append(f"{path.name} was read alone; if it is one rank's file of several, rank 0's is missing")
     elif (path / SINGLE).is_file():
         if (path / INDEX).is_file():  # transformers modeling_utils.py looks for the single file first
             warnings.append(f"both {SINGLE} and {INDEX} are there: read {SINGLE}, as transformers does")

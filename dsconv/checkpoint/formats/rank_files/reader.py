@@ -79,7 +79,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     entries = _entries(files, found)
     if not all(file.archive.checksummed for file in files.values()):
         warnings.append(
-            "the files were saved without checksums, so neither damage nor differing copies on the ranks can be seen"
+            "the files were saved without checksums: neither damage nor differing copies on the ranks can be detected"
         )
     warnings += check_not_hollow(entries, path, (home, home.absolute().parent))
     entries, removed = unwrapped(entries)

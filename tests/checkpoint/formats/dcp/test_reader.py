@@ -392,7 +392,7 @@ UP = "model.up.weight"
         (
             lambda m: place(m, UP, relative_path="gone.distcp"),
             MissingShardError,
-            "names are not there, the first 'gone.distcp'",
+            "names are missing, the first 'gone.distcp'",
         ),
         (
             lambda m: place(m, UP, offset=10**9),
@@ -506,7 +506,7 @@ def test_missing_and_truncated_files_are_named(broken: Callable[[str], Path]) ->
         dsconv.open_checkpoint(folder)
     (folder / "__1_0.distcp").unlink()
     with pytest.raises(
-        MissingShardError, match=f"^{folder}: 1 files that .metadata names are not there, the first '__1_0.distcp'"
+        MissingShardError, match=f"^{folder}: 1 files that .metadata names are missing, the first '__1_0.distcp'"
     ):
         dsconv.open_checkpoint(folder)
 
@@ -523,7 +523,7 @@ def test_each_rank_s_metadata_is_needed(broken: Callable[[str], Path]) -> None:
     shutil.copyfile(folder / "__1.metadata", folder / "__2.metadata")
     (folder / "__1.metadata").unlink()
     with pytest.raises(
-        MissingShardError, match=f"^{folder}: 2 ranks wrote their own metadata, .* __1.metadata is not there"
+        MissingShardError, match=f"^{folder}: 2 ranks wrote their own metadata, .* __1.metadata is missing"
     ):
         dsconv.open_checkpoint(folder)
 

@@ -113,7 +113,7 @@ def test_a_lost_last_shard_is_seen_against_config_json(broken: Callable[[str], P
     ):
         dsconv.open_checkpoint(folder)
     (folder / "config.json").unlink()
-    assert "a lost last shard would not be seen" in dsconv.open_checkpoint(folder).warnings[0]
+    assert "a lost last shard would not be noticed" in dsconv.open_checkpoint(folder).warnings[0]
 
 
 def test_a_lost_last_shard_is_seen_against_an_index(broken: Callable[[str], Path]) -> None:
@@ -146,7 +146,7 @@ def test_the_shards_are_read_and_not_what_torch_made_of_them(broken: Callable[[s
 def test_a_config_without_useful_sizes(config: bytes, broken: Callable[[str], Path]) -> None:
     folder = broken("hf_transformers-w4")
     (folder / "config.json").write_bytes(config)
-    assert "a lost last shard would not be seen" in dsconv.open_checkpoint(folder).warnings[0]
+    assert "a lost last shard would not be noticed" in dsconv.open_checkpoint(folder).warnings[0]
 
 
 def test_padded_embeddings_are_accepted(broken: Callable[[str], Path]) -> None:
@@ -221,7 +221,7 @@ def truncated(folder: Path) -> None:
         (bad_offsets, MalformedError, r"DCP_SHARDING_INFO places .* at \[-1\]"),
         (unplaced, MalformedError, "DCP_SHARDING_INFO places 'extra' of .* at None"),
         (other_dtype, InconsistentCheckpointError, r"shards from two saves"),
-        (no_part, MissingShardError, "no shard of part 00002 of the model is there"),
+        (no_part, MissingShardError, "part 00002 of the model has no shard"),
         (two_saves, InconsistentCheckpointError, "shards of models in 2 and in 3 parts"),
         (twice, InconsistentCheckpointError, "an overlap"),
         (truncated, MalformedError, "truncated"),

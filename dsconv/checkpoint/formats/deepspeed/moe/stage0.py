@@ -132,7 +132,7 @@ class _Masters:
                 self.found[name] = replace(self.found[owner], name=name, aliases=whole[name].aliases)
         if self.unknown:
             self.warnings.append(
-                f"{self.unknown} fp32 masters of an optimizer file are of no weight that was saved: they were left out"
+                f"{self.unknown} fp32 masters of an optimizer file belong to no saved weight: they were left out"
             )
         lacking = [name for name in (*whole, *stacked_names) if name not in self.found]
         if self.found and lacking:
