@@ -14,6 +14,7 @@ from dsconv.cli.console import command
 if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint
     from dsconv.checkpoint.map.tensors import TensorEntry
+    from dsconv.convert.values import ValuesReport
     from dsconv.errors import SeveralModelsError
 
 Row = tuple[list[str], str, str, str, str, str]
@@ -29,18 +30,19 @@ Example:
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
 @click.option("--item", metavar="KEY", help="Which model of several; without it they are listed.")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor instead of layer by layer.")
+@click.option("--values", is_flag=True, help="Read all values: NaN, Inf, zeros, norms and repeated shards.")
 @click.option("--filter", "globs", multiple=True, metavar="GLOB", help="Show the tensors whose name matches.")
 @console.FOLLOW_LINKS
 @console.JSON
 @console.DEBUG
 def inspect(
-    checkpoint: str, show_all: bool, globs: tuple[str, ...], as_json: bool, debug: bool, **options: Any
+    checkpoint: str, show_all: bool, values: bool, globs: tuple[str, ...], as_json: bool, debug: bool, **options: Any
 ) -> None:
     """Show what a checkpoint holds.
 
     The output names the format, the trainer, step, world sizes, models, tensors, ties and problems. Only metadata is
-    read, a few kilobytes whatever the size of the model. org/model is downloaded to the Hub's cache; hf://org/model is
-    read in place.
+    read, a few kilobytes whatever the size of the model; --values reads the weights and the optimizer's states, once.
+    org/model is downloaded to the Hub's cache; hf://org/model is read in place.
     """
     from dsconv.checkpoint import open_checkpoint
     from dsconv.errors import SeveralModelsError
@@ -52,10 +54,18 @@ def inspect(
         _show_models(several, as_json)
         return
     entries = [entry for entry in found.values() if not globs or any(_matches(entry, glob) for glob in globs)]
+    summary = None
+    if values:
+        from dsconv.convert.values import values_of
+
+        with console.progress(as_json) as progress:
+            summary = values_of(found, names={entry.name for entry in entries}, progress=progress)
     if as_json:
-        console.show_json(describe(found, entries))
-    else:
-        _show(found, entries, show_all)
+        console.show_json(describe(found, entries) | ({"values": summary.to_dict()} if summary else {}))
+        return
+    _show(found, entries, show_all)
+    if summary is not None:
+        _show_values(summary, show_all)
 
 
 def describe(found: Checkpoint, entries: list[TensorEntry] | None = None) -> dict[str, Any]:
@@ -139,6 +149,30 @@ def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None
     for warning in found.warnings:
         console.say("")
         console.say(warning, label="Problem:", fg="yellow")
+
+
+def _show_values(report: ValuesReport, show_all: bool) -> None:
+    """Show the tensors with NaN or infinite values first, then all others in their order."""
+    tensors = sorted(report.tensors, key=lambda values: not values.nonfinite)
+    rows = [
+        (v.name, f"{v.nan:,}", f"{v.infinite:,}", f"{v.zeros / max(1, v.numel):.1%}", f"{v.norm:.4g}",
+         f"{v.largest:.4g}")
+        for v in tensors
+    ]  # fmt: skip
+    titles = [(title, "right") for title in ("NaN", "Inf", "zeros", "norm", "largest")]
+    columns = [("tensor", "left"), *titles]
+    console.say("")
+    if show_all:
+        console.table(columns, rows)
+    else:
+        console.long_table(columns, rows, "--all lists every tensor")
+    console.say("", f"{console.size(report.nbytes)} of values read")
+    if report.no_optimizer:
+        console.say(f"no optimizer states: {report.no_optimizer}")
+    for name, why in report.not_read.items():
+        console.say(f"not read: {name}: {why}")
+    for problem in report.problems:
+        console.say(problem, label="Problem:", fg="yellow")
 
 
 def _grouped_rows(entries: list[TensorEntry]) -> list[Row]:

@@ -113,7 +113,7 @@ def to_dcp(
     recover_interrupted(target)
     options = WriteOptions(force=force, fsync=fsync, workers=workers, progress=progress)
     written = write(destination, checkpoint, target, options)
-    report.note_copy(written.bytes_read, written.overflowed)
+    report.note_copy(written)
     return report
 
 

@@ -44,12 +44,14 @@ class Written:
         overflowed: by tensor, how many finite values became infinite in a cast.
         digests: the sha256 of each file, where it was asked for.
         warnings: what could not be done, though the output is whole.
+        nonfinite: by tensor, how many NaN or infinite values were seen in the source (``CopyStats``).
     """
 
     bytes_read: int = 0
     overflowed: dict[str, int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    nonfinite: dict[str, int] = field(default_factory=dict)
 
 
 class Destination(Protocol):

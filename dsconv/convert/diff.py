@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.map.dtypes import BY_NAME, DType
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.transfer.casting import CASTABLE, Caster
+from dsconv.checkpoint.transfer.casting import Caster
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
+from dsconv.checkpoint.transfer.numbers import as_float64, is_number
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 from dsconv.convert.progress import Progress
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 NUMBERED = re.compile(r"(.*?\.\d+)\.")  # a name up to its first number: the layer
-WIDE = BY_NAME["float64"]
-INTEGERS = {"int64": "<i8", "int32": "<i4", "int16": "<i2", "int8": "i1", "uint64": "<u8", "uint32": "<u4"}
-INTEGERS |= {"uint16": "<u2", "uint8": "u1", "bool": "?"}
 
 
 @dataclass
@@ -223,7 +220,7 @@ def _why_not(a: TensorEntry, b: TensorEntry) -> str:
     if a.shape != b.shape:
         return f"shape {list(a.shape)} and {list(b.shape)}"
     for dtype in (a.dtype, b.dtype):
-        if dtype.name not in CASTABLE and dtype.name not in INTEGERS:
+        if not is_number(dtype):
             return f"{dtype} is not compared by value; dsconv verify compares bytes"
     return ""
 
@@ -236,14 +233,5 @@ def _measure(a: TensorEntry, b: TensorEntry, sources: Sources, caster_a: Caster,
         left, right = (memoryview(bytearray(numel * entry.dtype.itemsize)) for entry in (a, b))
         read_flat_into(a, start, left, sources, pieces_a)
         read_flat_into(b, start, right, sources, pieces_b)
-        sums.add(_values(left, a.dtype, caster_a), _values(right, b.dtype, caster_b))
+        sums.add(as_float64(left, a.dtype, caster_a), as_float64(right, b.dtype, caster_b))
     return sums
-
-
-def _values(data: memoryview, dtype: DType, caster: Caster) -> np.ndarray[Any, Any]:
-    """Return the elements of a block as float64."""
-    import numpy as np
-
-    if dtype.name in CASTABLE:
-        return np.frombuffer(caster.cast(data, dtype, WIDE)[0], np.float64)
-    return np.frombuffer(data, INTEGERS[dtype.name]).astype(np.float64)

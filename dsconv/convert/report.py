@@ -7,6 +7,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.convert.destination import Written
 from dsconv.text import quote
 
 
@@ -14,8 +15,10 @@ from dsconv.text import quote
 class Report:
     """What a converter did, or with ``dry_run`` would do. Sizes are in bytes.
 
-    ``overflowed`` counts, by tensor, finite values that a cast made infinite. ``plan`` has a row for each tensor or
-    file of a dry run.
+    ``overflowed`` counts, by tensor, finite values that a cast made infinite. ``nonfinite`` counts, by tensor, the NaN
+    and infinite values that were seen on the way: all of them in a tensor that was cast, and those of a sample in one
+    that was copied as it is, so a tensor that is absent may still hold some. ``plan`` has a row for each tensor or file
+    of a dry run.
     """
 
     source: str
@@ -28,6 +31,7 @@ class Report:
     dry_run: bool = False
     bytes_read: int = 0
     overflowed: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
 
@@ -35,10 +39,16 @@ class Report:
         """Return the report as plain values, for JSON."""
         return asdict(self)
 
-    def note_copy(self, bytes_read: int, overflowed: dict[str, int]) -> None:
-        """Take over what a copy did, with a warning where values became infinite."""
-        self.bytes_read = bytes_read
-        self.overflowed = dict(sorted(overflowed.items()))
+    def note_copy(self, written: Written) -> None:
+        """Take over what a copy did, with a warning where values are not finite, or became infinite."""
+        self.bytes_read = written.bytes_read
+        self.nonfinite = dict(sorted(written.nonfinite.items()))
+        self.overflowed = dict(sorted(written.overflowed.items()))
+        if self.nonfinite:
+            self.warnings.append(
+                f"NaN or infinite values lie in {len(self.nonfinite)} of {self.tensors} tensors, first in"
+                f" {quote(next(iter(self.nonfinite)))}; dsconv inspect --values counts them"
+            )
         if self.overflowed:
             self.warnings.append(
                 f"{sum(self.overflowed.values())} values in {len(self.overflowed)} tensors are too large for the dtype"

@@ -69,7 +69,7 @@ class SafetensorsOutput(Destination):
 
     def small_files(self, written: Written) -> Mapping[str, bytes]:
         """Return the sidecars, the manifest, and the index if there are several shards."""
-        self._report.note_copy(written.bytes_read, written.overflowed)
+        self._report.note_copy(written)
         small = {**self._sidecars, MANIFEST: self._manifest(written.digests)}
         return small if self._index is None else {**small, self._plan.index_name: self._index}
 
@@ -127,6 +127,7 @@ class SafetensorsOutput(Destination):
             **({"filters": self._filters.to_dict()} if self._filters else {}),
             "ties": self._ties,
             "overflowed": report.overflowed,
+            "nonfinite": report.nonfinite,
             "warnings": report.warnings,
             "files": files,
             "tensors": tensors,

@@ -112,7 +112,7 @@ def to_universal(
 
     options = WriteOptions(force=force, fsync=fsync, workers=workers, progress=progress)
     written = write(destination, checkpoint, target, options, check if verify_output else None)
-    report.note_copy(written.bytes_read, written.overflowed)
+    report.note_copy(written)
     report.warnings += [f"{text}: load the output's own folder, or name the tag" for text in written.warnings]
     return report
 

@@ -216,7 +216,7 @@ def _fill(destination: Destination, checkpoint: Checkpoint, place: Place, option
             " dsconv: please report it"
         )
     digests = place.digests(list(files), options.progress) if options.sha256 else {}
-    return Written(run.stats.bytes_read, run.stats.overflowed, digests)
+    return Written(run.stats.bytes_read, run.stats.overflowed, digests, nonfinite=run.stats.nonfinite)
 
 
 def _finish(destination: Destination, filling: FillingFile) -> None:

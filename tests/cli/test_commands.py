@@ -139,6 +139,7 @@ def test_the_surface_of_the_command_line() -> None:
             "--json",
             "--revision",
             "--tag",
+            "--values",
             "-d",
             "-t",
         ],

@@ -21,6 +21,7 @@ from dsconv.checkpoint.map.tensors import Piece, Record, TensorEntry
 from dsconv.checkpoint.storage.local import is_remote, stat_signature
 from dsconv.checkpoint.transfer.casting import Caster
 from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
+from dsconv.checkpoint.transfer.nonfinite import count_nonfinite, sample_nonfinite
 from dsconv.checkpoint.transfer.pool import Jobs, run_jobs
 from dsconv.checkpoint.transfer.reading import Part, Sources, gather_view, parts_of
 from dsconv.errors import MalformedError
@@ -102,11 +103,20 @@ class Gather:
 
 @dataclass
 class CopyStats:
-    """What a run did. ``overflowed`` counts, by tensor, finite values that became infinite in a cast."""
+    """What a run did.
+
+    Attributes:
+        bytes_read: The bytes that were read.
+        bytes_written: The bytes that were written.
+        overflowed: By tensor, how many finite values became infinite in a cast.
+        nonfinite: By tensor, how many stored values were seen that are NaN or infinite: of a tensor that is cast, all
+            of them; of one that is copied as it is, those of a sample (``nonfinite.py``).
+    """
 
     bytes_read: int = 0
     bytes_written: int = 0
     overflowed: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
 
 
 class CopyRun:
@@ -265,7 +275,11 @@ class CopyRun:
         self._count(copy.nbytes, written)
 
     def _write(self, target: Target, source: DType, start: int, data: memoryview, crc: int, caster: Caster) -> int:
-        if target.dtype != source:
+        cast = target.dtype != source
+        if nonfinite := count_nonfinite(data, source) if cast else sample_nonfinite(data, source):
+            with self._lock:
+                self.stats.nonfinite[target.name] = self.stats.nonfinite.get(target.name, 0) + nonfinite
+        if cast:
             data, overflowed = caster.cast(data, source, target.dtype)
             crc = crc32(data)
             if overflowed:
