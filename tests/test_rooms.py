@@ -17,12 +17,13 @@ FLOORS = {
     "_version": 0,
     "zero_utils": 1,
     "checkpoint": 2,
-    "convert": 3,
-    "loaders": 3,
-    "compat": 4,
-    "doctor": 4,
-    "engine": 4,
-    "cli": 5,
+    "names": 3,
+    "convert": 4,
+    "loaders": 4,
+    "compat": 5,
+    "doctor": 5,
+    "engine": 5,
+    "cli": 6,
 }
 # The floors inside checkpoint/, where a room is a folder or a file. In formats/ each family is a room.
 FLOORS_OF_CHECKPOINT = {

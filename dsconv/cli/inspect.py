@@ -71,12 +71,14 @@ def inspect(
 def describe(found: Checkpoint, entries: list[TensorEntry] | None = None) -> dict[str, Any]:
     """Return everything that ``--json`` prints; ``entries`` are the tensors to list, by default all."""
     from dsconv.checkpoint.summary import content_of, trainer_of
+    from dsconv.names.naming import names_of
 
     return {
         "path": str(found.path),
         "format": found.format,
         "trainer": trainer_of(found),
         "content": content_of(found),
+        "names": names_of(found),
         "step": found.step,
         "world": found.world,
         "info": found.info,
@@ -117,6 +119,7 @@ def _text(value: Any) -> str:
 
 def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None:
     from dsconv.checkpoint.summary import content_of, trainer_of
+    from dsconv.names.naming import names_of
 
     world = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in found.world.items())
     kinds: dict[str, int] = {}
@@ -127,6 +130,7 @@ def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None
         ("format", found.format),
         ("written by", trainer_of(found)),
         ("content", content_of(found)),
+        ("names", names_of(found)),
         ("step", "" if found.step is None else str(found.step)),
         ("world", world),
         *((name.replace("_", " "), _text(value)) for name, value in found.info.items()),

@@ -53,6 +53,13 @@ TENSOR_OPTIONS = (
         metavar="OLD=NEW",
         help="Rename OLD and OLD.…; * matches one part between dots; may be repeated.",
     ),
+    click.option(
+        "--names",
+        type=click.Choice(["stored", "hf"]),
+        default="stored",
+        show_default=True,
+        help="Keep the names, or give a torchtitan model Hugging Face's.",
+    ),
     click.option("--adapter", is_flag=True, help="Write only the PEFT adapter, exactly as PEFT would save it."),
     click.option("--adapter-name", metavar="NAME", help="Adapter to read, if the model holds several."),
     click.option("--fold-lora", is_flag=True, help="Fold the LoRA into its base, as PEFT's merge_and_unload does."),

@@ -30,6 +30,7 @@ from dsconv.convert.ties import tied_keys, tied_pairs
 from dsconv.convert.verify import CompareOptions, compare
 from dsconv.convert.writing import WriteOptions, refuse_target, write
 from dsconv.errors import MismatchError, UsageError
+from dsconv.names.naming import HF, STORED, read_config, recognise, to_hf
 from dsconv.text import quote
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class MergeOptions:
     exclude_frozen: bool = False
     filters: Filters = field(default_factory=Filters)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    names: str = STORED
     config_from: Path | None = None
     dry_run: bool = False
     verify_output: bool = False
@@ -129,6 +131,7 @@ def merge(
     adapter_name: str | None = None,
     fold_lora: bool = False,
     base: str | os.PathLike[str] | None = None,
+    names: str = "stored",
     config_from: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     verify_output: bool = False,
@@ -164,6 +167,8 @@ def merge(
         adapter_name: which of several adapters is written or folded.
         fold_lora: fold a LoRA into its base, as PEFT's ``merge_and_unload`` does; ``dtype`` is then the base's.
         base: the base model, where the checkpoint holds an adapter alone.
+        names: ``hf`` for Hugging Face's names of a model that has those of torchtitan, which the filters
+            then see; ``stored`` keeps the names.
         config_from: the folder whose configuration and tokenizer are copied (default: found beside the checkpoint).
         dry_run: write nothing, and report the plan.
         verify_output: read the output back and compare every byte, before it counts.
@@ -193,6 +198,7 @@ def merge(
         exclude_frozen=exclude_frozen,
         filters=Filters.of(include, exclude, strip_prefix, rename),
         adapter=AdapterOptions(adapter, adapter_name, fold_lora, base, follow_links),
+        names=names,
         config_from=PathRoot(as_path(config_from), follow_links).path if config_from is not None else None,
         dry_run=dry_run,
         verify_output=verify_output,
@@ -205,6 +211,10 @@ def merge(
             "--include, --exclude, --strip-prefix and --rename cannot be combined with --adapter or --fold-lora, which"
             " write what PEFT would"
         )
+    if names not in (STORED, HF):
+        raise UsageError(f"names is {names!r}; expected {HF!r} or {STORED!r}")
+    if names != STORED and (adapter or fold_lora):
+        raise UsageError("--names cannot be combined with --adapter or --fold-lora, which write PEFT's names")
     if output is not None and not dry_run and not isinstance(source, Checkpoint) and _same(source, output):
         finish_interrupted(as_path(output))
     checkpoint = (
@@ -239,11 +249,18 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
     first = opened.sources[0].parent if opened.info.get("tag") and opened.sources else None
     of_step = [first, first.parent] if first is not None else []
     near = list(dict.fromkeys([*config_folders(of_step), opened.path, opened.folder, opened.folder.resolve().parent]))
+    hint = ""
+    if options.names == HF:
+        opened = to_hf(opened, read_config([options.config_from] if options.config_from is not None else near))
+    elif not (options.adapter.alone or options.adapter.fold) and (recognised := recognise(opened)) is not None:
+        hint = recognised.hint
     chosen = choose(opened, options.adapter, near, options.config_from, options.dtype)
     checkpoint = chosen.checkpoint
     plan, extra, unread = _plan(chosen, target, options)
     report = _report(checkpoint, target, plan, sorted(extra), options.dry_run)
     report.note_unread(unread)
+    if hint:
+        report.warnings.append(hint)
     if options.filters and (filtered := _filtered(checkpoint, plan)):
         report.left_out["tensors that the filters leave out"] = len(filtered)
     in_place = options.config_from is None and any(folder.resolve() == target.resolve() for folder in near)

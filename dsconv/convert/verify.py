@@ -20,6 +20,7 @@ from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.progress import Progress
 from dsconv.convert.sidecars import MAX_MANIFEST_BYTES, read_json
 from dsconv.errors import UsageError
+from dsconv.names.naming import HF, read_config, recognise, to_hf
 
 
 @dataclass
@@ -87,7 +88,8 @@ def verify(
         item: the key of the model of ``a`` to compare, where ``a`` holds several.
         follow_links: read what links lead to that leave the folders.
         renamed: {name in ``b``: name in ``a``}. Without it the filters that the manifest of ``b`` keeps are followed
-            (``--include``, ``--exclude``, ``--strip-prefix``, ``--rename``).
+            (``--include``, ``--exclude``, ``--strip-prefix``, ``--rename``), and Hugging Face's names are given to
+            ``a`` where the merge of ``b`` gave them (``--names``).
         progress: called with ("verify", bytes done, bytes in all).
 
     Raises:
@@ -108,7 +110,11 @@ def verify(
     options = CompareOptions(allow_cast, subset, renamed or {}, progress=progress)
     if renamed is not None:
         return compare(first, second, options)
-    filters, names, left_out = _noted(first, second)
+    manifest = read_json(second.path / MANIFEST, MAX_MANIFEST_BYTES) if second.path.is_dir() else None
+    noted: dict[str, Any] = manifest if isinstance(manifest, dict) else {}
+    if _gave_hf_names(noted) and recognise(first) is not None:
+        first = to_hf(first, read_config([second.path]))
+    filters, names, left_out = _noted(first, noted)
     report = compare(first, second, replace(options, renamed=names, left_out=left_out))
     report.filters = filters
     return report
@@ -157,19 +163,25 @@ def compare(first: Checkpoint, second: Checkpoint, options: CompareOptions) -> V
     return report
 
 
+def _gave_hf_names(manifest: Mapping[str, Any]) -> bool:
+    """Return whether the merge that wrote a manifest gave the tensors Hugging Face's names."""
+    source = manifest.get("source")
+    names = source.get("names") if isinstance(source, dict) else None
+    return isinstance(names, dict) and names.get("to") == HF
+
+
 def _noted(
-    first: Checkpoint, second: Checkpoint
+    first: Checkpoint, manifest: Mapping[str, Any]
 ) -> tuple[dict[str, list[str]] | None, Mapping[str, str], Collection[str]]:
-    """Return the filters that the manifest of ``second`` keeps, the names it gave, and what it left out."""
-    manifest = read_json(second.path / MANIFEST, MAX_MANIFEST_BYTES) if second.path.is_dir() else None
-    filters = Filters.read(manifest.get("filters")) if isinstance(manifest, dict) else None
+    """Return the filters that the manifest of a merge keeps, the names it gave, and what it left out."""
+    filters = Filters.read(manifest.get("filters"))
     if not filters:
         return None, {}, ()
     try:
         left_out = {old for old, new in filters.names(first).items() if new is None}
     except UsageError:
         return None, {}, ()  # of another source: every difference is shown
-    tensors = manifest.get("tensors") if isinstance(manifest, dict) else None
+    tensors = manifest.get("tensors")
     noted = tensors.items() if isinstance(tensors, dict) else ()
     sources = {name: item.get("source") for name, item in noted if isinstance(item, dict)}
     names = {name: source for name, source in sources.items() if isinstance(source, str)}

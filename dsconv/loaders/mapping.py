@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.patches import Patch
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.transfer.fill import Patch
 from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.symbolic import NotBoxes, Unread

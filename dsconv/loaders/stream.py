@@ -15,10 +15,11 @@ import torch
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import BY_NAME
+from dsconv.checkpoint.map.patches import Patch
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.transfer.casting import CASTABLE
-from dsconv.checkpoint.transfer.fill import Filling, Patch, Reads, Slot, reads_of
+from dsconv.checkpoint.transfer.fill import Filling, Reads, Slot, reads_of
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.errors import UnsupportedError
 from dsconv.loaders.agreement import agreement

@@ -68,7 +68,8 @@ class Copy:
     @property
     def spans(self) -> Iterator[tuple[Record, int, int, bool]]:
         """Yield (record, offset, bytes, whether each byte between is wanted) of what is read."""
-        yield self.record, self.offset_bytes, self.nbytes, self.whole is None
+        dense = self.whole is None or is_dense(self.whole, self.source_dtype.itemsize)
+        yield self.record, self.offset_bytes, self.nbytes, dense
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Gather:
     def spans(self) -> Iterator[tuple[Record, int, int, bool]]:
         """Yield (record, offset, bytes, whether each byte between is wanted) of what is read."""
         for part in self.parts:
-            yield part.piece.extent.record, *part.span(self.source_dtype.itemsize), part.piece.strides is None
+            itemsize = self.source_dtype.itemsize
+            yield part.piece.extent.record, *part.span(itemsize), is_dense(part.piece, itemsize)
 
 
 @dataclass
@@ -259,10 +261,13 @@ class CopyRun:
         self._count(sum(length for _, _, length, _ in spans), written)
 
     def _copy_view(self, copy: Copy, piece: Piece, sources: Sources, caster: Caster) -> None:
-        """Copy a non-contiguous tensor. It is read whole: its memory is the one exception to the block's bound."""
+        """Copy a non-contiguous piece. It is read whole: its memory is the one exception to the block's bound."""
         raw = memoryview(bytearray(copy.nbytes))
         sources.read_into(copy.record.path, copy.offset_bytes, raw)
-        if copy.record.crc32 is None:
+        check = self.checks.get(copy.record)
+        if check is not None:
+            check.add(copy.offset_bytes - copy.record.offset_bytes, copy.nbytes, crc32(raw))
+        elif copy.record.crc32 is None:
             self.unchecked.add(copy.record.path)
         data = memoryview(gather_view(raw, piece, copy.source_dtype.itemsize))
         step = BLOCK_BYTES // copy.source_dtype.itemsize * copy.source_dtype.itemsize
@@ -368,6 +373,11 @@ def _cut(copy: Copy) -> Iterator[Copy]:
         )
 
 
+def is_dense(piece: Piece, itemsize: int) -> bool:
+    """Return whether each byte of the piece's extent is an element's: always, but for views that leave some out."""
+    return piece.strides is None or piece.extent.nbytes == piece.numel * itemsize
+
+
 def copies_of(entry: TensorEntry, target: Target) -> Iterator[Copy | Gather]:
     """Yield the copies that fill ``target`` from the pieces of its source, in any order."""
     pieces = entry.pieces
@@ -394,7 +404,12 @@ def runs_of(entry: TensorEntry, target: Target) -> Iterator[Gather]:
         if min(runs(region, entry.shape)[0] for region in regions) < SHORT_RUN:
             step //= 8  # the places of very short runs take more memory than the runs
     if any(piece.strides is not None for piece in pieces):
-        step = entry.numel  # read once, in full
+        if not regions:  # each is read once, in full
+            for piece in pieces:
+                part = Part(piece, piece.start, piece.numel)
+                yield Gather((part,), entry.dtype, target, entry.shape, piece.start, piece.numel)
+            return
+        step = entry.numel
     step = max(1, step)
     for start in range(0, entry.numel, step):
         numel = min(step, entry.numel - start)

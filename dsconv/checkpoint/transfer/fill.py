@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dsconv.checkpoint.map.dtypes import DType
+from dsconv.checkpoint.map.patches import Patch, single_rows
 from dsconv.checkpoint.map.regions import UNITS, Region, intersect, put_runs, shape_of, width
-from dsconv.checkpoint.map.tensors import Piece, TensorEntry
+from dsconv.checkpoint.map.tensors import Piece
 from dsconv.checkpoint.transfer.casting import Caster
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, default_workers
 from dsconv.checkpoint.transfer.pool import Jobs, run_jobs
@@ -44,26 +45,6 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Patch:
-    """A box of ``entry`` that makes a box of a tensor: element ``at[d] + i`` of dimension d is ``source[k] + i`` of
-    dimension k of the entry, where k is ``dims[d]``. A dimension of size 1 that the entry lacks has None; of a
-    dimension of the entry that no d has, the one index ``source[k]`` is taken.
-    """
-
-    entry: TensorEntry
-    source: tuple[int, ...]
-    at: tuple[int, ...]
-    sizes: tuple[int, ...]
-    dims: tuple[int | None, ...]
-
-
-def whole(entry: TensorEntry) -> Patch:
-    """Return the patch that takes ``entry`` as it is."""
-    zeros = (0,) * len(entry.shape)
-    return Patch(entry, zeros, zeros, entry.shape, tuple(range(len(entry.shape))))
-
-
-@dataclass(frozen=True)
 class Reads:
     """Runs of ``run`` elements of a piece: ``sources`` and ``targets`` are their places in the piece and in the
     slot.
@@ -85,7 +66,7 @@ def reads_of(patches: Iterable[Patch], slot: Slot) -> Iterator[Reads]:
     """Yield what must be read to fill a slot of the tensor that the patches make."""
     if not slot.numel:
         return
-    for patch in patches:
+    for patch in (simple for grouped in patches for simple in single_rows(grouped)):
         wanted = slot.region or tuple(((0, size),) if size else () for size in slot.shape)
         inside = intersect(wanted, tuple(((a, a + n),) for a, n in zip(patch.at, patch.sizes, strict=True)))
         if not all(inside) and slot.shape:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconv.checkpoint.map.regions import count_before, scatter
+from dsconv.checkpoint.map.regions import UNITS, count_before, scatter
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.storage.local import OpenFile, open_for_reading
 from dsconv.errors import UnsupportedError, require_packages
@@ -15,6 +15,8 @@ from dsconv.text import quote
 
 if TYPE_CHECKING:
     import torch
+
+COMPARED_BYTES = 8 << 20  # of each of two tensors at a time
 
 
 class Sources:
@@ -75,14 +77,15 @@ class Sources:
 
 def gather_view(raw: memoryview, piece: Piece, itemsize: int) -> bytearray:
     """Return the elements of a non-contiguous piece in row-major order. ``raw`` is the extent's bytes."""
-    import torch
+    import numpy as np
 
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if piece.strides is None:
         raise ValueError("a contiguous piece has nothing to gather")
-    flat = torch.frombuffer(raw, dtype=kinds[itemsize])
+    flat = np.frombuffer(raw, dtype=UNITS[itemsize])
+    strides = tuple(step * itemsize for step in piece.strides)
     out = bytearray(piece.numel * itemsize)
-    torch.frombuffer(out, dtype=kinds[itemsize]).view(piece.shape).copy_(flat.as_strided(piece.shape, piece.strides))
+    placed = np.frombuffer(out, dtype=flat.dtype).reshape(piece.shape)
+    placed[...] = np.lib.stride_tricks.as_strided(flat, piece.shape, strides)
     return out
 
 
@@ -190,6 +193,31 @@ def read_tensor(entry: TensorEntry, index: Any = None) -> torch.Tensor:
         with Sources() as sources:
             read_flat_into(entry, low * row_numel, tensor_bytes(tensor), sources)
     return tensor if remaining is None else tensor[remaining]
+
+
+def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+    """Return whether two tensors have one dtype, one shape and the same bytes, which are read in blocks."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = COMPARED_BYTES // a.dtype.itemsize
+    pieces = a.pieces, b.pieces
+    with Sources() as sources:
+        for start in range(0, a.numel, step):
+            nbytes = min(step, a.numel - start) * a.dtype.itemsize
+            left, right = memoryview(bytearray(nbytes)), memoryview(bytearray(nbytes))
+            read_flat_into(a, start, left, sources, pieces[0])
+            read_flat_into(b, start, right, sources, pieces[1])
+            if left != right:
+                return False
+    return True
+
+
+def is_zero(entry: TensorEntry) -> bool:
+    """Return whether every byte of a small tensor, which is read whole, is zero."""
+    data = memoryview(bytearray(entry.nbytes))
+    with Sources() as sources:
+        read_flat_into(entry, 0, data, sources)
+    return not any(data)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

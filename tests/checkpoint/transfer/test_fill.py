@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsconv.checkpoint.map.dtypes import BY_NAME
+from dsconv.checkpoint.map.patches import Patch, whole
 from dsconv.checkpoint.map.regions import Region
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer import fill as filling
-from dsconv.checkpoint.transfer.fill import Filling, Patch, Slot, reads_of, whole
+from dsconv.checkpoint.transfer.fill import Filling, Slot, reads_of
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from tests.checkpoint.map.test_regions import cut, picked, shapes_and_regions
 from tests.trained import same

@@ -1,0 +1,231 @@
+"""A checkpoint under Hugging Face's names, or under a framework's: which family it is, and the tensors of its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.patched import entry_of
+from dsconv.checkpoint.map.patches import View
+from dsconv.checkpoint.map.regions import box, prove_cover
+from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.pickles.values import safe_repr
+from dsconv.checkpoint.storage.local import read_small
+from dsconv.checkpoint.transfer.reading import is_zero, same_bytes
+from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.names import torchtitan
+from dsconv.names.operations import Config, WrongShape
+from dsconv.names.tables import Family, Found
+
+FAMILIES: tuple[Family, ...] = torchtitan.FAMILIES
+STORED, HF = "stored", "hf"  # the values of --names
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The family that the names of a checkpoint are of, and the names that its table does not know."""
+
+    family: Family
+    unknown: tuple[str, ...]
+
+    @property
+    def hint(self) -> str:
+        """What a merge says that keeps the names."""
+        return (
+            f"the tensors have the names of {self.family.framework} ({self.family.name}), which from_pretrained does"
+            " not find. --names hf, with --config-from DIR for the model's config.json, gives them Hugging Face's"
+        )
+
+    def __str__(self) -> str:
+        text = f"{self.family.framework}, {self.family.name}"
+        return f"{text} ({len(self.unknown)} of the names are not)" if self.unknown else text
+
+
+def recognise(names: Iterable[str]) -> Recognised | None:
+    """Return whose names these are; None where they are Hugging Face's own, or those of no framework in the tables."""
+    given = list(names)
+    found = [
+        Recognised(family, tuple(name for name in given if family.find(name) is None and not family.leaves_out(name)))
+        for family in FAMILIES
+        if family.marked(given)
+    ]
+    return min(found, key=lambda one: len(one.unknown), default=None)
+
+
+def names_of(names: Iterable[str]) -> str:
+    """Return the framework and the family that the names are of, for people; "" where no table tells."""
+    recognised = recognise(names)
+    return str(recognised) if recognised is not None else ""
+
+
+def read_config(folders: Iterable[Path]) -> Config | None:
+    """Return the first config.json in ``folders``. Raises MalformedError where it holds no JSON object."""
+    path = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
+    if path is None:
+        return None
+    try:
+        values = json.loads(read_small(path))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise MalformedError(f"{path}: not a JSON object")
+    return Config(path, values)
+
+
+def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
+    """Return a checkpoint under Hugging Face's names and in its layouts. No data is moved.
+
+    Args:
+        checkpoint: a checkpoint with the names of a framework in the tables.
+        config: the config.json of the model.
+
+    Raises:
+        UnsupportedError: the names are of no known framework, or a tensor is not in the family's table.
+        CheckpointNotFoundError: there is no ``config``.
+        InconsistentCheckpointError: the configuration is of another family, or a tensor does not fit it.
+    """
+    recognised = recognise(checkpoint)
+    if recognised is None:
+        some = ", ".join(safe_repr(name) for name in list(checkpoint)[:3])
+        raise UnsupportedError(
+            f"{checkpoint.path}: the names, such as {some}, are of no framework and family that --names hf knows:"
+            f" {_known()}"
+        )
+    family = recognised.family
+    if recognised.unknown:
+        raise UnsupportedError(
+            f"{checkpoint.path}: the names are those of {family.framework}'s {family.name}, but not that of"
+            f" {safe_repr(recognised.unknown[0])}, so nothing says what Hugging Face calls it. Leave out --names to"
+            " keep the names"
+        )
+    _check_config(checkpoint, family, config)
+    views: dict[str, View] = {}
+    for entry in checkpoint.values():
+        found = family.find(entry.name)
+        if found is not None and config is not None:
+            for name, view in _parts(entry, found, config):
+                if name in views:
+                    raise InconsistentCheckpointError(
+                        f"{checkpoint.path}: {safe_repr(entry.name)} and another tensor would both be {name!r}"
+                    )
+                views[name] = view
+    left_out = [entry for entry in checkpoint.values() if family.leaves_out(entry.name)]
+    _prove_all_used([entry for entry in checkpoint.values() if entry not in left_out], views.values())
+    entries = {name: entry_of(view, name) for name, view in views.items()}
+    if config is not None and config.values.get("tie_word_embeddings") is True:
+        _drop_tied(checkpoint, entries, config)
+    result = _renamed(checkpoint, entries, family, HF)
+    result.warnings += _warnings(left_out, family)
+    return result
+
+
+def _known() -> str:
+    return ", ".join(dict.fromkeys(f"{family.framework}'s {family.name}" for family in FAMILIES))
+
+
+def _check_config(checkpoint: Checkpoint, family: Family, config: Config | None) -> None:
+    if config is None:
+        raise CheckpointNotFoundError(
+            f"{checkpoint.path}: --names hf needs the model's config.json, which tells how the weights of"
+            f" {family.framework}'s {family.name} are arranged. Name the folder of the Hugging Face model with"
+            " --config-from"
+        )
+    model_type = config.values.get("model_type")
+    if model_type not in family.model_types:
+        raise InconsistentCheckpointError(
+            f"{config.path}: model_type is {model_type!r:.80}; the names in {checkpoint.path} are those of"
+            f" {family.framework}'s {family.name}, which is {' or '.join(family.model_types)}. Name the right"
+            " model's folder with --config-from"
+        )
+    for key, value in family.expects.items():
+        if config.values.get(key, value) != value:
+            raise UnsupportedError(
+                f"{config.path}: {key} is {config.values[key]!r:.80}; {family.framework}'s {family.name} needs"
+                f" {value!r}"
+            )
+
+
+def _parts(entry: TensorEntry, found: Found, config: Config) -> Iterator[tuple[str, View]]:
+    """Yield Hugging Face's tensors of which a framework's is made, by name."""
+    rule = found.rule
+    if len(entry.shape) < rule.stacked:
+        raise InconsistentCheckpointError(
+            f"{safe_repr(entry.name)} has the shape {list(entry.shape)}; its first {rule.stacked} dimensions should"
+            f" stack the tensors {rule.ours[0]}"
+        )
+    for index in product(*map(range, entry.shape[: rule.stacked])):
+        view = View.of(entry)
+        for number in index:
+            view = view.narrow(0, number, 1).squeeze(0)
+        try:
+            parts = rule.operation.to_hf(view, config)
+        except WrongShape as error:
+            raise InconsistentCheckpointError(
+                f"{safe_repr(entry.name)}: expected {error} from {config.path}, found the shape {list(entry.shape)}"
+            ) from None
+        for name, part in zip(rule.ours, parts, strict=True):
+            yield name.format(*found.numbers, *index), part
+
+
+def _warnings(left_out: Sequence[TensorEntry], family: Family) -> tuple[str, ...]:
+    """Return a warning of what is left out and not zero."""
+    lost = [entry.name for entry in left_out if not is_zero(entry)]
+    if not lost:
+        return ()
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    text = (
+        f"left out {safe_repr(lost[0])}{more}: it is not zero, and {' and '.join(family.model_types)} of transformers"
+        f" have no place for it, so the model may give other results. {family.framework}'s own converter leaves it out"
+        " too"
+    )
+    return (text,)
+
+
+def _prove_all_used(entries: Iterable[TensorEntry], views: Iterable[View]) -> None:
+    """Raise InconsistentCheckpointError unless every element of every tensor is in exactly one of the views."""
+    boxes: dict[int, list[tuple[Sequence[int], Sequence[int]]]] = {}
+    for view in views:
+        for patch in view.patches:
+            sizes = [1] * len(patch.source)
+            for size, dim in zip(patch.sizes, patch.dims, strict=True):
+                if dim is not None:
+                    sizes[dim] = size
+            boxes.setdefault(id(patch.entry), []).append((patch.source, sizes))
+    for entry in entries:
+        prove_cover([box(*one) for one in boxes.get(id(entry), [])], entry.shape, entry.name)
+
+
+def _drop_tied(checkpoint: Checkpoint, entries: dict[str, TensorEntry], config: Config) -> None:
+    """Leave out the output layer where the configuration ties it to the embedding, and it holds the same bytes."""
+    if HEAD not in entries or EMBEDDING not in entries:
+        return
+    embedding, head = entries[EMBEDDING], entries[HEAD]
+    if not same_bytes(embedding, head):
+        raise InconsistentCheckpointError(
+            f"{checkpoint.path}: the output layer and the embedding differ, and {config.path} ties them"
+            " (tie_word_embeddings): one of them would be lost. Correct the configuration"
+        )
+    del entries[HEAD]
+
+
+def _renamed(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], family: Family, names: str) -> Checkpoint:
+    result = Checkpoint(
+        checkpoint.path,
+        checkpoint.format,
+        entries,
+        folder=checkpoint.folder,
+        step=checkpoint.step,
+        world=checkpoint.world,
+        info={**checkpoint.info, "names": {"from": family.framework, "family": family.name, "to": names}},
+        warnings=checkpoint.warnings,
+        sources=checkpoint.sources,
+        is_deepspeed=checkpoint.is_deepspeed,
+        no_training="its tensors have other names than those that were trained",
+    )
+    result.signatures = dict(checkpoint.signatures)
+    return result

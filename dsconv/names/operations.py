@@ -1,0 +1,111 @@
+"""What happens to the data of tensors when a model's names change: operations on views, each with its inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dsconv.checkpoint.map.patches import View
+from dsconv.errors import UnsupportedError
+
+MAX_SIZE = 1 << 40
+
+
+class Config:
+    """A model's config.json: the numbers that shapes do not tell.
+
+    Args:
+        path: the file, for messages.
+        values: what it holds.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """Return a positive whole number. Raises UnsupportedError where there is none, and no ``default``."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_SIZE:
+            raise UnsupportedError(
+                f"{self.path}: {key} is {value!r:.80}; a positive number is needed to arrange the weights"
+            )
+        return value
+
+    @property
+    def head_dim(self) -> int:
+        """The size of an attention head."""
+        heads = self.number("num_attention_heads")
+        return self.number("head_dim", self.number("hidden_size") // heads)
+
+
+class WrongShape(Exception):
+    """Raised by an operation for a tensor that does not fit the configuration; the message says what was expected."""
+
+
+class Operation(Protocol):
+    """One tensor of a framework as one or several of Hugging Face's, and the inverse.
+
+    Both raise WrongShape for tensors that do not fit the configuration.
+    """
+
+    def to_hf(self, view: View, config: Config) -> Sequence[View]:
+        """Return Hugging Face's tensors, in the order of the rule's names."""
+        ...
+
+    def from_hf(self, views: Sequence[View], config: Config) -> View:
+        """Return the framework's tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """The tensor as it is."""
+
+    def to_hf(self, view: View, config: Config) -> Sequence[View]:
+        return (view,)
+
+    def from_hf(self, views: Sequence[View], config: Config) -> View:
+        return views[0]
+
+
+@dataclass(frozen=True)
+class RotaryPairs:
+    """Rows of a projection whose heads are rotated in pairs of neighbours; Hugging Face rotates one half with the
+    other (``rotate_half``).
+
+    ``heads`` is the key of the number of heads in the configuration.
+    """
+
+    heads: str
+
+    def to_hf(self, view: View, config: Config) -> Sequence[View]:
+        heads = self._heads(view, config)
+        return (view.interleave(config.head_dim // 2, heads),)
+
+    def from_hf(self, views: Sequence[View], config: Config) -> View:
+        return views[0].interleave(2, self._heads(views[0], config))
+
+    def _heads(self, view: View, config: Config) -> int:
+        default = config.number("num_attention_heads") if self.heads == "num_key_value_heads" else None
+        heads = config.number(self.heads, default)
+        if config.head_dim % 2 or view.shape[0] != heads * config.head_dim:
+            raise WrongShape(f"{heads} heads ({self.heads}) of {config.head_dim} rows, an even number")
+        return heads
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The last two dimensions change places."""
+
+    def to_hf(self, view: View, config: Config) -> Sequence[View]:
+        if view.ndim < 2:
+            raise WrongShape("a matrix")
+        return (view.transpose(-1, -2),)
+
+    def from_hf(self, views: Sequence[View], config: Config) -> View:
+        return self.to_hf(views[0], config)[0]
