@@ -58,15 +58,17 @@ class SeveralModelsError(CheckpointNotFoundError):
     Attributes:
         where: The file or folder.
         models: What ``item`` may be, each with the number of its tensors.
+
+    ``advice`` says how to choose one where ``item`` is not at hand.
     """
 
-    def __init__(self, where: object, models: dict[str, int]) -> None:
+    def __init__(self, where: object, models: dict[str, int], advice: str | None = None) -> None:
         shown = [f"{key!r:.100} ({count} tensor{'' if count == 1 else 's'})" for key, count in models.items()][:12]
         more = f" and {len(models) - len(shown)} more" if len(models) > len(shown) else ""
         first = next(iter(models), "")
         super().__init__(
-            f"{where}: holds {len(models)} models: {', '.join(shown)}{more}. They are not mixed: choose one with"
-            f" --item, such as --item {first!r:.100} (item= in Python)"
+            f"{where}: holds {len(models)} models: {', '.join(shown)}{more}. They are not mixed: "
+            + (advice or f"choose one with --item, such as --item {first!r:.100} (item= in Python)")
         )
         self.where = where
         self.models = dict(models)

@@ -12,10 +12,11 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry, prove_tiling
 from dsconv.checkpoint.pickles.schema import expect_name
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
+from dsconv.checkpoint.storage.hub import lies_on_hub
 from dsconv.checkpoint.storage.local import first_signature
 from dsconv.checkpoint.storage.roots import Root, open_root
 from dsconv.checkpoint.transfer.reading import read_tensor
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UsageError
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, SeveralModelsError, UsageError
 
 TensorEntry.reader = staticmethod(read_tensor)  # the map is a floor below the reading of bytes
 
@@ -87,6 +88,54 @@ def open_checkpoint(
     checkpoint.warnings = (*root.warnings, *checkpoint.warnings)
     checkpoint.signatures = {source: first_signature(source) for source in checkpoint.sources}
     return checkpoint
+
+
+def open_two(
+    a: str | os.PathLike[str] | Checkpoint,
+    b: str | os.PathLike[str] | Checkpoint,
+    *,
+    revision: str | None = None,
+    item: str | None = None,
+    item_b: str | None = None,
+    follow_links: bool = False,
+) -> tuple[Checkpoint, Checkpoint]:
+    """Open two checkpoints that are to be compared; one that is open already is returned as it is.
+
+    Args:
+        a: A path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.
+        b: The other one.
+        revision: That of the one, or of both, that lie on the Hub.
+        item: The key of the model that is meant in each of the two that holds several.
+        item_b: The key of the model of ``b``, where it is another than ``item``.
+        follow_links: Read what links lead to that leave the folders.
+
+    Raises:
+        DsconvError: What ``open_checkpoint`` raises. CheckpointNotFoundError where neither has the model ``item``.
+    """
+    on_hub = [given for given in (a, b) if isinstance(given, str) and lies_on_hub(given)]
+
+    def open_one(given: str | os.PathLike[str] | Checkpoint, key: str | None) -> Checkpoint:
+        if isinstance(given, Checkpoint):
+            return given
+        wanted = revision if given in on_hub or not on_hub else None
+        return open_checkpoint(given, None, wanted, key, follow_links=follow_links)
+
+    if item is None or item_b is not None:
+        return open_one(a, item), open_one(b, item_b)
+    found: list[Checkpoint] = []
+    unknown: list[CheckpointNotFoundError] = []
+    for given in (a, b):
+        try:
+            found.append(open_one(given, item))
+        except CheckpointNotFoundError as error:
+            try:
+                found.append(open_one(given, None))  # a merged model has no items any more
+            except SeveralModelsError:
+                raise error from None
+            unknown.append(error)
+    if len(unknown) == len(found):
+        raise unknown[0]
+    return found[0], found[1]
 
 
 def _read(root: Root, tag: str | None, item: str | None, weights: str) -> Checkpoint:

@@ -34,6 +34,10 @@ FOLLOW_LINKS: Decorator = click.option(
     "--follow-links", is_flag=True, help="Follow links that leave the checkpoint (default: refuse them)."
 )
 ITEM: Decorator = click.option("--item", metavar="KEY", help="Model to read, if CKPT holds several, such as actor.")
+ITEMS: Decorator = click.option(
+    "--item", metavar="KEY", help="Model to compare, if A or B holds several, such as actor."
+)
+ITEM_B: Decorator = click.option("--item-b", metavar="KEY", help="Model of B, if it is another than --item.")
 QUIET: Decorator = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 DEBUG: Decorator = click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
 

@@ -19,11 +19,14 @@ SHOWN = 20
 @command(epilog="""\b
 Example:
   dsconv diff base/ finetuned/              what did training change?
-  dsconv diff merged/ merged-bf16/ --all    what did a cast cost?""")  # fmt: skip
+  dsconv diff merged/ merged-bf16/ --all    what did a cast cost?
+  dsconv diff ckpt/ ckpt/ --item model --item-b ema""")  # fmt: skip
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--all", "show_all", is_flag=True, help=f"Show every tensor, not the {SHOWN} that changed most.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of the models on the Hub (default: main).")
+@console.ITEMS
+@console.ITEM_B
 @console.FOLLOW_LINKS
 @console.JSON
 @console.QUIET

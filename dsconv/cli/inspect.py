@@ -28,7 +28,7 @@ Example:
 @click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read, if CKPT holds several.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
-@click.option("--item", metavar="KEY", help="Which model of several; without it they are listed.")
+@console.ITEM
 @click.option("--all", "show_all", is_flag=True, help="List every tensor instead of layer by layer.")
 @click.option("--values", is_flag=True, help="Read all values: NaN, Inf, zeros, norms and repeated shards.")
 @click.option("--filter", "globs", multiple=True, metavar="GLOB", help="Show the tensors whose name matches.")
@@ -107,7 +107,7 @@ def _show_models(several: SeveralModelsError, as_json: bool) -> None:
     console.table(
         [("model", "left"), ("tensors", "right")], [(key, f"{n:,}" if n else "") for key, n in several.models.items()]
     )
-    console.say("", "Choose one with --item, for inspect as for merge.")
+    console.say("", "Choose one with --item, here and in the other commands.")
 
 
 def _text(value: Any) -> str:

@@ -20,6 +20,7 @@ ARGUMENTS = (
 SOURCE_OPTIONS = (
     click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names)."),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main)."),
+    console.ITEM,
     console.FOLLOW_LINKS,
 )
 TENSOR_OPTIONS = (
@@ -117,7 +118,7 @@ Example:
   dsconv merge checkpoints/ merged/
   dsconv merge merged/ small/ --dtype bf16 --max-shard-size 2GB
   dsconv merge org/model s3://bucket/model --dtype bf16""")  # fmt: skip
-@with_options(*ARGUMENTS, *SOURCE_OPTIONS, console.ITEM, *TENSOR_OPTIONS, *OUTPUT_OPTIONS, *DISPLAY_OPTIONS)
+@with_options(*ALL_OPTIONS)
 def merge(**options: Any) -> None:
     """Merge a checkpoint of any format into safetensors.
 

@@ -22,6 +22,7 @@ load OUT, or the folder that OUT lies in.""")  # fmt: skip
 @click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 @click.argument("output", type=click.Path(), required=False, metavar="[OUT]")
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names).")
+@console.ITEM
 @console.FOLLOW_LINKS
 @click.option(
     "--exclude-frozen",

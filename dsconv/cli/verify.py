@@ -25,7 +25,8 @@ Example:
 )
 @click.option("--subset", is_flag=True, help="Ignore tensors that only A has (after --exclude-frozen).")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of the model on the Hub (default: main).")
-@click.option("--item", metavar="KEY", help="Model of A to compare, if A holds several, such as actor.")
+@console.ITEMS
+@console.ITEM_B
 @console.FOLLOW_LINKS
 @console.JSON
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; see the exit code.")

@@ -24,6 +24,7 @@ checkpoint that 'latest' names."""
 @click.argument("run", type=click.Path(), metavar="RUN")
 @click.option("--push-to-hub", "repo", type=Repo(), metavar="REPO", required=True, help="Repository, org/model.")
 @click.option("--private", is_flag=True, help="Create the repository as private; refuse a public one.")
+@console.ITEM
 @click.option("--dtype", type=Dtype(), help="Cast floats, once, to nearest even (default: fp32).")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file.")
 @click.option("--exclude-frozen", is_flag=True, help="Leave out weights that were not trained.")

@@ -40,7 +40,7 @@ from dsconv.compat.lazy import OUTPUT_DTYPES, GatheredTensor, fp32_of_buffers, o
 from dsconv.convert.merge import merge
 from dsconv.convert.plan import make_plan, parse_size
 from dsconv.convert.staging import open_staging, require_space
-from dsconv.errors import MalformedError, OutputError
+from dsconv.errors import MalformedError, OutputError, SeveralModelsError
 from dsconv.loaders.agreement import agreement
 
 if TYPE_CHECKING:
@@ -225,12 +225,19 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _open(checkpoint_dir: PathLike, tag: PathLike | None) -> Checkpoint:
     """Open a checkpoint. A tag may be a path; as in DeepSpeed, an absolute one stands for itself."""
-    if tag is None:
-        return open_checkpoint(checkpoint_dir)
-    named = Path(tag)
-    if named.is_absolute():
-        return open_checkpoint(named.parent, named.name)
-    return open_checkpoint(checkpoint_dir, str(named))
+    named = None if tag is None else Path(tag)
+    try:
+        if named is None:
+            return open_checkpoint(checkpoint_dir)
+        if named.is_absolute():
+            return open_checkpoint(named.parent, named.name)
+        return open_checkpoint(checkpoint_dir, str(named))
+    except SeveralModelsError as several:  # DeepSpeed's signatures have no place for the choice
+        first = next(iter(several.models))
+        advice = (
+            f"dsconv.merge(CKPT, OUT, item={first!r:.100}) and dsconv.open_checkpoint(CKPT, item=…) read one of them"
+        )
+        raise SeveralModelsError(several.where, several.models, advice) from None
 
 
 def _once(convert: Callable[[], None], is_there: Callable[[], bool]) -> None:

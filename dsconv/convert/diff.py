@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.opening import open_two
 from dsconv.checkpoint.transfer.casting import Caster
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.checkpoint.transfer.numbers import as_float64, is_number
@@ -152,6 +152,8 @@ def diff(
     b: str | os.PathLike[str] | Checkpoint,
     *,
     revision: str | None = None,
+    item: str | None = None,
+    item_b: str | None = None,
     follow_links: bool = False,
     progress: Progress | None = None,
 ) -> DiffReport:
@@ -163,17 +165,16 @@ def diff(
     Args:
         a: A path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.
         b: The other one.
-        revision: A branch, tag or commit, where the two lie on the Hub.
+        revision: A branch, tag or commit of the one, or of both, that lie on the Hub.
+        item: The key of the model to compare, where ``a`` or ``b`` holds several.
+        item_b: The key of the model of ``b``, where it is another.
         follow_links: Read what links lead to that leave the folders.
         progress: Called with ("diff", bytes done, bytes in all).
 
     Raises:
         DsconvError: What ``open_checkpoint`` raises.
     """
-    first, second = (
-        given if isinstance(given, Checkpoint) else open_checkpoint(given, revision=revision, follow_links=follow_links)
-        for given in (a, b)
-    )
+    first, second = open_two(a, b, revision=revision, item=item, item_b=item_b, follow_links=follow_links)
     report = DiffReport(str(first.path), str(second.path))
     sums: dict[str, _Sums] = {}
     seen: set[str] = set()

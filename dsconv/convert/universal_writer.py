@@ -57,6 +57,7 @@ def to_universal(
     *,
     tag: str | None = None,
     follow_links: bool = False,
+    item: str | None = None,
     exclude_frozen: bool = False,
     dry_run: bool = False,
     verify_output: bool = False,
@@ -77,6 +78,7 @@ def to_universal(
             both ``load_checkpoint(parent)`` and ``load_checkpoint(output)`` find it.
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
         follow_links: read what links lead to that leave the checkpoint's folder.
+        item: the key of the model to take, where the checkpoint holds several.
         exclude_frozen: make no files in ``zero/`` for frozen weights and buffers. No loader of DeepSpeed's looks for
             them there; they stay in the model states.
         dry_run: write nothing, and report the plan.
@@ -94,7 +96,9 @@ def to_universal(
             value a weight; OutputError when the output exists (without ``force``), is being written by another run or
             does not fit the disk; MismatchError when ``verify_output`` finds a difference.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, follow_links=follow_links)
+    checkpoint = (
+        source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item, follow_links=follow_links)
+    )
     training = training_of(checkpoint)
     target = Path(output) if output is not None else Path(checkpoint.folder, f"{checkpoint.info['tag']}_universal")
     plan = plan_universal(checkpoint, training, exclude_frozen)

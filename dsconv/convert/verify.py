@@ -9,8 +9,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.checkpoint.storage.hub import lies_on_hub
+from dsconv.checkpoint.opening import open_two
 from dsconv.checkpoint.transfer.casting import CASTABLE, Caster
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
@@ -71,6 +70,7 @@ def verify(
     subset: bool = False,
     revision: str | None = None,
     item: str | None = None,
+    item_b: str | None = None,
     follow_links: bool = False,
     renamed: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -85,7 +85,8 @@ def verify(
         allow_cast: a float of another dtype in ``b`` must be ``a``'s, cast once to nearest even.
         subset: tensors that only ``a`` has are not differences.
         revision: that of the one, or of both, that lie on the Hub.
-        item: the key of the model of ``a`` to compare, where ``a`` holds several.
+        item: the key of the model to compare, where ``a`` or ``b`` holds several.
+        item_b: the key of the model of ``b``, where it is another.
         follow_links: read what links lead to that leave the folders.
         renamed: {name in ``b``: name in ``a``}. Without it the filters that the manifest of ``b`` keeps are followed
             (``--include``, ``--exclude``, ``--strip-prefix``, ``--rename``), and Hugging Face's names are given to
@@ -95,18 +96,7 @@ def verify(
     Raises:
         DsconvError: what ``open_checkpoint`` raises.
     """
-    on_hub = [given for given in (a, b) if isinstance(given, str) and lies_on_hub(given)]
-    first, second = (
-        given
-        if isinstance(given, Checkpoint)
-        else open_checkpoint(
-            given,
-            revision=revision if given in on_hub or not on_hub else None,
-            item=key,
-            follow_links=follow_links,
-        )
-        for given, key in ((a, item), (b, None))
-    )
+    first, second = open_two(a, b, revision=revision, item=item, item_b=item_b, follow_links=follow_links)
     options = CompareOptions(allow_cast, subset, renamed or {}, progress=progress)
     if renamed is not None:
         return compare(first, second, options)

@@ -15,7 +15,7 @@ from dsconv.convert.sidecars import find_sidecars
 from dsconv.engine.checkpoints import FOLDER
 from dsconv.engine.files import write_file
 from dsconv.engine.options import RunOptions
-from dsconv.errors import CheckpointNotFoundError, UnsupportedError, UsageError
+from dsconv.errors import CheckpointNotFoundError, SeveralModelsError, UnsupportedError, UsageError
 from dsconv.loaders.models import config_folder
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +55,11 @@ def open_source(options: RunOptions, resumed: bool) -> Source:
     elif resumed or (path.is_dir() and (path / "config.json").is_file() and not _has_weights(path)):
         config, folder = _read(AutoConfig, str(path)), path
     else:
-        checkpoint = open_checkpoint(options.model)
+        try:
+            checkpoint = open_checkpoint(options.model)
+        except SeveralModelsError as several:
+            advice = "merge one with dsconv merge and --item, and train the merged folder"
+            raise SeveralModelsError(several.where, several.models, advice) from None
         folder = config_folder(checkpoint)
         if folder is None:
             raise CheckpointNotFoundError(

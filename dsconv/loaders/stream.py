@@ -48,6 +48,7 @@ def stream_into(
     *,
     strict: bool = True,
     tag: str | None = None,
+    item: str | None = None,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LoadReport:
@@ -63,6 +64,7 @@ def stream_into(
         source: A path, a URL, the id of a model on the Hub, or an open checkpoint.
         strict: Require every tensor to match; without it, what fits is loaded.
         tag: The checkpoint to read, if ``source`` holds several.
+        item: The key of the model to read, if the checkpoint holds several.
         workers: Reading threads; by default as many as the machine has use for.
         progress: Called with ("load", bytes done, bytes in all), from any thread.
 
@@ -79,7 +81,7 @@ def stream_into(
     began = time.monotonic()
     model = _unwrapped(model)
     with agreement("stream_into") as told:
-        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item)
         told.fingerprint = fingerprint(checkpoint)
     with agreement("stream_into"):
         how = FillOptions(strict, ignore_mismatched_sizes=not strict, workers=workers, progress=progress)

@@ -28,6 +28,7 @@ def load_tp(
     strict: bool = False,
     ignore_mismatched_sizes: bool = False,
     tag: str | None = None,
+    item: str | None = None,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Any:
@@ -42,7 +43,7 @@ def load_tp(
         model_class: The class to build, as for ``load_zero3``.
         config: The configuration, as for ``load_zero3``.
         dtype: The dtype of the weights; by default the configuration's, else the checkpoint's.
-        strict, ignore_mismatched_sizes, tag, workers, progress: As for ``load_zero3``.
+        strict, ignore_mismatched_sizes, tag, item, workers, progress: As for ``load_zero3``.
 
     Returns:
         The model in evaluation mode; ``model.load_report`` is the ``LoadReport``.
@@ -60,7 +61,7 @@ def load_tp(
 
     began = time.monotonic()
     with agreement("load_tp") as told:
-        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item)
         folder = config_folder(checkpoint)
         config = copy.deepcopy(read_config(checkpoint, folder) if config is None else config)
         refuse_quantized(config, checkpoint)

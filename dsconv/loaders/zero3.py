@@ -38,6 +38,7 @@ def load_zero3(
     strict: bool = False,
     ignore_mismatched_sizes: bool = False,
     tag: str | None = None,
+    item: str | None = None,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Any:
@@ -57,6 +58,7 @@ def load_zero3(
         strict: Require every tensor to match.
         ignore_mismatched_sizes: Initialise tensors whose shapes differ, instead of raising.
         tag: The checkpoint to read, if ``source`` holds several.
+        item: The key of the model to read, if the checkpoint holds several.
         workers: Reading threads.
         progress: Called with ("load", bytes done, bytes in all), from any thread.
 
@@ -81,7 +83,7 @@ def load_zero3(
     _refuse_quantizing(settings)
     with agreement("load_zero3") as told:
         _check_offload(settings.get("zero_optimization"))
-        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag)
+        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item)
         folder = config_folder(checkpoint)
         if config is None:
             config = read_config(checkpoint, folder)

@@ -170,7 +170,11 @@ def _checked_tag(tag: str, where: Path) -> str:
 
 def _others(path: Path) -> str:
     tags = tags_in(path) or trainer_saves(path)
-    return f"; choose one with --tag: {', '.join(tags[-8:])}" if tags else "; no tag folder was found there"
+    return (
+        f"; choose one with --tag, or give its folder: {', '.join(tags[-8:])}"
+        if tags
+        else "; no tag folder was found there"
+    )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

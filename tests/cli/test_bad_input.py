@@ -301,7 +301,7 @@ def test_unreadable_file(copied: Callable[[str], Path], tmp_path: Path) -> None:
 def test_unknown_tag_lists_the_others(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     result = dsconv("zero-to-fp32", trained(ZERO3).checkpoint, tmp_path / "out", "--tag", "global_step7")
     assert result.code == 3
-    assert "no checkpoint of tag 'global_step7'; choose one with --tag: global_step2" in result.err
+    assert "no checkpoint of tag 'global_step7'; choose one with --tag, or give its folder: global_step2" in result.err
 
 
 def test_output_exists(trained: Callable[[str], Trained], tmp_path: Path) -> None:

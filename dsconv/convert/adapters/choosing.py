@@ -10,6 +10,7 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.convert.adapters.methods import is_peft_model
+from dsconv.errors import SeveralModelsError
 
 STEM = "adapter_model"
 
@@ -80,7 +81,7 @@ def choose(
     """
     folders = [config_from] if config_from is not None else near
     if options.fold:
-        base = open_checkpoint(options.base, follow_links=options.follow_links) if options.base is not None else None
+        base = _open_base(options)
         from dsconv.convert.folding import fold_lora  # a merge of no adapter starts without it
 
         folded = fold_lora(
@@ -104,3 +105,14 @@ def choose(
         )
         return Chosen(checkpoint, near=near, warnings=(warning,))
     return Chosen(checkpoint, near=near)
+
+
+def _open_base(options: AdapterOptions) -> Checkpoint | None:
+    """Open the base model, of which no command chooses one of several."""
+    if options.base is None:
+        return None
+    try:
+        return open_checkpoint(options.base, follow_links=options.follow_links)
+    except SeveralModelsError as several:
+        advice = "merge the base with dsconv merge and --item, and give the merged folder to --base"
+        raise SeveralModelsError(several.where, several.models, advice) from None

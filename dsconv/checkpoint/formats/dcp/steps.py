@@ -135,7 +135,7 @@ def find_step(path: Path, tag: str | None) -> Found:
         if path / tag not in [folder for _, folder in whole]:
             listed = ", ".join(folder.name for _, folder in whole)
             raise CheckpointNotFoundError(
-                f"{path}: no checkpoint of tag {safe_repr(tag)}; choose one with --tag: {listed}"
+                f"{path}: no checkpoint of tag {safe_repr(tag)}; choose one with --tag, or give its folder: {listed}"
             )
         return Found(path / tag)
     if not whole:
@@ -145,7 +145,9 @@ def find_step(path: Path, tag: str | None) -> Found:
     step, folder = whole[-1]
     same = [other.name for number, other in whole if number == step]
     if len(same) > 1:
-        raise CheckpointNotFoundError(f"{path}: {' and '.join(same)} are the same step; choose one with --tag")
+        raise CheckpointNotFoundError(
+            f"{path}: {' and '.join(same)} are the same step; choose one with --tag, or give its folder"
+        )
     warnings = []
     tracked = _tracked(path)
     named = [(number, found) for number, found in whole if number == tracked]

@@ -80,7 +80,7 @@ def read_states(folder: TagFolder) -> ModuleStates:
         raise MissingShardError(
             f"{folder.path}: {states.path.name} is from a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there"
             f" are none. Copy them from the nodes that wrote them, or take the model's own 16-bit weights, which are"
-            " here, with --weights 16bit"
+            " here, with dsconv merge --weights 16bit"
         )
     refuse_missing_experts(states)
     _refuse_hollow(states)

@@ -30,7 +30,7 @@ from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import UnsupportedError
 
 MAX_LIVE = 10_000  # partial assignments at a time; a sound checkpoint has a few
-OTHERWISE = "--weights 16bit takes the model's own 16-bit weights, which need no optimizer"
+OTHERWISE = "dsconv merge --weights 16bit takes the model's own 16-bit weights, which need no optimizer"
 
 
 class Group(Protocol):

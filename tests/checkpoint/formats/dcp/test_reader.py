@@ -120,7 +120,9 @@ def test_inspect_and_merge_from_the_command_line(tmp_path: Path) -> None:
     assert command("merge", ckpt("titan-w3"), tmp_path / "out", "--tag", "step-2", "--quiet").code == 0
     refused = command("merge", ckpt("titan-w3"), tmp_path / "other", "--tag", "step-3")
     assert refused.code == 3
-    assert "no checkpoint of tag 'step-3'; choose one with --tag: step-2, step-10" in " ".join(refused.err.split())
+    assert "no checkpoint of tag 'step-3'; choose one with --tag, or give its folder: step-2, step-10" in " ".join(
+        refused.err.split()
+    )
 
 
 def test_weights_of_the_folder_itself_come_before_checkpoints_in_it(tmp_path: Path) -> None:

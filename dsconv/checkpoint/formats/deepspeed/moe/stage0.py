@@ -51,7 +51,7 @@ def read_moe_stage0(folder: TagFolder, found: autoep.Experts, warnings: list[str
         raise MissingShardError(
             f"{folder.path}: {states.path.name} is from a ZeRO run, whose fp32 weights lie in *_optim_states.pt; there"
             f" are none. Copy them from the nodes that wrote them, or take the model's own 16-bit weights, which are"
-            " here, with --weights 16bit"
+            " here, with dsconv merge --weights 16bit"
         )
     entries = states.module_entries(exclude=set(), ties=states.ties())
     weights = Assembly()
