@@ -52,6 +52,11 @@ def quote(name: object, limit: int = MAX_QUOTED) -> str:
     return text if len(text) <= limit else f"{text[: limit - limit // 3]}…{text[len(text) - limit // 3 + 1 :]}"
 
 
+def count(number: int, noun: str) -> str:
+    """Return ``1 tensor``, ``1,234 tensors``, ``2 mismatches``."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('h') else 's'}"
+
+
 def redact(text: str) -> str:
     """Return ``text`` without what gives access: passwords and queries of URLs, and access tokens.
 

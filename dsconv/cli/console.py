@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from dsconv.text import MAX_NAME, clean, redact
+from dsconv.text import count as count
 
 LOG_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 QUICK_BYTES = 64 << 20  # work below this ends before a bar is drawn
@@ -208,11 +209,6 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.2f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
-
-
-def count(number: int, noun: str) -> str:
-    """Return ``1 tensor``, ``1,234 tensors``, ``2 mismatches``."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('h') else 's'}"
 
 
 def counts(found: dict[str, int], shown: int = 8) -> str:

@@ -24,6 +24,7 @@ from dsconv.checkpoint.formats.items.optimizers import optimizer_parts
 from dsconv.checkpoint.formats.items.state_dicts import Leaf, Parts
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import CheckpointNotFoundError, SeveralModelsError, UnsupportedError
+from dsconv.text import count
 
 # Dictionaries of these names hold a model, and their own name is not part of the names in it.
 MODEL_KEYS = ("model", "module", "model_state_dict", "model_state", "state_dict")
@@ -31,6 +32,7 @@ EXTRA_STATE = "_extra_state"  # torch/nn/modules/module.py _EXTRA_STATE_KEY_SUFF
 EXTRA_SHARD = f"{EXTRA_STATE}/shard_"  # Megatron-core 0.16 dist_checkpointing/mapping.py ShardedObject.unique_key
 TOP = "."  # the key of a model whose weights lie bare at the top
 MAX_SHOWN = 8
+FLOATS, INTEGERS = "; it may have been trained", ", and holds integers: random states, indices or counts, not weights"
 
 
 @dataclass
@@ -78,12 +80,15 @@ class _Dictionary:
         self.inside: dict[str, _Dictionary] = {}
         self.has_weights = False
         self.has_matrices = False
+        self.has_floats = False
 
     def add(self, flat: str, leaf: Leaf) -> None:
         node, is_weight, is_matrix = self, leaf.is_weight, leaf.is_matrix
+        is_float = is_weight and leaf.floating
         for part in (*leaf.path[:-1], None):
             node.has_weights |= is_weight
             node.has_matrices |= is_matrix
+            node.has_floats |= is_float
             if part is not None:
                 node = node.inside.setdefault(part, _Dictionary())
         node.tensors[flat] = leaf
@@ -142,7 +147,7 @@ def choose_model(leaves: Mapping[str, Leaf], where: Path, item: str | None = Non
     items = Items(model.path, chosen, listed, optimizers=optimizers.of.keys(), warnings=list(optimizers.warnings))
     if model.path:
         items.removed.append(model.key + ".")
-    trained: dict[str, list[Leaf]] = {}
+    trained: dict[tuple[str, str], list[Leaf]] = {}
     for flat, leaf in leaves.items():
         if flat in chosen:
             continue
@@ -150,11 +155,12 @@ def choose_model(leaves: Mapping[str, Leaf], where: Path, item: str | None = Non
         items.labels[flat] = label
         items.left_out[label] = items.left_out.get(label, 0) + 1
         if flat in tensors and (leaf.is_weight or leaf.floating) and not any(flat in m.tensors for m in models):
-            trained.setdefault(label, []).append(leaf)
+            trained.setdefault((label, FLOATS if leaf.floating else INTEGERS), []).append(leaf)
     items.warnings += [
-        f"left out {safe_repr(label)}, which is not part of the model {safe_repr(model.key)}; it may have been trained:"
-        f" {len(found)} tensors, the first {safe_repr('.'.join(found[0].path))} of shape {list(found[0].shape or ())}"
-        for label, found in trained.items()
+        f"left out {safe_repr(label)}, which is not part of the model {safe_repr(model.key)}{what}:"
+        f" {count(len(found), 'tensor')}, the first {safe_repr('.'.join(found[0].path))} of shape"
+        f" {list(found[0].shape or ())}"
+        for (label, what), found in trained.items()
     ]
     return items
 
@@ -177,9 +183,11 @@ def _pick(
     for flat, leaf in leaves.items():
         label = _label(leaf, (), optimizers.get(flat))
         held[label] = held.get(label, 0) + 1
+    of_model = any(leaf.is_tensor and flat not in optimizers for flat, leaf in leaves.items())
+    only = ", all of it an optimizer's" if optimizers and not of_model else ""
     raise UnsupportedError(
-        f"{where}: no tensor of a model; it holds {safe_repr(held)}. Give the file or folder that the model's weights"
-        " were saved to"
+        f"{where}: no tensor of a model; it holds {safe_repr(held)}{only}. Give the file or folder that the model's"
+        " weights were saved to"
     )
 
 
@@ -210,6 +218,10 @@ def _models(node: _Dictionary, path: Parts) -> list[_Model]:
     """Return the models in a dictionary, in the order in which they are stored."""
     bare = any(leaf.is_weight for leaf in node.tensors.values())
     weighty = {part: inner for part, inner in node.inside.items() if inner.has_weights}
+    whole = any(leaf.is_weight and "." in leaf.path[-1] for leaf in node.tensors.values())
+    if whole or any(inner.has_floats and _is_whole(part, inner) for part, inner in weighty.items()):
+        # Random states, indices and counts lie beside a model. A module of integers is never beside a whole model.
+        weighty = {part: inner for part, inner in weighty.items() if inner.has_floats or part in MODEL_KEYS}
     strong = {part: inner for part, inner in weighty.items() if inner.has_matrices or part in MODEL_KEYS}
     if not strong and not bare:
         strong = weighty
@@ -234,6 +246,11 @@ def _models(node: _Dictionary, path: Parts) -> list[_Model]:
 
 def _each(dictionaries: Mapping[str, _Dictionary], path: Parts) -> list[_Model]:
     return [model for part, inner in dictionaries.items() for model in _models(inner, (*path, part))]
+
+
+def _is_whole(part: str, node: _Dictionary) -> bool:
+    """Return whether a dictionary is a whole model, and not a module of one that was saved as nested dictionaries."""
+    return part in MODEL_KEYS or any("." in leaf.path[-1] for _, leaf in node.all_tensors())
 
 
 def _has_dots(models: Iterable[_Model]) -> bool:

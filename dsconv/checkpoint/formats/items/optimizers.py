@@ -30,6 +30,9 @@ SLOTS = frozenset(
         "grad_avg",
     )
 ) | {"acc_delta", "step", "fp32_param", "master_param"}
+# Names that a module may have too: torch/optim/{adagrad,adamax,asgd,nadam,rprop,_adafactor}.py, bitsandbytes 8-bit.
+RARE_SLOTS = SLOTS | {"sum", "state1", "state2"}
+ALL_SLOTS = RARE_SLOTS | {"prev", "step_size", "ax", "row_var", "col_var", "variance"}
 
 
 @dataclass
@@ -77,7 +80,56 @@ def optimizer_parts(leaves: Mapping[str, Leaf]) -> OptimizerParts:
         for part, flats in ((STATE, own), (GROUPS, groups[holder])):
             found.of.update(dict.fromkeys(flats, _label(holder, part)))
     _without_groups(leaves, parts, states, slots, found, shapes)
+    _beside_their_parameters(leaves, parts, found)
+    _nothing_else(leaves, parts, found)
     return found
+
+
+def _beside_their_parameters(leaves: Mapping[str, Leaf], parts: Mapping[str, Parts], found: OptimizerParts) -> None:
+    """Add states that lie under a parameter's own name, or by their slot under a copy of all names.
+
+    A tensor is no module, so ``fc.weight.sum`` beside ``fc.weight`` is not a model's. (What quantized weights keep
+    there, such as ``fc.weight.absmax``, has other names.)
+    """
+    shape_of = {parts[flat]: leaf.shape for flat, leaf in leaves.items() if leaf.is_tensor and flat not in found.of}
+    copies: dict[Parts, list[str]] = {}
+    for flat, leaf in leaves.items():
+        names = parts[flat]
+        if flat in found.of or not leaf.is_tensor:
+            continue
+        if names[-1] in ALL_SLOTS and names[:-1] in shape_of:
+            same = names[-1] in SLOTS or leaf.numel == 1 or leaf.shape == shape_of[names[:-1]]
+            if same:
+                _take(found, [flat], names[-1], "states under the names of parameters")
+        for at, name in enumerate(names[:-1]):
+            if name in SLOTS and not _is_key(leaf.path, at):
+                copies.setdefault(names[: at + 1], []).append(flat)
+    for holder, flats in copies.items():
+        of = [(*holder[:-1], *parts[flat][len(holder) :]) for flat in flats]
+        if all(shape_of.get(name) == leaves[flat].shape for name, flat in zip(of, flats, strict=True)):
+            _take(found, flats, holder[-1], "a copy of parameters that are stored beside it")
+
+
+def _nothing_else(leaves: Mapping[str, Leaf], parts: Mapping[str, Parts], found: OptimizerParts) -> None:
+    """Add what holds an optimizer's states and no weight besides: all that is stored, or a dictionary at the top."""
+    held: dict[str, list[str]] = {}
+    for flat, leaf in leaves.items():
+        if leaf.is_tensor and flat not in found.of:
+            held.setdefault(leaf.path[0] if len(leaf.path) > 1 else "", []).append(flat)
+
+    def are_states(flats: Collection[str], last: Collection[str] = SLOTS) -> bool:
+        weights = [parts[flat] for flat in flats if leaves[flat].is_weight]
+        return bool(weights) and all(
+            not SLOTS.isdisjoint(names) or (len(names) > 1 and names[-1] in last) for names in weights
+        )
+
+    everything = [flat for flats in held.values() for flat in flats]
+    if are_states(everything, RARE_SLOTS):
+        _take(found, everything, "optimizer states", "no weights are stored beside them")
+        return
+    for key, flats in held.items():
+        if key and key not in SLOTS and are_states(flats):  # {"ema": …, "exp_avg": …} may be two models
+            _take(found, flats, key, "it holds states of an optimizer and no weights")
 
 
 def _is_key(path: Parts, at: int) -> bool:
