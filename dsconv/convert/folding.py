@@ -22,6 +22,7 @@ from dsconv.convert.adapters.methods import ATTRIBUTES, DELTA, TOKENS, is_saved_
 from dsconv.convert.lora_layers import Folder, Parts, plain_name
 from dsconv.convert.sidecars import read_json
 from dsconv.convert.ties import tied_pairs
+from dsconv.convert.vocabulary import grown_vocabulary
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.text import quote
 
@@ -42,10 +43,14 @@ UNDERSTOOD = {
 
 @dataclass(frozen=True)
 class Folded:
-    """A folded model, and the names of its tensors that the adapter changed or replaced."""
+    """A folded model, and the names of its tensors that the adapter changed or replaced.
+
+    ``vocabulary`` are the base's number of tokens and the adapter's, where it has grown.
+    """
 
     checkpoint: Checkpoint
     touched: frozenset[str]
+    vocabulary: tuple[int, int] | None = None
 
 
 def fold_lora(
@@ -99,7 +104,8 @@ def fold_lora(
     kind = _model_type(folders, base)
     entries = Folder(adapter.config, source, kind, dtype, upcast=base is not None, where=checkpoint.path)
     result = entries.fold(layers, others)
-    return Folded(_checkpoint_of(checkpoint, base, result), frozenset(entries.touched))
+    vocabulary = grown_vocabulary(entries.resized, result.values(), checkpoint.path)
+    return Folded(_checkpoint_of(checkpoint, base, result), frozenset(entries.touched), vocabulary)
 
 
 def _refuse_settings(adapter: Adapter, checkpoint: Checkpoint) -> None:

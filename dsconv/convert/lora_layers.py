@@ -60,6 +60,7 @@ class Folder:
     upcast: bool
     where: Path
     touched: set[str] = field(default_factory=set)
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def fold(self, layers: list[Parts], others: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
         """Return the folded model's entries by name."""
@@ -69,7 +70,7 @@ class Folder:
         for name, entry in others.items():
             if name.endswith(f".{TOKENS}.{DELTA}"):
                 tokens[name.removesuffix(f".{TOKENS}.{DELTA}")] = entry
-            else:
+            elif name in names or _plain_copy(name) not in others:  # of two, PEFT loads the plain name
                 self._replace(result, names, name, entry)
         folded: set[str] = set()
         for parts in layers:
@@ -107,8 +108,10 @@ class Folder:
             names[name] = name
             return
         old = result[owner]
-        if entry.shape[1:] != old.shape[1:]:  # the first size is that of a vocabulary, which may have grown
-            raise self._misfit(name, old, entry)
+        if entry.shape != old.shape:
+            if entry.shape[1:] != old.shape[1:] or not entry.shape:
+                raise self._misfit(name, old, entry)
+            self.resized[name] = (old.shape, entry.shape)  # a vocabulary that has grown: see vocabulary.py
         if self.upcast and entry.dtype != (kind := output_dtype(old.dtype, self.dtype)):
             # PEFT copies it into the module that the base was loaded into.
             entry = computed(name, kind, entry.shape, partial(read_as, entry, kind), entry)
@@ -176,6 +179,8 @@ class Folder:
         if bias is not None:
             name = self._owner(names, f"{parts.layer}.bias", parts.layer)
             old = result[name]
+            if old.shape != bias.shape:
+                raise self._misfit(f"{parts.layer}.bias", old, bias)
             kind = output_dtype(old.dtype, self.dtype)
             compute = partial(folded_bias, old, bias, lora.scaling, kind, self.upcast)
             yield name, computed(name, kind, old.shape, compute, old, bias, aliases=old.aliases)
@@ -252,6 +257,8 @@ class Folder:
             fits = base.shape == ((into, out) if transposed else (out, into))
         if not fits:
             raise self._misfit(layer, base, lora.up)
+        if lora.magnitude is not None and kind != "embedding" and math.prod(lora.magnitude.shape) != out:
+            raise self._misfit(layer, base, lora.magnitude)
         return replace(lora, scaling=scaling, kind=kind, transposed=transposed)
 
     def _is_transposed(self, layer: str, shape: tuple[int, ...], out: int, into: int) -> bool:
@@ -282,3 +289,15 @@ class Folder:
             f"{self.where}: {quote(given.name)} of shape {list(given.shape)} does not fit {quote(layer)}, whose base"
             f" has shape {list(base.shape)}: the adapter belongs to another base"
         )
+
+
+def _plain_copy(name: str) -> str | None:
+    """Return the plain name of a copy that PEFT saves beside it, as it does of embeddings in ``modules_to_save``.
+
+    peft ``utils/save_and_load.py`` ``get_peft_model_state_dict`` (save_embedding_layers) takes all that lies in them.
+    """
+    parts = name.split(".")
+    for word in ("modules_to_save", "original_module"):
+        if word in parts:
+            return ".".join(part for part in parts if part != word)
+    return None

@@ -372,6 +372,8 @@ def _sidecar_files(
             data = sidecars.with_dtype(data, main)
             if chosen.folded and _are_untied(path, plan, chosen.folded):
                 data = sidecars.untied(data)
+            if chosen.vocabulary is not None:
+                data = sidecars.with_vocabulary(data, path, *chosen.vocabulary)
         found[path.name] = data
     return found, beside.left_out
 

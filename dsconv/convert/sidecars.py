@@ -10,7 +10,7 @@ from typing import Any
 from dsconv.checkpoint.config_files import MAX_CONFIG_BYTES
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
 from dsconv.checkpoint.storage.local import MAX_SMALL_BYTES, is_remote, read_small, why_unread
-from dsconv.errors import CheckpointNotFoundError, MalformedError
+from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError
 
 PATTERNS = (
     "config.json",
@@ -136,6 +136,30 @@ def _set_dtype(config: dict[str, Any], name: str) -> bool:
         elif isinstance(value, dict):
             changed |= _set_dtype(value, name)
     return changed
+
+
+def with_vocabulary(data: bytes, path: Path, old: int, new: int) -> bytes:
+    """Return a config.json whose vocabulary has ``new`` tokens in the place of ``old``.
+
+    transformers ``modeling_utils.py`` ``resize_token_embeddings`` does the same.
+
+    Raises:
+        InconsistentCheckpointError: Its vocabulary has another size, so what was resized is no embedding.
+    """
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
+        config = None
+    places = [config, config.get("text_config")] if isinstance(config, dict) else []
+    fitting = [place for place in places if isinstance(place, dict) and place.get("vocab_size") in (old, new)]
+    for place in fitting:
+        place["vocab_size"] = new
+    if not fitting:
+        raise InconsistentCheckpointError(
+            f"{path}: the adapter has tensors of {new} rows where the base has {old}, and no vocab_size here is {old}:"
+            " the adapter belongs to another base"
+        )
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def untied(data: bytes) -> bytes:

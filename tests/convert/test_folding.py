@@ -142,6 +142,61 @@ def test_an_untied_head_is_recorded_in_the_configuration(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+GROWN: dict[str, dict[str, Any]] = {
+    "saved-by-peft": {},
+    "trained-both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "trained-input": {"modules_to_save": ["embed_tokens"]},
+    "lora-head": {"target_modules": ["q_proj", "lm_head"]},
+    "lora-input": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+def grown(settings: dict[str, Any], tied: bool, folder: Path) -> dict[str, torch.Tensor]:
+    """Adapt a base to which tokens were added; save the base as it was and the adapter. What PEFT merges it to."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = peft_methods.base_model(peft_methods.lora({"tie_word_embeddings": tied}))
+    base.save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model.resize_token_embeddings(model.config.vocab_size + 7)
+    adapted = shaken(get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **settings})))
+    adapted.save_pretrained(folder / "peft")
+    state: dict[str, torch.Tensor] = adapted.merge_and_unload().state_dict()
+    return state
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", GROWN)
+def test_a_vocabulary_that_has_grown(kind: str, tied: bool, tmp_path: Path) -> None:
+    """PEFT saves the resized embeddings, but of a layer with a LoRA only its own: the other's new rows are lost."""
+    expected = grown(GROWN[kind], tied, tmp_path)
+    if kind.startswith("lora"):
+        with pytest.raises(InconsistentCheckpointError, match="is not in the adapter, so its new rows are lost here"):
+            dsconv.merge(tmp_path / "peft", tmp_path / "out", fold_lora=True, base=tmp_path / "base")
+        assert not (tmp_path / "out").exists()
+        return
+    report = dsconv.merge(tmp_path / "peft", tmp_path / "out", fold_lora=True, base=tmp_path / "base", fsync=False)
+    expect_model(tmp_path / "out", expected)
+    old, new = (json.loads((tmp_path / name / "config.json").read_text())["vocab_size"] for name in ("base", "out"))
+    assert (report.loadable, new) == (True, old + 7)
+
+
+def test_a_head_of_another_size_is_no_vocabulary(tmp_path: Path) -> None:
+    grown(GROWN["saved-by-peft"], False, tmp_path)
+    saved = load_safetensors(tmp_path / "peft")
+    hidden = saved["base_model.model.lm_head.weight"].shape[1]
+    base = load_safetensors(tmp_path / "base") | {"score.weight": torch.ones(2, hidden)}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    score = {"base_model.model.score.weight": torch.ones(3, hidden)}
+    loras = {name: tensor for name, tensor in saved.items() if "lora_" in name}
+    for tensors, expected in ((saved | score, "and 'score.weight' of"), (loras | score, "no vocab_size here is 2")):
+        save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+        with pytest.raises(InconsistentCheckpointError, match=expected):
+            dsconv.merge(tmp_path / "peft", tmp_path / "out", fold_lora=True, base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", ["vera", "loha", "ia3", "adalora", "prompt-tuning"])
 def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     model = peft_methods.build(method)

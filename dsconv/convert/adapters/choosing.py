@@ -54,6 +54,7 @@ class Chosen:
         near: Where config.json and the tokenizer may lie.
         folded: The tensors that a folded adapter changed; None if none was folded in. Then adapter_config.json does
             not belong beside the weights, and embeddings that were tied may differ.
+        vocabulary: The number of tokens before and after, where a folded adapter brings resized embeddings.
         warnings: What to say.
     """
 
@@ -61,6 +62,7 @@ class Chosen:
     files: dict[str, bytes] | None = None
     near: list[Path] = field(default_factory=list)
     folded: frozenset[str] | None = None
+    vocabulary: tuple[int, int] | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -89,7 +91,7 @@ def choose(
             base=base, adapter_name=options.name, dtype=dtype,
         )  # fmt: skip
         places = near if base is None else [base.path, base.folder]
-        return Chosen(folded.checkpoint, near=places, folded=folded.touched)
+        return Chosen(folded.checkpoint, near=places, folded=folded.touched, vocabulary=folded.vocabulary)
     if options.alone:
         if checkpoint.info.get("adapter") and options.name is None:
             return Chosen(checkpoint, near=near)  # the file of a PEFT folder, which is copied as it is
