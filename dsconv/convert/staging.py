@@ -37,6 +37,7 @@ STAGING = ".dsconv-partial"
 MOVING = "moving.json"
 STARTED = "started"
 MAX_MOVING_BYTES = 64 << 20
+MAX_POINTER_BYTES = 1024  # of a file such as latest_universal, which holds the name of a folder
 Signatures = dict[str, list[int] | None]
 
 
@@ -157,6 +158,8 @@ class Staging:
         """Replace a small file beside the target, in one step. Raises OSError or OutputError."""
         with Folder.open(path.parent) as folder:
             refuse_special(folder, [path.name])
+            if folder.stat(path.name) is not None:
+                _require_pointer(folder, path.name)
             self.write(f"{path.name}.new", data)
             self._hidden.rename(f"{path.name}.new", folder, path.name)
 
@@ -252,6 +255,16 @@ class Staging:
     def _sync(self, folder: Folder) -> None:
         if self.sync:
             folder.sync()
+
+
+def _require_pointer(folder: Folder, name: str) -> None:
+    """Raise OutputError for a file that holds more than a name, which dsconv did not write."""
+    try:
+        text = folder.read(name, MAX_POINTER_BYTES).strip()
+    except OSError as error:
+        raise OutputError(f"it is not a pointer to a checkpoint: {error}") from None
+    if b"\n" in text:
+        raise OutputError("it holds more than the name of a checkpoint")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ is finished, with its checksum, as soon as its last byte has arrived.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from dsconv.convert.universal_verify import verify_universal
 from dsconv.convert.writing import WriteOptions, refuse_target, write
 from dsconv.errors import OutputError
 
-MODEL_STATES = "_model_states.pt"
+MODEL_STATES = "model_states.pt"  # mp_rank_00_model_states.pt, layer_00-model_states.pt
 
 
 @dataclass(kw_only=True)
@@ -217,7 +218,8 @@ class UniversalOutput(Destination):
         """Return what of an earlier universal checkpoint lies in ``target``, ``latest_universal`` first.
 
         Raises:
-            OutputError: ``target`` is the source, or holds another checkpoint.
+            OutputError: ``target`` is the source, or holds another checkpoint, or files in ``zero/`` that no universal
+                checkpoint has.
         """
         here = target.resolve()
         if here in (self._checkpoint.path.resolve(), self._checkpoint.folder.resolve()):
@@ -226,9 +228,17 @@ class UniversalOutput(Destination):
             )
         names = sorted(path.name for path in target.iterdir())
         others = [name for name in names if name.endswith("_optim_states.pt")]
+        states = [name for name in names if name.endswith(MODEL_STATES)]
+        if states and FOLDER not in names and LATEST not in names:
+            others += states
         if others:
             raise OutputError(f"{target} holds another checkpoint ({others[0]}); give the output a folder of its own")
-        found = [name for name in names if name in (FOLDER, LATEST) or name.endswith(MODEL_STATES)]
+        if FOLDER in names and (foreign := _foreign(target / FOLDER)) is not None:
+            raise OutputError(
+                f"{foreign} belongs to no universal checkpoint, and would be removed with {target / FOLDER}: move it"
+                " away, or give the output a folder of its own"
+            )
+        found = [*states, *(name for name in names if name in (FOLDER, LATEST))]
         return sorted(found, key=lambda name: name != LATEST)
 
     @property
@@ -236,6 +246,21 @@ class UniversalOutput(Destination):
         """``latest_universal`` beside the output, as the official tool leaves it."""
         here = self._target.resolve()
         return {here.parent / LATEST: os.fsencode(here.name)}
+
+
+def _foreign(zero: Path) -> Path | None:
+    """Return what in ``zero/`` no universal checkpoint has: anything but files called ``.pt``, in at most one folder.
+
+    DeepSpeed's checkpoint/ds_to_universal.py writes ``zero/<parameter>/<state>.pt`` and ``zero/optimizer_state.pt``.
+    """
+    if zero.is_symlink() or not zero.is_dir():
+        return None  # which is refused elsewhere
+    for path in sorted(zero.iterdir()):
+        is_folder = path.is_dir() and not path.is_symlink()
+        for file in sorted(path.iterdir()) if is_folder else [path]:
+            if file.suffix != ".pt" or not stat.S_ISREG(file.lstat().st_mode):
+                return file
+    return None
 
 
 def _data_bytes(file: StateFile) -> int:

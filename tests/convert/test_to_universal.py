@@ -480,3 +480,38 @@ def test_the_checkpoint_itself_is_never_the_output(made: dict[str, Path], tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):
         dsconv.to_universal(source, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["zero/thesis.tex", "zero/w/notes.txt", "zero/a/b/c.pt"])
+def test_files_that_no_universal_checkpoint_has_are_not_removed(
+    converted: Callable[[str], Path], made: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """With --force ``zero/`` is replaced as a whole, so nothing else may be in there, nor may a link."""
+    source = made["llama_groups-z2-bf16-w2"] / "ckpt"
+    for target in (tmp_path / "alone", Path(shutil.copytree(converted("llama_groups-z2-bf16-w2"), tmp_path / "older"))):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("mine")
+        before = files(target)
+        with pytest.raises(OutputError, match="belongs to no universal checkpoint, and would be removed"):
+            dsconv.to_universal(source, target, force=True)
+        assert files(target) == before
+        (target / name).unlink()
+        (target / name).symlink_to(source)
+        with pytest.raises(OutputError, match="belongs to no universal checkpoint"):
+            dsconv.to_universal(source, target, force=True)
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "layer_00-model_states.pt"])
+def test_another_checkpoint_is_not_replaced(made: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """A checkpoint without ZeRO has model states alone, as a universal one has beside ``zero/``."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match="holds another checkpoint"):
+        dsconv.to_universal(made["llama_groups-z2-bf16-w2"] / "ckpt", tmp_path, force=True)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_beside_the_output_that_is_no_pointer_stays(made: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "latest_universal").write_text("notes\nof years\n")
+    report = dsconv.to_universal(made["llama_groups-z2-bf16-w2"] / "ckpt", tmp_path / "out", fsync=False)
+    assert (tmp_path / "latest_universal").read_text() == "notes\nof years\n"
+    assert any("could not be written (it holds more than the name of a checkpoint)" in text for text in report.warnings)
