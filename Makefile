@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit attacks fuzz crash fixtures upstream aio bench clean
+.PHONY: help demo test lint types unit attacks fuzz crash fixtures upstream schemas aio bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ fixtures: $(READY) ## train again the checkpoints that are kept in tests/data (c
 
 upstream: $(READY) ## what changed in the sources that rules were read from; after a review: make upstream ARGS=--accept
 	$(BIN)/python -m tests.upstream $(ARGS)
+
+schemas: $(READY) ## write docs/schemas, the JSON Schemas of what --json prints
+	$(BIN)/python -m tests.schemas
 
 aio: $(READY) ## compile DeepSpeed's async_io op, with which the tests of NVMe run (needs libaio-dev; takes minutes)
 	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'

@@ -85,7 +85,12 @@ def _report(error: BaseException, arguments: list[str]) -> int:
         print(line, file=sys.stderr)
     if "--json" in arguments:
         name = "KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else type(error).__name__
-        found: dict[str, Any] = {"error": lines[-1].removeprefix("Error: "), "type": name, "exit_code": code}
+        found: dict[str, Any] = {
+            "schema": "dsconv.error/1",
+            "error": lines[-1].removeprefix("Error: "),
+            "type": name,
+            "exit_code": code,
+        }
         try:
             print(json.dumps(found), flush=True)
         except streams.StdoutError:

@@ -24,6 +24,8 @@ from dsconv.text import count as count
 
 LOG_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 QUICK_BYTES = 64 << 20  # work below this ends before a bar is drawn
+SCHEMA_VERSION = 1
+SAME_SCHEMA = {"zero-to-fp32": "merge", "resume": "train"}  # commands that print what another one prints
 HEAD_ROWS, TAIL_ROWS = 32, 8  # what is shown of a long table
 SMALLEST_PLAIN_BYTES = 1000  # a smaller size without a unit is a mistake
 
@@ -220,8 +222,13 @@ def counts(found: dict[str, int], shown: int = 8) -> str:
 
 
 def show_json(data: dict[str, Any]) -> None:
-    """Print one JSON object on stdout, in ASCII and without credentials."""
-    sys.stdout.write(json.dumps(_redacted(data), indent=1) + "\n")
+    """Print one JSON object on stdout, in ASCII and without credentials. It names the schema that it follows.
+
+    docs/json.md lists the schemas. A field that is renamed, removed or given another type makes a new version.
+    """
+    name = click.get_current_context().command.name or ""
+    found = {"schema": f"dsconv.{SAME_SCHEMA.get(name, name)}/{SCHEMA_VERSION}", **_redacted(data)}
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
     sys.stdout.flush()
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import schemas
+
 
 @dataclass
 class Ran:
@@ -18,10 +20,16 @@ class Ran:
     code: int
     out: str
     err: str
+    as_json: bool = False
 
     @property
     def json(self) -> Any:
-        return json.loads(self.out)
+        """What was printed; with --json, without the name of the schema that it was found to follow."""
+        found = json.loads(self.out)
+        if self.as_json:
+            schemas.check(found)
+            del found["schema"]
+        return found
 
 
 def dsconv(*arguments: str | Path, cwd: Path | None = None, python: tuple[str, ...] = (), **environment: str) -> Ran:
@@ -37,7 +45,7 @@ def dsconv(*arguments: str | Path, cwd: Path | None = None, python: tuple[str, .
         check=False,
     )
     assert "Traceback" not in result.stderr, result.stderr
-    return Ran(result.returncode, result.stdout, result.stderr)
+    return Ran(result.returncode, result.stdout, result.stderr, "--json" in arguments)
 
 
 def slow_writes(seconds: float) -> list[str]:
