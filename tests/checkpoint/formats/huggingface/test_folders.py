@@ -56,7 +56,7 @@ def test_shards_without_an_index(suffix: str, stem: str, tmp_path: Path) -> None
     assert "took the 3 files by their names" in found.warnings[0]
     one = dsconv.open_checkpoint(tmp_path / names[1])
     assert list(one) == ["w1"]
-    assert f"{names[1]} is one of 3 files of a model, and was read alone" in one.warnings[0]
+    assert f"{names[1]} is one of 3 files of a model, but was read alone" in one.warnings[0]
     refusals: list[tuple[type[DsconvError], str]] = [
         (MissingShardError, f"missing {names[0]}, one of 2 of 3"),
         (InconsistentCheckpointError, "are not from one save"),
