@@ -14,8 +14,8 @@ from dsconv.zero_utils.config_auto import hidden_size_of
 def read_hidden_size(model: str, revision: str | None = None) -> int:
     """Return the hidden size that a model's ``config.json`` states.
 
-    Many configurations give it another name (``n_embd``, ``d_model``) or leave it out where it is their class's
-    default. So transformers is asked where it is installed and knows the model; it runs no code of the repository.
+    Many configurations give it another name (``n_embd``, ``d_model``), or leave it out if it is their class's default.
+    So transformers is asked if it is installed and knows the model; it runs no code from the repository.
 
     Args:
         model: A folder with a ``config.json``, that file, or a repository of the Hub, from which only that file is

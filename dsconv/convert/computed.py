@@ -1,7 +1,7 @@
-"""Tensors of an output that are computed: a LoRA folded into its base, a prompt that an encoder makes.
+"""Tensors of an output that are computed, such as a LoRA folded into its base, or a prompt that an encoder makes.
 
-They stand in a ``Checkpoint`` beside entries whose bytes lie in files, so a plan, a dry run and a verification treat
-both alike. Everything else goes through the copy; a computed tensor is made, written and dropped before the next one.
+They are in a ``Checkpoint`` beside entries whose bytes lie in files, so a plan, a dry run and a verification treat both
+alike. All other tensors go through the copy. A computed tensor is made, written and dropped before the next one.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def computed(
 def fill_all(pairs: Iterable[tuple[TensorEntry, Target]], run: CopyRun) -> None:
     """Fill each target from its entry: those with bytes in files by the copy, then the computed ones, one at a time.
 
-    What computed tensors are made of is checked against its checksums by the same copy. Raises what ``CopyRun`` raises,
-    and InconsistentCheckpointError for a result of another dtype or shape than planned.
+    The same copy checks the sources of computed tensors against their checksums. Raises what ``CopyRun`` raises, and
+    InconsistentCheckpointError for a result of another dtype or shape than planned.
     """
     stored: list[tuple[TensorEntry, Target]] = []
     made: list[tuple[ComputedEntry, Target]] = []

@@ -1,4 +1,4 @@
-"""Where each tensor goes in a DCP directory, and the bytes around it.
+"""Lay out a DCP directory: the place of each tensor, and the bytes around it.
 
 A DCP directory (``torch/distributed/checkpoint/filesystem.py``) is ``__R_N.distcp`` files of torch.save
 zips, each of which holds a chunk of a tensor, and ``.metadata``, a pickle that says which chunk lies where. A reader
@@ -34,7 +34,7 @@ VERSION = "1.0.0"  # torch filesystem.py CURRENT_DCP_VERSION
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor that is one run of it: its elements from ``start`` on.
+    """A box of a tensor whose elements follow each other, from ``start`` on.
 
     ``offset_bytes`` is where its zip begins in the file, ``head_bytes`` what comes before the elements in the zip, and
     ``nbytes`` the size of the zip.
@@ -52,7 +52,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """One tensor of the output, in chunks that follow each other. ``names`` are all names that it is found under."""
+    """One tensor of the output, in chunks that follow each other. ``names`` lists all of its names."""
 
     names: tuple[str, ...]
     entry: TensorEntry
@@ -70,7 +70,7 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class DcpPlan:
-    """All of the output. ``files`` are names and sizes in bytes; ``prefix`` are the keys before every name."""
+    """The whole output. ``files`` has names and sizes in bytes; ``prefix`` holds the keys before every name."""
 
     tensors: tuple[PlacedTensor, ...]
     files: dict[str, int]
@@ -92,10 +92,10 @@ def make_dcp_plan(
 
     Args:
         checkpoint: the source.
-        dtype: what floats are cast to; None keeps what is stored.
+        dtype: the dtype that floats are cast to; None keeps the stored one.
         prefix: goes before every name, such as ``model.``.
         max_file_bytes: the size of a file, which only a file of a single chunk exceeds.
-        extra_names: by tensor, names to find it under besides its own.
+        extra_names: further names of each tensor, by its own name.
 
     Raises:
         MalformedError: there is nothing to write, or two tensors would have one name.
@@ -149,7 +149,7 @@ def split_chunks(
 
 @lru_cache(maxsize=1024)
 def chunk_archive(dtype: DType, shape: tuple[int, ...]) -> TorchArchive:
-    """Return the torch.save file that a chunk is, around its elements."""
+    """Return the torch.save file of a chunk, around its elements."""
     return TorchArchive(ROOT, Streamed(dtype, shape))
 
 

@@ -181,7 +181,7 @@ class DcpOutput(Destination):
             yield tensor.chunks[0].filename, tensor.entry, target
 
     def rest(self, name: str) -> Iterable[tuple[int, bytes]]:
-        """Yield what surrounds each chunk of the file, now that its CRC-32 is known."""
+        """Yield the bytes around each chunk of the file, now that its CRC-32 is known."""
         for chunked in self._chunks[name]:
             yield from chunked.around(name)
 

@@ -1,4 +1,4 @@
-"""What the writer (``writing.py``) asks of a kind of output, and of the place that it goes to.
+"""What the writer (``writing.py``) requires of a kind of output, and of the place that it goes to.
 
 A ``Destination`` knows tensors and where their bytes go; a ``Place`` keeps files out of sight until all of them are
 whole. Neither knows the other.
@@ -26,7 +26,7 @@ class OutputFile:
         name: its path within the output, with ``/``.
         nbytes: its size.
         data_bytes: how many of its bytes are those of tensors.
-        head: the bytes that it begins with, which are known before the copy.
+        head: its first bytes, which are known before the copy.
     """
 
     name: str
@@ -55,20 +55,20 @@ class Written:
 
 
 class Destination(Protocol):
-    """A kind of output. It knows tensors and where their bytes go, and nothing of formats, threads, disks or stores.
+    """A kind of output. It knows tensors and where their bytes go, but no formats, threads, disks or stores.
 
     A new one is a class that inherits from this one, gives ``what``, ``files``, ``targets``, ``commit_order`` and
-    ``older``, and is handed to ``write``. The plan is made before: ``files`` are all sizes, so that a disk that is too
-    small is found out at the start and a dry run can print the plan.
+    ``older``, and is handed to ``write``. The plan comes first: ``files`` gives all sizes, so that a full disk is found
+    at the start and a dry run can print the plan.
 
     ``write`` calls ``targets`` once, with a ``FillingFile`` for each of ``files``. For each tensor it yields the file
     in which the tensor begins, the entry, and a ``Target``, whose ``write`` puts bytes of the tensor into a
-    ``FileRange`` of the file, or into several. A file is finished when all of its ``data_bytes`` have arrived:
-    ``rest`` then gives the bytes between and around them, which may depend on the checksums of the ranges. After
-    the copy, ``small_files`` and ``links`` are added; ``commit_order`` says in which order all of it appears in the
-    target. Its last name is the commit marker: the file without which the others are no output.
+    ``FileRange`` of the file, or into several. A file is finished when all of its ``data_bytes`` have arrived: ``rest``
+    then gives the bytes between and around them, which may depend on the checksums of the ranges. After the copy,
+    ``small_files`` and ``links`` are added; ``commit_order`` says in which order all of it appears in the target. Its
+    last name is the commit marker: without this file the others are not an output.
 
-    A store takes the bytes of a file from the first to the last only. A destination that has no ``rest``, and that
+    A store takes the bytes of a file only from the first to the last. A destination that has no ``rest``, and that
     yields the tensors of a file in their order, one after the other, can be written to a store too.
     """
 
@@ -84,7 +84,7 @@ class Destination(Protocol):
         ...
 
     def rest(self, name: str) -> Iterable[tuple[int, bytes]]:
-        """Return (offset, bytes) of what is in the file besides ``head`` and tensors. Called once they are there."""
+        """Return (offset, bytes) of the file's other content, besides ``head`` and tensors, once those are written."""
         return ()
 
     def small_files(self, written: Written) -> Mapping[str, bytes]:
@@ -104,14 +104,14 @@ class Destination(Protocol):
     def older(self, target: Path) -> list[str]:
         """Return the names of an older output in the folder ``target``, its commit marker first.
 
-        ``write`` refuses them without ``force`` and takes them away with it. Raises OutputError if the output must
-        not go into this folder at all.
+        ``write`` refuses them without ``force``, and removes them with it. Raises OutputError if the output must not go
+        into this folder at all.
         """
         ...
 
     @property
     def pointers(self) -> Mapping[Path, bytes]:
-        """Small files outside of the target that are replaced, in one step each, once the output is in place."""
+        """Small files outside the target that are replaced, in one step each, once the output is in place."""
         return {}
 
 
@@ -142,7 +142,7 @@ class FillingFile:
         self._lock = threading.Lock()
 
     def begin(self) -> None:
-        """Make the file. One without tensors is complete by that."""
+        """Make the file. A file without tensors is then complete."""
         self.opened.begin(self.file.head)
         if not self._missing_bytes:
             self._complete(self)
@@ -180,7 +180,7 @@ class PlaceFile(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the file, finished or not. May be called twice."""
+        """Release the file, finished or not. May be called twice."""
         ...
 
 
@@ -190,7 +190,7 @@ class Place(Protocol):
     in_order: bool  # whether a file takes its bytes from the first to the last only
 
     def create(self, name: str, nbytes: int, keep_open: bool, hashed: bool) -> PlaceFile:
-        """Return a file that is made by its ``begin``. With ``hashed`` its sha256 will be asked for."""
+        """Return a file that its ``begin`` makes. With ``hashed``, ``digests`` must know its sha256."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
@@ -208,7 +208,9 @@ class Place(Protocol):
     def commit(
         self, names: Sequence[str], obsolete: Sequence[str], verify: Callable[[Path], None] | None = None
     ) -> None:
-        """Remove ``obsolete``, then put ``names`` into place in their order. What ``verify`` refuses is not kept."""
+        """Remove ``obsolete``, then put ``names`` into place in their order. Output that ``verify`` refuses is not
+        kept.
+        """
         ...
 
     def replace(self, path: Path, data: bytes) -> None:

@@ -1,8 +1,8 @@
-"""Which tensors a merge writes, and under which names: ``--include``, ``--exclude``, ``--strip-prefix``, ``--rename``.
+"""Choose and rename the tensors that a merge writes: ``--include``, ``--exclude``, ``--strip-prefix``, ``--rename``.
 
 They are applied in that order, to the names that ``dsconv inspect`` shows. Each of them must do something: a pattern
-that fits no tensor is refused, since it is a mistake more often than not. The manifest of the output keeps them, and
-``dsconv verify`` follows it.
+that fits no tensor is refused, since it is probably a mistake. The manifest of the output keeps them, and ``dsconv
+verify`` follows it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dsconv.convert.ties import stored_name
 from dsconv.errors import UsageError
 
 STAR = "([^.]+)"
-MAX_NOTED = 1000  # patterns of a kind in a manifest: each is tried on each name
+MAX_NOTED = 1000  # patterns of one kind in a manifest, each of which is tried on each name
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What the user asked for, as it was given.
+    """The user's filters, as given.
 
     Attributes:
         include: patterns with ``*`` and ``?``. Only tensors that fit one of them are written.
@@ -46,7 +46,7 @@ class Filters:
         include: Iterable[str] = (), exclude: Iterable[str] = (), strip_prefix: Iterable[str] = (),
         rename: Iterable[str] | Mapping[str, str] = (),
     ) -> Filters:  # fmt: skip
-        """Return the filters of what a user gives: a text counts as one pattern, and a mapping as OLD=NEW.
+        """Return the filters that a user gives: a text counts as one pattern, and a mapping as OLD=NEW.
 
         Raises:
             UsageError: a pattern is empty, or a rename is not written ``OLD=NEW``.
@@ -79,7 +79,7 @@ class Filters:
         return {name: list(given) for name, given in asdict(self).items()}
 
     def rules(self) -> list[tuple[re.Pattern[str], str, str]]:
-        """Return (what fits, what is put there, as it was given) of each rename. Raises UsageError."""
+        """Return (pattern, replacement, the original text) of each rename. Raises UsageError."""
         if not all((*self.include, *self.exclude, *self.strip_prefix)):
             raise UsageError("--include, --exclude and --strip-prefix take a pattern, and an empty one was given")
         rules = []

@@ -1,8 +1,7 @@
 """Folders by their descriptors: the one way in which dsconv creates, clears and renames files on disk.
 
-Names are looked up in an open folder, and no link is followed: neither where a file is created or opened, nor where a
-folder is cleared. Only the path of the folder that the user names is looked up as usual, and even that may not end in a
-link.
+Names are looked up in an open folder, and no link is followed, whether a file is created or opened or a folder is
+cleared. Only the path of the folder that the user names is looked up as usual, and even that must not end in a link.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dsconv.checkpoint.storage.local import kind_of
 from dsconv.errors import OutputError
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-FILE_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that a fifo is not waited for
+FILE_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # the last one avoids waiting for a fifo
 
 
 class Folder:
@@ -50,7 +49,7 @@ class Folder:
             raise OutputError(f"{path}: cannot be written to: {error.strerror}") from None
 
     def inner(self, name: str, make: bool = False) -> Folder:
-        """Open a folder in this one.
+        """Open a subfolder.
 
         Raises:
             OutputError: it is a link or no folder.
@@ -101,25 +100,25 @@ class Folder:
                 folder = stack.enter_context(folder.inner(part, make=True))
 
     def names(self) -> list[str]:
-        """Return the names of all that is in the folder, sorted."""
+        """Return the names of everything in the folder, sorted."""
         return sorted(os.listdir(self.descriptor))
 
     def stat(self, name: str) -> os.stat_result | None:
-        """Return what the system says of a name, of a link and not of what it leads to, or None if there is none."""
+        """Return the ``stat`` of a name, that of a link itself, or None if the name does not exist."""
         try:
             return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         except OSError:
             return None
 
     def signature(self, name: str) -> list[int] | None:
-        """Return what tells a file (inode, size, time) or a folder (inode) from another of its name."""
+        """Return what distinguishes a file (inode, size, time) or a folder (inode) from another of the same name."""
         found = self.stat(name)
         if found is None:
             return None
         return [found.st_ino] if stat.S_ISDIR(found.st_mode) else [found.st_ino, found.st_size, found.st_mtime_ns]
 
     def rename(self, name: str, folder: Folder, new: str) -> None:
-        """Move a file or folder of this one into ``folder``, in one step. A file that is there is replaced."""
+        """Move a file or folder from here into ``folder``, in one step. An existing file is replaced."""
         os.replace(name, new, src_dir_fd=self.descriptor, dst_dir_fd=folder.descriptor)
 
     def unlink(self, name: str) -> None:
@@ -127,7 +126,7 @@ class Folder:
         os.unlink(name, dir_fd=self.descriptor)
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with all that is in it, if it is there. A link is removed and not followed.
+        """Remove a file, or a folder with its content, if it exists. A link is removed, not followed.
 
         Raises:
             OSError: the system refuses. What was removed so far stays removed.

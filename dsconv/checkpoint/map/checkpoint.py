@@ -1,4 +1,4 @@
-"""The tensor map of a whole checkpoint: its entries, and what was found on the way."""
+"""The tensor map of a whole checkpoint: its entries, and what else opening it found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
-    """A read-only mapping of names to entries, and what was found out while it was opened.
+    """A read-only mapping of names to entries, and what else opening the checkpoint found.
 
     An alias (a tied name) is looked up like any other name, but iteration and ``len`` count each tensor once.
 
@@ -23,7 +23,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         path: What was opened.
         format: The format's name.
         folder: Where config.json and the tokenizer may lie.
-        step: The training step, where the checkpoint tells.
+        step: The training step, if the checkpoint records it.
         world: The sizes of the run that saved it, such as ``data_parallel``.
         info: What else the format found out, for reports.
         warnings: What the user has to know.
@@ -31,7 +31,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         signatures: The ``stat_signature`` of each source when it had been opened.
         is_deepspeed: Whether DeepSpeed wrote it, at any ZeRO stage.
         training: Makes the map of the optimizer's states, for formats that have one.
-        no_training: Why there is none, where the format has something to say.
+        no_training: Why there is none, if the format knows.
     """
 
     def __init__(

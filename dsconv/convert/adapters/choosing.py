@@ -1,4 +1,4 @@
-"""What a merge writes of a PEFT model: the adapter alone, the model with the adapter folded in, or all as it is."""
+"""Choose what a merge writes of a PEFT model: the adapter alone, the model with the adapter folded in, or all of it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ STEM = "adapter_model"
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What of a PEFT model is wanted.
+    """The user's choice of what to write of a PEFT model.
 
     Attributes:
         alone: Write the adapter as PEFT saves it.
         name: Which of several adapters.
         fold: Fold the adapter into its base.
-        base: The base model, for ``fold``, where the checkpoint holds an adapter alone.
+        base: The base model, for ``fold``, if the checkpoint holds only an adapter.
         follow_links: Whether links that leave the folder of ``base`` are read.
     """
 
@@ -50,12 +50,12 @@ class Chosen:
 
     Attributes:
         checkpoint: Its tensors.
-        files: The files beside an adapter; None if those of a model go beside it.
+        files: The files beside an adapter; None if a model's files go beside the weights.
         near: Where config.json and the tokenizer may lie.
-        folded: The tensors that a folded adapter changed; None if none was folded in. Then adapter_config.json does
-            not belong beside the weights, and embeddings that were tied may differ.
+        folded: The tensors that a folded adapter changed; None if none was folded in. After a fold,
+            adapter_config.json does not belong beside the weights, and tied embeddings may differ.
         vocabulary: The number of tokens before and after, where a folded adapter brings resized embeddings.
-        warnings: What to say.
+        warnings: What the user should know.
     """
 
     checkpoint: Checkpoint
@@ -72,11 +72,11 @@ def choose(
     """Return what ``options`` ask for.
 
     Args:
-        checkpoint: As it was opened.
+        checkpoint: The checkpoint.
         options: What is wanted.
         near: Where the files beside the checkpoint lie.
         config_from: The folder to look in instead.
-        dtype: What floats are written as, for a fold.
+        dtype: The dtype that floats are written in, for a fold.
 
     Raises:
         DsconvError: What ``extract_adapter``, ``fold_lora`` and, for the base, ``open_checkpoint`` raise.
@@ -94,7 +94,7 @@ def choose(
         return Chosen(folded.checkpoint, near=places, folded=folded.touched, vocabulary=folded.vocabulary)
     if options.alone:
         if checkpoint.info.get("adapter") and options.name is None:
-            return Chosen(checkpoint, near=near)  # the file of a PEFT folder, which is copied as it is
+            return Chosen(checkpoint, near=near)  # the config of a PEFT folder, which is copied unchanged
         from dsconv.convert.adapters.extract import extract_adapter
 
         adapter = extract_adapter(checkpoint, folders, options.name)

@@ -1,4 +1,4 @@
-"""adapter_config.json: where it lies, what stands in for it, and what PEFT changes in it when it saves."""
+"""Read adapter_config.json or verl's file in its place, and change in it what PEFT changes when it saves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_config(
         checkpoint: What the adapter lies in.
         folders: Where the file may lie.
         adapter: The adapter's name; a folder of this name comes first.
-        state: The entries by name, from which verl's three settings are completed.
+        state: The entries by name, which complete verl's three settings.
 
     Raises:
         CheckpointNotFoundError: The file does not exist.
@@ -65,7 +65,9 @@ def read_config(
 
 
 def _from_verl(path: Path, state: Mapping[str, TensorEntry]) -> dict[str, Any]:
-    """Return the LoraConfig that verl trained with: its file gives the numbers, the weights' names the modules."""
+    """Return the LoraConfig that verl trained with: its file gives the numbers, and the weights' names give the
+    modules.
+    """
     meta = read_json(path)
     rank, alpha = (meta.get("r"), meta.get("lora_alpha")) if isinstance(meta, dict) else (None, None)
     if type(rank) is not int or type(alpha) is not int:
@@ -94,7 +96,7 @@ def _from_verl(path: Path, state: Mapping[str, TensorEntry]) -> dict[str, Any]:
 
 
 def _targets(layers: Iterable[str], state: Iterable[str]) -> list[str]:
-    """Return the last parts of the layers' names, or the whole name where another module has the same last part."""
+    """Return the last part of each layer's name, or the whole name if another module has the same last part."""
     adapted = set(layers)
     modules = {
         name.removeprefix("base_model.model.").removesuffix(".base_layer.weight").removesuffix(".weight")

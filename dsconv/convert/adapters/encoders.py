@@ -1,4 +1,5 @@
-"""What PEFT computes when it saves an adapter, with the same operations in the same order, so that the bits agree.
+"""Compute what PEFT computes when it saves an adapter, with the same operations in the same order, to get the same
+bits.
 
 Prompt learning saves the embeddings that its encoder gives, not the encoder (peft ``peft_model.py``,
 ``get_prompt_embedding_to_save``; ``tuners/{prompt_tuning,p_tuning,prefix_tuning,cpt,cartridge}/model.py``); VB-LoRA may
@@ -27,7 +28,7 @@ Read = Callable[[str], "torch.Tensor"]
 
 
 def prompt_entries(state: Mapping[str, TensorEntry], config: Mapping[str, Any], adapter: str) -> list[TensorEntry]:
-    """Return what PEFT saves of a prompt-learning method: ``prompt_embeddings`` and, for multitask, its two factors.
+    """Return what PEFT saves for a prompt-learning method: ``prompt_embeddings`` and, for multitask, its two factors.
 
     Args:
         state: The state dict's entries by name.
@@ -125,7 +126,7 @@ def _mlp(head: str, last: int, activation: str, read: Read) -> torch.Tensor:
 
 
 def _lstm(read: Read, layers: int) -> torch.Tensor:
-    """Run the recurrent encoder; its parameters want gradients as in training: without, torch takes other kernels."""
+    """Run the recurrent encoder. Its parameters require gradients as in training, or torch would use other kernels."""
     import torch
 
     value = read("embedding.weight").unsqueeze(0)
@@ -141,7 +142,7 @@ def _lstm(read: Read, layers: int) -> torch.Tensor:
 
 
 def _cpt(read: Read, config: Mapping[str, Any]) -> torch.Tensor:
-    """The prompt and its change, whose rows are cut to a length that the kind of each token allows."""
+    """Return the prompt plus its change, whose rows are clipped to a length that depends on the kind of each token."""
     import torch
 
     rows, change = read("embedding.weight"), read("delta_embedding.weight").clone()

@@ -1,4 +1,4 @@
-"""A checkpoint of the adapter alone, with the names and tensors that ``PeftModel.save_pretrained`` would write."""
+"""Extract the adapter from a checkpoint, with the names and tensors that ``PeftModel.save_pretrained`` would write."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ TARGETED = ("embed_tokens", "lm_head")  # peft utils/constants.py EMBEDDING_LAYE
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter out of a checkpoint.
+    """An adapter that was extracted from a checkpoint.
 
     Attributes:
-        name: What the model called it; ``default`` where the checkpoint does not say.
+        name: Its name in the model, or ``default`` if the checkpoint does not say.
         config: Its adapter_config.json.
         checkpoint: Its tensors, under the names that PEFT saves.
         files: The files to write beside them, by name.
@@ -69,7 +69,7 @@ def extract_adapter(
             PEFT saves, which are taken as they are.
         folders: Where adapter_config.json may lie.
         wanted: The adapter's name; needed if there are several.
-        keeps_base: The base's tensors go on, too, so that nothing is lost with them.
+        keeps_base: Whether the base's tensors are kept too, so that they cannot be lost.
 
     Raises:
         CheckpointNotFoundError: There is no adapter_config.json.
@@ -98,7 +98,7 @@ def extract_adapter(
 
 def _choose(checkpoint: Checkpoint, names: list[str], saved: bool, wanted: str | None) -> str:
     if saved:
-        return wanted or DEFAULT  # the names do not say
+        return wanted or DEFAULT  # the names do not contain it
     if not names and not any(part.startswith("adaption_") for name in checkpoint for part in name.split(".")):
         raise MalformedError(
             f"{checkpoint.path}: no tensor belongs to a PEFT adapter (no lora_A, modules_to_save …); merge without"

@@ -1,4 +1,4 @@
-"""Modules as trees of the shapes of their parameters, and the layers of ``torch.nn`` that have some."""
+"""Modules as trees of parameter shapes, and the layers of ``torch.nn`` that have parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 class CannotTell(Exception):
-    """Raised where the source does not decide which parameters there are."""
+    """Raised if the source does not decide which parameters exist."""
 
 
 class Unknown:
@@ -27,7 +27,7 @@ UNKNOWN = Unknown()
 
 @dataclass
 class Configuration:
-    """A configuration's values by their own names; ``names`` maps others to these."""
+    """A configuration's values by their own names; ``names`` maps other names to these."""
 
     values: dict[str, Any]
     names: dict[str, str] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Configuration:
         """Return a value. Raises CannotTell if there is none."""
         name = self.names.get(name, name)
         if name not in self.values:
-            if name.startswith("_"):  # of transformers' own, as the choice of an attention function
+            if name.startswith("_"):  # transformers' own settings, such as the choice of an attention function
                 return UNKNOWN
             raise CannotTell
         value = self.values[name]
@@ -72,7 +72,7 @@ class Module:
             yield from child.flat(f"{prefix}{name}.")
 
     def set(self, name: str, value: Any) -> None:
-        """Assign an attribute, as a module sorts them."""
+        """Assign an attribute as a tensor, a child or another value, as a module does."""
         self.tensors.pop(name, None)
         self.children.pop(name, None)
         self.attributes.pop(name, None)

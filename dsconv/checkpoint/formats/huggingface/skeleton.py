@@ -3,8 +3,8 @@
 Importing torch and transformers takes seconds; reading two source files takes milliseconds. The ``__init__`` methods of
 a model's classes are followed from ``architectures`` of a config.json down, with the values of the configuration and
 the defaults of its class: ``self.q_proj = nn.Linear(config.hidden_size, …)`` is a weight of a name and a shape. Nothing
-of transformers is run. What these few kinds of statements and expressions do not decide is not guessed: the answer is
-then None, and whoever needs one asks transformers itself.
+of transformers is run. Nothing is guessed that these few kinds of statements and expressions do not decide: then the
+answer is None, and the caller asks transformers itself.
 
 Read from transformers: ``models/*/modeling_*.py``, ``models/*/configuration_*.py``, ``pytorch_utils.py`` (Conv1D).
 """
@@ -27,7 +27,7 @@ from dsconv.checkpoint.formats.huggingface.transformers_source import class_lite
 Shape = tuple[int, ...]
 # Buffers that older files hold (modeling_utils.py, _adjust_missing_and_unexpected_keys).
 NO_LONGER_SAVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
-# What configurations have from their base class, where a file does not say it (configuration_utils.py).
+# Settings that configurations have from their base class, unless a file sets them (configuration_utils.py).
 INHERITED: dict[str, Any] = {
     "is_decoder": False, "add_cross_attention": False, "chunk_size_feed_forward": 0, "is_encoder_decoder": False,
     "pruned_heads": {}, "torchscript": False, "output_attentions": False, "output_hidden_states": False,
@@ -42,9 +42,9 @@ class Skeleton:
         architecture: The class.
         shapes: {name: shape} of its parameters and of the buffers that are saved; None for a shape that is not known.
         tied: {name: the name that it is tied to}; one of the two is enough.
-        prefix: What the names of the part without a head begin with, with its dot.
+        prefix: The prefix of the names in the part without a head, with its dot.
         unneeded: A pattern of names that may be missing.
-        ignored: A pattern of names that may be there besides.
+        ignored: A pattern of extra names that are allowed.
     """
 
     architecture: str
@@ -97,7 +97,7 @@ def _are_converted(names: set[str]) -> bool:
     try:
         return not names.isdisjoint(re.findall(r'"(\w+)"', source.read_text(encoding="utf-8")))
     except OSError:
-        return False  # before transformers 5 there were none
+        return False  # transformers before 5 has none
 
 
 def _configuration(config: Mapping[str, Any], kind: str) -> Configuration:

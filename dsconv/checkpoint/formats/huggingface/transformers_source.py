@@ -1,12 +1,12 @@
-"""What is read from the source files of transformers, without importing it: importing takes seconds, and torch with it.
+"""Read the source files of transformers without importing it, since importing it and torch takes seconds.
 
 Three questions are answered here, each for the architecture that a ``config.json`` names:
 
 - Which names does the model have a place for? A class assigns its children in ``__init__``
   (``self.model = LlamaModel(config)``), and so do they. That tells ``model.lm_head.weight``, for which
   LlamaForCausalLM has no place, from ``lm_head.weight``.
-- Under which name is a tied weight stored? ``_tied_weights_keys`` says it.
-- How do tensor-parallel ranks shard the model? ``base_model_tp_plan`` and ``_tp_plan`` say it.
+- Under which name is a tied weight stored? ``_tied_weights_keys`` says so.
+- How do tensor-parallel ranks shard the model? ``base_model_tp_plan`` and ``_tp_plan`` say so.
 
 Read from transformers: ``models/*/modeling_*.py`` and ``models/*/configuration_*.py``.
 """

@@ -1,17 +1,17 @@
-"""Tell the models of a training checkpoint from each other and from all that lies beside them.
+"""Tell the models of a training checkpoint apart from each other and from everything beside them.
 
 A checkpoint is whatever nested dictionary the trainer saved: ``{"model": …, "optim": …}``, ``{"actor": …, "critic":
 …}``, ``{"app": {"model": …}}``, or, as torchtitan does it, the weights bare beside ``optimizer`` and ``train_state``.
 The names of the dictionaries prove nothing, because a model may have a child module called ``optim`` or ``state``. So
 the structure decides:
 
-- What lies under ``state`` beside ``param_groups`` is an optimizer's, whatever holds the two. So are ``exp_avg`` beside
-  ``exp_avg_sq``, and ``state.NAME.…`` where NAME is a parameter that is stored elsewhere.
-- A dictionary that holds weights is a model. Weights are matrices; vectors count where nothing else tells.
+- Everything under ``state`` beside ``param_groups`` belongs to an optimizer, wherever the two are. So do ``exp_avg``
+  beside ``exp_avg_sq``, and ``state.NAME.…`` where NAME is a parameter that is stored elsewhere.
+- A dictionary that holds weights is a model. Weights are matrices; vectors count only if nothing else decides.
 - Bare names are one model, however many dots they have: a dot is part of a name, a dictionary is not.
 
-Several models are never mixed: the user chooses one by its key. What is left out is counted, and named in a warning
-where it may have been trained.
+Several models are never mixed: the user chooses one by its key. Left-out items are counted, and a warning names those
+that may have been trained.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dsconv.text import count
 MODEL_KEYS = ("model", "module", "model_state_dict", "model_state", "state_dict")
 EXTRA_STATE = "_extra_state"  # torch/nn/modules/module.py _EXTRA_STATE_KEY_SUFFIX
 EXTRA_SHARD = f"{EXTRA_STATE}/shard_"  # Megatron-core 0.16 dist_checkpointing/mapping.py ShardedObject.unique_key
-TOP = "."  # the key of a model whose weights lie bare at the top
+TOP = "."  # the key of a model whose weights lie at the top level
 MAX_SHOWN = 8
 FLOATS, INTEGERS = "; it may have been trained", ", and holds integers: random states, indices or counts, not weights"
 
 
 @dataclass
 class Items:
-    """What the items of a checkpoint are.
+    """The roles of a checkpoint's items.
 
     Attributes:
         path: The path of the dictionary that the chosen model lies in; () for the top.
@@ -65,7 +65,7 @@ class Items:
         return ".".join(self.path) or TOP
 
     def forget(self, flat: str) -> None:
-        """Count an item no longer among what is left out."""
+        """Remove an item from the left-out ones."""
         label = self.labels.pop(flat)
         self.left_out[label] -= 1
         if not self.left_out[label]:

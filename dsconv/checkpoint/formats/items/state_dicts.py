@@ -1,4 +1,4 @@
-"""Walk a nested state dict, out of a pickle, into its leaves."""
+"""Walk a nested state dict from a pickle, and return its leaves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.errors import MalformedError
 
 Parts = tuple[str, ...]
-MAX_DEPTH = 32  # of dictionaries in each other
-# A dictionary that is referred to many times is walked many times; real files refer to one a few times at most.
+MAX_DEPTH = 32  # of nested dictionaries
+# A dictionary with many references is walked many times. In real files each has at most a few.
 FREE_ITEMS = 100_000
 MAX_REPEATS = 4
 

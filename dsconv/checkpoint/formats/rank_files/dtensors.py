@@ -1,4 +1,4 @@
-"""Read what one rank's file says of a tensor that is spread over ranks: a DTensor, or FSDP1's ShardedTensor.
+"""Read one rank's part of a tensor that is spread over ranks: a DTensor, or FSDP1's ShardedTensor.
 
 The attributes are those of torch 2.2 to 2.13: ``DTensor._local_tensor`` and ``._spec``
 (``torch/distributed/tensor/_api.py``, ``_dtensor_spec.py``), ``DeviceMesh`` with ``mesh`` and ``_flatten_mesh_list`` to
@@ -49,7 +49,7 @@ class DTensor:
 
     Attributes:
         shape: The shape of the full tensor.
-        coordinate: Where the rank stands in the mesh; None for a rank outside it.
+        coordinate: The rank's place in the mesh; None for a rank outside it.
         local: The rank's share.
     """
 
@@ -62,7 +62,7 @@ class DTensor:
 
     @property
     def rank(self) -> int | None:
-        """The rank that says it wrote this; None for one outside the mesh."""
+        """The rank that wrote this, by its own account; None for a rank outside the mesh."""
         if self.coordinate is None:
             return None
         position = 0
