@@ -74,6 +74,7 @@ def test_the_surface_of_the_command_line() -> None:
         "--json",
         "--max-shard-size",
         "--max_shard_size",
+        "--names",
         "--no-fsync",
         "--private",
         "--push-to-hub",
