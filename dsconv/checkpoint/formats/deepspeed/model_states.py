@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed.fields import Fields, Shapes
+from dsconv.checkpoint.formats.deepspeed.unread import refuse_unread
 from dsconv.checkpoint.map.renaming import OUTER, Unwrapped, unwrap
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
+from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
-from dsconv.errors import MalformedError, MissingShardError, UnsupportedError
+from dsconv.errors import MalformedError, MissingShardError
 from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -146,10 +147,7 @@ class ModuleStates:
         role = self.role_of()
         entries = {}
         for name, tensor in self.module.items():
-            if isinstance(tensor, Instance):
-                raise UnsupportedError(
-                    f"{self.path}: {safe_repr(name)} is a {tensor.cls}, which dsconv does not read in DeepSpeed's files"
-                )
+            refuse_unread(self.path, name, tensor)
             if (
                 not isinstance(tensor, TensorRef)
                 or name in exclude

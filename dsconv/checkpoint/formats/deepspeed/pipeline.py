@@ -22,6 +22,7 @@ from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.shards import Rules
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import Ambiguous, MasterSlot, match_masters
+from dsconv.checkpoint.formats.deepspeed.unread import refuse_unread, warn_of_unread
 from dsconv.checkpoint.formats.deepspeed.values import entry_prefix_matches
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.renaming import renamed, unwrap
@@ -56,7 +57,7 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
         UnsupportedError: Names, masters or the way that shards make a tensor cannot be determined.
     """
     warnings = list(folder.warnings)
-    layers = read_layers(folder)
+    layers = read_layers(folder, warnings)
     degree = len(layers)
     ranks = tensor_parallel.read_ranks(folder, warnings, partial(_read_stage, layers=layers))
     if len(ranks) % degree:
@@ -105,8 +106,18 @@ def _place(name: str) -> int:
     return int(head) if head.isascii() and head.isdigit() and len(head) < 10 else -1
 
 
-def read_layers(folder: TagFolder) -> dict[int, dict[int, Layer]]:
-    """Return {tensor-parallel rank: {number of the layer: layer}}; raise MissingShardError if a rank lacks a layer."""
+def read_layers(folder: TagFolder, warnings: list[str]) -> dict[int, dict[int, Layer]]:
+    """Return {tensor-parallel rank: {number of the layer: layer}}.
+
+    Args:
+        folder: The tag's folder.
+        warnings: Warnings are added.
+
+    Raises:
+        MissingShardError: A rank lacks a layer.
+        MalformedError: A file holds no state dict.
+        UnsupportedError: It holds weights that are no plain tensors.
+    """
     layers: dict[int, dict[int, Layer]] = {}
     for path in folder.layers:
         match = LAYER.fullmatch(path.name)
@@ -116,6 +127,9 @@ def read_layers(folder: TagFolder) -> dict[int, dict[int, Layer]]:
         consistency.own_name(file)
         if not isinstance(file.root, dict) or not all(isinstance(name, str) for name in file.root):
             raise MalformedError(f"{path}: not a layer's state dict: it holds a {type(file.root).__name__}")
+        for name, value in file.root.items():
+            refuse_unread(path, name, value)
+        warnings += warn_of_unread(path, file.root)
         held = {name: value for name, value in file.root.items() if isinstance(value, TensorRef)}
         names = unwrap(held, outer=False)
         tensors = {names(name): value for name, value in held.items()}

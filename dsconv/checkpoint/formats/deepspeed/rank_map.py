@@ -19,6 +19,7 @@ from dsconv.zero_utils.tag_folder import TagFolder
 if TYPE_CHECKING:
     from dsconv.checkpoint.formats.deepspeed.partitions import Partition, Place
     from dsconv.checkpoint.formats.deepspeed.unnamed_masters import MasterSlot
+from dsconv.checkpoint.formats.deepspeed.unread import warn_of_unread
 
 
 @dataclass
@@ -82,6 +83,7 @@ def build_checkpoint(folder: TagFolder, states: ModuleStates, contents: Contents
         contents.warnings.append(
             "the files were saved without checksums (torch.serialization.set_crc32_options): damage cannot be detected"
         )
+    contents.warnings.extend(warn_of_unread(states.path, states.module))
     info: dict[str, Any] = {
         "zero_stage": contents.stage,
         "tag": folder.tag,

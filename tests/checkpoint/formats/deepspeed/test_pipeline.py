@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dsconv
+from dsconv.checkpoint.formats.deepspeed.unread import refuse_unread
+from dsconv.checkpoint.pickles.values import Instance
 from dsconv.errors import DsconvError, InconsistentCheckpointError, MissingShardError, UnsupportedError
 from tests.fixtures import gloo
 from tests.fixtures.pipeline import CASES, Options
@@ -74,6 +77,46 @@ def error(tag: Path, kind: type[DsconvError], *words: str) -> None:
     assert type(caught.value) is kind
     for word in words:
         assert word in str(caught.value), (word, str(caught.value))
+
+
+def change_layer(tag: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = next(path for path in sorted(tag.glob("layer_*.pt")) if "layer_01" in path.name)
+    held = torch.load(path, weights_only=False)
+    change(held)
+    torch.save(held, path)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"a": torch.ones(2)}, "is a dict that holds tensors, which would be lost"),
+        ([torch.ones(2), [torch.ones(3)]], "is a list that holds tensors, which would be lost"),
+        (torch.ones(2).to_sparse(), "a kind of tensor that dsconv does not read"),
+    ],
+    ids=["dict", "list", "sparse"],
+)
+def test_weights_that_are_no_plain_tensors_are_refused(value: Any, words: str, damaged: Callable[[str], Path]) -> None:
+    tag = damaged("pp2-z1-bf16opt")
+    change_layer(tag, lambda held: held.update({"adapter.scale": value}))
+    error(tag, UnsupportedError, "layer_01-model", words)
+
+
+def test_a_dtensor_in_a_deepspeed_file_is_refused() -> None:
+    dtensor = Instance("torch.distributed.tensor.DTensor", (), {})
+    for value in (dtensor, {"a": [dtensor]}):
+        with pytest.raises(UnsupportedError, match=r"'1\.weight' is a"):
+            refuse_unread(Path("layer_01-model_states.pt"), "1.weight", value)
+
+
+def test_what_is_no_weight_in_a_layer_is_named(damaged: Callable[[str], Path]) -> None:
+    tag = damaged("pp2-z1-bf16opt")
+    before = set(dsconv.open_checkpoint(tag))
+    extra = {"l._extra_state": {"scale": torch.ones(2)}, "l.name": "linear", "l.nothing": None}
+    change_layer(tag, lambda held: held.update(extra))
+    checkpoint = dsconv.open_checkpoint(tag)
+    assert set(checkpoint) == before
+    (warning,) = (text for text in checkpoint.warnings if "left out" in text)
+    assert "2 entries are no tensors and were left out: 'l._extra_state', 'l.name'" in warning
 
 
 def test_a_tied_copy_that_differs_between_stages(made: Callable[[str], Trained]) -> None:

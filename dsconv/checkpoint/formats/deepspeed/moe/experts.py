@@ -18,6 +18,7 @@ from typing import Protocol
 from dsconv.checkpoint.formats.deepspeed import consistency
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.formats.deepspeed.rank_map import Contents, master_dtypes
+from dsconv.checkpoint.formats.deepspeed.unread import refuse_unread
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.pieces import Layout
 from dsconv.checkpoint.map.regions import Region
@@ -244,6 +245,7 @@ def _native_layer(file: TorchFile, count: int, unwrapped: Unwrapped) -> NativeLa
 def _expert_tensors(layer: ExpertLayer, expert: int, file: TorchFile, unwrapped: Unwrapped) -> Iterator[ExpertTensor]:
     consistency.written_as_expert(file)
     for stored, tensor in file.root.items():
+        refuse_unread(file.path, str(stored), tensor)
         if not isinstance(tensor, TensorRef):
             continue
         key = unwrapped(stored)
