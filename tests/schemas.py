@@ -1,4 +1,5 @@
-"""The JSON Schemas of what ``--json`` prints, in docs/schemas: made from the report classes, and held against output.
+"""The JSON Schemas in docs/schemas of what ``--json`` prints: they are made from the report classes and checked against
+output.
 
 ``make schemas`` writes them. A field that is renamed, removed or given another type needs a new version here; a field
 that is added does not.
@@ -43,12 +44,12 @@ def many(schema: Schema) -> Schema:
 
 
 def table(schema: Schema) -> Schema:
-    """An object whose keys are names out of the checkpoint, or the like."""
+    """Return the schema of an object whose keys are names from the checkpoint or similar."""
     return {"type": "object", "additionalProperties": schema}
 
 
 def fields(**properties: Schema) -> Schema:
-    """An object with exactly these fields."""
+    """Return the schema of an object with exactly these fields."""
     return {
         "type": "object",
         "properties": properties,
@@ -58,7 +59,7 @@ def fields(**properties: Schema) -> Schema:
 
 
 def of(report: type, **more: Schema) -> Schema:
-    """The schema of a report class, of whose fields all are printed, and of what its command adds."""
+    """Return the schema of a report class, all of whose fields are printed, and of what its command adds."""
     made = TypeAdapter(report).json_schema(mode="serialization")
     for part in (made, *made.get("$defs", {}).values()):
         for schema in part["properties"].values():
@@ -132,8 +133,8 @@ def _doctor() -> Schema:
 
 @functools.cache
 def schemas() -> dict[str, Schema]:
-    """Return {name/version: schema}; the name is that of the command, but ``merge`` is zero-to-fp32's too, ``train``
-    resume's, and ``error`` any command's.
+    """Return {name/version: schema}. The name is the command's, but ``merge`` also serves zero-to-fp32, ``train`` also
+    resume, and ``error`` every command.
     """
     made = {
         "merge/1": of(MergeReport, seconds=NUMBER),

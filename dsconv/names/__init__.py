@@ -1,1 +1,1 @@
-"""The tensor names and layouts of other frameworks, as Hugging Face's, and back: one table a family."""
+"""Convert the tensor names and layouts of other frameworks to Hugging Face's and back, by one table per family."""

@@ -1,4 +1,4 @@
-"""A checkpoint under Hugging Face's names, or under a framework's: which family it is, and the tensors of its table."""
+"""Recognise whose names a checkpoint has, and give it Hugging Face's names by the table of its family."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Recognised:
-    """The family that the names of a checkpoint are of, and the names that its table does not know."""
+    """The family whose names a checkpoint has, and the names that the family's table does not know."""
 
     family: Family
     unknown: tuple[str, ...]
 
     @property
     def hint(self) -> str:
-        """What a merge says that keeps the names."""
+        """Return what a merge that keeps the names says."""
         return (
             f"the tensors have the names of {self.family.framework} ({self.family.name}), which from_pretrained does"
             " not find. --names hf, with --config-from DIR for the model's config.json, gives them Hugging Face's"
@@ -58,7 +58,7 @@ def recognise(names: Iterable[str]) -> Recognised | None:
 
 
 def names_of(names: Iterable[str]) -> str:
-    """Return the framework and the family that the names are of, for people; "" where no table tells."""
+    """Return the framework and the family of the names as text, or "" if no table has them."""
     recognised = recognise(names)
     return str(recognised) if recognised is not None else ""
 
@@ -151,7 +151,7 @@ def _check_config(checkpoint: Checkpoint, family: Family, config: Config | None)
 
 
 def _parts(entry: TensorEntry, found: Found, config: Config) -> Iterator[tuple[str, View]]:
-    """Yield Hugging Face's tensors of which a framework's is made, by name."""
+    """Yield the tensors of Hugging Face that make up a framework's tensor, by name."""
     rule = found.rule
     if len(entry.shape) < rule.stacked:
         raise InconsistentCheckpointError(
@@ -173,7 +173,7 @@ def _parts(entry: TensorEntry, found: Found, config: Config) -> Iterator[tuple[s
 
 
 def _warnings(left_out: Sequence[TensorEntry], family: Family) -> tuple[str, ...]:
-    """Return a warning of what is left out and not zero."""
+    """Return a warning about left-out tensors that are not zero."""
     lost = [entry.name for entry in left_out if not is_zero(entry)]
     if not lost:
         return ()
@@ -201,7 +201,7 @@ def _prove_all_used(entries: Iterable[TensorEntry], views: Iterable[View]) -> No
 
 
 def _drop_tied(checkpoint: Checkpoint, entries: dict[str, TensorEntry], config: Config) -> None:
-    """Leave out the output layer where the configuration ties it to the embedding, and it holds the same bytes."""
+    """Leave out the output layer if the configuration ties it to the embedding and both hold the same bytes."""
     if HEAD not in entries or EMBEDDING not in entries:
         return
     embedding, head = entries[EMBEDDING], entries[HEAD]

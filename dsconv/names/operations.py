@@ -1,4 +1,4 @@
-"""What happens to the data of tensors when a model's names change: operations on views, each with its inverse."""
+"""Rearrange the data of tensors when a model's names change: operations on views, each with its inverse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_SIZE = 1 << 40
 
 
 class Config:
-    """A model's config.json: the numbers that shapes do not tell.
+    """A model's config.json, which has the numbers that do not follow from shapes.
 
     Args:
         path: the file, for messages.
@@ -48,7 +48,7 @@ class WrongShape(Exception):
 
 
 class Operation(Protocol):
-    """One tensor of a framework as one or several of Hugging Face's, and the inverse.
+    """Turns one tensor of a framework into one or several of Hugging Face's, and back.
 
     Both raise WrongShape for tensors that do not fit the configuration.
     """
@@ -64,7 +64,7 @@ class Operation(Protocol):
 
 @dataclass(frozen=True)
 class Same:
-    """The tensor as it is."""
+    """Keeps the tensor as it is."""
 
     def to_hf(self, view: View, config: Config) -> Sequence[View]:
         return (view,)
@@ -100,7 +100,7 @@ class RotaryPairs:
 
 @dataclass(frozen=True)
 class Transposed:
-    """The last two dimensions change places."""
+    """Swaps the last two dimensions."""
 
     def to_hf(self, view: View, config: Config) -> Sequence[View]:
         if view.ndim < 2:

@@ -1,4 +1,4 @@
-"""What a family of models is called in a framework: a table of rules, each for one of the framework's tensors.
+"""The names of a family of models in a framework: a table of rules, each for one of the framework's tensors.
 
 ``{}`` stands for a number: first that of the layer, then that of the expert. Where Hugging Face's name has more numbers
 than the framework's, the framework stacks these tensors in the leading dimensions of one.
@@ -28,7 +28,7 @@ class Rule:
 
     @property
     def stacked(self) -> int:
-        """How many leading dimensions of the framework's tensor stack Hugging Face's."""
+        """The number of leading dimensions of the framework's tensor that stack Hugging Face's tensors."""
         return self.ours[0].count("{}") - self.theirs.count("{}")
 
 
@@ -37,12 +37,12 @@ class Family:
     """The models of one framework that share a table.
 
     Attributes:
-        framework: Who calls its tensors so.
-        name: What the framework calls the family.
+        framework: The framework that uses these names.
+        name: The framework's name for the family.
         model_types: The ``model_type`` of the configurations that this family is.
-        marks: Names of which one is in every checkpoint of the family, and in none of another.
+        marks: Names that identify the family: every checkpoint of it has one of them, and no other family does.
         rules: The table.
-        expects: {key of the configuration: the only value that the table is right for, absent or not}.
+        expects: {key of the configuration: the only value for which the table is right}, even if the key is absent.
         no_place: Names of small tensors that Hugging Face's model has no place for. The framework's own converter
             leaves them out.
     """

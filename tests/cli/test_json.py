@@ -1,4 +1,4 @@
-"""What ``--json`` prints follows the published schema. ``Ran.json`` checks that in all other tests too."""
+"""What ``--json`` prints follows the published schema. ``Ran.json`` checks that in all other tests, too."""
 
 from __future__ import annotations
 

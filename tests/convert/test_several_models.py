@@ -1,4 +1,4 @@
-"""Where a checkpoint holds several models, each command and loader chooses one, or says what does."""
+"""If a checkpoint holds several models, each command and loader can choose one, or names a command that can."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsconv.errors import CheckpointNotFoundError, SeveralModelsError
 
 @pytest.fixture
 def two(tmp_path: Path) -> Path:
-    """A model and its moving average, as one file."""
+    """Save a model and its moving average in one file."""
     weight = torch.arange(6.0).view(2, 3)
     torch.save({"model": {"fc.weight": weight, "fc.bias": weight[:, 0]},
                 "ema": {"fc.weight": weight + 1, "fc.bias": weight[:, 0]}}, tmp_path / "two.pt")  # fmt: skip
@@ -64,7 +64,7 @@ def test_a_loader_takes_the_chosen_one(two: Path) -> None:
     "command", ["zero-to-fp32", "merge", "diff", "verify", "to-dcp", "to-universal", "inspect", "watch"]
 )
 def test_every_command_that_reads_a_checkpoint_can_choose(command: str) -> None:
-    """The error advises --item, so no command lacks it."""
+    """The error advises --item, so every command must have it."""
     assert any("--item" in parameter.opts for parameter in cli.commands[command].params)
 
 

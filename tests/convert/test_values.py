@@ -1,4 +1,4 @@
-"""``inspect --values``, and what a merge notices on the way, against torch's own counts."""
+"""Compare ``inspect --values``, and what a merge notices on the way, with torch's own counts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_nonfinite_values_are_counted(name: str) -> None:
     size = 8 * torch.finfo(dtype).bits // 64
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     bits = torch.randint(torch.iinfo(kind).min, torch.iinfo(kind).max, (10_000,), dtype=kind)
-    bits |= 0x7F00 << (8 * size - 16)  # large exponents: many of these are not finite
+    bits |= 0x7F00 << (8 * size - 16)  # large exponents make many of these values non-finite
     data = memoryview(raw(bits.view(dtype)))
     assert count_nonfinite(data, BY_NAME[name]) == int((~bits.view(dtype).isfinite()).sum()) > 0
     finite = torch.randn(1_000, dtype=dtype)
@@ -74,10 +74,10 @@ def test_a_merge_warns_of_values_that_are_not_finite(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     save_file(model, tmp_path / "model" / "model.safetensors")
     report = dsconv.merge(tmp_path / "model", tmp_path / "cast", dtype="bf16", fsync=False)
-    assert report.nonfinite == {"bad": 397 * 100 + 1}  # each value of a tensor that is cast is looked at
+    assert report.nonfinite == {"bad": 397 * 100 + 1}  # each value of a tensor that is cast is checked
     assert "NaN or infinite values lie in 1 of 2 tensors, first in 'bad'" in report.warnings[0]
     report = dsconv.merge(tmp_path / "model", tmp_path / "copied", fsync=False)
-    assert list(report.nonfinite) == ["bad"]  # of one that is copied, a sample
+    assert list(report.nonfinite) == ["bad"]  # only a sample of a copied tensor is checked
     assert dsconv.merge(tmp_path / "model", tmp_path / "some", include=["good"], fsync=False).nonfinite == {}
 
 

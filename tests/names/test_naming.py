@@ -1,4 +1,4 @@
-"""``--names hf`` on the way to a model that loads, and what it refuses."""
+"""``--names hf`` gives a model that loads, and refuses what it does not know."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_merge_keeps_the_names_with_a_hint_or_gives_hfs(tmp_path: Path) -> Non
     config = config_in(tmp_path / "config")
     report = dsconv.merge(source, tmp_path / "out", names="hf", config_from=config, verify_output=True)
     assert (report.loadable, report.warnings, report.verified) == (True, [], True)
-    assert dsconv.verify(source, tmp_path / "out").equal  # by the names that the manifest notes
+    assert dsconv.verify(source, tmp_path / "out").equal  # by the names in the manifest
     truth = load_file(DATA / "llama3" / "truth.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in truth.items()}
@@ -56,7 +56,7 @@ def test_inspect_names_framework_and_family() -> None:
 
 
 def titan(folder: Path, **changes: torch.Tensor | None) -> Path:
-    """A torchtitan llama3 in one file, with some tensors changed, more or less."""
+    """A torchtitan llama3 in one file, with some tensors changed, added or removed."""
     from dsconv.checkpoint.transfer.loading import load_tensors
 
     tensors = load_tensors(dsconv.open_checkpoint(DATA / "llama3" / "step-3").values())

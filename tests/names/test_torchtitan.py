@@ -1,4 +1,4 @@
-"""torchtitan's names as Hugging Face's, against what torchtitan's own state-dict adapters make of the same models."""
+"""Compare the conversion of torchtitan's names with torchtitan's own state-dict adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a view lie: its patches as pieces, which the copy reads as it reads those of any tensor.
+"""Find the bytes of a view: turn its patches into pieces, which the copy reads like those of any tensor.
 
 A box of an entry meets each piece of the entry in smaller boxes. Where such a box lies in the file in the order of the
 tensor, it is a plain piece; rows in another order and transposed boxes are pieces with strides, each of them small.
@@ -82,7 +82,7 @@ class HeldBoxes:
         return ends
 
     def meet(self, offsets: Sizes, sizes: Sizes) -> Iterator[Held]:
-        """Yield what of the box of ``sizes`` at ``offsets`` lies in each piece."""
+        """Yield the part of the box of ``sizes`` at ``offsets`` that lies in each piece."""
         first = bisect_left(self._ends, offsets[0] + 1) if offsets else 0
         for number in range(first, len(self._boxes)):
             held = self._boxes[number]

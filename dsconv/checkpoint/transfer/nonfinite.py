@@ -1,9 +1,9 @@
 """Notice NaN and infinite values in the bytes that a copy moves.
 
 As integers, the patterns of NaN and infinity are the largest of their sign: in float32, 0x7F800000 and above, and with
-the sign bit 0xFF800000 and above. So the largest signed and the largest unsigned integer of a block tell whether it has
-any. A block that is cast passes numpy anyway, and each of its values is looked at. A block that is copied as it is does
-not: importing numpy would take longer than most merges, so SAMPLES values of it are looked at, at equal distances.
+the sign bit 0xFF800000 and above. So the largest signed and the largest unsigned integer of a block show whether it has
+any. A block that is cast goes through numpy anyway, and each of its values is checked. A block that is only copied does
+not: importing numpy would take longer than most merges, so SAMPLES values of it are checked, at equal distances.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Views of unread tensors against torch's own operations on the same tensors, however the tensors lie in files."""
+"""Compare views of unread tensors with torch's operations on the same tensors, however these lie in files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cuts(size: int, random: Random) -> list[tuple[int, int]]:
 
 
 def saved(full: torch.Tensor, path: Path, random: Random) -> TensorEntry:
-    """An entry whose flat ranges, or boxes, lie one after the other in a file."""
+    """Return an entry whose flat ranges, or boxes, follow each other in a file."""
     shape = tuple(full.shape)
     record = Record(path, 0, full.nbytes)
     data, pieces, placed = bytearray(), [], []
@@ -57,7 +57,7 @@ def divisor(number: int, random: Random) -> int:
 
 
 def step(full: torch.Tensor, view: View, other: tuple[torch.Tensor, View], random: Random) -> tuple[torch.Tensor, View]:
-    """One operation, on the tensor and on the view."""
+    """Apply one operation to the tensor and to the view."""
     dim, rows = random.randrange(full.ndim), full.shape[0]
     match random.choice(["narrow", "cat", "stack", "transpose", "interleave", "unsqueeze", "squeeze"]):
         case "narrow":

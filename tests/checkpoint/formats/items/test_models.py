@@ -1,4 +1,4 @@
-"""What lies beside a model is told by structure: integers are random states or indices, floats may be a model."""
+"""Items beside a model are judged by structure: integers are random states or indices, and floats may be a model."""
 
 from __future__ import annotations
 

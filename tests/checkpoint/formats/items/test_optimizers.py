@@ -1,4 +1,4 @@
-"""An optimizer's states are told by their structure: with weights they are left out, alone they are refused."""
+"""An optimizer's states are recognised by their structure: beside weights they are left out, alone they are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def states(*slots: str, slot_first: bool = False) -> dict[str, torch.Tensor]:
-    """States of each parameter in one dictionary, without ``step``."""
+    """Return the states of each parameter in one dictionary, without ``step``."""
     return {
         f"{slot}.{name}" if slot_first else f"{name}.{slot}": torch.randn(shape)
         for slot in slots
