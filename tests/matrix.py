@@ -81,7 +81,7 @@ def torch_engines() -> Iterator[Row]:
         "fsdp1-sharded-w3": ("FSDP1, sharded", "."),
     }  # fmt: skip
     for case, (trainer, where) in ranks.items():
-        yield Row(trainer, "a .pt file a rank", "rankfiles", case, where)
+        yield Row(trainer, "a .pt file per rank", "rankfiles", case, where)
 
 
 def merged_row(row: Row) -> str:

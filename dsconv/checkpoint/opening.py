@@ -99,7 +99,7 @@ def open_two(
     item_b: str | None = None,
     follow_links: bool = False,
 ) -> tuple[Checkpoint, Checkpoint]:
-    """Open two checkpoints that are to be compared; one that is open already is returned as it is.
+    """Open two checkpoints for a comparison. One that is already open is returned unchanged.
 
     Args:
         a: A path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.

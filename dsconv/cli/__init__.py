@@ -99,7 +99,7 @@ def _report(error: BaseException, arguments: list[str]) -> int:
 
 
 def _explain(error: BaseException) -> tuple[int, list[str]]:
-    """Return the exit code of an error and the lines that tell of it."""
+    """Return the exit code of an error and the lines that report it."""
     from dsconv.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_UNREADABLE, DsconvError, as_missing_package
 
     if isinstance(error, KeyboardInterrupt):

@@ -112,7 +112,7 @@ def shelf_of(files: Iterable[File], card: bytes) -> Iterator[Path]:
 def upload(api: Any, there: Repository, shelf: Path, report: PushReport, create_pr: bool, message: str) -> None:
     """Upload what is on the shelf in one commit, or in a pull request, and compare what has arrived.
 
-    What became of it is noted in ``report``.
+    ``report`` records the outcome.
 
     Raises:
         MismatchError: the Hub has something else than was sent.

@@ -269,7 +269,8 @@ def _require_pointer(folder: Folder, name: str) -> None:
 
 @contextlib.contextmanager
 def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
-    """Open a locked, empty hidden folder in ``target``, which is made if need be. All of it is gone at the end.
+    """Open a locked, empty hidden folder in ``target``, which is made if need be. The hidden folder is removed at the
+    end.
 
     Raises:
         OutputError: another run holds it, the folder cannot be made or is a link, or the hidden folder is not

@@ -25,7 +25,7 @@ SUBPARAM = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
 def written_form(
     cut: ShardRule, name: str, entry: TensorEntry, path: Path
 ) -> tuple[tuple[int, ...], dict[str, Any], TensorEntry]:
-    """Return the shape, the keys beside ``param``, and the entry of what is written for a parameter or a state of it.
+    """Return the shape, the keys beside ``param``, and the entry that is written for a parameter or one of its states.
 
     A 0-d parameter is written with shape [1], since the loader cuts the first dimension. Rows that only pad a
     vocabulary are left out.

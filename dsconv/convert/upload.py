@@ -66,7 +66,7 @@ class StoreFile:
         """Do nothing: files that were not committed are discarded when the upload ends."""
 
     def discard(self) -> None:
-        """Leave nothing of the file in the store, unless it was committed."""
+        """Remove the file from the store, unless it was committed."""
         if self._writer is not None:
             self._writer.discard()
 
@@ -146,7 +146,7 @@ class Upload:
         raise OutputError(f"{path}: cannot be written beside an output in a store")
 
     def discard(self) -> None:
-        """Leave nothing of what was sent and not put into place."""
+        """Discard everything that was sent but not put into place."""
         for file in self._files.values():
             file.discard()
 

@@ -137,9 +137,7 @@ class Job:
             if state != ABSENT:
                 raise Broken(f"{state}, and the next run replaced it without being told to")
             if self.old is not None:
-                raise Broken(
-                    "the older output was gone, and the new one was not finished by the next run but made anew"
-                )
+                raise Broken("the older output was gone, and the next run did not finish the new one but made it again")
         if contents(self.target) != self.after:
             raise Broken(f"{state}, and the next run's output differs from an undisturbed one's")
         if sorted(os.listdir(self.home)) != self.beside:

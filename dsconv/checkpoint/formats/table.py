@@ -17,7 +17,7 @@ from dsconv.checkpoint.storage.roots import Root
 class Format(Protocol):
     """How one kind of checkpoint is recognised and read; usually a module with these two functions.
 
-    A format knows files and nothing of destinations. It reads metadata only (headers, directories, pickles through the
+    A format knows files but no destinations. It reads metadata only (headers, directories, pickles through the
     restricted machine), never tensor data, so that opening is fast and costs little memory. It need not prove that the
     pieces tile the tensors, nor look at links or permissions: ``opening`` and ``storage`` do that for all formats.
     """
@@ -125,7 +125,7 @@ FORMATS = (
 )
 EXPECTED = (
     "expected a DeepSpeed checkpoint (a folder with 'latest', global_stepN/ or *_states.pt), a"
-    " torch.distributed.checkpoint directory (.metadata and *.distcp), one file a rank (such as"
+    " torch.distributed.checkpoint directory (.metadata and *.distcp), one file per rank (such as"
     " model_world_size_N_rank_R.pt), safetensors, or a state dict of torch.save (.bin, .pt, .pth, .ckpt)"
 )
 

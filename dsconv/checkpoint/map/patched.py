@@ -36,7 +36,7 @@ class Held:
     strides: Sizes
 
     def within(self, offsets: Sizes, sizes: Sizes) -> Held | None:
-        """Return what the box has in common with another box of the same entry; None where that is nothing."""
+        """Return the intersection with another box of the same entry, or None if it is empty."""
         low = tuple(map(max, self.offsets, offsets))
         high = tuple(min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, offsets, sizes, strict=True))
         if any(a >= b for a, b in zip(low, high, strict=True)):

@@ -25,7 +25,7 @@ OUTER = "module."
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """What wrappers put into the names of a model, and how names are freed of it.
+    """The parts that wrappers put into the names of a model, and how to remove them.
 
     ``removed`` are the parts that are taken out, each with its dot; ``names`` maps each name that changes to its new
     one.

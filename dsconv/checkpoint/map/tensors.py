@@ -186,7 +186,7 @@ def prove_tiling(entry: TensorEntry) -> None:
     for region, count in filled.items():
         if region is None or count != numel_of(region):
             raise InconsistentCheckpointError(
-                f"tensor {quote(entry.name)}: a shard of it has {count} elements of those it should have"
+                f"tensor {quote(entry.name)}: a shard has {count} of the elements that it should have"
             )
         regions.append(region)
     prove_cover(regions, entry.shape, entry.name)

@@ -170,7 +170,7 @@ def test_what_does_not_tile_is_named(halves: Callable[..., TensorEntry]) -> None
         ((left,), 4, r"'w': a hole at element \[0, 2\]"),
         ((left, right, box((1, 0), (1, 4))), 4, r"'w': an overlap of 2 shards at element \[1, 0\]"),
         ((left, box((0, 3), (2, 2))), 4, r"the shard \[0:2, 3:5\] does not lie within shape \[2, 4\]"),
-        ((left, right), 3, "a shard of it has 3 elements of those it should have"),
+        ((left, right), 3, "a shard has 3 of the elements that it should have"),
         ((left, left), 4, "an overlap at element 0"),
     ):
         with pytest.raises(InconsistentCheckpointError, match=message):

@@ -137,7 +137,7 @@ def masters_match_module(states: ModuleStates, entries: dict[str, TensorEntry], 
     """Return the weights that do not begin with their masters' elements, cast; add a warning if there are any.
 
     The model states of stages 1 and 2 hold the weights too. A handful of elements of each is read. Weights may have
-    been changed without the optimizer, and training goes on from the masters, so a difference alone is no error.
+    been changed without the optimizer, and training continues from the masters, so a difference alone is not an error.
 
     Args:
         states: The model states.

@@ -25,7 +25,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """Read the tensor map of the checkpoint at ``root``.
 
     Raises:
-        MissingShardError: A file of it is missing.
+        MissingShardError: One of its files is missing.
         MalformedError: A file does not hold what its name says.
         InconsistentCheckpointError: The files are not from one save.
         UnsupportedError: The checkpoint is of a kind that dsconv does not read.

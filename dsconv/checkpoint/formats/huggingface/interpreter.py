@@ -424,7 +424,7 @@ def _as_load(target: ast.expr) -> ast.expr:
 
 
 def _makes_a_module(source: ast.expr) -> bool:
-    """Return whether an expression that was not computed may be a module: a call that is none of a number's."""
+    """Return whether an expression that was not computed may be a module: a call that does not give a number."""
     if isinstance(source, ast.IfExp):
         return _makes_a_module(source.body) or _makes_a_module(source.orelse)
     if isinstance(source, ast.BoolOp):

@@ -140,7 +140,7 @@ class StateDict:
         tensors: {name: tensor} of that model.
         kind: What the file is, in words.
         step: The training step that the file names, or None.
-        warnings: What the user should know of it.
+        warnings: What the user should know about it.
     """
 
     def __init__(self, path: Path, item: str | None = None) -> None:
