@@ -102,7 +102,7 @@ def to_dcp(
     report = _report(checkpoint, target, plan, dry_run)
     destination = DcpOutput(plan)
     if dry_run:
-        refuse_target(destination, target, WriteOptions(force))
+        report.warnings += refuse_target(destination, target, WriteOptions(force))
         for tensor in plan.tensors:
             first = tensor.chunks[0]
             row = tensor_row(

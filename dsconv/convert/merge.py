@@ -271,7 +271,7 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
         if report.loadable is None:
             report.warnings += chosen.warnings
         if options.dry_run:
-            refuse_target(destination, target, options.writing)
+            report.warnings += refuse_target(destination, target, options.writing)
             report.plan = [
                 tensor_row(t.name, t.entry, t.dtype, shard.filename, t.offset_bytes)
                 for shard in plan.shards

@@ -106,7 +106,7 @@ def to_universal(
     report = _report(checkpoint, training, target, plan, dry_run)
     destination = UniversalOutput(checkpoint, plan, target)
     if dry_run:
-        refuse_target(destination, target, WriteOptions(force))
+        report.warnings += refuse_target(destination, target, WriteOptions(force))
         report.plan = [*map(_state_row, plan.states), *map(_model_row, plan.models)]
         return report
     recover_interrupted(target)

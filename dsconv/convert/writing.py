@@ -126,24 +126,31 @@ def older_output(destination: Destination, target: Path, force: bool) -> list[st
     return names
 
 
-def refuse_target(destination: Destination, target: Path, options: WriteOptions) -> None:
+def refuse_target(destination: Destination, target: Path, options: WriteOptions) -> list[str]:
     """Raise what ``write`` would refuse the target with, without touching it. A dry run ends as the run would.
 
     Whether another run is writing there is not looked at.
 
+    Returns:
+        A warning if the disk has too little space now: a plan is often made before the space is.
+
     Raises:
-        OutputError: the output exists (without ``force``), does not fit the disk or cannot be written to.
+        OutputError: the output exists (without ``force``) or cannot be written to.
     """
     older_output(destination, target, options.force)
     if is_remote(target):
         _refuse_fsync(target, options.fsync)
-        return
-    require_space(target, sum(file.nbytes for file in destination.files))
+        return []
     existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise OutputError(f"{target} cannot be made: {existing} is a file; name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"{target} cannot be written: {existing} is not writable; name another folder")
+    try:
+        require_space(target, sum(file.nbytes for file in destination.files))
+    except OutputError as error:
+        return [f"without --dry-run this is refused: {error}"]
+    return []
 
 
 def _refuse_fsync(target: Path, fsync: bool | None) -> None:
