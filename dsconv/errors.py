@@ -165,6 +165,7 @@ EXTRAS = {
     "fsspec": "remote",
     "huggingface_hub": "hub",
     "matplotlib": "plot",
+    "plotly": "html",
     "safetensors": "train",
     "torch": "torch",
     "transformers": "train",

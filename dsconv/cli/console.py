@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -41,6 +42,9 @@ ITEMS: Decorator = click.option(
     "--item", metavar="KEY", help="Model to compare, if A or B holds several, such as actor."
 )
 ITEM_B: Decorator = click.option("--item-b", metavar="KEY", help="Model of B, if it is another than --item.")
+HTML: Decorator = click.option(
+    "--html", "page", type=click.Path(dir_okay=False, path_type=Path), metavar="PAGE", help="Write a page for browsers."
+)
 QUIET: Decorator = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 DEBUG: Decorator = click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
 
@@ -254,6 +258,15 @@ def quiet_downloads(quiet: bool) -> None:
 def colour(stream: Any) -> bool:
     """Return whether a stream takes colours: it is a terminal and NO_COLOR is not set (https://no-color.org)."""
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR")
+
+
+def check_page(path: Path, what: str) -> None:
+    """Refuse before the work what ``--html PAGE`` would refuse after it. Raises MissingPackageError and OutputError."""
+    from dsconv.errors import require_packages
+    from dsconv.page import check_page as check
+
+    require_packages(what, "html", "plotly")
+    check(path)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +25,7 @@ Example:
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--all", "show_all", is_flag=True, help=f"Show every tensor, not the {SHOWN} that changed most.")
+@console.HTML
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of the models on the Hub (default: main).")
 @console.ITEMS
 @console.ITEM_B
@@ -31,7 +33,9 @@ Example:
 @console.JSON
 @console.QUIET
 @console.DEBUG
-def diff(a: str, b: str, show_all: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+def diff(
+    a: str, b: str, show_all: bool, page: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any
+) -> None:
     """Measure by how much two checkpoints differ.
 
     They may have any formats, and are compared tensor by tensor and layer by layer.
@@ -42,11 +46,17 @@ def diff(a: str, b: str, show_all: bool, as_json: bool, quiet: bool, debug: bool
     """
     from dsconv.convert.diff import diff as measure
 
+    if page is not None:
+        console.check_page(page, "diff --html")
     console.quiet_downloads(quiet or as_json)
     began = time.monotonic()
     with console.progress(quiet or as_json) as progress:
         report = measure(a, b, progress=progress, **options)
     seconds = time.monotonic() - began
+    if page is not None:
+        from dsconv.convert.pages import write_diff_page
+
+        write_diff_page(page, report)
     if as_json:
         console.show_json({**report.to_dict(), "seconds": round(seconds, 3)})
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,12 +32,20 @@ Example:
 @console.ITEM
 @click.option("--all", "show_all", is_flag=True, help="List every tensor instead of layer by layer.")
 @click.option("--values", is_flag=True, help="Read all values: NaN, Inf, zeros, norms and repeated shards.")
+@console.HTML
 @click.option("--filter", "globs", multiple=True, metavar="GLOB", help="Show the tensors whose name matches.")
 @console.FOLLOW_LINKS
 @console.JSON
 @console.DEBUG
 def inspect(
-    checkpoint: str, show_all: bool, values: bool, globs: tuple[str, ...], as_json: bool, debug: bool, **options: Any
+    checkpoint: str,
+    show_all: bool,
+    values: bool,
+    page: Path | None,
+    globs: tuple[str, ...],
+    as_json: bool,
+    debug: bool,
+    **options: Any,
 ) -> None:
     """Show what a checkpoint holds.
 
@@ -47,6 +56,8 @@ def inspect(
     from dsconv.checkpoint import open_checkpoint
     from dsconv.errors import SeveralModelsError
 
+    if page is not None:
+        console.check_page(page, "inspect --html")
     console.quiet_downloads(as_json)
     try:
         found = open_checkpoint(checkpoint, **options)
@@ -60,6 +71,10 @@ def inspect(
 
         with console.progress(as_json) as progress:
             summary = values_of(found, names={entry.name for entry in entries}, progress=progress)
+    if page is not None:
+        from dsconv.convert.pages import write_inspect_page
+
+        write_inspect_page(page, found, entries, _facts(found), summary)
     if as_json:
         console.show_json(describe(found, entries) | ({"values": summary.to_dict()} if summary else {}))
         return
@@ -117,7 +132,7 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None:
+def _facts(found: Checkpoint) -> list[tuple[str, str]]:
     from dsconv.checkpoint.summary import content_of, trainer_of
     from dsconv.names.naming import names_of
 
@@ -139,7 +154,11 @@ def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None
         ("parameters", f"{found.numel:,}"),
         ("merged size", console.size(found.nbytes)),
     )
-    console.table([("", "left"), ("", "left")], [(label, value) for label, value in facts if value])
+    return [(label, value) for label, value in facts if value]
+
+
+def _show(found: Checkpoint, entries: list[TensorEntry], show_all: bool) -> None:
+    console.table([("", "left"), ("", "left")], _facts(found))
     console.say("")
     rows = [_row([entry.name], [entry]) for entry in entries] if show_all else _grouped_rows(entries)
     left = [(title, "left") for title in ("tensor", "dtype", "shape", "role")]

@@ -36,7 +36,7 @@ Example:
     required=True,
     type=click.Path(),
     metavar="DIR",
-    help="Folder for report.json, report.md, the curves and the runs.",
+    help="Folder for report.json, .md, .html, the curves and the runs.",
 )
 @click.option("--quick", is_flag=True, help="Run four rows only: ZeRO-1, ZeRO-3, AutoTP and native.")
 @click.option("--cells", metavar="ROW,…", help="Run these rows only, such as zero3-bf16.")

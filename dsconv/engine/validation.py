@@ -26,8 +26,9 @@ from dsconv.engine.matrix import COLUMNS, FAULTS, Scenario, scenarios
 from dsconv.engine.models import open_source
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.reference_runs import DROPOUT, ReferenceRuns, Run
+from dsconv.engine.validation_page import write_validation_page
 from dsconv.engine.validation_report import Cell, ValidationReport, write_report
-from dsconv.errors import DsconvError, UsageError, require_packages
+from dsconv.errors import DsconvError, MissingPackageError, UsageError, require_packages
 
 # Curves may differ by at least this part of the loss: fp32 sums in another order, bf16 weights rounded differently.
 FLOORS = {"fp32": 2.0**-20, "bf16": 2.0**-14}
@@ -64,6 +65,7 @@ class Validation:
         self.folder = folder
         self.cells: list[Cell] = []
         self.curves: dict[str, dict[str, list[float]]] = {}
+        self.references: dict[str, dict[str, list[float]]] = {}
 
     def run(self) -> list[Cell]:
         """Run every cell and return them."""
@@ -98,7 +100,7 @@ class Validation:
         first = self.runs.first_half(scenario)
         second = self.runs.second_half(scenario, self.fault)
         self._keep(scenario, "uninterrupted", whole)
-        self._keep(scenario, "resumed in place", second)
+        self._keep(scenario, "resumed in place", second, whole)
         evidence: dict[str, Any] = {}
         evidence["states saved and loaded that differ"] = compare_states(
             first.digests / "end", second.digests / "start"
@@ -122,7 +124,7 @@ class Validation:
         source = self.runs.whole(scenario, scenario.layout, 0.0)
         reference = self.runs.whole(scenario, target, 0.0)
         resumed = self.runs.elsewhere(scenario, target, self.fault)
-        self._keep(scenario, f"{column}: {target.label()}", resumed)
+        self._keep(scenario, f"{column}: {target.label()}", resumed, reference)
         apart = self._apart(scenario, target)
         floor = FLOORS[scenario.dtype] * max(source.curve("loss"))
         tolerance = max(2 * apart, floor)
@@ -185,8 +187,11 @@ class Validation:
             {"states compared": compared, "states that differ": differing},
         )
 
-    def _keep(self, scenario: Scenario, name: str, run: Run) -> None:
+    def _keep(self, scenario: Scenario, name: str, run: Run, reference: Run | None = None) -> None:
+        """Keep the losses of a run, and of the uninterrupted one that it is compared with."""
         self.curves.setdefault(scenario.name, {})[name] = run.curve("loss")
+        if reference is not None:
+            self.references.setdefault(scenario.name, {})[name] = reference.curve("loss")
 
 
 def validate(
@@ -203,7 +208,7 @@ def validate(
     began: Callable[[str], None] = lambda name: None,
     done: Callable[[Cell], None] = lambda cell: None,
 ) -> ValidationReport:
-    """Run the cells and write REPORT/report.json, report.md and curves.png.
+    """Run the cells and write REPORT/report.json, report.md, report.html and curves.png.
 
     The runs themselves are kept in REPORT/runs.
 
@@ -252,7 +257,12 @@ def validate(
         validation.curves,
         _versions(),
         time.monotonic() - began_at,
+        references=validation.references,
     )
+    try:
+        write_validation_page(report_folder / "report.html", report)
+    except MissingPackageError as error:
+        report.warnings.append(str(error))
     write_report(report_folder, report)
     return report
 

@@ -117,7 +117,8 @@ class ValidationReport:
     """What was run, and the results.
 
     ``sabotage`` is the fault that was injected, if any; the field keeps the name that report.json has always had.
-    ``curves`` maps row to run to losses, for the picture.
+    ``curves`` maps row to run to losses, for the picture; ``references`` has the losses that
+    each of these runs is compared with.
     """
 
     model: str
@@ -131,6 +132,7 @@ class ValidationReport:
     versions: dict[str, str]
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    references: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
