@@ -191,6 +191,8 @@ def _show_loading(report: Any, options: dict[str, Any]) -> None:
     elif report.loadable is False:
         counts = f"{console.count(len(report.missing), 'weight')} missing, {len(report.unexpected)} unexpected"
         console.say(f"does not load with {report.loads_with}: {counts}{without}")
+    elif report.loading_unchecked:
+        console.say(f"not checked whether it loads: {report.loading_unchecked}")
     elif "config.json" not in report.sidecars and not options["adapter"]:
         console.say(
             "No config.json was found beside the checkpoint. Name the model's folder with --config-from to make OUT"

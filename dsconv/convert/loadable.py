@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 MAX_CONFIG_BYTES = 8 << 20
 PROBE_SECONDS = 60
+NOT_TRIED = "config.json names code of its own, or more layers than there are tensors"
+NOT_INSTALLED = "that needs torch and transformers (pip install 'dsconv-toolkit[train]')"
 MAX_ARCHITECTURE = 200  # characters of a class's name
 # Keys that say how many parts a model has, and how many there may be where the output has fewer tensors.
 COUNTS = re.compile(r"^(?!.*(size|dim|width|capacity|token)).*(layer|block|depth|expert|stage)")
@@ -57,6 +59,7 @@ class Loading:
         missing: Names that the architecture has and the output has not, or in another shape.
         unexpected: Names that the output has and the architecture has not.
         problem: What is wrong and which option fixes it; "" if nothing is.
+        unchecked: Why it was not found out; "" if it was, or if there is no config.json.
     """
 
     loadable: bool | None = None
@@ -64,6 +67,7 @@ class Loading:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     problem: str = ""
+    unchecked: str = ""
 
 
 # What transformers answered in this process: a watcher and a script ask the same of each checkpoint of a run.
@@ -97,7 +101,7 @@ class LoadingCheck:
             self._try_architectures(files.get("config.json"))
             return
         if not is_tried(self._config, len(self._shapes)):
-            self._loading = Loading()
+            self._loading = Loading(unchecked=NOT_TRIED)
             return
         skeleton = read_skeleton(self._config)
         if skeleton is not None:
@@ -105,7 +109,7 @@ class LoadingCheck:
         elif _has("torch") and _has("transformers"):
             self._ask_transformers(files["config.json"])
         else:
-            self._loading = Loading()
+            self._loading = Loading(unchecked=NOT_INSTALLED)
 
     def __enter__(self) -> LoadingCheck:
         return self
@@ -130,7 +134,7 @@ class LoadingCheck:
                 text, _ = self._process.communicate(timeout=PROBE_SECONDS)
                 answer = json.loads(text.strip().splitlines()[-1])
             except (subprocess.TimeoutExpired, ValueError, IndexError):
-                answer = {"error": "transformers gave no answer"}
+                answer = {"error": f"transformers gave no answer in {PROBE_SECONDS} seconds"}
             if "error" not in answer and len(_answers) < MAX_ANSWERS:
                 _answers[self._question] = answer
             self._loading = self._answered(answer)
@@ -141,6 +145,20 @@ class LoadingCheck:
         kind = self._config.get("model_type")
         is_known = isinstance(kind, str) and is_tried(self._config, len(self._shapes))
         candidates = architectures_of(str(kind)) if is_known else []
+        if config is None:
+            why = ""
+        elif not self._config:
+            why = "config.json is not one of a model"
+        elif not isinstance(kind, str):
+            why = "config.json has no architectures and no model_type"
+        elif not is_known:
+            why = NOT_TRIED
+        elif not _has("transformers"):
+            why = NOT_INSTALLED
+        elif not candidates:
+            why = f"config.json has no architectures, and transformers has no model_type {quote(kind)}"
+        else:
+            why = f"config.json has no architectures, and of transformers' {quote(kind)} classes none has these weights"
         untold = []
         for name in candidates:
             skeleton = read_skeleton({**self._config, "architectures": [name]})
@@ -154,7 +172,7 @@ class LoadingCheck:
             self._architecture = candidates[0]
             self._ask_transformers(config)
         else:
-            self._loading = Loading()
+            self._loading = Loading(unchecked=why)
 
     def _ask_transformers(self, config: bytes) -> None:
         asked = f"{self._architecture} {sorted(self._shapes.items())} ".encode() + config
@@ -174,8 +192,8 @@ class LoadingCheck:
                     file.truncate(shard.nbytes)  # a hole: the data are not looked at
             if (index := self._plan.index()) is not None:
                 (folder / self._plan.index_name).write_bytes(index)
-        except OSError:
-            self._loading = Loading()
+        except OSError as error:
+            self._loading = Loading(unchecked=f"a temporary folder cannot be written: {error.strerror}")
             return
         with contextlib.suppress(OSError):  # of a system without room for one more process, nothing is claimed
             self._process = subprocess.Popen(
@@ -188,13 +206,13 @@ class LoadingCheck:
                 text=True,
             )
             return
-        self._loading = Loading()
+        self._loading = Loading(unchecked="no process could be started for transformers")
 
     def _answered(self, answer: dict[str, Any]) -> Loading:
-        if "error" in answer or (
-            self._is_guess and (answer["missing"] or answer["unexpected"] or answer["mismatched"])
-        ):
-            return Loading()
+        if "error" in answer:
+            return Loading(unchecked=str(answer["error"]))
+        if self._is_guess and (answer["missing"] or answer["unexpected"] or answer["mismatched"]):
+            return Loading(unchecked=f"config.json has no architectures, and {self._architecture} has other weights")
         return self._judge([*answer["missing"], *answer["mismatched"]], answer["unexpected"], answer["mismatched"])
 
     def _judge(self, missing: list[str], unexpected: list[str], mismatched: list[str]) -> Loading:

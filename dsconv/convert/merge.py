@@ -58,6 +58,7 @@ class MergeReport(Report):
     pushed: dict[str, Any] | None = None
     loadable: bool | None = None
     loads_with: str = ""
+    loading_unchecked: str = ""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
@@ -69,6 +70,7 @@ class MergeReport(Report):
     def note_loading(self, loading: Loading) -> None:
         """Take over whether the output loads, with a warning where it does not."""
         self.loadable, self.loads_with = loading.loadable, loading.call
+        self.loading_unchecked = loading.unchecked
         self.missing, self.unexpected = loading.missing, loading.unexpected
         if loading.problem:
             self.warnings.append(loading.problem)

@@ -163,19 +163,23 @@ def test_a_model_without_its_head_s_prefix(tmp_path: Path) -> None:
 def test_what_is_not_known_is_not_claimed(llama: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     folder, tensors = llama
     config = json.loads((folder / "config.json").read_text())
-    changes: list[dict[str, Any]] = [
-        {"auto_map": {"AutoModel": "x.Y"}},
-        {"architectures": ["NoSuchModel"]},
-        {"architectures": None, "num_hidden_layers": 3},
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"auto_map": {"AutoModel": "x.Y"}}, "names code of its own"),
+        ({"architectures": ["NoSuchModel"]}, "transformers "),  # has no such model, or a busy machine gives no answer
+        ({"architectures": None, "num_hidden_layers": 3}, "'llama' classes none has these weights"),
+        ({"architectures": None, "model_type": "nothing"}, "no model_type 'nothing'"),
+        ({"architectures": None, "model_type": None}, "no architectures and no model_type"),
     ]
-    for number, change in enumerate(changes):
+    for number, (change, why) in enumerate(changes):
         (tmp_path / f"c{number}").mkdir()
         (tmp_path / f"c{number}" / "config.json").write_text(json.dumps({**config, **change}))
         report = merged(tmp_path / f"c{number}", tensors, tmp_path / f"m{number}")
         assert (report.loadable, report.missing, report.unexpected) == (None, [], [])
-    (tmp_path / "c3").mkdir()
-    (tmp_path / "c3" / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    report = merged(tmp_path / "c3", tensors, tmp_path / "m3")
+        assert why in report.loading_unchecked
+    (tmp_path / "guessed").mkdir()
+    (tmp_path / "guessed" / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    report = merged(tmp_path / "guessed", tensors, tmp_path / "m-guessed")
+    assert (report.loadable, report.loading_unchecked) == (True, "")
     assert report.loads_with.startswith("AutoModelForCausalLM")  # the class that all weights fit
 
 
