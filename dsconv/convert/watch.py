@@ -179,10 +179,10 @@ class Watcher:
     def _merge(self, name: str, files: Files, key: str, progress: Progress | None) -> Event | None:
         """Merge a checkpoint into a copy that waits in line; an event where that did not work."""
         began = time.monotonic()
-        path, tag = self.run.source(name)
         copy = COPY + hashlib.sha256(f"{name} {files.digest} {key}".encode()).hexdigest()[:16]
         output = self.home.path / copy
         try:
+            path, tag = self.run.source(name)
             self.home.mark([copy])
             if not self._is_whole(copy):
                 self.home.remove_marked(copy)
@@ -218,8 +218,8 @@ class Watcher:
         """Return the size of what a checkpoint will be merged into, where copies wait that could make room for it."""
         if not self._waiting():
             return 0
-        path, tag = self.run.source(name)
         with contextlib.suppress(DsconvError, OSError):
+            path, tag = self.run.source(name)
             return merge(path, self.home.path / COPY, tag=tag, dry_run=True, **self.options).nbytes
         return 0
 
@@ -291,9 +291,7 @@ class Watcher:
             raise MalformedError(
                 f"{path}: cannot be read ({error}); remove it to begin with the newest checkpoint"
             ) from None
-        if not isinstance(state, dict) or not all(
-            isinstance(item, dict) and {"outcome", "files"} <= set(item) for item in state.values()
-        ):
+        if not isinstance(state, dict) or not all(map(_is_known, state.values())):
             raise MalformedError(f"{path}: not a watcher's state; remove it to begin with the newest checkpoint")
         return state
 
@@ -306,6 +304,26 @@ class Watcher:
             raise
         except OSError as error:
             raise OutputError(f"{self.home.path / STATE}: cannot be written: {error.strerror}") from None
+
+
+# What is noted of a checkpoint, and of which type: these always, and these where they are there.
+NOTED: dict[str, tuple[type, ...]] = {"outcome": (str,), "files": (str,), "newest_ns": (int,)}
+NOTED_AT_TIMES: dict[str, tuple[type, ...]] = {
+    "key": (str,), "copy": (str,), "step": (int, type(None)), "nbytes": (int,), "order": (int,),
+    "seconds": (int, float), "url": (str, type(None)), "error": (str,),
+}  # fmt: skip
+
+
+def _is_known(item: Any) -> bool:
+    """Return whether a watcher wrote down ``item`` of a checkpoint."""
+    if not isinstance(item, dict) or not set(NOTED) <= set(item):
+        return False
+    kinds = NOTED | NOTED_AT_TIMES
+    if any(type(value) not in kinds.get(key, (type(value),)) for key, value in item.items()):
+        return False
+    if item["outcome"] == MERGED:
+        return {"key", "copy", "step", "nbytes", "order"} <= set(item)
+    return "copy" not in item or "key" in item
 
 
 def watch(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsconv.errors import CheckpointNotFoundError, MalformedError
+from dsconv.errors import CheckpointNotFoundError, MalformedError, UnsafeError
 from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import holds_states, read_latest, tags_in
 
@@ -126,10 +126,19 @@ class WatchedRun:
         return [*before, latest]
 
     def source(self, name: str) -> tuple[Path, str | None]:
-        """Return the path and the tag with which ``merge`` opens a checkpoint."""
+        """Return the path and the tag with which ``merge`` opens a checkpoint.
+
+        Raises:
+            UnsafeError: its folder is a link that leaves the run: what it leads to would be pushed.
+        """
         if (self.folder / "latest").is_file():
             return self.folder, name
-        return self.folder / name, None
+        path = self.folder / name
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise UnsafeError(
+                f"{path}: a link that leaves the run, to {path.resolve()}; what it leads to is not pushed"
+            )
+        return path, None
 
 
 def _number(name: str) -> int | None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.storage.local import read_small
+from dsconv.checkpoint.storage.roots import PathRoot
+from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.convert.folders import Folder, opened
 from dsconv.convert.marked_folders import ALL, MarkedFolder, open_marked
 from dsconv.engine.data import Position
@@ -178,6 +180,19 @@ def latest(run: Path) -> Path:
             f" {', '.join(map(tag_of, steps(run))) or 'none'}"
         )
     return found
+
+
+def require_harmless(run: Path, checkpoint: Path) -> None:
+    """Read every ``.pt`` file of a checkpoint, before DeepSpeed does: it would run what one of them names.
+
+    torch's own ``.metadata`` is read by ``native_state.load`` before torch does.
+
+    Raises:
+        UnsafeError: A file asks to run code, or a link leaves the run's folder.
+        DsconvError: A file was not written by torch.save.
+    """
+    for path in sorted(PathRoot(run).path.joinpath(checkpoint.relative_to(run)).rglob("*.pt")):
+        TorchFile(path, may_hold_unread=True)
 
 
 def read_state(folder: Path) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.convert.folders import opened
 from dsconv.convert.sidecars import find_sidecars
 from dsconv.engine.checkpoints import FOLDER
-from dsconv.engine.files import write_file
 from dsconv.engine.options import RunOptions
-from dsconv.errors import CheckpointNotFoundError, SeveralModelsError, UnsupportedError, UsageError
+from dsconv.errors import CheckpointNotFoundError, OutputError, SeveralModelsError, UnsupportedError, UsageError
 from dsconv.loaders.models import config_folder
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,16 +87,24 @@ def open_source(options: RunOptions, resumed: bool) -> Source:
 
 def keep_source(source: Source, run: Path) -> None:
     """Write the configuration and its sidecars (tokenizer, …) beside the run's checkpoints, so that they are
-    loadable.
+    loadable. Raises OutputError where a link has the name of one of them, or of their folder.
     """
-    target = run / FOLDER
-    target.mkdir(parents=True, exist_ok=True)
+    files: dict[str, bytes] = {}
     if source.folder is not None:
-        for path in find_sidecars(None, [source.folder]).files:
-            write_file(target / path.name, path.read_bytes())
+        files |= {path.name: path.read_bytes() for path in find_sidecars(None, [source.folder]).files}
     kept = copy.deepcopy(source.config)
     kept.use_cache = True
-    kept.save_pretrained(target)
+    with tempfile.TemporaryDirectory(prefix="dsconv-config-") as made:  # transformers would follow links
+        kept.save_pretrained(made)
+        files |= {path.name: path.read_bytes() for path in Path(made).iterdir()}
+    try:
+        with opened(run, make=True) as root, root.inner(FOLDER, make=True) as folder:
+            for name, data in files.items():
+                folder.replace_file(name, data)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{run / FOLDER}: the configuration cannot be written: {error.strerror}") from None
 
 
 def _has_weights(folder: Path) -> bool:

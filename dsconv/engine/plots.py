@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from dsconv.engine.files import write_file
+from dsconv.errors import OutputError
 
 
 def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str | None:
@@ -22,8 +26,8 @@ def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str
     axes.set_ylabel("loss", color="tab:blue")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    norms = [line["grad_norm"] for line in lines]
-    if all(norm is not None for norm in norms):
+    norms = [line["grad_norm"] for line in lines if line.get("grad_norm") is not None]
+    if len(norms) == len(lines):
         other = axes.twinx()
         other.plot(steps, norms, color="tab:orange", linewidth=0.8, alpha=0.8)
         other.set_ylabel("gradient norm", color="tab:orange")
@@ -31,5 +35,11 @@ def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str
         axes.patch.set_visible(False)
     axes.set_title(f"{run.name}: {len(lines)} steps, loss {lines[-1]['loss']:.4f}")
     path = run / "loss.png"
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    try:
+        write_file(path, picture.getvalue())
+    except OutputError as error:  # the run itself is whole
+        warnings.append(str(error))
+        return None
     return str(path)

@@ -110,6 +110,7 @@ def resume(
 
     Raises:
         CheckpointNotFoundError: The folder holds no run or no checkpoint.
+        UnsafeError: A file of the checkpoint asks to run code, or a link leaves the run's folder.
         DsconvError: As ``train``.
     """
     folder = Path(run)
@@ -117,6 +118,8 @@ def resume(
     if changes:
         options = replace(options, **changes)
     checkpoint = checkpoints.latest(folder)
+    if _leads():
+        checkpoints.require_harmless(folder, checkpoint)
     state = checkpoints.read_state(checkpoint)
     options = options.resharded(layout or state.layout)
     _require_engine(options)

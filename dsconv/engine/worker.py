@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsconv.checkpoint.storage.local import read_small
 from dsconv.engine import checkpoints, files
 from dsconv.engine.backend import Backend
 from dsconv.engine.checkpoints import State
@@ -29,6 +30,7 @@ from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError,
 from dsconv.loaders.agreement import agreement
 
 METRICS = "metrics.jsonl"
+MAX_METRICS_BYTES = 1 << 30  # some seven million steps
 STOP = ".stop"
 
 
@@ -368,13 +370,28 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of RUN/metrics.jsonl, without one that a killed run left half written."""
+    """Return the lines of RUN/metrics.jsonl, without those that the engine did not write whole.
+
+    Raises:
+        MalformedError: It is larger than any such file.
+    """
     found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+    with contextlib.suppress(FileNotFoundError):  # also where it is no regular file
+        for text in read_small(run / METRICS, MAX_METRICS_BYTES).decode(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                line = json.loads(text)
+                if _is_metrics(line):
+                    found.append(line)
     return found
+
+
+def _is_metrics(line: Any) -> bool:
+    return (
+        isinstance(line, dict)
+        and type(line.get("step")) is int
+        and isinstance(line.get("loss"), float)
+        and isinstance(line.get("grad_norm"), (float, type(None)))
+    )
 
 
 def _memory_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -415,3 +416,56 @@ def test_files_are_told_whatever_lies_beside_them(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"12")
     assert files_of(tmp_path).digest != before.digest
     assert files_of(tmp_path / "none") == files_of(tmp_path / "neither")
+
+
+def test_a_checkpoint_that_is_a_link_out_of_the_run_is_not_pushed(hub: WritableHub, tmp_path: Path) -> None:
+    """What it leads to may be somebody's private model; a link inside the run is followed."""
+    run, home = tmp_path / "output", tmp_path / "home"
+    for folder, value in ((run / "kept", 1.0), (home, 6.0)):
+        folder.mkdir(parents=True)
+        save_file({"w": torch.full((3, 4), value)}, folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text("{}")
+    (run / "checkpoint-5").symlink_to("kept")
+    assert outcomes(watch(run, "org/new", once=True)) == [("checkpoint-5", PUSHED)]
+    (run / "checkpoint-10").symlink_to(home)
+    (event,) = watch(run, "org/new", once=True)
+    assert (event.name, event.outcome) == ("checkpoint-10", FAILED)
+    assert "a link that leaves the run" in str(event.error)
+    assert load_safetensors(hub.head("org/new"))["w"].unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 1.5, "../../home", [], {"a": 1}, 10**30], ids=repr)
+def test_a_state_of_other_types_is_an_error_of_dsconvs(value: object, hub: WritableHub, run: Run) -> None:
+    sound = {"outcome": "merged", "files": "a", "newest_ns": 1, "key": "k", "copy": "merged-1", "step": 1, "nbytes": 1}
+    sound |= {"order": 1, "seconds": 0.5, "url": "u", "error": "e"}
+    with locked_home(run.folder, "org/new") as home:
+        for key in sound:
+            for outcome in ("merged", "seen", "pushed"):
+                (home.path / "state.json").write_text(json.dumps({"step-1": {**sound, "outcome": outcome, key: value}}))
+                with contextlib.suppress(DsconvError):
+                    list(Watcher(run.folder, home, "org/new", False, {}).look(settled=True))
+
+
+def test_a_home_that_dsconv_did_not_make_is_not_touched(hub: WritableHub, run: Run, tmp_path: Path) -> None:
+    """A downloaded run may bring a watcher's folder: as a link, or with marks of another disk in it."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "org--new").mkdir(parents=True)
+    (elsewhere / "org--new" / "thesis.tex").write_text("mine")
+    home = run.folder / ".dsconv-watch"
+    home.symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="is a link"):
+        watch(run.folder, "org/new", once=True)
+    home.unlink()
+    home.mkdir()
+    (home / "org--new").symlink_to(elsewhere / "org--new")
+    with pytest.raises(OutputError, match="is a link"):
+        watch(run.folder, "org/new", once=True)
+    (home / "org--new").unlink()
+    (home / "org--new").mkdir()
+    marks = 'dsconv made this folder, whose inode is 1, and in it:\n"thesis.tex"\n"*"\n'
+    (home / "org--new" / "lock").write_text(marks)
+    (home / "org--new" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="was not made by dsconv on this disk"):
+        watch(run.folder, "org/new", once=True)
+    for folder in (home, elsewhere):
+        assert (folder / "org--new" / "thesis.tex").read_text() == "mine"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,11 +22,12 @@ from dsconv.engine import checkpoints, train, validation
 from dsconv.engine.checkpoints import State
 from dsconv.engine.data import SYNTHETIC_SAMPLES, Position, open_data
 from dsconv.engine.deepspeed_backend import ds_config
+from dsconv.engine.files import write_file
 from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.overlay import without_flags
 from dsconv.engine.randomness import restore_randomness, save_randomness, seed_everything
 from dsconv.engine.worker import read_metrics
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UsageError
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, OutputError, UsageError
 
 RUN = RunOptions("model", "run", 8, Layout(nproc=4, zero_stage=1), batch_size=8)
 
@@ -326,3 +328,43 @@ if __name__ == "__main__":
     done = subprocess.run([sys.executable, "bin/script"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "3", '{"step": "x", "loss": 0.1}', '{"step": 2}', '{"step": 2, "loss": []}', "[" * 10**5]
+)
+def test_a_line_of_metrics_that_the_engine_did_not_write_is_ignored(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n' + line + "\n")
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.1}]
+
+
+def test_metrics_in_a_pipe_do_not_stall(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path) == []
+    with pytest.raises(OutputError, match="is a fifo"):
+        write_file(tmp_path / "metrics.jsonl", b"")
+
+
+def test_what_a_run_writes_follows_no_link(tmp_path: Path) -> None:
+    """A run's folder may come from anybody: the picture and the configuration must not replace files elsewhere."""
+    from transformers import LlamaConfig
+
+    from dsconv.engine.models import Source, keep_source
+    from dsconv.engine.plots import plot_run
+
+    home, run = tmp_path / "home", tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    home.mkdir()
+    (home / "config.json").write_text("mine")
+    (run / "loss.png").symlink_to(home / "config.json")
+    warnings: list[str] = []
+    assert plot_run(run, [{"step": 1, "loss": 0.1}], warnings) is None
+    assert "loss.png is a link" in warnings[0]
+    (run / "checkpoints" / "config.json").symlink_to(home / "config.json")
+    with pytest.raises(OutputError, match="is a link"):
+        keep_source(Source(LlamaConfig(), None, None), run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").symlink_to(home)
+    with pytest.raises(OutputError, match="is a link"):
+        keep_source(Source(LlamaConfig(), None, None), run)
+    assert {path.name: path.read_text() for path in home.iterdir()} == {"config.json": "mine"}

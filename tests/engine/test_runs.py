@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from attacks.payload import touch
+from attacks.places import poisoned
 from dsconv.engine import Layout, RunOptions, checkpoints, files, resume, train
 from dsconv.engine.worker import read_metrics
-from dsconv.errors import InconsistentCheckpointError, OutputError, UsageError
+from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, UnsafeError, UsageError
+from tests.checkpoint.building import call, glob, whole
 
 STEPS = 6
 EXACT = ("step", "loss", "grad_norm", "lr")
@@ -243,3 +246,30 @@ def test_a_checkpoint_of_another_model_is_refused(finished: Path, tmp_path: Path
 def test_a_world_that_does_not_divide_the_batch_is_refused(finished: Path) -> None:
     with pytest.raises(UsageError, match="use 6"):
         resume(finished, layout=Layout(nproc=3, zero_stage=2), changes={"steps": 8})
+
+
+def test_a_planted_program_is_refused_before_deepspeed_reads_it(finished: Path, tmp_path: Path) -> None:
+    """DeepSpeed loads a checkpoint by ``torch.load(weights_only=False)``, which would run it."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    planted = next(checkpoints.latest(run).rglob("*optim_states.pt"))
+    sound = planted.read_bytes()
+    planted.write_bytes(poisoned(sound, whole(call(glob("os", "system"), touch(str(tmp_path / "canary"))))))
+    with pytest.raises(UnsafeError, match=rf"{planted.name}.*os\.system"):
+        resume(run, changes={"steps": STEPS + 1})
+    planted.write_bytes(b"cos\nsystem\n.")
+    with pytest.raises(DsconvError, match=planted.name):
+        resume(run, changes={"steps": STEPS + 1})
+    planted.unlink()
+    (tmp_path / "elsewhere.pt").write_bytes(sound)
+    planted.symlink_to(tmp_path / "elsewhere.pt")
+    with pytest.raises(UnsafeError, match="a link that leaves"):
+        resume(run, changes={"steps": STEPS + 1})
+    planted.unlink()
+    planted.write_bytes(sound)
+    checkpoints.require_harmless(run, checkpoints.latest(run))
+    folder = checkpoints.latest(run)
+    shutil.move(folder, tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    with pytest.raises(UnsafeError, match="a link that leaves"):
+        resume(run, changes={"steps": STEPS + 1})
+    assert not (tmp_path / "canary").exists()
