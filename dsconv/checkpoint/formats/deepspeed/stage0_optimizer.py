@@ -174,6 +174,11 @@ def _with_masters(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
                 f"{states.path}: the optimizer's states of {quote(name)} do not have the shape of its master."
                 f" {OTHERWISE}"
             )
+        if slot.is_any and row:
+            raise UnsupportedError(
+                f"{states.path}: the master of {quote(name)} is equal to others', so nothing tells which optimizer"
+                f" states belong to it. {OTHERWISE}"
+            )
         found[name] = _Kept(row, slot.master)
     return found
 

@@ -3,10 +3,12 @@
 Without ZeRO, DeepSpeed pickles the masters of 16-bit weights as lists of tensors, one per parameter group (DeepSpeed
 ``runtime/fp16/unfused_optimizer.py`` ``fp32_groups``), or each group as one flat tensor
 (``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``). Nothing says which weights they are of, and which weights
-were frozen and have none. Two things tell:
+were frozen and have none. Three things tell:
 
 - **Values.** A weight is its master, cast. But norms of ones, biases of zeros, and weights that training has moved
   by less than rounding shows, are equal to others.
+- **Equal masters.** Where all masters in question are equal, as norms of ones before the first step, each assignment
+  gives the same weights. It does not give the same optimizer states.
 - **Order.** A group lists its parameters in the module's order, as ``named_parameters`` gives them. That is a custom
   and no rule, so it counts only in a group that shows it: with two masters, at least, that values alone identify.
 
@@ -17,7 +19,8 @@ give a weight the value of another.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,13 +55,15 @@ class Group(Protocol):
 class MasterSlot:
     """What a group holds of one parameter: its master (None in fp32 training, where weights are masters).
 
-    ``number`` is the group's, [``position``, ``after``) what it takes up there.
+    ``number`` is the group's, [``position``, ``after``) what it takes up there. ``is_any`` says that it may be another
+    parameter's whose master is equal: the weights are right, and what else the optimizer keeps there is not told.
     """
 
     number: int
     position: int
     after: int
     master: TensorRef | None = None
+    is_any: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,12 +240,15 @@ class Matcher:
         return []
 
 
-def assign(matcher: Matcher, path: Path) -> dict[str, MasterSlot]:
+def assign(
+    matcher: Matcher, path: Path, are_equal: Callable[[TensorRef, TensorRef], bool] | None = None
+) -> dict[str, MasterSlot]:
     """Return the slot of each parameter that the optimizer owns.
 
     Args:
         matcher: Names, groups and what judges them.
         path: The file, for messages.
+        are_equal: Whether two masters have the same bytes.
 
     Returns:
         The slots by name, in the order of the names; a name that is absent was not trained.
@@ -254,6 +262,8 @@ def assign(matcher: Matcher, path: Path) -> dict[str, MasterSlot]:
     by_value = matcher.by_value()
     if by_value is not None:
         return {name: by_value[name] for name in matcher.names if name in by_value}
+    if ways == 1 and are_equal is not None and _are_exchangeable(matcher, found, doubtful, are_equal):
+        return found | {name: replace(found[name], is_any=True) for name in doubtful}
     alike = doubtful if ways == 1 else _alike(matcher)
     if ways == 0 and not alike:
         raise Ambiguous(
@@ -266,6 +276,23 @@ def assign(matcher: Matcher, path: Path) -> dict[str, MasterSlot]:
         f" cannot be determined for {len(alike)} weights, such as {', '.join(map(repr, alike[:2]))}: their 16-bit"
         f" values are equal to others', and which weights were frozen is not recorded. {OTHERWISE}"
     )
+
+
+def _are_exchangeable(
+    matcher: Matcher,
+    found: Mapping[str, MasterSlot],
+    doubtful: Sequence[str],
+    are_equal: Callable[[TensorRef, TensorRef], bool],
+) -> bool:
+    """Return whether every other assignment gives the same weights: all candidates have masters, which are equal."""
+    for name in doubtful:
+        master = found[name].master
+        others = [found.get(other) for other in matcher.candidates(found[name])]
+        if master is None or not all(
+            other is not None and other.master is not None and are_equal(master, other.master) for other in others
+        ):
+            return False
+    return True
 
 
 def _alike(matcher: Matcher) -> list[str]:
@@ -309,7 +336,7 @@ def match_masters(file: TorchFile, optimizer: Any, weights: Mapping[str, TensorE
     if not groups:
         return {}
     with Values(weights) as values:
-        return assign(matcher_of(file, groups, weights, values), file.path)
+        return assign(matcher_of(file, groups, weights, values), file.path, partial(values.are_equal, file))
 
 
 def match_known_masters(
@@ -332,7 +359,7 @@ def match_known_masters(
                 unknown += len(group.tensors) - len(tensors)
                 group = TensorList(group.number, tensors, weights)
             known.append(group)
-        return assign(matcher_of(file, known, weights, values), file.path), unknown
+        return assign(matcher_of(file, known, weights, values), file.path, partial(values.are_equal, file)), unknown
 
 
 def matcher_of(file: TorchFile, groups: Sequence[Group], weights: Mapping[str, TensorEntry], values: Values) -> Matcher:

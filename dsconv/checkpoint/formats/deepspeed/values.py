@@ -67,6 +67,18 @@ class Values:
             )
         return self._known[key]
 
+    def are_equal(self, file: TorchFile, one: TensorRef, other: TensorRef) -> bool:
+        """Return whether two masters in ``file`` have the same dtype, shape and bytes."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype.name not in _NUMPY:
+            return False
+        if not (is_contiguous(one.shape, one.strides) and is_contiguous(other.shape, other.strides)):
+            return False
+        first, second = _as_entry(file, one), _as_entry(file, other)
+        return all(
+            self._read(first, *block).tobytes() == self._read(second, *block).tobytes()
+            for block in _blocks(first.numel)
+        )
+
     def alike(self) -> set[str]:
         """Return the weights whose first element is that of another one, whatever their shapes."""
         if self._alike is None:

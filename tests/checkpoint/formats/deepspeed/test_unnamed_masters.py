@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dsconv
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import match_masters
+from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import UnsupportedError
+from tests.convert.test_to_universal import edited
 from tests.fixtures import gloo
 from tests.fixtures.realistic import CASES
 from tests.trained import Trained, load_safetensors, same
@@ -114,3 +117,62 @@ def test_weights_that_differ_only_at_the_end(tmp_path: Path) -> None:
     file = TorchFile(tmp_path / "x.pt")
     found = match_masters(file, file.root["optimizer"], weights)
     assert {name: slot.position for name, slot in found.items()} == {"a": 1, "b": 0}
+
+
+def norms_apart(path: Path, masters: list[torch.Tensor], frozen: int = 0) -> tuple[TorchFile, dict[str, TensorEntry]]:
+    """Write a group of matrices and one of norms of ones, as a Trainer makes them, and the weights."""
+    torch.manual_seed(0)
+    matrices = [torch.randn(4, 4) for _ in range(2)]
+    torch.save({"optimizer": {"fp32_groups": [matrices, masters]}, "module": {}}, path / "x.pt")
+    weights = {f"{i}.weight": matrix.bfloat16() for i, matrix in enumerate(matrices)}
+    weights |= {f"{i}.norm": torch.ones(4).bfloat16() for i in range(len(masters) + frozen)}
+    torch.save(weights, path / "w.pt")
+    return TorchFile(path / "x.pt"), dict(dsconv.open_checkpoint(path / "w.pt").items())
+
+
+def test_equal_masters_of_equal_weights_are_exchangeable(tmp_path: Path) -> None:
+    file, weights = norms_apart(tmp_path, [torch.ones(4)] * 2 + [torch.ones(4)])
+    found = match_masters(file, file.root["optimizer"], weights)
+    assert set(found) == set(weights)
+    assert {name for name, slot in found.items() if slot.is_any} == {"0.norm", "1.norm", "2.norm"}
+
+
+@pytest.mark.parametrize(
+    ("masters", "frozen"),
+    [([torch.ones(4), torch.ones(4) + 1e-5], 0), ([torch.ones(4), torch.ones(4)], 1)],
+    ids=["masters-differ", "one-is-frozen"],
+)
+def test_equal_weights_that_are_not_exchangeable(masters: list[torch.Tensor], frozen: int, tmp_path: Path) -> None:
+    file, weights = norms_apart(tmp_path, masters, frozen)
+    with pytest.raises(UnsupportedError, match="which master belongs to which weight cannot be determined"):
+        match_masters(file, file.root["optimizer"], weights)
+
+
+def test_states_of_exchangeable_masters_are_refused(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    """The weights come out right, whichever of the norms each master is of."""
+    source = trained("llama_tied-z0-bf16-w2")
+    truth: dict[str, torch.Tensor] = {}
+
+    def apart(value: Any) -> None:
+        optimizer, module = value["optimizer"], value["module"]
+        masters = [master.detach() for group in optimizer["fp32_groups"] for master in group]
+        inner = optimizer["optimizer_state_dict"]
+        for name in [name for name, tensor in module.items() if tensor.dim() == 1]:
+            module[name] = torch.ones_like(module[name])
+        split = [[n for n, m in enumerate(masters) if (m.dim() == 1) == flat] for flat in (False, True)]
+        optimizer["fp32_groups"] = [
+            [torch.ones_like(masters[n]) if masters[n].dim() == 1 else masters[n] for n in group] for group in split
+        ]
+        order = [n for group in split for n in group]
+        inner["state"] = {new: inner["state"][old] for new, old in enumerate(order)}
+        numbers = iter(range(len(order)))
+        settings = inner["param_groups"][0]
+        inner["param_groups"] = [{**settings, "params": [next(numbers) for _ in group]} for group in split]
+        truth.update({name: torch.ones(tensor.shape) for name, tensor in module.items() if tensor.dim() == 1})
+
+    copy = edited(source.checkpoint, tmp_path / "ckpt", "*.pt", apart)
+    checkpoint = dsconv.open_checkpoint(copy)
+    assert truth
+    assert all(same(checkpoint[name].read(), tensor) for name, tensor in truth.items())
+    with pytest.raises(UnsupportedError, match="nothing tells which optimizer states belong to it"):
+        dsconv.to_universal(copy, tmp_path / "out")
