@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit attacks fuzz crash fixtures upstream schemas aio bench clean
+.PHONY: help demo test lint types unit attacks fuzz crash fixtures upstream schemas docs aio bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -57,6 +57,10 @@ upstream: $(READY) ## what changed in the sources that rules were read from; aft
 
 schemas: $(READY) ## write docs/schemas, the JSON Schemas of what --json prints
 	$(BIN)/python -m tests.schemas
+
+docs: $(READY) ## build the documentation into site/
+	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet
 
 aio: $(READY) ## compile DeepSpeed's async_io op, with which the tests of NVMe run (needs libaio-dev; takes minutes)
 	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'
