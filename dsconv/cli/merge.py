@@ -59,7 +59,7 @@ TENSOR_OPTIONS = (
         type=click.Choice(["stored", "hf"]),
         default="stored",
         show_default=True,
-        help="Keep the names, or give a torchtitan model Hugging Face's.",
+        help="Keep the names, or give Hugging Face's to a torchtitan or Megatron model.",
     ),
     click.option("--adapter", is_flag=True, help="Write only the PEFT adapter, exactly as PEFT would save it."),
     click.option("--adapter-name", metavar="NAME", help="Adapter to read, if the model holds several."),

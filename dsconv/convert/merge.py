@@ -169,8 +169,8 @@ def merge(
         adapter_name: which of several adapters is written or folded.
         fold_lora: fold a LoRA into its base, as PEFT's ``merge_and_unload`` does; ``dtype`` is then the base's.
         base: the base model, where the checkpoint holds an adapter alone.
-        names: ``hf`` for Hugging Face's names of a model that has those of torchtitan, which the filters
-            then see; ``stored`` keeps the names.
+        names: ``hf`` for Hugging Face's names of a model that has those of torchtitan or Megatron-core, which
+            the filters then see; ``stored`` keeps the names.
         config_from: the folder whose configuration and tokenizer are copied (default: found beside the checkpoint).
         dry_run: write nothing, and report the plan.
         verify_output: read the output back and compare every byte, before it counts.

@@ -17,11 +17,11 @@ from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.storage.local import read_small
 from dsconv.checkpoint.transfer.reading import is_zero, same_bytes
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError, UnsupportedError
-from dsconv.names import torchtitan
-from dsconv.names.operations import Config, WrongShape
+from dsconv.names import megatron, torchtitan
+from dsconv.names.operations import Config, Vocabulary, WrongShape
 from dsconv.names.tables import Family, Found
 
-FAMILIES: tuple[Family, ...] = torchtitan.FAMILIES
+FAMILIES: tuple[Family, ...] = torchtitan.FAMILIES + megatron.FAMILIES
 STORED, HF = "stored", "hf"  # the values of --names
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,13 +48,16 @@ class Recognised:
 
 def recognise(names: Iterable[str]) -> Recognised | None:
     """Return whose names these are; None where they are Hugging Face's own, or those of no framework in the tables."""
+    return min(_candidates(names), key=lambda one: len(one.unknown), default=None)
+
+
+def _candidates(names: Iterable[str]) -> list[Recognised]:
     given = list(names)
-    found = [
-        Recognised(family, tuple(name for name in given if family.find(name) is None and not family.leaves_out(name)))
+    return [
+        Recognised(family, tuple(name for name in given if not (family.find(name) or family.leaves_out(name))))
         for family in FAMILIES
         if family.marked(given)
     ]
-    return min(found, key=lambda one: len(one.unknown), default=None)
 
 
 def names_of(names: Iterable[str]) -> str:
@@ -89,13 +92,7 @@ def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
         CheckpointNotFoundError: there is no ``config``.
         InconsistentCheckpointError: the configuration is of another family, or a tensor does not fit it.
     """
-    recognised = recognise(checkpoint)
-    if recognised is None:
-        some = ", ".join(safe_repr(name) for name in list(checkpoint)[:3])
-        raise UnsupportedError(
-            f"{checkpoint.path}: the names, such as {some}, are of no framework and family that --names hf knows:"
-            f" {_known()}"
-        )
+    recognised = _chosen(checkpoint, config)
     family = recognised.family
     if recognised.unknown:
         raise UnsupportedError(
@@ -103,7 +100,6 @@ def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
             f" {safe_repr(recognised.unknown[0])}, so nothing says what Hugging Face calls it. Leave out --names to"
             " keep the names"
         )
-    _check_config(checkpoint, family, config)
     views: dict[str, View] = {}
     for entry in checkpoint.values():
         found = family.find(entry.name)
@@ -115,7 +111,7 @@ def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
                     )
                 views[name] = view
     left_out = [entry for entry in checkpoint.values() if family.leaves_out(entry.name)]
-    _prove_all_used([entry for entry in checkpoint.values() if entry not in left_out], views.values())
+    _prove_all_used([entry for entry in checkpoint.values() if _is_used_whole(entry, family)], views.values())
     entries = {name: entry_of(view, name) for name, view in views.items()}
     if config is not None and config.values.get("tie_word_embeddings") is True:
         _drop_tied(checkpoint, entries, config)
@@ -128,26 +124,37 @@ def _known() -> str:
     return ", ".join(dict.fromkeys(f"{family.framework}'s {family.name}" for family in FAMILIES))
 
 
-def _check_config(checkpoint: Checkpoint, family: Family, config: Config | None) -> None:
+def _chosen(checkpoint: Checkpoint, config: Config | None) -> Recognised:
+    """Return the family of the names that is the configuration's."""
+    candidates = _candidates(checkpoint)
+    if not candidates:
+        some = ", ".join(safe_repr(name) for name in list(checkpoint)[:3])
+        raise UnsupportedError(
+            f"{checkpoint.path}: the names, such as {some}, are of no framework and family that --names hf knows:"
+            f" {_known()}"
+        )
+    best = min(candidates, key=lambda one: len(one.unknown))
+    whose = f"{best.family.framework}'s {best.family.name}"
     if config is None:
         raise CheckpointNotFoundError(
-            f"{checkpoint.path}: --names hf needs the model's config.json, which tells how the weights of"
-            f" {family.framework}'s {family.name} are arranged. Name the folder of the Hugging Face model with"
-            " --config-from"
+            f"{checkpoint.path}: --names hf needs the model's config.json, which tells how the weights of {whose} are"
+            " arranged. Name the folder of the Hugging Face model with --config-from"
         )
     model_type = config.values.get("model_type")
-    if model_type not in family.model_types:
+    fitting = [one for one in candidates if model_type in one.family.model_types]
+    if not fitting:
+        expected = sorted({kind for one in candidates for kind in one.family.model_types})
         raise InconsistentCheckpointError(
-            f"{config.path}: model_type is {model_type!r:.80}; the names in {checkpoint.path} are those of"
-            f" {family.framework}'s {family.name}, which is {' or '.join(family.model_types)}. Name the right"
-            " model's folder with --config-from"
+            f"{config.path}: model_type is {model_type!r:.80}; the names in {checkpoint.path} are those of {whose},"
+            f" which is {' or '.join(expected)}. Name the right model's folder with --config-from"
         )
-    for key, value in family.expects.items():
+    chosen = min(fitting, key=lambda one: len(one.unknown))
+    if chosen.family.framework == megatron.FRAMEWORK:
+        megatron.check_arguments(checkpoint)
+    for key, value in chosen.family.expects.items():
         if config.values.get(key, value) != value:
-            raise UnsupportedError(
-                f"{config.path}: {key} is {config.values[key]!r:.80}; {family.framework}'s {family.name} needs"
-                f" {value!r}"
-            )
+            raise UnsupportedError(f"{config.path}: {key} is {config.values[key]!r:.80}; {whose} needs {value!r}")
+    return chosen
 
 
 def _parts(entry: TensorEntry, found: Found, config: Config) -> Iterator[tuple[str, View]]:
@@ -184,6 +191,12 @@ def _warnings(left_out: Sequence[TensorEntry], family: Family) -> tuple[str, ...
         " too"
     )
     return (text,)
+
+
+def _is_used_whole(entry: TensorEntry, family: Family) -> bool:
+    """Return whether no part of a tensor is left out, as the padding of a vocabulary is."""
+    found = family.find(entry.name)
+    return found is not None and not isinstance(found.rule.operation, Vocabulary)
 
 
 def _prove_all_used(entries: Iterable[TensorEntry], views: Iterable[View]) -> None:

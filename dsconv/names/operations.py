@@ -109,3 +109,66 @@ class Transposed:
 
     def from_hf(self, views: Sequence[View], config: Config) -> View:
         return self.to_hf(views[0], config)[0]
+
+
+@dataclass(frozen=True)
+class GateAndUp:
+    """Gate and up projection in one, whose rows come first; ``width`` is the key of the number of rows of each, and
+    ``times`` that of a factor.
+    """
+
+    width: str
+    times: str = ""
+
+    def to_hf(self, view: View, config: Config) -> Sequence[View]:
+        rows = config.number(self.width) * (config.number(self.times) if self.times else 1)
+        if view.shape[0] != 2 * rows:
+            raise WrongShape(f"{2 * rows} rows (2 × {self.width}{' × ' if self.times else ''}{self.times})")
+        return view.split(rows)
+
+    def from_hf(self, views: Sequence[View], config: Config) -> View:
+        return View.cat(views)
+
+
+@dataclass(frozen=True)
+class QueryGroups:
+    """q, k and v in one: for each group of queries the rows of its heads, then those of its key and of its value."""
+
+    def to_hf(self, view: View, config: Config) -> Sequence[View]:
+        groups, sizes = self._sizes(config)
+        if view.shape[0] != groups * sum(sizes):
+            raise WrongShape(
+                f"{groups * sum(sizes)} rows ({groups} groups of {sizes[0] // config.head_dim} query heads, a key and a"
+                f" value of {config.head_dim} rows)"
+            )
+        parts = [group.split(sizes) for group in view.split(sum(sizes))]
+        return [View.cat(same) for same in zip(*parts, strict=True)]
+
+    def from_hf(self, views: Sequence[View], config: Config) -> View:
+        groups, sizes = self._sizes(config)
+        for view, size in zip(views, sizes, strict=True):
+            if view.shape[0] != groups * size:
+                raise WrongShape(f"{groups * size} rows")
+        parts = [view.split(size) for view, size in zip(views, sizes, strict=True)]
+        return View.cat([part for group in zip(*parts, strict=True) for part in group])
+
+    def _sizes(self, config: Config) -> tuple[int, tuple[int, int, int]]:
+        heads = config.number("num_attention_heads")
+        groups = config.number("num_key_value_heads", heads)
+        if heads % groups:
+            raise WrongShape(f"num_attention_heads ({heads}) that num_key_value_heads ({groups}) divides")
+        return groups, (heads // groups * config.head_dim, config.head_dim, config.head_dim)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows of the vocabulary; those after ``vocab_size`` are padding, which is left out."""
+
+    def to_hf(self, view: View, config: Config) -> Sequence[View]:
+        rows = config.number("vocab_size")
+        if view.shape[0] < rows:
+            raise WrongShape(f"at least {rows} rows (vocab_size)")
+        return (view.narrow(0, 0, rows),)
+
+    def from_hf(self, views: Sequence[View], config: Config) -> View:
+        return views[0]

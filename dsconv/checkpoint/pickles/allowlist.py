@@ -80,7 +80,6 @@ for _module, _names in {
     "pathlib._local": ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"),
     "_io": ("BytesIO", "StringIO"),
     "io": ("BytesIO", "StringIO"),
-    "argparse": ("Namespace",),
     "types": ("SimpleNamespace", "GenericAlias"),
     "random": ("Random",),
     "re": ("compile", "_compile"),
@@ -143,6 +142,7 @@ LABELS = {
                 *("Ellipsis", "NotImplemented", "abs", "len", "min", "print", "round", "sum"),
             ),
         ),
+        "argparse": ("Namespace",),  # the attributes of which are read: see KEPT
         "typing": ("Any", "Union", "Optional", "Literal", "List", "Dict", "Tuple", "Set", "Callable"),
         "math": ("sqrt", "exp", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "tanh", "pow", "floor", "ceil"),
     }.items()

@@ -37,6 +37,7 @@ KEPT: frozenset[tuple[str, str]] = frozenset(
             "TensorProperties",
         ),
         "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "argparse": ("Namespace",),  # the arguments of Megatron-LM
         "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
     }.items()
     for name in names
