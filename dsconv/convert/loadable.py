@@ -28,7 +28,7 @@ from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of,
 from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
 from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.plan import Plan
-from dsconv.text import quote
+from dsconv.text import count, quote
 
 if TYPE_CHECKING:
     import subprocess
@@ -226,7 +226,7 @@ class LoadingCheck:
             what = "missing" if not mismatched else "missing or of another shape"
             parts.append(f"{len(missing)} of its weights are {what} (first {quote(missing[0])})")
         if unexpected:
-            parts.append(f"{len(unexpected)} tensors are not its own (first {quote(unexpected[0])})")
+            parts.append(f"it has no place for {count(len(unexpected), 'tensor')} (first {quote(unexpected[0])})")
         if mismatched and len(mismatched) == len(missing) and not unexpected:
             advice = (
                 "That config.json is of a model of other sizes: name the model's own folder with --config-from, or"
@@ -349,8 +349,8 @@ def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpecte
 
 def _prefixes(name: str) -> Iterator[str]:
     parts = name.split(".")
-    for count in range(1, min(4, len(parts))):
-        yield ".".join(parts[:count]) + "."
+    for length in range(1, min(4, len(parts))):
+        yield ".".join(parts[:length]) + "."
 
 
 def _parse(data: bytes | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dsconv.convert.progress import Progress
 from dsconv.convert.sidecars import MAX_MANIFEST_BYTES, read_json
 from dsconv.errors import UsageError
 from dsconv.names.naming import HF, read_config, recognise, to_hf
+from dsconv.text import count
 
 
 @dataclass
@@ -56,7 +57,7 @@ class VerifyReport:
     def summary(self) -> str:
         shown = "; ".join(map(str, self.differences[:5]))
         more = f"; and {len(self.differences) - 5} more" if len(self.differences) > 5 else ""
-        return f"{len(self.differences)} tensors differ: {shown}{more}"
+        return f"{count(len(self.differences), 'difference')}: {shown}{more}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"equal": self.equal, **asdict(self)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsconv.errors import InconsistentCheckpointError
 from dsconv.loaders.mapping import Matched
-from dsconv.text import clean
+from dsconv.text import clean, count
 
 SHOWN = 10
 
@@ -52,7 +52,7 @@ class LoadReport:
         It is safe to show: names come from the checkpoint.
         """
         read = f"this rank read {self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
-        lines = [f"loaded {self.loaded} tensors of {self.source} ({self.format}): {read}"]
+        lines = [f"loaded {count(self.loaded, 'tensor')} of {self.source} ({self.format}): {read}"]
         for what, names in (
             ("missing, initialised anew", self.missing),
             ("unexpected, not read", self.unexpected),

@@ -32,6 +32,7 @@ from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.local import open_for_reading
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import count
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors 0.8 MAX_HEADER_SIZE
 FIELDS = {"dtype", "shape", "data_offsets"}
@@ -90,7 +91,7 @@ def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None], item: str |
     elif shards := _shards(path):
         fetch(shards)
         entries, files = read_numbered(path, shards, INDEX, read_file), shards
-        warnings.append(f"{path} has no {INDEX}: took the {len(shards)} files by their names")
+        warnings.append(f"{path} has no {INDEX}: took {count(len(shards), 'file')} by name")
     else:
         entries, files = read_file(path / ADAPTER), [path / ADAPTER]
     folder = path.parent if path.is_file() else path

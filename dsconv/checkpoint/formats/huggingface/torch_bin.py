@@ -23,6 +23,7 @@ from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_r
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile, unread_objects
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import count
 from dsconv.zero_utils.tag_folder import MODEL, OPTIMIZER, ZERO3_MODEL
 
 SINGLE = "pytorch_model.bin"
@@ -82,7 +83,7 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     elif shards := _shards(path):
         root.fetch(shards)
         entries = read_numbered(path, shards, INDEX, entries_of)
-        warnings.append(f"{path} has no {INDEX}: took the {len(shards)} files by their names")
+        warnings.append(f"{path} has no {INDEX}: took {count(len(shards), 'file')} by name")
     else:
         entries = entries_of(path / ADAPTER)
     for state_dict in opened.values():
@@ -114,8 +115,8 @@ def _info(opened: list[StateDict], models: dict[str, int], item: str | None, rem
         info["removed_prefixes"] = removed
     left_out: dict[str, int] = {}
     for state_dict in opened:
-        for label, count in state_dict.items.left_out.items():
-            left_out[label] = left_out.get(label, 0) + count
+        for label, number in state_dict.items.left_out.items():
+            left_out[label] = left_out.get(label, 0) + number
     if left_out:
         info["left_out"] = dict(sorted(left_out.items()))
     if unread := unread_objects(state_dict.file for state_dict in opened):

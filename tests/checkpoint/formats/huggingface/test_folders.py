@@ -53,7 +53,7 @@ def test_shards_without_an_index(suffix: str, stem: str, tmp_path: Path) -> None
         save({f"w{number}": torch.full((2, 2), float(number))}, tmp_path / name)
     found = dsconv.open_checkpoint(tmp_path)
     assert sorted(found) == ["w0", "w1", "w2"]
-    assert "took the 3 files by their names" in found.warnings[0]
+    assert "took 3 files by name" in found.warnings[0]
     one = dsconv.open_checkpoint(tmp_path / names[1])
     assert list(one) == ["w1"]
     assert f"{names[1]} is one of 3 files of a model, but was read alone" in one.warnings[0]
