@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit attacks fuzz crash fixtures upstream schemas docs aio bench clean
+.PHONY: help demo test lint types unit attacks fuzz crash hour fixtures upstream schemas docs aio bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ fuzz: $(READY) ## break N files of every kind and count what becomes of them: 1 
 POINTS ?= 800
 crash: $(READY) ## kill runs and fail system calls wherever a run changes the disk: 15 minutes, or make crash POINTS=60
 	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m tests.crash --count $(POINTS) $(ARGS)
+
+hour: $(READY) ## an hour of training in minutes: the Hub and S3 fail, watchers and conversions are killed: 8 minutes
+	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m tests.hour $(ARGS)
 
 fixtures: $(READY) ## train again the checkpoints that are kept in tests/data (compiles DeepSpeed's native ops)
 	$(BIN)/python -m tests.fixtures.gloo native --slim --root tests/data/native_ops

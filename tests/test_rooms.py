@@ -14,6 +14,7 @@ ROOT = Path(dsconv.__file__).parent
 FLOORS = {
     "text": -1,
     "errors": 0,
+    "urls": 0,
     "_version": 0,
     "page": 1,
     "zero_utils": 1,

@@ -8,6 +8,7 @@ from typing import Any
 
 from dsconv.checkpoint.storage import hub
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UnsupportedError
+from dsconv.urls import local_path
 from dsconv.zero_utils.config_auto import hidden_size_of
 
 
@@ -28,7 +29,7 @@ def read_hidden_size(model: str, revision: str | None = None) -> int:
         RemoteError: The Hub or the network fails.
         UnsupportedError: The configuration states no size.
     """
-    path = Path(model)
+    path = local_path(model, "the model's configuration")
     if path.is_dir():
         path = path / "config.json"
     if not path.exists():

@@ -15,8 +15,17 @@ from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.hub import lies_on_hub
 from dsconv.checkpoint.storage.local import first_signature
 from dsconv.checkpoint.storage.roots import Root, open_root
+from dsconv.checkpoint.storage.unfinished import cut_off
 from dsconv.checkpoint.transfer.reading import read_tensor
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, SeveralModelsError, UsageError
+from dsconv.errors import (
+    CheckpointNotFoundError,
+    DsconvError,
+    InconsistentCheckpointError,
+    MalformedError,
+    MissingShardError,
+    SeveralModelsError,
+    UsageError,
+)
 
 TensorEntry.reader = staticmethod(read_tensor)  # the map is a floor below the reading of bytes
 
@@ -73,7 +82,7 @@ def open_checkpoint(
         raise UsageError(f"weights is {weights!r}; expected {MASTERS!r} or {OWN_WEIGHTS!r}")
     root = open_root(path, revision, follow_links=follow_links)
     try:
-        checkpoint = _read(root, tag, item, weights)
+        checkpoint = _read_or_say(root, tag, item, weights)
         root.fetch_beside(dict.fromkeys((checkpoint.path, checkpoint.folder)))
     except DsconvError:
         raise
@@ -136,6 +145,20 @@ def open_two(
     if len(unknown) == len(found):
         raise unknown[0]
     return found[0], found[1]
+
+
+def _read_or_say(root: Root, tag: str | None, item: str | None, weights: str) -> Checkpoint:
+    """Read the checkpoint; where it cannot be read because a run was cut off that wrote it, say that."""
+    try:
+        checkpoint = _read(root, tag, item, weights)
+    except (CheckpointNotFoundError, MissingShardError, MalformedError, InconsistentCheckpointError) as error:
+        why = "" if isinstance(error, SeveralModelsError) else cut_off(root.path)
+        if why:
+            raise MissingShardError(why) from None
+        raise
+    if why := cut_off(root.path):
+        checkpoint.warnings = (*checkpoint.warnings, why)
+    return checkpoint
 
 
 def _read(root: Root, tag: str | None, item: str | None, weights: str) -> Checkpoint:

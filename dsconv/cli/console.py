@@ -253,6 +253,8 @@ def quiet_downloads(quiet: bool) -> None:
     """Keep the Hub's client from drawing bars, by the variable that it reads when it is imported."""
     if quiet or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        if "huggingface_hub" in sys.modules:
+            sys.modules["huggingface_hub"].utils.disable_progress_bars()  # the variable was read before
 
 
 def colour(stream: Any) -> bool:
@@ -351,7 +353,7 @@ class _Log:
             began = self._began.setdefault(phase, now)
             if done >= total:
                 del self._began[phase]  # a watcher repeats its phases
-            if now - self._last < LOG_SECONDS:
+            if now - max(self._last, began) < LOG_SECONDS:  # what is quick needs no line
                 return
             self._last = now
             elapsed = now - began

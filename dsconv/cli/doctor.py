@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +9,7 @@ import click
 from dsconv.cli import console
 from dsconv.cli.console import command
 from dsconv.errors import EXIT_UNREADABLE
+from dsconv.urls import local_path
 
 CORE_CHECKS = 2  # the first ones: without them nothing works
 
@@ -32,7 +32,7 @@ def doctor(context: click.Context, folder: str, as_json: bool, debug: bool) -> N
     from dsconv.doctor import diagnose
 
     console.quiet_downloads(quiet=True)
-    found = diagnose(Path(folder))
+    found = diagnose(local_path(folder, "the folder whose free space is shown"))
     if as_json:
         console.show_json(found)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +9,7 @@ import click
 from dsconv.cli import console
 from dsconv.cli.console import Size, command
 from dsconv.errors import require_packages
+from dsconv.urls import local_path
 
 if TYPE_CHECKING:
     from dsconv.zero_utils.estimate import Report, Row
@@ -66,9 +66,7 @@ Example:
     metavar="SIZE",
     help="Name the cheapest setting that fits a GPU of SIZE, such as 80GB.",
 )
-@click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the table (.png, .svg, .pdf)."
-)
+@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE", help="Draw the table (.png, .svg, .pdf).")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are in bytes.")
 @console.DEBUG
@@ -76,7 +74,7 @@ def estimate(
     model: str,
     tps: tuple[int, ...],
     limit: int | None,
-    plot: Path | None,
+    plot: str | None,
     revision: str | None,
     as_json: bool,
     debug: bool,
@@ -101,7 +99,7 @@ def estimate(
     if plot is not None:
         from dsconv.zero_utils.memory_plot import draw
 
-        draw(report, plot)
+        draw(report, local_path(plot, "--plot"))
     if as_json:
         console.show_json(report.to_dict())
     else:

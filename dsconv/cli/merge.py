@@ -76,7 +76,7 @@ OUTPUT_OPTIONS = (
         "--config-from",
         type=click.Path(file_okay=False),
         metavar="DIR",
-        help="Copy config and tokenizer from DIR (default: found beside the checkpoint).",
+        help="Copy config and tokenizer from DIR, a URL or org/model (default: found beside CKPT).",
     ),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--verify", "verify_output", is_flag=True, help="Read the output back and compare every byte."),

@@ -36,9 +36,8 @@ Example:
 @click.option("--force", is_flag=True, help="Replace a DCP checkpoint that OUT already holds.")
 @click.option(
     "--fsync/--no-fsync",
-    default=True,
-    show_default=True,
-    help="Flush the output to the disk.",
+    default=None,
+    help="Flush the output to the disk (default: yes).",
 )
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,6 +11,7 @@ import click
 from dsconv.cli import console
 from dsconv.cli.console import Dtype, command
 from dsconv.errors import require_packages
+from dsconv.urls import local_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 AXES = ("nproc", "zero_stage", "tp", "pp", "sp", "cp", "backend", "fsdp")
@@ -235,7 +235,7 @@ def resume(run: str, stop_after: int | None, as_json: bool, quiet: bool, debug: 
 
     options["nproc"] = options["nproc"] or _launched_ranks()
     axes = {axis: value for axis in AXES if (value := options.pop(axis)) is not None}
-    layout = replace(read_state(latest(Path(run))).layout, **axes) if axes else None
+    layout = replace(read_state(latest(local_path(run, "a run"))).layout, **axes) if axes else None
     changes = {name: value for name, value in options.items() if value is not None}
     with console.progress(quiet or as_json, unit="steps") as progress:
         report = run_on(run, layout=layout, stop_after=stop_after, changes=changes, progress=progress)

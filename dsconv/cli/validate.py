@@ -10,6 +10,7 @@ import click
 from dsconv.cli import console
 from dsconv.cli.console import command
 from dsconv.errors import EXIT_MISMATCH, require_packages
+from dsconv.urls import local_path
 
 if TYPE_CHECKING:
     from dsconv.engine.validation_report import Cell, ValidationReport
@@ -79,7 +80,7 @@ def validate(
     quiet_steps = quiet or as_json
     report = run(
         model,
-        Path(folder),
+        local_path(folder, "the report"),
         cells=tuple(name.strip() for name in cells.split(",") if name.strip()) if cells else (),
         began=(lambda name: None) if quiet_steps else _began,
         done=(lambda cell: None) if quiet_steps else _done,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsconv.cli import console
 from dsconv.cli.console import Dtype, Repo, Size, command
 from dsconv.errors import EXIT_UNREADABLE
+
+if TYPE_CHECKING:
+    from dsconv.convert.watch_events import Event
 
 
 @command(
@@ -33,7 +36,7 @@ checkpoint that 'latest' names."""
     "--config-from",
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Copy config and tokenizer from DIR (default: found beside the checkpoint).",
+    help="Copy config and tokenizer from DIR, a URL or org/model (default: found beside the checkpoint).",
 )
 @click.option(
     "--interval",
@@ -67,8 +70,9 @@ def watch(context: click.Context, /, run: str, repo: str, once: bool, quiet: boo
     again. A second watcher of the same run and repository is refused.
     """
     from dsconv.convert import watch as convert
+    from dsconv.convert.watch_events import FAILED, WAITING
 
-    def show(event: convert.Event) -> None:
+    def show(event: Event) -> None:
         step = "" if event.step is None else f" (step {event.step})"
         if event.error is None:
             if not quiet:
@@ -76,8 +80,8 @@ def watch(context: click.Context, /, run: str, repo: str, once: bool, quiet: boo
                 console.say(f"{event.name}{step} → {repo}: {event.url} ({cost})")
             return
         then = {
-            convert.WAITING: " (will be tried again)",
-            convert.FAILED: " (will be tried again when its files or the options change)",
+            WAITING: " (will be tried again)",
+            FAILED: " (will be tried again when its files or the options change)",
         }.get(event.outcome, "")
         console.say(f"Error: {event.name}{step}: {event.error}{' (not pushed)' if once else then}", err=True)
 

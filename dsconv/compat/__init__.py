@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.storage.local import is_remote
-from dsconv.checkpoint.storage.roots import as_path
+from dsconv.checkpoint.storage.roots import as_output
 from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.compat.files import (
@@ -152,7 +152,7 @@ def convert_zero_checkpoint_to_state_dict(
     """
     wanted = output_dtype_of(dtype)
     size = UNLIMITED_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    target = as_path(output_dir)
+    target = as_output(output_dir)
     if is_remote(target) and not safe_serialization:
         raise OutputError(f"{target}: .bin files are written to a disk only; give safe_serialization=True")
 

@@ -17,6 +17,7 @@ from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.errors import CheckpointNotFoundError, MalformedError, MissingShardError
+from dsconv.urls import local_path
 
 
 @dataclass
@@ -43,7 +44,7 @@ def natural_keys(text: str) -> list[int | str]:
 
 def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int) -> str:
     """Return the path of the model states of rank 0 in a tag folder. Raises CheckpointNotFoundError."""
-    folder = Path(checkpoint_dir)
+    folder = local_path(checkpoint_dir, "a folder whose files are listed")
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"Directory '{folder}' doesn't exist")
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if zero_stage == 3 else "mp_rank_00_model_states.pt"
@@ -55,7 +56,7 @@ def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int
 
 def get_checkpoint_files(checkpoint_dir: str | os.PathLike[str], glob_pattern: str) -> list[str]:
     """Return the paths in a folder that match a pattern, in natural order. Raises CheckpointNotFoundError for none."""
-    folder = Path(checkpoint_dir)
+    folder = local_path(checkpoint_dir, "a folder whose files are listed")
     found = sorted(map(str, folder.glob(glob_pattern)), key=natural_keys)
     if not found:
         raise CheckpointNotFoundError(f"can't find {glob_pattern} files in directory '{folder}'")

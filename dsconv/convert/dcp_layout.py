@@ -13,8 +13,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
+from itertools import groupby, product
 
+from dsconv.checkpoint.formats.huggingface.index import refuse_one_of_a_set
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
@@ -63,6 +64,15 @@ class PlacedTensor:
     def starts(self) -> list[int]:
         return [chunk.start for chunk in self.chunks]
 
+    @property
+    def spans(self) -> tuple[tuple[str, int, int], ...]:
+        """(file, first element, end) of what lies in each file, in order."""
+        found = []
+        for filename, chunks in groupby(self.chunks, key=lambda chunk: chunk.filename):
+            within = list(chunks)
+            found.append((filename, within[0].start, within[-1].start + math.prod(within[-1].sizes)))
+        return tuple(found)
+
     def chunk_at(self, element: int) -> int:
         """Return the number of the chunk that holds an element."""
         return bisect_right(self.starts, element) - 1
@@ -99,7 +109,9 @@ def make_dcp_plan(
 
     Raises:
         MalformedError: there is nothing to write, or two tensors would have one name.
+        MissingShardError: the checkpoint is one file of several.
     """
+    refuse_one_of_a_set(checkpoint.path)
     path = tuple(prefix.rstrip(".").split(".")) if prefix else ()
     files: dict[str, int] = {}
     tensors = []

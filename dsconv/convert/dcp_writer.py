@@ -14,6 +14,7 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import parse_dtype
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.storage.roots import as_output
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import Target
 from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, PlacedTensor, chunk_archive, make_dcp_plan, metadata
@@ -55,7 +56,7 @@ def to_dcp(
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     dry_run: bool = False,
     force: bool = False,
-    fsync: bool = True,
+    fsync: bool | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> DcpReport:
@@ -66,7 +67,7 @@ def to_dcp(
 
     Args:
         source: a path, a URL, ``org/model`` on the Hub, or a checkpoint that is open.
-        output: the folder to write.
+        output: the folder to write, on the disk or in a store.
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
         item: the key of the model to take, where the checkpoint holds several.
         follow_links: read what links lead to that leave the checkpoint's folder.
@@ -76,7 +77,7 @@ def to_dcp(
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a file of one chunk exceeds it.
         dry_run: write nothing, and report the plan.
         force: replace a DCP checkpoint that ``output`` already holds.
-        fsync: have the output on disk before it counts as written.
+        fsync: have the output on disk before it counts as written (default: yes). A store takes None only.
         workers: the number of copying threads (default: one per core, at most 8).
         progress: called with (phase, bytes done, bytes in all), from any thread.
 
@@ -92,10 +93,10 @@ def to_dcp(
     max_file_bytes = parse_size(max_shard_size)
     if prefix and not all(prefix.removesuffix(".").split(".")):
         raise ValueError(f"{prefix!r} is not a prefix: write it like model. or app.model.")
+    target = as_output(output)
     checkpoint = (
         source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item, follow_links=follow_links)
     )
-    target = Path(output)
     plan = make_dcp_plan(
         checkpoint, dtype=wanted, prefix=prefix, max_file_bytes=max_file_bytes, extra_names=_tied_names(checkpoint)
     )
@@ -157,6 +158,7 @@ class DcpOutput(Destination):
     """The files of a plan, and ``.metadata``, which makes them a checkpoint."""
 
     what = "a DCP checkpoint"
+    command = "to-dcp"
 
     def __init__(self, plan: DcpPlan) -> None:
         self._plan = plan
@@ -177,7 +179,7 @@ class DcpOutput(Destination):
             chunked = _ChunkRanges(tensor, files)
             for name in {chunk.filename for chunk in tensor.chunks}:
                 self._chunks[name].append(chunked)
-            target = Target(tensor.names[0], tensor.dtype, chunked.write)
+            target = Target(tensor.names[0], tensor.dtype, chunked.write, tensor.spans)
             yield tensor.chunks[0].filename, tensor.entry, target
 
     def rest(self, name: str) -> Iterable[tuple[int, bytes]]:
@@ -225,5 +227,5 @@ class _ChunkRanges:
         for chunk, filled in zip(self._tensor.chunks, self._ranges, strict=True):
             if chunk.filename == filename:
                 archive = chunk_archive(self._tensor.dtype, chunk.sizes)
-                for offset, data in archive.fixed([filled.checksum.value]):
+                for offset, data in archive.fixed(checksum.value for checksum in (filled.checksum,)):
                     yield chunk.offset_bytes + offset, data

@@ -63,16 +63,18 @@ class Destination(Protocol):
 
     ``write`` calls ``targets`` once, with a ``FillingFile`` for each of ``files``. For each tensor it yields the file
     in which the tensor begins, the entry, and a ``Target``, whose ``write`` puts bytes of the tensor into a
-    ``FileRange`` of the file, or into several. A file is finished when all of its ``data_bytes`` have arrived: ``rest``
-    then gives the bytes between and around them, which may depend on the checksums of the ranges. After the copy,
+    ``FileRange`` of the file, or into several. A file is finished when all of its ``data_bytes`` have arrived:
+    ``rest`` gives the bytes between and around them, which may depend on the checksums of the ranges. After the copy,
     ``small_files`` and ``links`` are added; ``commit_order`` says in which order all of it appears in the target. Its
-    last name is the commit marker: without this file the others are not an output.
+    last name is the commit marker: the file without which the others are no output.
 
-    A store takes the bytes of a file only from the first to the last. A destination that has no ``rest``, and that
-    yields the tensors of a file in their order, one after the other, can be written to a store too.
+    A store takes the bytes of a file from the first to the last only. To be written to a store too, a destination
+    yields the tensors of a file in their order, one after the other; its ``rest`` follows the order of the file, and
+    none of its bytes depends on a tensor that comes after them.
     """
 
     what: str  # an output of this kind, for messages: "a model"
+    command: str = ""  # the command of dsconv that makes one
 
     @property
     def files(self) -> Sequence[OutputFile]:
@@ -84,7 +86,10 @@ class Destination(Protocol):
         ...
 
     def rest(self, name: str) -> Iterable[tuple[int, bytes]]:
-        """Return (offset, bytes) of the file's other content, besides ``head`` and tensors, once those are written."""
+        """Return (offset, bytes) of what is in the file besides ``head`` and tensors.
+
+        Called once. Each item is asked for when all tensors that lie before it are there.
+        """
         return ()
 
     def small_files(self, written: Written) -> Mapping[str, bytes]:
@@ -141,9 +146,9 @@ class FillingFile:
         self._complete = complete
         self._lock = threading.Lock()
 
-    def begin(self) -> None:
-        """Make the file. A file without tensors is then complete."""
-        self.opened.begin(self.file.head)
+    def begin(self, rest: Iterable[tuple[int, bytes]]) -> None:
+        """Make the file; ``rest`` is the destination's. One without tensors is complete by that."""
+        self.opened.begin(self.file.head, rest)
         if not self._missing_bytes:
             self._complete(self)
 
@@ -163,8 +168,8 @@ class FillingFile:
 class PlaceFile(Protocol):
     """A file in a place, open for writing."""
 
-    def begin(self, head: bytes) -> None:
-        """Make the file, with the bytes that it begins with."""
+    def begin(self, head: bytes, rest: Iterable[tuple[int, bytes]]) -> None:
+        """Make the file, with the bytes that it begins with. ``rest`` is what else is not a tensor's."""
         ...
 
     def write(self, data: memoryview, offset_bytes: int) -> None:
@@ -175,8 +180,8 @@ class PlaceFile(Protocol):
         """Have the system write to the disk what was written so far, without waiting."""
         ...
 
-    def finish(self, rest: Iterable[tuple[int, bytes]]) -> None:
-        """Write ``rest``, have all of it on disk or in the store, and close the file."""
+    def finish(self) -> None:
+        """Write what is left of ``rest``, have all of it on the disk or in the store, and close the file."""
         ...
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType, parse_dtype, short_name
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.local import is_remote
-from dsconv.checkpoint.storage.roots import PathRoot, as_path
+from dsconv.checkpoint.storage.roots import as_output, open_root
 from dsconv.convert import sidecars
 from dsconv.convert.adapters.choosing import STEM as ADAPTER_STEM
 from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
@@ -171,7 +171,8 @@ def merge(
         base: the base model, where the checkpoint holds an adapter alone.
         names: ``hf`` for Hugging Face's names of a model that has those of torchtitan or Megatron-core, which
             the filters then see; ``stored`` keeps the names.
-        config_from: the folder whose configuration and tokenizer are copied (default: found beside the checkpoint).
+        config_from: the folder, URL or ``org/model`` whose configuration and tokenizer are copied (default: found
+            beside the checkpoint).
         dry_run: write nothing, and report the plan.
         verify_output: read the output back and compare every byte, before it counts.
         force: replace a model that ``output`` already holds.
@@ -201,7 +202,7 @@ def merge(
         filters=Filters.of(include, exclude, strip_prefix, rename),
         adapter=AdapterOptions(adapter, adapter_name, fold_lora, base, follow_links),
         names=names,
-        config_from=PathRoot(as_path(config_from), follow_links).path if config_from is not None else None,
+        config_from=_config_folder(config_from, follow_links) if config_from is not None else None,
         dry_run=dry_run,
         verify_output=verify_output,
         push_to_hub=push_to_hub,
@@ -218,7 +219,7 @@ def merge(
     if names != STORED and (adapter or fold_lora):
         raise UsageError("--names cannot be combined with --adapter or --fold-lora, which write PEFT's names")
     if output is not None and not dry_run and not isinstance(source, Checkpoint) and _same(source, output):
-        finish_interrupted(as_path(output))
+        finish_interrupted(as_output(output))
     checkpoint = (
         source
         if isinstance(source, Checkpoint)
@@ -236,7 +237,15 @@ def merge(
         if item is not None:
             suffix = re.sub(r"[^\w.-]", "_", item) + f"-{suffix}"
         output = default_output(checkpoint, suffix)
-    return _merge(checkpoint, as_path(output), options)
+    return _merge(checkpoint, as_output(output), options)
+
+
+def _config_folder(source: str | os.PathLike[str], follow_links: bool) -> Path:
+    """Return the folder that ``config_from`` names, also in a store or on the Hub."""
+    root = open_root(source, follow_links=follow_links)
+    folder: Path = root.path
+    root.fetch_beside([folder])
+    return folder
 
 
 def _same(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> bool:

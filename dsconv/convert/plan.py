@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsconv.checkpoint.formats.huggingface.index import refuse_one_of_a_set
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, MAX_HEADER_BYTES, SINGLE
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
@@ -138,8 +139,10 @@ def make_plan(
 
     Raises:
         MalformedError: nothing is left to write, or a name cannot be written.
+        MissingShardError: the checkpoint is one file of several.
         UnsupportedError: a header would exceed safetensors' limit.
     """
+    refuse_one_of_a_set(checkpoint.path)
     chosen: list[tuple[str, TensorEntry, DType]] = []
     for entry in checkpoint.values():
         if exclude_frozen and entry.role == "frozen":

@@ -19,7 +19,6 @@ from typing import Any
 
 from dsconv.checkpoint.storage.hub import REPO, TRUE, connection
 from dsconv.checkpoint.storage.local import is_remote, read_small
-from dsconv.checkpoint.storage.roots import as_path
 from dsconv.checkpoint.transfer.copy import default_workers
 from dsconv.convert.hub_errors import explain, status_of
 from dsconv.convert.manifest import MANIFEST
@@ -28,6 +27,7 @@ from dsconv.convert.progress import Progress
 from dsconv.convert.push_files import check_and_hash, check_names, files_of, open_model, read_manifest
 from dsconv.convert.push_upload import PushReport, Repository, look, shelf_of, upload
 from dsconv.errors import DsconvError, OutputError, RemoteError, UnsafeError
+from dsconv.urls import local_path
 
 
 def push(
@@ -67,7 +67,7 @@ def push(
     check_repo(repo)
     if create_pr and revision is not None:
         raise ValueError("a pull request is made against the main branch: leave out the revision, or create_pr")
-    root = as_path(folder)
+    root = local_path(folder, "the folder that is pushed")
     model = open_model(root)
     manifest = read_manifest(root)
     files, left_out = files_of(root)

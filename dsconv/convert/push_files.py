@@ -18,7 +18,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats.huggingface import safetensors
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.storage.local import is_remote, read_small
+from dsconv.checkpoint.storage.local import read_small
 from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
@@ -63,10 +63,6 @@ def open_model(folder: Path) -> Checkpoint:
     Raises:
         DsconvError: what ``open_checkpoint`` raises; CheckpointNotFoundError if there is no folder of safetensors.
     """
-    if is_remote(folder):
-        raise CheckpointNotFoundError(
-            f"{folder}: what is pushed lies on this disk: download it, or merge it into a folder here"
-        )
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder}: no such folder")
     if not safetensors.holds_weights(folder):

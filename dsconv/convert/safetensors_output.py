@@ -33,6 +33,7 @@ class SafetensorsOutput(Destination):
     """
 
     what = "a model"
+    command = "merge"
 
     def __init__(
         self,

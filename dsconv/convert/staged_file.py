@@ -30,9 +30,11 @@ class StagedFile:
         self._sync = sync
         self._descriptor: int | None = None
         self._lock = threading.Lock()
+        self._rest: Iterable[tuple[int, bytes]] = ()
 
-    def begin(self, head: bytes) -> None:
+    def begin(self, head: bytes, rest: Iterable[tuple[int, bytes]] = ()) -> None:
         """Make the file, of its full size, with the bytes that it begins with. Raises OutputError."""
+        self._rest = rest
         try:
             descriptor = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self._descriptor = descriptor
@@ -58,10 +60,10 @@ class StagedFile:
             if self._descriptor is not None:
                 _sync_file_range()(self._descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)
 
-    def finish(self, rest: Iterable[tuple[int, bytes]]) -> None:
-        """Write ``rest``, sync the file, and close it. Raises OutputError or OSError."""
+    def finish(self) -> None:
+        """Write what is no tensor's, sync the file, and close it. Raises OutputError or OSError."""
         with contextlib.nullcontext(self._descriptor) if self._descriptor is not None else self._opened() as descriptor:
-            for offset, data in rest:
+            for offset, data in self._rest:
                 write_at(descriptor, memoryview(data), offset)
             if self._sync:
                 os.fsync(descriptor)

@@ -27,23 +27,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.unfinished import MAX_MOVING_BYTES, MOVING, STAGING, STARTED, debris, is_name
 from dsconv.convert.folders import Folder, refuse_special
 from dsconv.convert.marked_folders import MarkedFolder, open_marked
 from dsconv.convert.progress import Progress, ProgressCounter
 from dsconv.convert.staged_file import StagedFile, write_at
 from dsconv.errors import OutputError
 
-STAGING = ".dsconv-partial"
-MOVING = "moving.json"
-STARTED = "started"
-MAX_MOVING_BYTES = 64 << 20
 MAX_POINTER_BYTES = 1024  # of a file such as latest_universal, which holds the name of a folder
 Signatures = dict[str, list[int] | None]
-
-
-def _is_name(name: object) -> bool:
-    """Return whether the name belongs inside the folder, and leads nowhere else."""
-    return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Move:
             move = Move(found["gone"], found["names"], found["there"])
             for signatures in (move.obsolete, move.new, move.replaced):
                 for name, written in signatures.items():
-                    if not _is_name(name) or not all(type(number) is int for number in written or ()):
+                    if not is_name(name) or not all(type(number) is int for number in written or ()):
                         return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
@@ -360,20 +352,6 @@ def refuse_existing(target: Path, names: list[str], what: str, force: bool) -> N
     whole = [name for name in names if not is_remote(target) or name not in debris(target)]
     if whole and not force:
         raise OutputError(f"{target} already holds {what} ({whole[0]}); give --force to replace it, or another folder")
-
-
-def debris(target: Path) -> set[str]:
-    """Return the names in ``target``, a folder in a store, that do not belong to any output.
-
-    A run that was killed while it put another output into place left them.
-    """
-    try:
-        names = json.loads((target / STAGING / MOVING).read_bytes())
-    except (OSError, ValueError):
-        return set()
-    if not isinstance(names, list) or not all(map(_is_name, names)):
-        return set()  # dsconv did not write it, so what it names must stay
-    return set(names)
 
 
 def require_space(target: Path, nbytes: int) -> None:

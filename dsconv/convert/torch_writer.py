@@ -2,19 +2,20 @@
 
 A ``TorchArchive`` lays the file out: its pickle, its zip records, and where each storage's bytes go. The caller puts
 those there in any order (a ``Streamed`` tensor) and then writes ``fixed``, which is everything else, with the CRC-32s
-that are known only when the copy is finished. torch is not needed.
+that are known only when the copy is finished. No byte depends on one that comes after it, so a file can also be written
+from its first byte to its last. torch is not needed.
 
 The format is that of torch: ``torch/serialization.py`` (``_save``: data.pkl, byteorder, data/<key>, version;
 persistent ids), ``torch/_utils.py`` (``_rebuild_tensor_v2``), ``torch/_tensor.py`` (``_reduce_ex_internal``: a dtype
 without a storage class is written by ``_rebuild_tensor_v3``), ``caffe2/serialize/inline_container.cc`` (records under
-one root, stored, aligned to 64 bytes by an extra field; the reader wants ``version``). Here each record's sizes stand
-before its data; torch writes them behind it.
+one root, stored, aligned to 64 bytes by an extra field; the reader wants ``version``). The CRC-32 of a streamed tensor
+stands behind its data, as torch writes that of every record.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,10 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
+_DESCRIPTOR = struct.Struct("<4s3L")
+_DESCRIPTOR64 = struct.Struct("<4sL2Q")
 _UTF8 = 0x800
+_CHECKSUM_FOLLOWS = 0x8  # and the sizes: a descriptor behind the data has them
 _DATE = 0x21  # 1 January 1980, as torch writes
 _STORAGES = {dtype: Name("torch", storage) for storage, dtype in STORAGE_CLASSES.items()}
 _NO_HOOKS = Call(Name("collections", "OrderedDict"), ())
@@ -71,16 +75,30 @@ class _Record:
         plain = self.header_offset + _LOCAL.size + len(self.name) + (20 if self.wide else 0)
         return -(-(plain + 4) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # + 4: the padding is an extra field with a head
 
-    def header(self, checksum: int) -> bytes:
+    @property
+    def end(self) -> int:
+        """Where the next record begins."""
+        return self.data_offset + self.nbytes + len(self.descriptor(0))
+
+    @property
+    def flags(self) -> int:
+        return _UTF8 | (_CHECKSUM_FOLLOWS if self.data is None else 0)
+
+    def header(self) -> bytes:
         size = FULL32 if self.wide else self.nbytes
         extra = struct.pack("<2H2Q", 1, 16, self.nbytes, self.nbytes) if self.wide else b""
         padding = self.data_offset - self.header_offset - _LOCAL.size - len(self.name) - len(extra) - 4
         extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        return (
-            _LOCAL.pack(b"PK\3\4", 0, _UTF8, 0, 0, _DATE, checksum, size, size, len(self.name), len(extra))
-            + self.name
-            + extra
-        )
+        known = (0, size if self.wide else 0) if self.data is None else (crc32(self.data), size)
+        fields = (known[0], known[1], known[1], len(self.name), len(extra))
+        return _LOCAL.pack(b"PK\3\4", 0, self.flags, 0, 0, _DATE, *fields) + self.name + extra
+
+    def descriptor(self, checksum: int) -> bytes:
+        """Return what follows the data of a streamed storage."""
+        if self.data is not None:
+            return b""
+        kind = _DESCRIPTOR64 if self.wide else _DESCRIPTOR
+        return kind.pack(b"PK\7\10", checksum, self.nbytes, self.nbytes)
 
     def central(self, checksum: int) -> bytes:
         wide = [self.nbytes, self.nbytes] if self.wide else []
@@ -90,7 +108,7 @@ class _Record:
         extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
         size = FULL32 if self.wide else self.nbytes
         fields = (checksum, size, size, len(self.name), len(extra), 0, 0, 0, 0, offset)
-        return _CENTRAL.pack(b"PK\1\2", 0, 0, _UTF8, 0, 0, _DATE, *fields) + self.name + extra
+        return _CENTRAL.pack(b"PK\1\2", 0, 0, self.flags, 0, 0, _DATE, *fields) + self.name + extra
 
 
 class TorchArchive:
@@ -125,7 +143,7 @@ class TorchArchive:
         for name, data, nbytes in small + storages:
             record = _Record(f"{root}/{name}".encode(), nbytes if data is None else len(data), offset, data)
             self._records.append(record)
-            offset = record.data_offset + record.nbytes
+            offset = record.end
         self._end = offset
         self.streamed = [record.data_offset for record in self._records if record.data is None]
         self.nbytes = offset + len(self._directory([0] * len(self._records)))
@@ -140,16 +158,24 @@ class TorchArchive:
             return _tensor(value, str(len(self._tensors) - 1))
         raise UnsupportedError(f"a {type(value).__name__} cannot be written into a .pt")
 
-    def fixed(self, checksums: Sequence[int] = ()) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, bytes) of all but the streamed tensors, whose CRC-32s are given in their order."""
+    def fixed(self, checksums: Iterable[int] = ()) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, bytes) of all but the streamed tensors, in the order of the file.
+
+        Args:
+            checksums: the CRC-32s of the streamed tensors, in their order. The next one is taken when what follows its
+                tensor is asked for, so they need not be known before.
+        """
         given = iter(checksums)
-        sums = [next(given) if record.data is None else crc32(record.data) for record in self._records]
+        sums: list[int] = []
         start, together = 0, b""  # neighbouring parts become one write
-        for record, checksum in zip(self._records, sums, strict=True):
-            together += record.header(checksum) + (record.data or b"")
+        for record in self._records:
+            together += record.header() + (record.data or b"")
             if record.data is None:
                 yield start, together
-                start, together = record.data_offset + record.nbytes, b""
+                sums.append(next(given))
+                start, together = record.data_offset + record.nbytes, record.descriptor(sums[-1])
+            else:
+                sums.append(crc32(record.data))
         yield start, together + self._directory(sums)
 
     def whole(self) -> bytes:

@@ -19,6 +19,8 @@ from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.tensors import Extent, Piece, Record, TensorEntry
 from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.opening import open_checkpoint
+from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.roots import as_output
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.copy import Target
 from dsconv.convert.destination import Destination, FileRange, FillingFile, OutputFile, Written
@@ -63,7 +65,7 @@ def to_universal(
     dry_run: bool = False,
     verify_output: bool = False,
     force: bool = False,
-    fsync: bool = True,
+    fsync: bool | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> UniversalReport:
@@ -73,8 +75,9 @@ def to_universal(
     can be loaded at other degrees of those too.
 
     Args:
-        source: a path, or a checkpoint that is open.
-        output: the folder to write (default: SAVE_DIR/<tag>_universal). It becomes a tag folder, as the
+        source: a path, a URL, or a checkpoint that is open.
+        output: the folder to write, on the disk or in a store (default: SAVE_DIR/<tag>_universal, and of a source in a
+            store <tag>_universal in the current folder). It becomes a tag folder, as the
             ``--output_folder`` of the official tool does: its parent gets a ``latest_universal`` that names it, so
             both ``load_checkpoint(parent)`` and ``load_checkpoint(output)`` find it.
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
@@ -85,7 +88,7 @@ def to_universal(
         dry_run: write nothing, and report the plan.
         verify_output: read the output back and compare every byte, before it counts.
         force: replace a universal checkpoint that ``output`` already holds.
-        fsync: have the output on disk before it counts as written.
+        fsync: have the output on disk before it counts as written (default: yes). A store takes None only.
         workers: the number of copying threads (default: one per core, at most 8).
         progress: called with (phase, bytes done, bytes in all), from any thread.
 
@@ -97,11 +100,14 @@ def to_universal(
             value a weight; OutputError when the output exists (without ``force``), is being written by another run or
             does not fit the disk; MismatchError when ``verify_output`` finds a difference.
     """
+    target = as_output(output) if output is not None else None
     checkpoint = (
         source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item, follow_links=follow_links)
     )
     training = training_of(checkpoint)
-    target = Path(output) if output is not None else Path(checkpoint.folder, f"{checkpoint.info['tag']}_universal")
+    if target is None:
+        name = f"{checkpoint.info['tag']}_universal"
+        target = Path(name) if is_remote(checkpoint.folder) else Path(checkpoint.folder, name)
     plan = plan_universal(checkpoint, training, exclude_frozen)
     report = _report(checkpoint, training, target, plan, dry_run)
     destination = UniversalOutput(checkpoint, plan, target)
@@ -163,6 +169,7 @@ class UniversalOutput(Destination):
     """The files of a plan, and ``latest_universal`` in the folder, which makes them a checkpoint, and beside it."""
 
     what = "a checkpoint"
+    command = "to-universal"
 
     def __init__(self, checkpoint: Checkpoint, plan: UniversalPlan, target: Path) -> None:
         self._checkpoint = checkpoint
@@ -197,8 +204,9 @@ class UniversalOutput(Destination):
         if file is None:
             return ()
         filled = self._ranges.get(name)
-        checksums = [0] * len(file.archive.streamed) if filled is None else [filled.checksum.value]
-        return file.archive.fixed(checksums)
+        if filled is None:
+            return file.archive.fixed([0] * len(file.archive.streamed))
+        return file.archive.fixed(checksum.value for checksum in (filled.checksum,))
 
     def small_files(self, written: Written) -> Mapping[str, bytes]:
         """Return ``latest_universal``, which names the folder itself: DeepSpeed joins the folder and the tag."""
@@ -245,7 +253,7 @@ class UniversalOutput(Destination):
     def pointers(self) -> Mapping[Path, bytes]:
         """``latest_universal`` beside the output, as the official tool leaves it."""
         here = self._target.resolve()
-        return {here.parent / LATEST: os.fsencode(here.name)}
+        return {here.parent / LATEST: os.fsencode(here.name)} if here.parent != here else {}  # a bucket has no parent
 
 
 def _foreign(zero: Path) -> Path | None:
@@ -253,12 +261,12 @@ def _foreign(zero: Path) -> Path | None:
 
     DeepSpeed's checkpoint/ds_to_universal.py writes ``zero/<parameter>/<state>.pt`` and ``zero/optimizer_state.pt``.
     """
-    if zero.is_symlink() or not zero.is_dir():
+    if (not is_remote(zero) and zero.is_symlink()) or not zero.is_dir():
         return None  # which is refused elsewhere
     for path in sorted(zero.iterdir()):
-        is_folder = path.is_dir() and not path.is_symlink()
+        is_folder = path.is_dir() and (is_remote(path) or not path.is_symlink())
         for file in sorted(path.iterdir()) if is_folder else [path]:
-            if file.suffix != ".pt" or not stat.S_ISREG(file.lstat().st_mode):
+            if file.suffix != ".pt" or not (file.is_file() if is_remote(file) else stat.S_ISREG(file.lstat().st_mode)):
                 return file
     return None
 

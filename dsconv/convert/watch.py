@@ -20,51 +20,38 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsconv.convert.folders import opened
+from dsconv.checkpoint.storage.roots import as_path
+from dsconv.checkpoint.storage.unfinished import STAGING
 from dsconv.convert.manifest import MANIFEST
-from dsconv.convert.marked_folders import MarkedFolder, open_marked
+from dsconv.convert.marked_folders import MarkedFolder
 from dsconv.convert.merge import merge
 from dsconv.convert.progress import Progress
-from dsconv.convert.push import check_repo, open_api, push
-from dsconv.convert.staging import STAGING
-from dsconv.convert.watched_run import QUIET_SECONDS, Files, Signs, WatchedRun, files_of, signs
-from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MismatchError, OutputError
+from dsconv.convert.push import check_repo, open_api
+from dsconv.convert.watch_events import (
+    DROPPED,
+    FAILED,
+    LOST,
+    MERGED,
+    OLD,
+    PUSHED,
+    SEEN,
+    WAITING,
+    Event,
+    Push,
+    locked_home,
+)
+from dsconv.convert.watched_run import QUIET_SECONDS, Files, Signs, WatchedRun, files_of, gap_before, signs, step_in
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MismatchError, OutputError, RemoteError
+from dsconv.urls import local_path, where
 
-HOME = ".dsconv-watch"
 STATE, COPY = "state.json", "merged-"
 MAX_STATE_BYTES = 64 << 20
 DEFAULT_KEEP = 3
-PUSHED, OLD, FAILED, WAITING = "pushed", "was there before", "failed", "waiting"
-SEEN, MERGED, LOST, DROPPED = "seen", "merged", "lost", "dropped"
+NO_FILES = Files("", 0)
 DONE = (PUSHED, OLD, DROPPED)
-
-
-@dataclass(frozen=True)
-class Event:
-    """What became of a checkpoint.
-
-    Attributes:
-        name: The name of its folder in the run.
-        outcome: ``pushed``; ``waiting`` (it is tried again); ``failed`` (it is tried again when its files or the
-            options change); ``lost`` (it went away before it was merged); ``dropped`` (its copy had to make room).
-        step: The training step, once it is known.
-        url: The address of the commit, of what was pushed.
-        error: Why it was not pushed.
-        nbytes: Bytes that were merged.
-        seconds: The time that merging and pushing took.
-    """
-
-    name: str
-    outcome: str
-    step: int | None = None
-    url: str | None = None
-    error: Exception | None = None
-    nbytes: int = 0
-    seconds: float = 0.0
 
 
 class Watcher:
@@ -89,12 +76,17 @@ class Watcher:
         self._reported: dict[str, str] = {}  # name → why it waits, as was reported
         read = self._read_state()
         self._is_first_look = read is None
+        self._pushing: Push | None = None
         self._state = read or {}
         self.pending = False  # whether something was seen that the next look will take
         self._remove_strays()
 
     def look(
-        self, settled: bool = False, progress: Progress | None = None, signs: Signs | None = None
+        self,
+        settled: bool = False,
+        progress: Progress | None = None,
+        signs: Signs | None = None,
+        done: Callable[[], None] | None = None,
     ) -> Iterator[Event]:
         """Merge what is new, push what is merged, and yield what became of each checkpoint.
 
@@ -102,22 +94,28 @@ class Watcher:
             settled: Take the files as they are, without a second look at them.
             progress: Called with (phase, bytes done, bytes in all), from any thread.
             signs: Names of checkpoints that were saved since the last look, which may be gone by now.
+            done: Called from another thread when a push has ended, and the next look will tell of it. A slow push does
+                not keep a look from merging what is new then. Without it, a look waits for its pushes.
 
         Raises:
             OutputError: The state cannot be kept.
         """
         self.pending = False
         names = self.run.saved(self._state)
-        if self._is_first_look:  # ever: begin with the newest
-            self._is_first_look = False
+        is_first_look, self._is_first_look = self._is_first_look, False
+        if is_first_look:  # ever: begin with the newest
             for name in names[:-1]:
                 self._note(name, OLD, files_of(self.run.folder / name))
             self._save()
         for name in sorted(signs.take() if signs is not None else ()):
             if name not in self._state and not (self.run.folder / name).is_dir():
-                self._note(name, SEEN, Files("", 0))
+                self._note(name, SEEN, NO_FILES)
         yield from self._tell_lost()
+        if not is_first_look:
+            yield from self._tell_gaps(names)
         for name in names:
+            if self._pushing is not None and name == self._pushing.name:
+                continue
             files, key = files_of(self.run.folder / name), self._key()
             if not self._is_new(name, files, key):
                 continue
@@ -135,7 +133,7 @@ class Watcher:
             if event is not None and event.outcome == WAITING:
                 break
             yield from self._make_room(self.keep)
-        yield from self._push_line(progress)
+        yield from self._push_line(progress, done)
 
     def unpushed(self) -> Event | None:
         """Return what is known of the newest checkpoint, if it is not pushed."""
@@ -151,6 +149,8 @@ class Watcher:
         outcome = known.get("outcome")
         if outcome in DONE:  # saved again, and not half deleted: that leaves no newer file
             return bool(known["files"] != files.digest and files.newest_ns > known.get("newest_ns", 0))
+        if outcome == LOST and known["newest_ns"]:  # what is left of it is not a new one
+            return bool(files.newest_ns > known["newest_ns"])
         if outcome in (FAILED, MERGED):
             return bool(known["files"] != files.digest or known.get("key") != key)
         return True
@@ -158,7 +158,8 @@ class Watcher:
     def _key(self) -> str:
         """Return a digest of the options and of what the configuration's folder holds."""
         config = self.options.get("config_from")
-        beside = files_of(Path(config)).digest if config and Path(config).is_dir() else ""
+        folder = where(config) if config else ""
+        beside = files_of(folder).digest if isinstance(folder, Path) and folder.is_dir() else ""
         return hashlib.sha256(f"{sorted(self.options.items(), key=str)} {beside}".encode()).hexdigest()[:16]
 
     def _tell_lost(self) -> Iterator[Event]:
@@ -166,14 +167,29 @@ class Watcher:
             if known["outcome"] != SEEN or (self.run.folder / name).is_dir():
                 continue
             if "copy" in known and self._is_whole(known["copy"]):  # a watcher was killed right after it merged
-                step = json.loads((self.home.path / known["copy"] / MANIFEST).read_bytes())["source"]["step"]
+                step = self._step_of(known["copy"], name)
                 self._line_up(name, Files(known["files"], known["newest_ns"]), known["key"], known["copy"], step, 0.0)
             else:
                 yield self._lose(name)
 
-    def _lose(self, name: str) -> Event:
+    def _tell_gaps(self, names: list[str]) -> Iterator[Event]:
+        """Tell of checkpoints that must have come and gone while nobody watched, by the distances of the others."""
+        for name in names:
+            if name in self._state:
+                continue
+            for missed in gap_before(name, self._state):
+                error = CheckpointNotFoundError(
+                    f"{self.run.folder / missed} was not seen: if the run saved it, as it saved the others, it was"
+                    " deleted while no watcher was at work"
+                )
+                self._note(missed, LOST, NO_FILES, error=str(error))
+                yield Event(missed, LOST, error=error)
+            self._note(name, SEEN, NO_FILES)
+
+    def _lose(self, name: str, left: Files = NO_FILES) -> Event:
+        """Note a loss; ``left`` is what is still there of a checkpoint that is being deleted."""
         error = CheckpointNotFoundError(f"{self.run.folder / name} was deleted before it could be merged")
-        self._note(name, LOST, Files("", 0), error=str(error))
+        self._note(name, LOST, left, error=str(error))
         return Event(name, LOST, error=error)
 
     def _merge(self, name: str, files: Files, key: str, progress: Progress | None) -> Event | None:
@@ -189,11 +205,12 @@ class Watcher:
                 if self._state.get(name, {}).get("outcome") != MERGED:
                     self._note(name, SEEN, files, copy=copy, key=key)
                 merge(path, output, tag=tag, progress=progress, **self.options)
-            step = json.loads((output / MANIFEST).read_bytes())["source"]["step"]
+            step = self._step_of(copy, name)
         except (DsconvError, OSError) as error:
-            if not (self.run.folder / name).is_dir():
-                return self._lose(name)
-            if isinstance(error, OutputError):
+            now = files_of(self.run.folder / name)
+            if now.digest != files.digest and now.newest_ns <= files.newest_ns:  # files went, and none came
+                return self._lose(name, now)
+            if isinstance(error, (OutputError, RemoteError)):  # of the disk, or of where --config-from is
                 return Event(name, WAITING, error=error)
             self._note(name, FAILED, files, key=key, error=str(error))
             return Event(name, FAILED, error=error)
@@ -202,6 +219,11 @@ class Watcher:
             self.home.remove_marked(known["copy"])
         self._line_up(name, files, key, copy, step, time.monotonic() - began)
         return None
+
+    def _step_of(self, copy: str, name: str) -> int | None:
+        """Return the step that a merged copy knows, or else the one in the checkpoint's name."""
+        step = json.loads((self.home.path / copy / MANIFEST).read_bytes())["source"]["step"]
+        return step_in(name) if step is None else int(step)
 
     def _is_whole(self, copy: str) -> bool:
         output = self.home.path / copy
@@ -230,8 +252,11 @@ class Watcher:
 
     def _make_room(self, keep: int, nbytes: int = 0) -> Iterator[Event]:
         """Drop the oldest copies until ``keep`` are left and the disk has ``nbytes`` free; yield what was dropped."""
-        while (waiting := self._waiting()) and (len(waiting) > keep or nbytes > shutil.disk_usage(self.home.path).free):
-            name = waiting[0]
+        while waiting := self._waiting():
+            idle = [name for name in waiting if self._pushing is None or name != self._pushing.name]
+            if not idle or not (len(waiting) > keep or nbytes > shutil.disk_usage(self.home.path).free):
+                return
+            name = idle[0]
             why = f"more than {keep} copies waited (--keep)" if len(waiting) > keep else "the disk was full"
             error = OutputError(f"{name} was merged and could not be pushed; its copy was dropped, since {why}")
             known = self._state[name]
@@ -239,29 +264,41 @@ class Watcher:
             self._note(name, DROPPED, Files(known["files"], known["newest_ns"]), step=known["step"], error=str(error))
             yield Event(name, DROPPED, known["step"], error=error)
 
-    def _push_line(self, progress: Progress | None) -> Iterator[Event]:
-        for name in self._waiting():
-            known = self._state[name]
-            began = time.monotonic()
-            try:
-                report = push(self.home.path / known["copy"], self.repo, private=self.private, progress=progress)
-            except MismatchError as error:  # the copy is damaged: merge again, if the source is still there
-                self.home.remove_marked(known["copy"])
-                self._note(name, SEEN, Files("", 0), error=str(error))
-                yield Event(name, WAITING, known["step"], error=error)
+    def _push_line(self, progress: Progress | None, done: Callable[[], None] | None) -> Iterator[Event]:
+        """Push the copies in line. With ``done`` this does not wait: it is called when the push at work has ended."""
+        while True:
+            if self._pushing is None:
+                waiting = self._waiting()
+                if not waiting:
+                    return
+                self._pushing = Push(waiting[0], self.home.path / self._state[waiting[0]]["copy"])
+                self._pushing.start(self.repo, self.private, progress, done)
+            if done is not None and not self._pushing.result.done():
                 return
-            except (DsconvError, OSError) as error:
-                event = Event(name, WAITING, known["step"], error=error)
-                known["error"] = str(error)
-                self._save()
-                if self._is_new_report(event):
-                    yield event
+            pushed, self._pushing = self._pushing, None
+            event = self._pushed(pushed)
+            if event.outcome != WAITING or self._is_new_report(event):
+                yield event
+            if event.outcome == WAITING:
                 return
-            seconds = known.get("seconds", 0.0) + time.monotonic() - began
-            files = Files(known["files"], known["newest_ns"])
-            self._note(name, PUSHED, files, step=known["step"], url=report.url)
+
+    def _pushed(self, pushed: Push) -> Event:
+        """Wait for a push, note what became of it, and return that."""
+        name, known = pushed.name, self._state[pushed.name]
+        try:
+            url = pushed.result.result()
+        except MismatchError as error:  # the copy is damaged: merge again, if the source is still there
             self.home.remove_marked(known["copy"])
-            yield Event(name, PUSHED, known["step"], report.url, nbytes=known["nbytes"], seconds=seconds)
+            self._note(name, SEEN, NO_FILES, error=str(error))
+            return Event(name, WAITING, known["step"], error=error)
+        except (DsconvError, OSError) as error:
+            known["error"] = str(error)
+            self._save()
+            return Event(name, WAITING, known["step"], error=error)
+        seconds = known.get("seconds", 0.0) + time.monotonic() - pushed.began
+        self._note(name, PUSHED, Files(known["files"], known["newest_ns"]), step=known["step"], url=url)
+        self.home.remove_marked(known["copy"])
+        return Event(name, PUSHED, known["step"], url, nbytes=known["nbytes"], seconds=seconds)
 
     def _is_new_report(self, event: Event) -> bool:
         """Return whether what became of a checkpoint was not reported in these words yet."""
@@ -364,7 +401,9 @@ def watch(
         ValueError: ``repo`` is not written as a repository is.
     """
     check_repo(repo)
-    folder = Path(run)
+    folder = local_path(run, "the folder of a run that is watched")
+    if options.get("config_from") is not None:
+        as_path(options["config_from"])  # a URL that nothing reads will not become one
     watched = WatchedRun(folder)
     watched.check()
     open_api(repo)
@@ -377,7 +416,7 @@ def watch(
             if why and why != said:
                 on_message(why)
             said = why
-            for event in watcher.look(settled=once, progress=progress, signs=seen):
+            for event in watcher.look(once, progress, seen, None if once else seen.wake):
                 on_event(event)
                 events.append(event)
             if once:
@@ -388,27 +427,3 @@ def watch(
                 return events
             events.clear()
             seen.wait(min(QUIET_SECONDS, interval_seconds) if watcher.pending else interval_seconds)
-
-
-@contextlib.contextmanager
-def locked_home(run: Path, repo: str) -> Iterator[MarkedFolder]:
-    """Open the watcher's own folder in ``run`` and hold its lock, which the system takes back when the process ends.
-
-    Raises:
-        OutputError: another watcher has the lock, or the folder cannot be written to or is not dsconv's own.
-    """
-    name = repo.replace("/", "--")
-    with opened(run) as folder:
-        try:
-            with folder.inner(HOME, make=True) as shelf:
-                home = open_marked(shelf, name)
-        except OutputError:
-            raise
-        except OSError as error:
-            raise OutputError(
-                f"{run / HOME / name}: cannot be written to, and what was pushed is noted there: {error.strerror}"
-            ) from None
-        if home is None:
-            raise OutputError(f"{run}: another watcher pushes this run to {repo}; stop it first, or leave it running")
-        with home:
-            yield home

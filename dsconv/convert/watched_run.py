@@ -141,6 +141,40 @@ class WatchedRun:
         return path, None
 
 
+def gap_before(name: str, known: Iterable[str]) -> list[str]:
+    """Return the names of checkpoints that should have come before ``name`` and are not known.
+
+    They are found where the last three checkpoints are equally far apart, and ``name`` is further away by a multiple.
+
+    Args:
+        name: A new checkpoint.
+        known: The names of all that were seen before it.
+    """
+    stem, written = _parted(name)
+    same = [text for other, text in map(_parted, known) if other == stem and text]
+    before = sorted(int(text) for text in same if written and int(text) < int(written))
+    if len(before) < 3:
+        return []
+    first, second, third = before[-3:]
+    step, number = third - second, int(written)
+    if not step or second - first != step or (number - third) % step:
+        return []
+    width = len(written) if any(text.startswith("0") for text in (*same, written)) else 0
+    return [stem.replace("#", str(missed).zfill(width)) for missed in range(third + step, number, step)]
+
+
+def step_in(name: str) -> int | None:
+    """Return the training step that a name of the Trainer's or of torchtitan's states."""
+    found = TRAINER.fullmatch(name) or STEP.fullmatch(name)
+    return None if found is None else int(found[1])
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """Return a name with ``#`` in place of its last number, and that number as it is written; "" for none."""
+    found = re.fullmatch(r"(.*?)(\d+)(\D*)", name, re.DOTALL)
+    return (f"{found[1]}#{found[3]}", found[2]) if found else (name, "")
+
+
 def _number(name: str) -> int | None:
     found = re.findall(r"\d+", name)
     return int(found[-1]) if found else None
@@ -169,6 +203,10 @@ class Signs:
         if self._woken.wait(seconds):
             self._woken.clear()
             time.sleep(min(QUIET_SECONDS, seconds))
+
+    def wake(self) -> None:
+        """End the wait of another thread."""
+        self._woken.set()
 
     def dispatch(self, event: Any) -> None:
         """Take an event of watchdog's."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ from dsconv.convert.folders import Folder, refuse_link, refuse_special
 from dsconv.convert.progress import Progress, ProgressCounter
 from dsconv.convert.staging import open_staging, refuse_existing, require_space
 from dsconv.errors import DsconvError, OutputError, UnsupportedError
-from dsconv.text import quote
+from dsconv.text import quote, redact
 
 FLUSH_BYTES = 32 << 20
 FINISHERS = 4  # threads that wait for the disk
@@ -91,7 +92,10 @@ def write(
     older_output(destination, target, options.force)
     if not is_remote(target):
         require_space(target, sum(file.nbytes for file in destination.files))
-    with open_place(target, options.fsync) as place:
+    repeat = (
+        f"dsconv {destination.command} {shlex.quote(redact(str(checkpoint.path)))} {shlex.quote(redact(str(target)))}"
+    )
+    with open_place(target, options.fsync, repeat if destination.command else "") as place:
         old = older_output(destination, target, options.force)  # again, now that no other run can write there
         written = _fill(destination, checkpoint, place, options)
         for name, data in destination.small_files(written).items():
@@ -161,8 +165,13 @@ def _refuse_fsync(target: Path, fsync: bool | None) -> None:
 
 
 @contextlib.contextmanager
-def open_place(target: Path, fsync: bool | None) -> Iterator[Place]:
+def open_place(target: Path, fsync: bool | None, repeat: str = "") -> Iterator[Place]:
     """Open the folder ``target`` on disk or of a store for one run. What was not committed is gone at the end.
+
+    Args:
+        target: the folder.
+        fsync: see ``WriteOptions``.
+        repeat: the command that makes the output, for those who find it half in place in a store.
 
     Raises:
         OutputError: another run is at work there, or it cannot be written to.
@@ -174,7 +183,7 @@ def open_place(target: Path, fsync: bool | None) -> Iterator[Place]:
     _refuse_fsync(target, fsync)
     from dsconv.convert.upload import open_upload
 
-    with open_upload(target) as upload:
+    with open_upload(target, repeat) as upload:
         yield upload
 
 
@@ -192,9 +201,9 @@ def _fill(destination: Destination, checkpoint: Checkpoint, place: Place, option
 
             def complete(filling: FillingFile) -> None:
                 if waits:
-                    finishing.append(finishers.submit(_finish, destination, filling))
+                    finishing.append(finishers.submit(_finish, filling))
                 else:
-                    _finish(destination, filling)
+                    _finish(filling)
 
             for file in outputs:
                 opened = place.create(file.name, file.nbytes, len(outputs) <= MAX_OPEN_FILES, options.sha256)
@@ -203,11 +212,11 @@ def _fill(destination: Destination, checkpoint: Checkpoint, place: Place, option
             targets = list(destination.targets(files))
             if not place.in_order:
                 for filling in files.values():
-                    filling.begin()
+                    filling.begin(destination.rest(filling.file.name))
             run = CopyRun(workers, {}, counter.add, checkpoint.signatures)
             with _flushing(files.values(), counter, waits):
                 if place.in_order:
-                    _run_in_order(targets, files, run)
+                    _run_in_order(destination, targets, files, run)
                 else:
                     fill_all(((entry, target) for _, entry, target in targets), run)
                 for future in finishing:
@@ -226,13 +235,16 @@ def _fill(destination: Destination, checkpoint: Checkpoint, place: Place, option
     return Written(run.stats.bytes_read, run.stats.overflowed, digests, nonfinite=run.stats.nonfinite)
 
 
-def _finish(destination: Destination, filling: FillingFile) -> None:
-    filling.opened.finish(destination.rest(filling.file.name))
+def _finish(filling: FillingFile) -> None:
+    filling.opened.finish()
     filling.finished = True
 
 
 def _run_in_order(
-    targets: Sequence[tuple[str, TensorEntry, Target]], files: Mapping[str, FillingFile], run: CopyRun
+    destination: Destination,
+    targets: Sequence[tuple[str, TensorEntry, Target]],
+    files: Mapping[str, FillingFile],
+    run: CopyRun,
 ) -> None:
     """Fill each file from its first byte to its last. A source record is checked as in every copy."""
     if made := next((entry for _, entry, _ in targets if isinstance(entry, ComputedEntry)), None):
@@ -244,13 +256,17 @@ def _run_in_order(
     checks, padding = source_checks(copies)
     run.checks.update(checks)
 
-    def stream(name: str, of_file: Sequence[tuple[str, TensorEntry, Target]]) -> Iterator[Gather]:
-        files[name].begin()
-        for _, entry, target in of_file:
-            yield from runs_of(entry, target)
+    within: dict[str, list[tuple[TensorEntry, Target, int, int]]] = {name: [] for name in files}
+    for begins_in, entry, target in targets:
+        for name, first, end in target.spans or ((begins_in, 0, entry.numel),):
+            within[name].append((entry, target, first, end))
 
-    grouped = {name: list(of_file) for name, of_file in groupby(targets, key=lambda item: item[0])}
-    run.run_in_order(stream(name, grouped.get(name, [])) for name in files)
+    def stream(name: str) -> Iterator[Gather]:
+        files[name].begin(destination.rest(name))
+        for entry, target, first, end in within[name]:
+            yield from runs_of(entry, target, first, end)
+
+    run.run_in_order(map(stream, files))
     run.run(padding)
     run.check_records()
 

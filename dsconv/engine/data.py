@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
+from dsconv.urls import local_path
 
 SYNTHETIC_SAMPLES = 512  # an epoch of synthetic data
 
@@ -75,7 +76,7 @@ def open_data(spec: str, seq_len: int, vocab_size: int, seed: int, model_folder:
     """
     if spec == "synthetic":
         return Data(_synthetic(seq_len, vocab_size, seed), seed)
-    path = Path(spec)
+    path = local_path(spec, "--data")
     if not path.is_file():
         raise CheckpointNotFoundError(
             f"--data {spec}: no such file; give a text file, an .npy array of token ids, or 'synthetic'"

@@ -18,6 +18,7 @@ from dsconv.engine.checkpoints import FOLDER
 from dsconv.engine.options import RunOptions
 from dsconv.errors import CheckpointNotFoundError, OutputError, SeveralModelsError, UnsupportedError, UsageError
 from dsconv.loaders.models import config_folder
+from dsconv.urls import local_path
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +50,7 @@ def open_source(options: RunOptions, resumed: bool) -> Source:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     own = Path(options.output_dir) / FOLDER
-    path = own if resumed and (own / "config.json").is_file() else Path(options.model)
+    path = own if resumed and (own / "config.json").is_file() else local_path(options.model, "MODEL")
     checkpoint, folder = None, None
     if path.suffix == ".json" and path.is_file():
         config = _read(AutoConfig, str(path))

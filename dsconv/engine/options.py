@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
+from dsconv.urls import local_path
 
 RUN_FILE = "run.json"
 BACKENDS = ("deepspeed", "native")
@@ -158,6 +159,8 @@ class RunOptions:
     def check(self) -> None:
         """Raise UsageError unless the run is possible."""
         self.layout.check()
+        for what, path in (("MODEL", self.model), ("--data", self.data), ("--nvme-path", self.nvme_path or "")):
+            local_path(path, what)
         for name in ("steps", "seq_len", "batch_size", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 1 or more")

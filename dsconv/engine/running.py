@@ -14,6 +14,7 @@ from dsconv.engine.options import Layout, RunOptions
 from dsconv.engine.overlay import without_flags
 from dsconv.engine.worker import METRICS, Job, Outcome, read_metrics
 from dsconv.errors import OutputError, UsageError, require_packages
+from dsconv.urls import local_path
 
 Progress = Callable[[str, int, int], None]
 NVME_OPTIMIZER = (
@@ -78,7 +79,8 @@ def train(options: RunOptions, *, stop_after: int | None = None, progress: Progr
     options.check()
     options = without_flags(options)
     _lint(options)
-    run = Path(options.output_dir)
+    run = local_path(options.output_dir, "--output-dir")
+    options = replace(options, output_dir=str(run))
     if _leads():
         # A run that failed before its first step may be repeated.
         if (run / METRICS).exists() or checkpoints.steps(run):
@@ -113,7 +115,7 @@ def resume(
         UnsafeError: A file of the checkpoint asks to run code, or a link leaves the run's folder.
         DsconvError: As ``train``.
     """
-    folder = Path(run)
+    folder = local_path(run, "a run")
     options = RunOptions.read(folder)
     if changes:
         options = replace(options, **changes)

@@ -14,6 +14,7 @@ from dsconv.checkpoint.config_files import find_config
 from dsconv.checkpoint.storage import hub
 from dsconv.errors import CheckpointNotFoundError, UnsupportedError, require_packages
 from dsconv.loaders.models import model_class_of
+from dsconv.urls import local_path
 from dsconv.zero_utils.activations import Decoder
 from dsconv.zero_utils.memory import ModelSizes
 
@@ -98,7 +99,7 @@ def _decoder(model: Any) -> Decoder | None:
 def _config_path(source: str, revision: str | None) -> Path:
     if hub.lies_on_hub(source):
         return hub.fetch_config(source.removeprefix(hub.SCHEME), revision)
-    path = Path(source)
+    path = local_path(source, "the model's configuration")
     if path.is_file():
         if path.suffix != ".json":
             raise UnsupportedError(

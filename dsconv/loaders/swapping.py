@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.errors import OutputError, UnsupportedError
+from dsconv.urls import local_path
 
 
 def check_nvme(nvme_path: str) -> None:
@@ -27,6 +28,7 @@ def check_nvme(nvme_path: str) -> None:
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    nvme_path = str(local_path(nvme_path, "offload_param's nvme_path"))
     try:
         (Path(nvme_path) / "zero_stage_3").mkdir(parents=True, exist_ok=True)
     except OSError as error:

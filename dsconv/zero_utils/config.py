@@ -14,10 +14,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dsconv.errors import CheckpointNotFoundError, ConfigMismatchError, MalformedError
+from dsconv.urls import local_path
 from dsconv.zero_utils import config_auto, config_lint
 from dsconv.zero_utils.config_auto import Mismatch, TrainingValues
 from dsconv.zero_utils.config_keys import lookup
@@ -171,8 +171,8 @@ def _text_of(source: str | os.PathLike[str]) -> tuple[str, str]:
     text = os.fspath(source)
     if isinstance(source, str) and text.lstrip().startswith("{"):
         return "ds_config", text
+    path = local_path(text, "a DeepSpeed config")
     try:
-        path = Path(text)
         there = text != "" and path.exists()
     except (OSError, ValueError):  # a text too long for a path, or with a zero byte
         there = False

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import dsconv
+from dsconv.checkpoint.storage import unfinished
 from dsconv.convert import folders, marked_folders, staging
 from dsconv.errors import OutputError
 from tests.cli.running import slow_writes
@@ -34,7 +35,7 @@ def test_an_interrupted_run_removes_its_files(
     out = tmp_path / "out"
     command = [*slow_writes(0.2), "zero-to-fp32", str(trained(CASE).checkpoint), str(out), "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (out / staging.STAGING).exists():
+    while not (out / unfinished.STAGING).exists():
         time.sleep(0.01)
         assert process.poll() is None
     time.sleep(0.3)
@@ -50,7 +51,7 @@ def test_two_runs_on_one_output(trained: Callable[[str], Trained], tmp_path: Pat
     with staging.open_staging(out, sync=False):
         with pytest.raises(OutputError, match="another dsconv run is writing here"):
             dsconv.merge(trained(CASE).checkpoint, out, fsync=False)
-        assert (out / staging.STAGING).is_dir()
+        assert (out / unfinished.STAGING).is_dir()
     assert not out.exists()
 
 

@@ -14,9 +14,10 @@ import pytest
 
 import dsconv
 from dsconv.checkpoint.storage.local import kind_of
+from dsconv.checkpoint.storage.unfinished import STAGING
 from dsconv.convert import marked_folders
-from dsconv.convert.staging import STAGING, open_staging
-from dsconv.convert.watch import locked_home
+from dsconv.convert.staging import open_staging
+from dsconv.convert.watch_events import locked_home
 from dsconv.engine import checkpoints
 from dsconv.engine.checkpoints import State
 from dsconv.errors import CheckpointNotFoundError, OutputError

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsconv import merge, open_checkpoint, verify
+from dsconv import merge, open_checkpoint, to_dcp, to_universal, verify
 from dsconv.checkpoint import Checkpoint, TensorEntry
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.regions import box
@@ -26,6 +26,7 @@ from dsconv.checkpoint.storage.stores import Store, Writer
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.compat import convert_zero_checkpoint_to_fp32_state_dict
+from dsconv.convert import dcp_layout, upload
 from dsconv.errors import (
     DsconvError,
     MalformedError,
@@ -47,6 +48,12 @@ URL = "shelf/my model"
 def store(request: pytest.FixtureRequest) -> Any:
     """Return a file system of fsspec. The tests write to ``url(fs)``."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_waits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of these tests are small, and are sent as large ones are."""
+    monkeypatch.setattr(upload, "MAX_HELD_BYTES", 0)
 
 
 def url(fs: Any) -> str:
@@ -248,8 +255,11 @@ def test_debris_of_a_run_that_was_putting_files_in_place_is_recognised(
         with pytest.raises(Stopped):
             merge(source, url(store), max_shard_size="4KB")
     assert [name for name in files_in(store) if name.endswith(".safetensors")] == ["model-00001-of-00005.safetensors"]
-    with pytest.raises(MissingShardError, match="missing model-00002-of-00005"):
+    with pytest.raises(MissingShardError) as caught:
         open_checkpoint(url(store))
+    assert "a run was cut off while it put its output into place" in str(caught.value)
+    assert f"repeat dsconv merge {source}" in str(caught.value)
+    assert f" '{url(store)}', with the options that it had" in str(caught.value)
     merge(source, url(store))
     merge(source, tmp_path / "out")
     assert files_in(store) == files_on_disk(tmp_path / "out")
@@ -298,7 +308,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[DsconvError], str, int]] = {
         "s3://nothing/model",
         {},
         RemoteError,
-        "s3://nothing/model/model.safetensors: cannot .*bucket does not exist",
+        "s3://nothing/model: there is no bucket 'nothing': check its name",
         6,
     ),
 }
@@ -344,3 +354,61 @@ def test_memory_stays_below_the_size_of_the_model(s3: Any, s3_environment: Any, 
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert int(ran.stdout) < 250_000
     assert s3.info("shelf/model/model.safetensors")["size"] > 320_000_000
+
+
+CONVERSIONS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
+    "dcp": (to_dcp, "llama_tied-z3-bf16-w2", {"prefix": "model."}),
+    "dcp in several files": (to_dcp, ZERO3, {"max_shard_size": "9KB"}),
+    "dcp of a cast": (to_dcp, "llama_tied-z2-fp32-w1", {"dtype": "bf16"}),
+    "universal": (to_universal, ZERO3, {}),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_store_gets_the_same_conversion_as_the_disk(
+    name: str, store: Any, trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert, case, options = CONVERSIONS[name]
+    monkeypatch.setattr(dcp_layout, "CHUNK_BYTES", 2048)  # tensors of several chunks, some of them in two files
+    monkeypatch.setattr(upload, "MAX_HELD_BYTES", 20_000)  # some files wait in memory, others are sent at once
+    source = trained(case).checkpoint
+    out = tmp_path / "shelf" / "my model"
+    here = convert(source, out, **options)
+    there = convert(source, url(store), **options)
+    assert (there.output, there.files, there.nbytes) == (url(store), here.files, here.nbytes)
+    found = files_in(store)
+    assert found == {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert uploads_in_progress(store) == 0
+    if convert is to_universal:
+        assert store.cat_file("shelf/latest_universal") == (out.parent / "latest_universal").read_bytes()
+    with pytest.raises(OutputError, match=r"already holds .*; give --force to replace it"):
+        convert(source, url(store), **options)
+    store.pipe_file(f"{URL}/zero/stale/fp32.pt" if convert is to_universal else f"{URL}/__7_0.distcp", b"older")
+    if convert is to_universal and "memory" in store.protocol:
+        assert convert(source, url(store), force=True, verify_output=True, **options).verified
+    else:
+        convert(source, url(store), force=True, **options)
+    assert files_in(store) == found
+    assert verify(source, url(store), allow_cast=True).equal
+
+
+def test_a_conversion_that_is_cut_off_in_a_store_is_no_checkpoint(
+    store: Any, trained: Callable[[str], Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = trained(ZERO3).checkpoint
+    for convert in (to_dcp, to_universal):
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, url(store), progress=Interrupt(KeyboardInterrupt()))
+        assert files_in(store) == {}
+        assert uploads_in_progress(store) == 0
+    order: list[str] = []
+    write = Store.write
+
+    def note(self: Store, place: str, data: bytes) -> None:
+        order.append(place.rpartition("/")[2])
+        assert place.endswith("moving.json") or "__0_0.distcp" in files_in(store)
+        write(self, place, data)
+
+    monkeypatch.setattr(Store, "write", note)
+    to_dcp(source, url(store))
+    assert order == ["moving.json", ".metadata"]

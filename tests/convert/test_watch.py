@@ -13,15 +13,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from watchdog.events import FileClosedNoWriteEvent, FileModifiedEvent, FileOpenedEvent
 
+from dsconv import merge
 from dsconv.convert.marked_folders import MarkedFolder
-from dsconv.convert.watch import DROPPED, FAILED, LOST, PUSHED, SEEN, WAITING, Event, Watcher, locked_home, watch
-from dsconv.convert.watched_run import Signs, files_of, signs
+from dsconv.convert.watch import Watcher, watch
+from dsconv.convert.watch_events import DROPPED, FAILED, LOST, PUSHED, SEEN, WAITING, Event, locked_home
+from dsconv.convert.watched_run import Signs, files_of, gap_before, signs
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, OutputError, RemoteError
 from tests.servers.hubwriting import Fault, Shell, WritableHub, download
 from tests.trained import Trained, load_safetensors
@@ -352,6 +355,80 @@ def test_a_checkpoint_that_lives_shorter_than_two_looks(hub: WritableHub, run: R
         run.name(2)
         (lost,) = watcher.look(settled=True, signs=seen)
     assert (lost.name, lost.outcome) == ("global_step4", LOST)
+
+
+def test_what_is_deleted_during_its_merge_is_lost_and_not_failed(
+    hub: WritableHub, run: Run, home: MarkedFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = Watcher(run.folder, home, "org/new", False, {})
+    assert list(watcher.look()) == []
+    tag = run.save(2)
+
+    def rotating(*args: Any, **options: Any) -> Any:
+        next(tag.glob("*optim_states.pt")).unlink(missing_ok=True)  # the trainer deletes one file after the other
+        return merge(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsconv.convert.watch.merge", rotating)
+        (lost,) = watcher.look(settled=True)
+        assert (lost.name, lost.outcome) == ("global_step2", LOST)
+        assert "was deleted before it could be merged" in str(lost.error)
+        assert list(watcher.look(settled=True)) == [], "told once, also while some of its files are there"
+    run.save(2)
+    assert outcomes(list(watcher.look(settled=True))) == [("global_step2", PUSHED)]
+
+
+def test_what_came_and_went_while_nobody_watched_is_told(hub: WritableHub, run: Run) -> None:
+    for step in (10, 20, 30):
+        run.save(step)
+        watch(run.folder, "org/new", once=True)
+    run.save(60)  # and 40 and 50, which were deleted since
+    events = watch(run.folder, "org/new", once=True)
+    assert outcomes(events) == [("global_step40", LOST), ("global_step50", LOST), ("global_step60", PUSHED)]
+    assert "was not seen: if the run saved it, as it saved the others, it was deleted" in str(events[0].error)
+    assert watch(run.folder, "org/new", once=True) == [], "told once"
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "missed"),
+    [
+        ("step-50", ["step-10", "step-20", "step-30"], ["step-40"]),
+        ("step-00050", ["step-00010", "step-00020", "step-00030"], ["step-00040"]),
+        ("step-50", ["step-20", "step-30"], []),  # too few to know the distance
+        ("step-55", ["step-10", "step-20", "step-30"], []),
+        ("step-50", ["step-10", "step-15", "step-30"], []),
+        ("best", ["step-10", "step-20", "step-30"], []),
+        ("step-50", ["other-10", "other-20", "other-30"], []),
+        ("step-50", ["step-10", "step-20", "step-30", "step-40"], []),
+        ("step-20", ["step-10", "step-20", "step-30"], []),
+    ],
+)
+def test_gaps(name: str, known: list[str], missed: list[str]) -> None:
+    assert gap_before(name, known) == missed
+
+
+def test_a_push_that_takes_long_keeps_nothing_from_being_merged(
+    hub: WritableHub, run: Run, home: MarkedFolder, trained: Callable[[str], Trained]
+) -> None:
+    """The trainer may delete its checkpoints while the Hub takes its time."""
+    watcher = Watcher(run.folder, home, "org/new", False, {}, keep=2)
+    assert list(watcher.look()) == []
+    frozen, ended = threading.Event(), threading.Event()
+    hub.faults = [Fault("/commit/", frozen)]
+    run.save(2)
+    assert list(watcher.look(settled=True, done=ended.set)) == []
+    for step, case in ((4, CASES[1]), (6, CASES[2])):
+        run.save(step, case)
+        found = list(watcher.look(settled=True, done=ended.set))
+        shutil.rmtree(run.folder / f"global_step{step}")
+    assert outcomes(found) == [("global_step4", DROPPED)], "not the copy that is being pushed"
+    frozen.set()
+    assert ended.wait(SECONDS)
+    while not (found := list(watcher.look(settled=True, done=ended.set))):
+        ended.wait(0.05)
+    assert found[0].name == "global_step2"
+    assert list(watcher.look(settled=True))[-1].name == "global_step6"
+    trained(CASES[2]).check(load_safetensors(hub.head("org/new")))
 
 
 def test_copies_wait_in_line_and_the_oldest_makes_room(hub: WritableHub, run: Run, home: MarkedFolder) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dsconv
-from dsconv.convert.staging import STAGING
+from dsconv.checkpoint.storage.unfinished import STAGING
 from dsconv.convert.verify import verify
 from dsconv.errors import DsconvError, OutputError
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import dsconv
+from dsconv.checkpoint.storage import unfinished
 from dsconv.convert import staging, writing
 from dsconv.errors import OutputError
 from tests.crash.jobs import contents
@@ -73,7 +74,7 @@ def test_an_interrupt_or_an_error_in_passing_costs_nothing(
         with pytest.raises(KeyboardInterrupt):
             dsconv.merge(trained(CASE).checkpoint, older, force=True)
     assert contents(older) == undisturbed
-    assert not (older / staging.STAGING).exists()
+    assert not (older / unfinished.STAGING).exists()
     with monkeypatch.context() as patch:
         patch.setattr(staging.Staging, "finish", once(OSError(errno.EIO, "Input/output error"), staging.Staging.finish))
         dsconv.merge(trained(CASE).checkpoint, older, force=True)
@@ -93,7 +94,7 @@ def test_a_disk_that_refuses_to_the_end_keeps_the_output_for_the_next_run(
     with pytest.raises(OutputError, match="already holds a model"):
         dsconv.merge(trained(OLDER).checkpoint, older)
     assert contents(older) == undisturbed
-    assert not (older / staging.STAGING).exists()
+    assert not (older / unfinished.STAGING).exists()
 
 
 def test_a_model_that_is_merged_into_itself_survives_a_kill(trained: Callable[[str], Trained], tmp_path: Path) -> None:
@@ -163,17 +164,17 @@ def test_a_list_of_moves_from_elsewhere_takes_nothing_away(
     moving: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     out, mine = tmp_path / "out", tmp_path / "mine"
-    hidden = out / staging.STAGING
+    hidden = out / unfinished.STAGING
     hidden.mkdir(parents=True)
-    for path in (mine, out / "mine", hidden / staging.STARTED, hidden / "x"):
+    for path in (mine, out / "mine", hidden / unfinished.STARTED, hidden / "x"):
         path.write_text("mine")
-    (hidden / staging.MOVING).write_text(moving)
+    (hidden / unfinished.MOVING).write_text(moving)
     assert json.loads(moving) is not None
     before = contents(tmp_path)
     with pytest.raises(OutputError, match=r"\.dsconv-partial was not made by dsconv on this disk \(it holds moving"):
         dsconv.merge(trained(CASE).checkpoint, out, fsync=False)
     assert contents(tmp_path) == before
-    assert sorted(path.name for path in hidden.iterdir()) == [staging.MOVING, staging.STARTED, "x"]
+    assert sorted(path.name for path in hidden.iterdir()) == [unfinished.MOVING, unfinished.STARTED, "x"]
     shutil.rmtree(hidden)
     dsconv.merge(trained(CASE).checkpoint, out, fsync=False)
     assert (mine.read_text(), (out / "mine").read_text(), hidden.exists()) == ("mine", "mine", False)

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import dsconv
-from dsconv.convert import marked_folders, staging
+from dsconv.checkpoint.storage import unfinished
+from dsconv.convert import marked_folders
 from dsconv.errors import DsconvError
 from tests.cli.running import held_writes
 from tests.crash.jobs import contents
@@ -180,7 +181,7 @@ def test_the_second_of_two_processes_at_one_output_refuses(
     alone = tmp_path / "alone" / "out"
     release = tmp_path / "release"
     first = subprocess.Popen([*held_writes(release), *arguments], stderr=subprocess.PIPE, text=True)
-    while not (out / staging.STAGING / marked_folders.LOCK).exists():
+    while not (out / unfinished.STAGING / marked_folders.LOCK).exists():
         time.sleep(0.005)
         assert first.poll() is None
     time.sleep(0.05)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,12 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 class Fault:
     """What befalls the next ``times`` requests that match: a status, ``drop`` (the connection is closed before the
     request is
-    heeded), ``half`` (after half of its body), ``deaf`` (it is heeded, and the answer lost) or a function (the same,
-    and it is called in between).
+    heeded), ``half`` (after half of its body), ``deaf`` (it is heeded, and the answer lost), a function (the same,
+    and it is called in between) or an event (nothing happens until it is set, and then the connection is closed).
     """
 
     request: str  # a pattern of "METHOD /path"
-    what: int | str | Callable[[], object]
+    what: int | str | Callable[[], object] | threading.Event
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -203,7 +204,9 @@ class WritingHandler(HubHandler):
                 **fault.headers,
             )
             return True
-        if fault.what == "half" and body is None:
+        if isinstance(fault.what, threading.Event):
+            fault.what.wait(60)
+        elif fault.what == "half" and body is None:
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
         if (fault.what == "deaf" or callable(fault.what)) and body is not None:
             answer = self.answer

@@ -277,15 +277,22 @@ def explain_absence(url: str) -> None:
     Raises:
         RemoteError: The repository is private, gated or missing, or has no such revision.
     """
-    parts = url.removeprefix(SCHEME).split("/")
-    if not url.startswith(SCHEME) or len(parts) < 2 or _offline():
+    repo, revision = repo_of(url)
+    if not repo or _offline():
         return
-    name, _, revision = parts[1].partition("@")
-    repo = f"{parts[0]}/{name}"
     try:
-        _api(repo).model_info(repo, revision=unquote(revision) or None)
+        _api(repo).model_info(repo, revision=revision)
     except Exception as error:  # noqa: BLE001 - the client's own errors, httpx2's, and the system's
-        raise explain(repo, unquote(revision) or None, error) from None
+        raise explain(repo, revision, error) from None
+
+
+def repo_of(url: str) -> tuple[str, str | None]:
+    """Return the repository and the revision of a URL ``hf://org/model@revision/…``; "" where it names none."""
+    parts = url.removeprefix(SCHEME).split("/")
+    if not url.startswith(SCHEME) or len(parts) < 2:
+        return "", None
+    name, _, revision = parts[1].partition("@")
+    return f"{parts[0]}/{name}", unquote(revision) or None
 
 
 def explain(repo: str, revision: str | None, error: Exception) -> RemoteError:

@@ -16,10 +16,10 @@ from pathlib import PurePosixPath
 from urllib.parse import quote, unquote
 
 from dsconv.checkpoint.storage.http import HttpStore
-from dsconv.checkpoint.storage.hub import connection
+from dsconv.checkpoint.storage.hub import connection, explain, explain_absence, repo_of
 from dsconv.checkpoint.storage.local import OpenFile, read_small
 from dsconv.checkpoint.storage.stores import Stat, Store
-from dsconv.errors import CheckpointNotFoundError, MalformedError, UnsupportedError
+from dsconv.errors import CheckpointNotFoundError, MalformedError, RemoteError, UnsupportedError
 
 READS_AT_ONCE = 16  # small reads, while a checkpoint is opened; a copy has one in flight for each worker
 NEAR_BYTES = 64 << 10  # two small reads with a smaller gap than this become one
@@ -242,6 +242,17 @@ class RemoteFile(OpenFile):
         return [found[span] for span in spans]
 
 
+class HubStore(Store):
+    """Repositories of the Hub, read in place. Failures are told in the words that ``org/model`` is told in."""
+
+    def explain_absence(self, url: str) -> None:
+        explain_absence(url)
+
+    def failure(self, url: str, error: Exception, tries: int) -> RemoteError:
+        repo, revision = repo_of(url)
+        return explain(repo, revision, error) if repo else super().failure(url, error, tries)
+
+
 def store_of(url: str) -> Store:
     """Return the store that serves a URL. Raises UnsupportedError if no installed library reads such URLs."""
     protocol = url.partition("://")[0]
@@ -255,4 +266,4 @@ def store_of(url: str) -> Store:
         raise UnsupportedError(f"{url}: nothing that is installed reads {protocol}:// ({how})") from None
     if protocol in ("http", "https"):
         return HttpStore(fs)
-    return Store(fs)
+    return HubStore(fs) if protocol == "hf" else Store(fs)

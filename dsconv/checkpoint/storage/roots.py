@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol, cast
-from urllib.parse import unquote
 
 from dsconv.checkpoint.storage import hub
 from dsconv.checkpoint.storage.local import is_remote
 from dsconv.checkpoint.storage.paths import Bounds, SourcePath
 from dsconv.errors import CheckpointNotFoundError, DsconvError
+from dsconv.urls import where, writable
 
 
 class Root(Protocol):
@@ -81,21 +81,14 @@ def open_root(source: str | os.PathLike[str], revision: str | None = None, *, fo
         UnsupportedError: Nothing that is installed reads such a URL, or a revision is given for a path elsewhere.
         RemoteError: The Hub, a store or the network fails.
     """
-    if isinstance(source, str):
-        source = lower_scheme(source)
     if hub.is_repo(source):
         return hub.open_repo(str(source), revision)
-    path = as_path(source if revision is None else hub.with_revision(str(source), revision))
+    path = as_path(source if revision is None else hub.with_revision(str(where(source)), revision))
     if not path.exists():
-        hub.explain_absence(str(path))
+        if is_remote(path):
+            path.tree.store.explain_absence(str(path))  # type: ignore[attr-defined]  # a RemotePath
         raise CheckpointNotFoundError(f"{path}: no such file or folder")
     return PathRoot(path, follow_links)
-
-
-def lower_scheme(text: str) -> str:
-    """Return a URL with its scheme in lower case (``S3://`` is ``s3://``), and any other text as it is."""
-    protocol, separator, rest = text.partition("://")
-    return protocol.lower() + separator + rest if separator and protocol.isalnum() else text
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -104,16 +97,28 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     A ``RemotePath`` stands in for ``pathlib.Path``; its module is imported for URLs only.
 
     Raises:
-        UnsupportedError: Nothing that is installed reads such a URL.
+        UnsupportedError: It is written like a URL, and nothing that is installed reads it.
     """
-    if not isinstance(path, str):
-        return cast(Path, path) if hasattr(path, "is_file") else Path(path)
-    path = lower_scheme(path)
-    protocol, separator, rest = path.partition("://")
-    if not separator or not protocol.isalnum():
-        return Path(path)
-    if protocol == "file":
-        return Path(unquote(rest))
+    return cast(Path, path) if _came_from_a_root(path) else _opened(where(path))
+
+
+def as_output(path: str | os.PathLike[str]) -> Path:
+    """Return where an output goes, as ``as_path`` does.
+
+    Raises:
+        UnsupportedError: It is written like a URL, and nothing that is installed reads it.
+        OutputError: It is a URL that is only read.
+    """
+    return cast(Path, path) if _came_from_a_root(path) else _opened(writable(path))
+
+
+def _came_from_a_root(path: object) -> bool:
+    return isinstance(path, SourcePath) or (not isinstance(path, (str, PurePath)) and hasattr(path, "is_file"))
+
+
+def _opened(found: Path | str) -> Path:
+    if isinstance(found, Path):
+        return found
     from dsconv.checkpoint.storage.remote import RemotePath
 
-    return cast(Path, RemotePath.of(path))
+    return cast(Path, RemotePath.of(found))

@@ -20,7 +20,7 @@ from dsconv.errors import DsconvError, RemoteError
 T = TypeVar("T")
 FIRST_WAIT_SECONDS = 0.25  # doubled after each try, and varied, so that workers do not all come back at once
 PATIENCE_SECONDS = 300  # since the first try; a later failure is the last
-PARTIAL = ".dsconv-partial"  # the folder for files that are not whole yet, as on disk
+BUCKETS = {"s3", "s3a", "gs", "gcs"}
 DEFERS = {"s3", "s3a"}  # stores that show an upload once it is completed, and whose library lets the caller do that
 PART_BYTES = 16 << 20  # a part of an upload; those in flight are held in memory
 MAX_PARTS = 9_000  # S3 takes 10,000
@@ -105,6 +105,26 @@ class Store:
         require_small(url, found.st_size if found else 0, limit_bytes)
         return self.read_range(url, 0, found.st_size) if found and found.st_size else b""
 
+    def explain_absence(self, url: str) -> None:
+        """Raise RemoteError where nothing lies at ``url`` because its bucket is not there."""
+        protocol, _, rest = url.partition("://")
+        bucket = rest.partition("/")[0]
+        if protocol not in BUCKETS:
+            return
+        try:
+            self.fs.info(bucket)
+        except FileNotFoundError:
+            raise RemoteError(
+                f"{url}: there is no bucket {bucket!r}: check its name, and whether the credentials and the endpoint"
+                " are those of its account"
+            ) from None
+        except Exception:  # noqa: BLE001 - it may be there, and not be ours to look at
+            return
+
+    def failure(self, url: str, error: Exception, tries: int) -> RemoteError:
+        """Return the error that tells of a failure that will not pass."""
+        return _remote_error(url, error, tries)
+
     def attempt(self, url: str, action: Callable[[], T]) -> T:
         """Return ``action()``, tried again with growing pauses while its failure may pass. Raises RemoteError."""
         began = time.monotonic()
@@ -116,19 +136,29 @@ class Store:
             except Exception as error:  # noqa: BLE001 - every library behind fsspec has errors of its own
                 late = time.monotonic() - began > PATIENCE_SECONDS
                 if number == self.tries or late or not _passes(error):
-                    raise _remote_error(url, error, number) from None
+                    raise self.failure(url, error, number) from None
             time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1) * random.uniform(0.75, 1.25))
         raise AssertionError
 
     # Writing. A store has no positioned writes and often no rename: a file goes up from its first byte to its last.
 
-    def create(self, url: str, nbytes: int) -> Writer:
-        """Begin a file of ``nbytes`` bytes that nobody sees before its ``commit``."""
+    def create(self, url: str, nbytes: int, hidden: str) -> Writer:
+        """Begin a file of ``nbytes`` bytes that nobody sees before its ``commit``.
+
+        Args:
+            url: where it will be.
+            nbytes: its size.
+            hidden: where it is until then, in a store that shows a file at once.
+
+        Raises:
+            RemoteError: the store fails.
+        """
         deferred = not DEFERS.isdisjoint((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
         part_bytes = max(PART_BYTES, -(-nbytes // MAX_PARTS))
-        folder, _, name = url.rpartition("/")
-        place = url if deferred else f"{folder}/{PARTIAL}/{name}"
+        place = url if deferred else hidden
         options = {"block_size": part_bytes, "autocommit": False} if deferred else {"block_size": part_bytes}
+        if not deferred:
+            self.once(place, lambda: self.fs.makedirs(place.rpartition("/")[0], exist_ok=True))
         return Writer(self, url, place, self.once(url, lambda: self.fs.open(place, "wb", **options)))
 
     def write(self, url: str, data: bytes) -> None:
@@ -144,6 +174,20 @@ class Store:
 
         self.attempt(url, rm)
 
+    def remove_folder(self, url: str) -> None:
+        """Remove a folder with all that is in it, if it exists."""
+
+        def rm() -> None:
+            self.fs.invalidate_cache()
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(url, recursive=True)
+
+        self.attempt(url, rm)
+
+    def copy(self, url: str, other: str) -> None:
+        """Copy a file within the store."""
+        self.attempt(other, lambda: self.fs.cp_file(url, other))
+
     def once(self, url: str, action: Callable[[], T]) -> T:
         """Return ``action()``, called once: it cannot be repeated, or the library repeats it. Raises RemoteError."""
         try:
@@ -151,7 +195,7 @@ class Store:
         except DsconvError:
             raise
         except Exception as error:  # noqa: BLE001 - as in ``attempt``
-            raise _remote_error(url, error, 1) from None
+            raise self.failure(url, error, 1) from None
 
 
 class Writer:
@@ -174,7 +218,11 @@ class Writer:
         if self.place == self.url:
             self.store.once(self.url, self.file.commit)
         else:
-            self.store.once(self.url, lambda: self.store.fs.mv(self.place, self.url))
+            self.store.once(self.url, self._move)
+
+    def _move(self) -> None:
+        self.store.fs.makedirs(self.url.rpartition("/")[0], exist_ok=True)
+        self.store.fs.mv(self.place, self.url)
 
     def discard(self) -> None:
         """Remove what was sent, as far as the store can be reached."""

@@ -39,11 +39,15 @@ SHORT_RUN = 16  # elements
 
 @dataclass(frozen=True)
 class Target:
-    """One output tensor. ``write`` takes bytes of ``dtype``, their offset in the tensor, and their CRC-32."""
+    """One output tensor. ``write`` takes bytes of ``dtype``, their offset in the tensor, and their CRC-32.
+
+    ``spans`` are (file, first element, end) of what lies in each file, in order, where there may be several files.
+    """
 
     name: str
     dtype: DType
     write: Callable[[memoryview, int, int], None]
+    spans: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,10 @@ class CopyRun:
                     " Restore it from another copy"
                 )
         for path in sorted(self.unchecked):
-            if stat_signature(path) != self.signatures.get(path, stat_signature(path)):
+            now = stat_signature(path)
+            if now is None:
+                raise MalformedError(f"{path}: it was deleted while it was read")
+            if now != self.signatures.get(path, now):
                 raise MalformedError(
                     f"{path}: it was written to while it was read: run again when nothing writes to it"
                 )
@@ -391,11 +398,12 @@ def copies_of(entry: TensorEntry, target: Target) -> Iterator[Copy | Gather]:
         )
 
 
-def runs_of(entry: TensorEntry, target: Target) -> Iterator[Gather]:
-    """Yield the runs that fill ``target`` from its first element to its last, each of at most a block.
+def runs_of(entry: TensorEntry, target: Target, first: int = 0, end: int | None = None) -> Iterator[Gather]:
+    """Yield the runs that fill ``target`` from its element ``first`` to ``end``, each of at most a block.
 
     Where pieces fill regions, a run leaves room in the block for one part beside it.
     """
+    end = entry.numel if end is None else end
     pieces = entry.pieces
     step = BLOCK_BYTES // entry.dtype.itemsize
     regions = [piece.region for piece in pieces if piece.region is not None]
@@ -411,8 +419,8 @@ def runs_of(entry: TensorEntry, target: Target) -> Iterator[Gather]:
             return
         step = entry.numel
     step = max(1, step)
-    for start in range(0, entry.numel, step):
-        numel = min(step, entry.numel - start)
+    for start in range(first, end, step):
+        numel = min(step, end - start)
         yield Gather(
             tuple(parts_of(pieces, entry.shape, start, start + numel)), entry.dtype, target, entry.shape, start, numel
         )

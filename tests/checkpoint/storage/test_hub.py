@@ -207,6 +207,9 @@ def test_hf_urls_are_read_in_place(shell: Shell, repos: dict[str, dict[str, Path
     assert private.err == shell("inspect", "org/private").err  # both ways give the same error
     assert "org/private" in private.err
     assert "if it is private, set HF_TOKEN" in private.err
+    gated = shell("inspect", "hf://org/gated")
+    assert (gated.code, gated.err) == (6, shell("inspect", "org/gated").err)
+    assert "org/gated: is gated: accept its terms at" in gated.err
     absent = shell("inspect", "hf://org/both@v9")
     assert (absent.code, absent.err) == (6, shell("inspect", "org/both", "--revision", "v9").err)
     nothing = shell("inspect", "hf://org/both/nothing")
@@ -337,5 +340,20 @@ def test_an_estimate_downloads_the_configuration_only(shell: Shell) -> None:
     offline = shell("estimate", "org/both", "--json", "--seq-len", "64", HF_HUB_OFFLINE="1")
     assert offline.json == found.json
     assert shell.hub.requests == []
+    gated = shell("inspect", "hf://org/gated")
+    assert (gated.code, gated.err) == (6, shell("inspect", "org/gated").err)
+    assert "org/gated: is gated: accept its terms at" in gated.err
     absent = shell("estimate", "org/none")
     assert (absent.code, "no such repository on the Hub" in absent.err) == (6, True), absent.err
+
+
+def test_a_configuration_of_the_hub(shell: Shell, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2, 3)}, tmp_path / "weights.pt")
+    for number, source in enumerate(("org/both", "hf://org/both")):
+        ran = shell("merge", "weights.pt", f"out{number}", "--config-from", source)
+        assert ran.code == 0, ran.err
+        assert (tmp_path / f"out{number}" / "config.json").is_file()
+    downloads = shell.hub.downloads()
+    assert not [name for name in downloads if name.endswith((".bin", ".safetensors"))]
+    refused = shell("merge", "weights.pt", "out", "--config-from", "org/private")
+    assert (refused.code, "if it is private, set HF_TOKEN" in refused.err) == (6, True)

@@ -338,3 +338,11 @@ def test_the_test_server_behaves_as_described(tmp_path: Path) -> None:
         request = urllib.request.Request(f"{server.url}/a.bin", headers={"Range": "bytes=3-5"})
         with urllib.request.urlopen(request) as answer:
             assert (answer.status, answer.read(), answer.headers["Content-Range"]) == (206, b"345", "bytes 3-5/10")
+
+
+def test_a_missing_bucket_is_told_as_such(s3: Any, folders: dict[str, Path]) -> None:
+    for url in ("s3://nothing/run", "s3://nothing"):
+        with pytest.raises(RemoteError, match=f"{url}: there is no bucket 'nothing': check its name"):
+            open_checkpoint(url)
+    with pytest.raises(CheckpointNotFoundError, match="s3://shelf/run: no such file or folder"):
+        open_checkpoint("s3://shelf/run")

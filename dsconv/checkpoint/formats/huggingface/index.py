@@ -96,8 +96,8 @@ def read_numbered(
     missing = sorted(set(range(1, count + 1)) - set(found))
     if missing:
         raise MissingShardError(
-            f"{folder}: missing {stem}-{missing[0]:05d}-of-{count:05d}{shards[0].suffix}, one of {len(missing)} of"
-            f" {count}"
+            f"{folder}: {len(missing)} of {count} files are missing, such as"
+            f" {stem}-{missing[0]:05d}-of-{count:05d}{shards[0].suffix}"
         )
     entries: dict[str, TensorEntry] = {}
     for number in sorted(found):
@@ -118,6 +118,12 @@ def set_warning(file: Path) -> list[str]:
         return []
     count = int(match["count"])
     return [f"{file.name} is one of {count} files of a model, but was read alone: give {file.parent} for all of them"]
+
+
+def refuse_one_of_a_set(file: Path) -> None:
+    """Raise MissingShardError where ``file``, by its name, is one of several files of a model: it makes no model."""
+    if file.is_file() and (found := set_warning(file)):
+        raise MissingShardError(f"{file}: {found[0]}")
 
 
 def pick_file(folder: Path, first: str, item: str | None, count: Callable[[Path], int]) -> tuple[Path, dict[str, int]]:

@@ -57,8 +57,12 @@ def test_shards_without_an_index(suffix: str, stem: str, tmp_path: Path) -> None
     one = dsconv.open_checkpoint(tmp_path / names[1])
     assert list(one) == ["w1"]
     assert f"{names[1]} is one of 3 files of a model, but was read alone" in one.warnings[0]
+    for write in (dsconv.merge, dsconv.to_dcp):
+        with pytest.raises(MissingShardError, match="is one of 3 files of a model, but was read alone"):
+            write(tmp_path / names[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     refusals: list[tuple[type[DsconvError], str]] = [
-        (MissingShardError, f"missing {names[0]}, one of 2 of 3"),
+        (MissingShardError, f"2 of 3 files are missing, such as {names[0]}"),
         (InconsistentCheckpointError, "are not from one save"),
     ]
     (tmp_path / names[0]).unlink()
