@@ -12,8 +12,8 @@ import dsconv
 ROOT = Path(dsconv.__file__).parent
 # A room imports from itself and from the floors below. Rooms of one floor do not import each other.
 FLOORS = {
-    "text": -1,
-    "errors": 0,
+    "text": -2,
+    "errors": -1,
     "urls": 0,
     "_version": 0,
     "page": 1,

@@ -19,6 +19,7 @@ from typing import Any
 
 from dsconv.checkpoint.storage.unfinished import MOVING, STAGING, moving_in_store
 from dsconv.convert.progress import Progress
+from dsconv.convert.staging import MAX_POINTER_BYTES
 from dsconv.errors import MismatchError, OutputError
 
 COMMITS_AT_ONCE = 8
@@ -203,7 +204,10 @@ class Upload:
             self.store.remove(self.url(name))
 
     def replace(self, path: Path, data: bytes) -> None:
-        """Replace a small file beside the target. Raises RemoteError."""
+        """Replace a small file beside the target. Raises OutputError where it is larger, and RemoteError."""
+        found = self.store.stat(str(path))
+        if found is not None and (found.is_dir or found.st_size > MAX_POINTER_BYTES):
+            raise OutputError("it is not a pointer to a checkpoint")
         self.store.write(str(path), data)
 
     def discard(self) -> None:

@@ -92,6 +92,6 @@ def locked_home(run: Path, repo: str) -> Iterator[MarkedFolder]:
                 f"{run / HOME / name}: cannot be written to, and what was pushed is noted there: {error.strerror}"
             ) from None
         if home is None:
-            raise OutputError(f"{run}: another watcher pushes this run to {repo}; end it first, or leave it at work")
+            raise OutputError(f"{run}: another watcher pushes this run to {repo}; stop it first, or leave it running")
         with home:
             yield home

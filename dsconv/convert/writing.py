@@ -92,10 +92,7 @@ def write(
     older_output(destination, target, options.force)
     if not is_remote(target):
         require_space(target, sum(file.nbytes for file in destination.files))
-    repeat = (
-        f"dsconv {destination.command} {shlex.quote(redact(str(checkpoint.path)))} {shlex.quote(redact(str(target)))}"
-    )
-    with open_place(target, options.fsync, repeat if destination.command else "") as place:
+    with open_place(target, options.fsync, _command(destination, checkpoint, target)) as place:
         old = older_output(destination, target, options.force)  # again, now that no other run can write there
         written = _fill(destination, checkpoint, place, options)
         for name, data in destination.small_files(written).items():
@@ -109,6 +106,12 @@ def write(
             except OSError as error:
                 written.warnings.append(f"{path} could not be written ({error.strerror or error})")
     return written
+
+
+def _command(destination: Destination, checkpoint: Checkpoint, target: Path) -> str:
+    """Return the command that makes the output, without the options that it had; "" where there is none."""
+    words = (destination.command, redact(str(checkpoint.path)), redact(str(target)))
+    return f"dsconv {shlex.join(words)}" if destination.command else ""
 
 
 def older_output(destination: Destination, target: Path, force: bool) -> list[str]:
