@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby, product
 
-from dsconv.checkpoint.formats.huggingface.index import refuse_one_of_a_set
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.pickling import Call, Made, Name, Pairs, dump, size
+from dsconv.convert.plan import require_whole_set
 from dsconv.convert.torch_writer import Streamed, TorchArchive
 from dsconv.errors import MalformedError
 from dsconv.text import quote
@@ -111,7 +111,7 @@ def make_dcp_plan(
         MalformedError: there is nothing to write, or two tensors would have one name.
         MissingShardError: the checkpoint is one file of several.
     """
-    refuse_one_of_a_set(checkpoint.path)
+    require_whole_set(checkpoint)
     path = tuple(prefix.rstrip(".").split(".")) if prefix else ()
     files: dict[str, int] = {}
     tensors = []

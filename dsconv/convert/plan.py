@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsconv.checkpoint.formats.huggingface.index import refuse_one_of_a_set
 from dsconv.checkpoint.formats.huggingface.safetensors import INDEX, MAX_HEADER_BYTES, SINGLE
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
@@ -19,7 +18,7 @@ from dsconv.checkpoint.pickles.schema import is_name, wrong_name
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.ties import stored_name
-from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.errors import MalformedError, MissingShardError, UnsupportedError
 
 DEFAULT_SHARD_SIZE = "5GB"
 HEADER_ALIGNMENT = 8  # safetensors 0.8: the data begins at a multiple of 8
@@ -113,6 +112,14 @@ def parse_size(text: str | int) -> int:
     return int(value)
 
 
+def require_whole_set(checkpoint: Checkpoint) -> None:
+    """Raise MissingShardError where the checkpoint is one file of several: it makes no model."""
+    if count := checkpoint.info.get("one_of_files"):
+        raise MissingShardError(
+            f"{checkpoint.path}: is one of {count} files of a model, and was given alone: give {checkpoint.folder}"
+        )
+
+
 def make_plan(
     checkpoint: Checkpoint,
     *,
@@ -142,7 +149,7 @@ def make_plan(
         MissingShardError: the checkpoint is one file of several.
         UnsupportedError: a header would exceed safetensors' limit.
     """
-    refuse_one_of_a_set(checkpoint.path)
+    require_whole_set(checkpoint)
     chosen: list[tuple[str, TensorEntry, DType]] = []
     for entry in checkpoint.values():
         if exclude_frozen and entry.role == "frozen":

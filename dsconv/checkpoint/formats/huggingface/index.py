@@ -111,19 +111,18 @@ def read_numbered(
     return entries
 
 
-def set_warning(file: Path) -> list[str]:
-    """Return a warning if a file that was given alone is one of several, by its name."""
+def set_size(file: Path) -> int:
+    """Return of how many files of a model a file is one, by its name; 0 where it is whole."""
     match = SHARD.fullmatch(file.stem)
-    if match is None or int(match["count"]) < 2:
+    return 0 if match is None or int(match["count"]) < 2 else int(match["count"])
+
+
+def set_warning(file: Path) -> list[str]:
+    """Return a warning if a file was given alone, but its name says that it is one of several."""
+    count = set_size(file)
+    if not count:
         return []
-    count = int(match["count"])
     return [f"{file.name} is one of {count} files of a model, but was read alone: give {file.parent} for all of them"]
-
-
-def refuse_one_of_a_set(file: Path) -> None:
-    """Raise MissingShardError where ``file``, by its name, is one of several files of a model: it makes no model."""
-    if file.is_file() and (found := set_warning(file)):
-        raise MissingShardError(f"{file}: {found[0]}")
 
 
 def pick_file(folder: Path, first: str, item: str | None, count: Callable[[Path], int]) -> tuple[Path, dict[str, int]]:

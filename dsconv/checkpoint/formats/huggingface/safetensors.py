@@ -19,6 +19,7 @@ from dsconv.checkpoint.formats.huggingface.index import (
     pick_file,
     read_indexed,
     read_numbered,
+    set_size,
     set_warning,
 )
 from dsconv.checkpoint.formats.items.models import choose_model
@@ -104,6 +105,8 @@ def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None], item: str |
         info["left_out"] = left_out
     if removed:
         info["removed_prefixes"] = removed
+    if path.is_file() and (count := set_size(path)):
+        info["one_of_files"] = count
     if models:
         info |= {"item": files[0].stem, "models": models}
     return Checkpoint(

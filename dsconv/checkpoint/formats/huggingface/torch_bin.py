@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.formats.checks import RANK_FILE, check_not_hollow, unwrapped
-from dsconv.checkpoint.formats.huggingface.index import pick_file, read_indexed, read_numbered, set_warning
+from dsconv.checkpoint.formats.huggingface.index import pick_file, read_indexed, read_numbered, set_size, set_warning
 from dsconv.checkpoint.formats.items.models import Items, choose_model
 from dsconv.checkpoint.formats.items.state_dicts import Leaf, walk
 from dsconv.checkpoint.map.checkpoint import Checkpoint
@@ -94,13 +94,16 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     folder = path.parent if path.is_file() else path
     warnings += check_not_hollow(entries, path, (folder, folder.absolute().parent))
     entries, removed = unwrapped(entries)
+    info = _info(list(opened.values()), models, item, removed)
+    if path.is_file() and (count := set_size(path)):
+        info["one_of_files"] = count
     return Checkpoint(
         path,
         first.kind,
         entries,
         folder=folder,
         step=first.step,
-        info=_info(list(opened.values()), models, item, removed),
+        info=info,
         warnings=tuple(warnings),
         sources=tuple(opened),
     )

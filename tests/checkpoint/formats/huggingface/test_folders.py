@@ -58,7 +58,7 @@ def test_shards_without_an_index(suffix: str, stem: str, tmp_path: Path) -> None
     assert list(one) == ["w1"]
     assert f"{names[1]} is one of 3 files of a model, but was read alone" in one.warnings[0]
     for write in (dsconv.merge, dsconv.to_dcp):
-        with pytest.raises(MissingShardError, match="is one of 3 files of a model, but was read alone"):
+        with pytest.raises(MissingShardError, match="is one of 3 files of a model, and was given alone"):
             write(tmp_path / names[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     refusals: list[tuple[type[DsconvError], str]] = [
