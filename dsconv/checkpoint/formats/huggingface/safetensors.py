@@ -105,8 +105,8 @@ def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None], item: str |
         info["left_out"] = left_out
     if removed:
         info["removed_prefixes"] = removed
-    if path.is_file() and (count := set_size(path)):
-        info["one_of_files"] = count
+    if path.is_file() and (of_set := set_size(path)):
+        info["one_of_files"] = of_set
     if models:
         info |= {"item": files[0].stem, "models": models}
     return Checkpoint(

@@ -95,8 +95,8 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     warnings += check_not_hollow(entries, path, (folder, folder.absolute().parent))
     entries, removed = unwrapped(entries)
     info = _info(list(opened.values()), models, item, removed)
-    if path.is_file() and (count := set_size(path)):
-        info["one_of_files"] = count
+    if path.is_file() and (of_set := set_size(path)):
+        info["one_of_files"] = of_set
     return Checkpoint(
         path,
         first.kind,
