@@ -12,6 +12,7 @@ from dsconv._version import __version__
 
 if TYPE_CHECKING:
     from dsconv import compat as compat
+    from dsconv import engine as engine
     from dsconv import errors as errors
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
     from dsconv.convert.dcp_writer import DcpReport, to_dcp
@@ -77,22 +78,25 @@ __all__ = [
 ]
 
 
-_MODULES = ("compat", "errors")
+_MODULES = ("compat", "engine", "errors")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_MODULES})
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"dsconv.{name}")
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'dsconv' has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(home), name)
-    except ImportError as error:
-        from dsconv.errors import as_missing_package
+if not TYPE_CHECKING:  # type checkers know the names above, and report all others
 
-        raise as_missing_package(f"dsconv.{name}", error) or error from None
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"dsconv.{name}")
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module 'dsconv' has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(home), name)
+        except ImportError as error:
+            from dsconv.errors import as_missing_package
+
+            extra = "train" if name in ("load_tp", "load_zero3") else None
+            raise as_missing_package(f"dsconv.{name}", error, extra) or error from None

@@ -178,9 +178,9 @@ def missing_package(what: str, package: str, extra: str) -> MissingPackageError:
     return MissingPackageError(f"{what} needs {package}, which is not installed and comes with dsconv[{extra}]: {how}")
 
 
-def as_missing_package(what: str, error: ImportError) -> MissingPackageError | None:
+def as_missing_package(what: str, error: ImportError, extra: str | None = None) -> MissingPackageError | None:
     """Return the error that names the extra for a failed import; None if no extra brings the missing package."""
     package = (error.name or "").partition(".")[0]
     if isinstance(error, MissingPackageError) or package not in EXTRAS or package in sys.modules:
         return None
-    return missing_package(what, package, EXTRAS[package])
+    return missing_package(what, package, extra or EXTRAS[package])

@@ -36,7 +36,7 @@ def model(tmp_path: Path) -> str:
     ("code", "package", "extra"),
     [
         ("next(iter(dsconv.open_checkpoint(sys.argv[1]).values())).read()", "torch", "torch"),
-        ("dsconv.load_zero3(sys.argv[1])", "torch", "torch"),
+        ("dsconv.load_zero3(sys.argv[1])", "torch", "train"),
         ("dsconv.load_tp(sys.argv[1], device_mesh=None)", "transformers", "train"),
         ("dsconv.stream_into(None, sys.argv[1])", "torch", "torch"),
         ("dsconv.push(sys.argv[1].rpartition('/')[0], 'org/model')", "huggingface_hub", "hub"),

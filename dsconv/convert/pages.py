@@ -17,7 +17,7 @@ from dsconv.page import Page, shown
 LAYER = re.compile(r"(?P<layer>.*?\.?\d+)\.(?P<kind>.+)")  # a name up to its first number, and the rest
 MAX_FILES, MAX_ROWS = 256, 2000  # what a figure and a table show at most
 BLUES = [[0.0, "#c6dcf0"], [0.5, "#3787c0"], [1.0, "#08306b"]]  # white means: nothing there
-MAX_LABEL = 24
+MAX_LABEL = 20
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -68,7 +68,7 @@ def write_inspect_page(
     page.heading(
         "Where the bytes lie", f"Bytes of each layer, or tensor without one, in the files {shown(pattern)}.{more}"
     )
-    page.figure(_file_map(files[:MAX_FILES], shorter, grid, layers), 220 + 18 * min(len(files), MAX_FILES))
+    page.figure(_file_map(files[:MAX_FILES], shorter, grid, layers), 280 + 18 * min(len(files), MAX_FILES))
     if values is not None:
         page.heading("Values", "Read in full. Norm and largest are of the finite values.")
         rows: list[tuple[object, ...]] = [
