@@ -6,6 +6,7 @@ This file imports only the standard library at its top: an interrupt during the 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -34,8 +35,10 @@ def main(args: list[str] | None = None) -> NoReturn:
         code = run(arguments)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - each ends as a line and an exit code
-        _ignore_signals()
+        _hold_signals()
         code = _report(error, arguments)
+        if isinstance(error, (KeyboardInterrupt, Terminated)):
+            _hold_signals(for_good=True)
     sys.exit(code)
 
 
@@ -56,11 +59,23 @@ def _handle_signals() -> None:
         signal.signal(signal.SIGHUP, terminate)
 
 
-def _ignore_signals() -> None:
-    """Let the report end; a signal after it ends the process at once, without a traceback."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+def _hold_signals(for_good: bool = False) -> None:
+    """Let the report end, whose exit code a repeated signal must not change; an interrupt ends the process at once.
+
+    ``for_good``: Python takes its handlers away before it ends, and only what is ignored stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    began = time.monotonic()
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        if time.monotonic() - began > SAME_REQUEST_SECONDS:
+            os._exit(128 + signum)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_IGN if for_good else end)
 
 
 def _report(error: BaseException, arguments: list[str]) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.casting import output_dtype
-from dsconv.convert.adapters.methods import DELTA, TOKENS, by_pattern
+from dsconv.convert.adapters.methods import DELTA, TOKENS
+from dsconv.convert.adapters.patterns import by_pattern
 from dsconv.convert.computed import computed
 from dsconv.convert.lora_math import Lora, folded_bias, folded_weight, read_as, with_tokens
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
@@ -241,6 +242,8 @@ class Folder:
                 f" adapter_config.json gives it rank {told}"
             )
         alpha = by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
+        if alpha is None:
+            raise MalformedError(f"{self.where}: adapter_config.json gives {quote(layer)} no lora_alpha")
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         out, into = lora.up.shape[0], lora.down.shape[1]
         if is_parameter:

@@ -93,8 +93,8 @@ def judged(read: Callable[[], str]) -> str:
         outcome = read()
     except DsconvError as error:
         outcome = REFUSED
-        message = " ".join(map(str, error.args))  # as it was raised: ``str`` would clean and cut it
-        if not message.isprintable() or len(message) > MAX_MESSAGE_CHARS:
+        message = " ".join(map(str, error.args))  # as it was raised: ``str`` would cut it
+        if not str(error).isprintable() or len(message) > MAX_MESSAGE_CHARS:
             raise Failure(f"a message of {len(message)} characters: {message[:300]!a}") from None
     except Failure:
         raise

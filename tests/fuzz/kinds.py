@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.fuzz.adapters import Adapters
 from tests.fuzz.fields import Fields
 from tests.fuzz.targets import (
     Checkpoints,
@@ -27,4 +28,5 @@ TARGETS: tuple[type[Target], ...] = (
     Metadata,
     Checkpoints,
     Fields,
+    Adapters,
 )

@@ -37,7 +37,7 @@ def test_broken_files_are_refused_or_read_as_before(kind: type[Target], found: S
             outcomes[judged(lambda: target.judge(target.broken(input_of(target, 5, number))))] += 1  # noqa: B023
         search(target)
     # The mutations do break files, but nobody reads some of the changed fields.
-    assert outcomes[REFUSED] > outcomes.total() * (1 / 3 if kind is Fields else 1 / 2)
+    assert outcomes[REFUSED] > outcomes.total() * (1 / 8 if issubclass(kind, Fields) else 1 / 2)
     assert outcomes[SAME] + outcomes[OTHER] > 0  # some mutations are harmless
     assert not (target.covered and outcomes[OTHER])
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.convert.adapters.methods import ATTRIBUTES, PROMPTS, slot
 from dsconv.convert.sidecars import read_json, require_readable
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.text import quote
 
 CONFIG = "adapter_config.json"
 VERL_META = "lora_train_meta.json"  # verl 0.9.1 utils/checkpoint/fsdp_checkpoint_manager.py: r, lora_alpha, task_type
+MAX_SIZE = 1 << 53  # of a number: larger ones are no sizes
 DEFAULT = "default"  # the name that PEFT gives an adapter; others are saved in a subfolder of their name
 
 
@@ -56,12 +60,72 @@ def read_config(
             f"{checkpoint.path}: no {CONFIG} beside the checkpoint; it holds what the weights do not (alpha, base"
             " model). Name the folder that has it with --config-from (PeftModel.save_pretrained writes it)"
         )
-    kind = config.get("peft_type")
+    _check_types(path, config)
+    kind = config["peft_type"]
     if kind not in ATTRIBUTES and kind not in PROMPTS:
-        raise (UnsupportedError if isinstance(kind, str) else MalformedError)(
-            f"{path}: peft_type is {str(kind)[:80]!r}, a method that dsconv does not know"
-        )
+        raise UnsupportedError(f"{path}: peft_type is {quote(kind)}, a method that dsconv does not know")
     return config, data
+
+
+def _check_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise MalformedError unless the fields that dsconv uses have the types that PEFT writes."""
+    for name, (fits, expected) in FIELDS.items():
+        if name in config and not fits(config[name]):
+            raise MalformedError(f"{path}: {name} is {safe_repr(config[name])}; expected {expected}")
+    if not isinstance(config.get("peft_type"), str):
+        raise MalformedError(f"{path}: peft_type is {safe_repr(config.get('peft_type'))}; expected a method's name")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_SIZE
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < MAX_SIZE
+
+
+def _is_list(of: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(type(one) is of for one in value)
+
+
+def _is_dict(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(of, value.values()))
+
+
+def _or_none(*fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or any(one(value) for one in fits)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_ROWS = _is_list(int)
+# What is used of an adapter_config.json, with the values that PEFT writes there.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": (_is_text, "a method's name"),
+    "r": (_or_none(_is_size), "a rank"),
+    "lora_alpha": (_or_none(_is_number), "a number"),
+    "rank_pattern": (_or_none(_is_dict(_is_size), _is_dict(_is_list(bool))), "ranks by layer"),
+    "alpha_pattern": (_or_none(_is_dict(_is_number)), "numbers by layer"),
+    "target_modules": (_or_none(_is_text, _is_list(str)), "names of modules"),
+    "target_parameters": (_or_none(_is_list(str)), "names of parameters"),
+    "trainable_token_indices": (_or_none(_ROWS, _is_dict(_ROWS)), "rows, or rows by module"),
+    "base_model_name_or_path": (_or_none(_is_text), "a text"),
+    "bias": (_or_none(_is_text, _is_flag), "a text"),
+    "init_lora_weights": (_or_none(_is_text, _is_flag), "a text or a flag"),
+    **dict.fromkeys(("num_vectors", "topk", "token_dim", "encoder_num_layers"), (_or_none(_is_size), "a size")),
+    **dict.fromkeys(("opt_projection_epsilon", "opt_projection_format_epsilon"), (_or_none(_is_number), "a number")),
+    "cpt_tokens_type_mask": (_or_none(_ROWS), "a list of integers"),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "save_projection", "save_only_topk_weights"),
+        (_or_none(_is_flag), "true or false"),
+    ),
+}
 
 
 def _from_verl(path: Path, state: Mapping[str, TensorEntry]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from dsconv.convert.adapters.methods import (
     TOKENS,
     adapters_in,
     bias_tensors,
-    by_pattern,
     is_saved_form,
     of_other_adapter,
     own_tensors,
@@ -29,6 +28,7 @@ from dsconv.convert.adapters.methods import (
     whole_modules,
     without_adapter,
 )
+from dsconv.convert.adapters.patterns import by_pattern, fits
 from dsconv.convert.sidecars import read_json
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.text import quote
@@ -202,7 +202,9 @@ def _embedding_tensors(state: Mapping[str, TensorEntry], config: Mapping[str, An
     with_tokens = config["peft_type"] == "TRAINABLE_TOKENS" or config.get("trainable_token_indices") is not None
     if isinstance(targets, str) and targets != "all-linear":
         base = {".".join(module.removeprefix(PREFIX).split(".base_layer")[:1]) for module in modules}
-        targeted = any(re.fullmatch(targets, module) for module in base if module.rpartition(".")[2] in TARGETED)
+        targeted = any(
+            fits(rf"(?:{targets})\Z", module, targets) for module in base if module.rpartition(".")[2] in TARGETED
+        )
     else:
         targeted = isinstance(targets, (list, tuple)) and any(name in targets for name in TARGETED)
     if targeted and not with_tokens:

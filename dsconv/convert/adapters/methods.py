@@ -13,8 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsconv.errors import MalformedError
-
 # What the names of a method's own parameters and buffers begin with (``prefix`` of peft's tuners/*/model.py, and the
 # containers that are shared between layers).
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -229,15 +227,3 @@ def whole_modules(names: Iterable[str], adapter: str) -> dict[str, str]:
     """Return {name: name without the wrapper} of the modules that were trained whole (``ModulesToSaveWrapper``)."""
     marker = f".{MODULES}.{adapter}."
     return {name: name.replace(marker, ".", 1) for name in names if marker in name}
-
-
-def by_pattern(patterns: Any, key: str, default: Any) -> Any:
-    """Return a layer's own value (peft ``utils/other.py``, ``get_pattern_key``)."""
-    if isinstance(patterns, dict):
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", key):
-                    return value
-            except re.error:
-                raise MalformedError(f"adapter_config.json: {str(pattern)[:80]!r} is not a pattern") from None
-    return default

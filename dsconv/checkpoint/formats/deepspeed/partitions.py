@@ -175,7 +175,7 @@ def alignment_paddings(first: Partition, g: int, group: Shapes) -> list[int]:
         return [0] * len(group)
     try:
         row = list(paddings[g])
-    except (TypeError, IndexError):
+    except (TypeError, LookupError):
         row = []
     if len(row) != len(group) or not all(type(p) is int and p >= 0 for p in row):
         raise MalformedError(f"{first.path}: param_alignment_paddings of group {g} does not list {len(group)} paddings")

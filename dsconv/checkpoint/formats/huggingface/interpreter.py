@@ -16,21 +16,23 @@ from typing import Any
 from dsconv.checkpoint.formats.huggingface.modules import (
     FILLED,
     LAYERS,
+    MAX_STEPS,
     UNKNOWN,
     CannotTell,
     Configuration,
     Module,
     Tensor,
     Unknown,
+    bounded_range,
+    repeated,
 )
 
-MAX_STEPS = 500_000  # statements and expressions of one model; the largest of transformers takes some 200,000
 BASES = {"nn.Module", "PreTrainedModel", "GenerationMixin", "GradientCheckpointingLayer", "PreTrainedConfig", "ABC"}
 # Functions whose result is no module, though it is not computed here.
 HARMLESS = {"getattr", "hasattr", "isinstance", "get_activation", "len", "int", "float", "bool", "str", "list", "set",
             "max", "min", "sum", "any", "all", "range", "round", "abs", "partial", "tuple", "sorted"}  # fmt: skip
 BUILTINS: dict[str, Callable[..., Any]] = {
-    "range": range, "len": len, "int": int, "float": float, "bool": bool, "str": str, "max": max, "min": min,
+    "range": bounded_range, "len": len, "int": int, "float": float, "bool": bool, "str": str, "max": max, "min": min,
     "abs": abs, "sum": sum, "list": list, "tuple": tuple, "dict": dict, "enumerate": enumerate, "zip": zip,
     "round": round, "set": set, "sorted": sorted, "any": any, "all": all,
 }  # fmt: skip
@@ -282,7 +284,7 @@ class Interpreter:
         if not plain or type(op) not in BINARY or (isinstance(op, ast.Pow) and abs(right) > 64):
             return UNKNOWN
         if isinstance(op, ast.Mult) and not all(isinstance(one, (int, float)) for one in (left, right)):
-            return UNKNOWN if any(isinstance(one, int) and one > 10_000 for one in (left, right)) else left * right
+            return repeated(left, right)
         return BINARY[type(op)](left, right)
 
     def _compare(self, node: ast.Compare, scope: dict[str, Any]) -> Any:
@@ -332,12 +334,10 @@ class Interpreter:
             args, kwargs = self._call_arguments(node, scope)
             self._initialise_base(scope["__class__"], scope["__self__"], args, kwargs)
             return None
-        if name.startswith("super()."):
+        if name.startswith("super().") or name in ("hasattr", "isinstance"):
             return UNKNOWN
         if name == "getattr":
             return self._getattr(node, scope)
-        if name in ("hasattr", "isinstance"):
-            return UNKNOWN
         if name == "setattr" or name.endswith(".__init__"):
             raise CannotTell
         args, kwargs = self._call_arguments(node, scope)

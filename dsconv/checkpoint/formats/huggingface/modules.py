@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Shape = tuple[int, ...]
+MAX_STEPS = 500_000  # statements and expressions of one model; the largest of transformers takes some 200,000
+MAX_REPEATED = 10_000  # items of a list that is multiplied
 
 
 class CannotTell(Exception):
@@ -97,6 +99,24 @@ class Module:
             copy.deepcopy(self.attributes, memo),
             self.node,
         )
+
+
+def bounded_range(*arguments: Any) -> range:
+    """Return a range that is no longer than a model has steps: a list of it takes memory. Raises CannotTell."""
+    found = range(*arguments)
+    try:
+        if len(found) <= MAX_STEPS:
+            return found
+    except OverflowError:
+        pass
+    raise CannotTell
+
+
+def repeated(left: Any, right: Any) -> Any:
+    """Return a list or a text as often as a configuration says; UNKNOWN where that is no list of modules' length."""
+    times = next((one for one in (left, right) if isinstance(one, int)), 0)
+    items = next((len(one) for one in (left, right) if isinstance(one, (str, list, tuple))), 0)
+    return UNKNOWN if times * items > MAX_REPEATED else left * right
 
 
 def _leaf(**shapes: Shape | None) -> Module:
