@@ -28,7 +28,7 @@ from dsconv.convert.adapters.methods import (
     whole_modules,
     without_adapter,
 )
-from dsconv.convert.adapters.patterns import by_pattern, fits
+from dsconv.convert.adapters.patterns import by_pattern
 from dsconv.convert.sidecars import read_json
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.text import quote
@@ -202,9 +202,10 @@ def _embedding_tensors(state: Mapping[str, TensorEntry], config: Mapping[str, An
     with_tokens = config["peft_type"] == "TRAINABLE_TOKENS" or config.get("trainable_token_indices") is not None
     if isinstance(targets, str) and targets != "all-linear":
         base = {".".join(module.removeprefix(PREFIX).split(".base_layer")[:1]) for module in modules}
-        targeted = any(
-            fits(rf"(?:{targets})\Z", module, targets) for module in base if module.rpartition(".")[2] in TARGETED
-        )
+        try:  # not by ``fits``: what trainers write here may have a dozen alternatives and look ahead
+            targeted = any(re.fullmatch(targets, module) for module in base if module.rpartition(".")[2] in TARGETED)
+        except (re.error, RecursionError, OverflowError):
+            raise MalformedError(f"adapter_config.json: target_modules is not a pattern: {quote(targets)}") from None
     else:
         targeted = isinstance(targets, (list, tuple)) and any(name in targets for name in TARGETED)
     if targeted and not with_tokens:
