@@ -76,6 +76,7 @@ def named_paths() -> Iterator[tuple[str, list[str], bool]]:
     for name, option in (
         ("merge", "--config-from"), ("watch", "--config-from"), ("estimate", "--plot"), ("config", "--model"),
         ("train", "--data"), ("train", "--ds-config"), ("train", "--nvme-path"),
+        ("inspect", "--html"), ("diff", "--html"),
     ):  # fmt: skip
         yield f"{name} {option}", [name, *given[name], option, "PLACE"], False
     yield "merge --base", ["merge", *given["merge"], "--fold-lora", "--base", "PLACE"], False

@@ -22,6 +22,7 @@ import click
 
 from dsconv.text import MAX_NAME, clean, redact
 from dsconv.text import count as count
+from dsconv.urls import local_path
 
 LOG_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 QUICK_BYTES = 64 << 20  # work below this ends before a bar is drawn
@@ -33,6 +34,14 @@ SMALLEST_PLAIN_BYTES = 1000  # a smaller size without a unit is a mistake
 Progress = Callable[[str, int, int], None]
 Decorator = Callable[[Any], Any]
 
+
+class Page(click.Path):
+    """A file on this disk, as a Path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return local_path(str(super().convert(value, param, ctx)), "--html")
+
+
 JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 FOLLOW_LINKS: Decorator = click.option(
     "--follow-links", is_flag=True, help="Follow links that leave the checkpoint (default: refuse them)."
@@ -43,7 +52,7 @@ ITEMS: Decorator = click.option(
 )
 ITEM_B: Decorator = click.option("--item-b", metavar="KEY", help="Model of B, if it is another than --item.")
 HTML: Decorator = click.option(
-    "--html", "page", type=click.Path(dir_okay=False, path_type=Path), metavar="PAGE", help="Write a page for browsers."
+    "--html", "page", type=Page(dir_okay=False), metavar="PAGE", help="Write a page for browsers."
 )
 QUIET: Decorator = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 DEBUG: Decorator = click.option("--debug", "-d", is_flag=True, help="On an error, print the traceback.")
