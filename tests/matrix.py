@@ -19,6 +19,7 @@ import torch
 import dsconv
 from dsconv.errors import DsconvError
 from tests.fixtures import gloo, peft_methods, peft_runs, zero
+from tests.fixtures.kept import KEPT, PEFT, Kept
 from tests.trained import Trained, load_safetensors, same
 
 NONE = "–"
@@ -84,35 +85,45 @@ def torch_engines() -> Iterator[Row]:
         yield Row(trainer, "a .pt file per rank", "rankfiles", case, where)
 
 
-def merged_row(row: Row) -> str:
+def merged_row(row: Row | Kept) -> str:
     """Merge a row's checkpoint and return its line of the table."""
-    made = Trained(gloo.ensure(row.maker, [row.case])[row.case])
-    source = made.folder / row.where if row.where else made.checkpoint
+    if isinstance(row, Kept):
+        made, source, options = Trained(row.path), row.source, row.merge_options()
+    else:
+        made = Trained(gloo.ensure(row.maker, [row.case])[row.case])
+        source, options = made.folder / row.where if row.where else made.checkpoint, row.options
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         try:
-            report = dsconv.merge(source, out, fsync=False, **row.options)
+            report = dsconv.merge(source, out, fsync=False, **options)
         except DsconvError as error:
             return f"| {row.trainer} | {row.saves} | refused: {type(error).__name__} | {NONE} |"
         try:
             merged = load_safetensors(out)
+            if isinstance(row, Kept):
+                row.take_head(merged)
             stored_once = {alias: name for alias, name in report.ties.items() if alias not in made.tied}
-            made.check(merged | {alias: merged[name] for alias, name in stored_once.items() if alias in made.truth})
+            again = {alias: merged[name] for alias, name in stored_once.items() if alias in made.truth}
+            made.check(merged | again, row.cast if isinstance(row, Kept) else None)
             exact = f"yes, {report.tensors} tensors"
         except AssertionError as error:
             exact = f"no: {str(error).splitlines()[0][:80]}"
-        return f"| {row.trainer} | {row.saves} | {exact} | {loads(report, out)} |"
+        return (
+            f"| {row.trainer} | {row.saves} | {exact} | {loads(report, out, row if isinstance(row, Kept) else None)} |"
+        )
 
 
-def loads(report: dsconv.MergeReport, out: Path) -> str:
+def loads(report: dsconv.MergeReport, out: Path, kept: Kept | None) -> str:
     """Load the output with the class that the report names, and return the result as text."""
     if report.loadable is None:
         return f"{NONE} (no config.json)" if "config.json" not in report.sidecars else NONE
     if not report.loadable:
         return f"no: {len(report.missing)} missing, {len(report.unexpected)} unexpected (said)"
+    name = report.loads_with.partition(".")[0]
+    if name == PEFT:
+        return name if kept is not None and kept.peft_loads(out) else "no (not said)"
     import transformers
 
-    name = report.loads_with.partition(".")[0]
     _, info = getattr(transformers, name).from_pretrained(out, output_loading_info=True)
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     return f"no: {wrong[0]} (not said)" if wrong else name
@@ -175,11 +186,15 @@ def fold_cell(method: str, engine: str) -> str:
 HEAD = """# The matrix: what trainers save, merged exactly, and loaded
 
 Made by `python -m tests.matrix docs/matrix.md` with peft {peft}, transformers {transformers}, DeepSpeed {deepspeed}
-and torch {torch}. Every checkpoint was written by the trainer's real code (tests/fixtures). "yes" means that every
-tensor was compared with the training's own, bit for bit, under its own name; the last column is the class that loaded
-the output with no weight missing and none too many.
+and torch {torch}. Every checkpoint was written by the trainer's real code (tests/fixtures, or tests/data with the
+script that made it). "yes" means that every tensor was compared with the training's own, bit for bit, under its own
+name; the last column is the class that loaded the output with no weight missing and none too many.
 """
-SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {"DeepSpeed": deepspeed, "torch": torch_engines}
+SECTIONS: dict[str, Callable[[], Iterator[Row | Kept]]] = {
+    "DeepSpeed": deepspeed,
+    "torch": torch_engines,
+    "Other trainers": lambda: iter(KEPT),
+}
 
 
 def lines(section: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 
+from dsconv.checkpoint.formats.huggingface.beside import unread_weights
 from dsconv.checkpoint.formats.table import EXPECTED, Format, formats
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry, prove_tiling
@@ -94,7 +95,7 @@ def open_checkpoint(
         _check_countable(root, entry)
         prove_tiling(entry)
     checkpoint.info.update(root.info)
-    checkpoint.warnings = (*root.warnings, *checkpoint.warnings)
+    checkpoint.warnings = (*root.warnings, *checkpoint.warnings, *unread_weights(checkpoint))
     checkpoint.signatures = {source: first_signature(source) for source in checkpoint.sources}
     return checkpoint
 

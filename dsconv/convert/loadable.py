@@ -70,6 +70,8 @@ class Loading:
     unchecked: str = ""
 
 
+SCORES = {"score.weight", "score.bias"}
+
 # What transformers answered in this process: a watcher and a script ask the same of each checkpoint of a run.
 _answers: dict[str, dict[str, Any]] = {}
 MAX_ANSWERS = 64
@@ -325,6 +327,13 @@ def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpecte
     for framework, marks in FOREIGN.items():
         if any(mark in name for name in unexpected for mark in marks):
             return f"These are names of {framework}, which transformers does not load as they are"
+    if missing == ["lm_head.weight"] and "score.weight" in unexpected and {"score.bias", *unexpected} <= SCORES:
+        # transformers modeling_layers.py: GenericForTokenClassification's has a bias, the other's none
+        auto = "TokenClassification" if "score.bias" in unexpected else "SequenceClassification"
+        return (
+            "In the place of lm_head it has a head that scores, as critics and reward models do: load it with"
+            f" AutoModelFor{auto}.from_pretrained(…, num_labels={shapes['score.weight'][0]})"
+        )
     wanted = set(missing)
     groups: dict[str, list[str]] = {}
     for name in unexpected:

@@ -92,8 +92,9 @@ def read_folder(path: Path, fetch: Callable[[Iterable[Path]], None]) -> Checkpoi
             )
             chunks.setdefault(name, []).extend((offsets, entry.shape, piece) for piece in entry.pieces)
     config = find_config((folder, path))
-    warnings = [*_numbering(folder, files), *_ends(folder, ends, config)]
-    _against_index(folder, path, first, ends)
+    warnings = _numbering(folder, files)
+    counted = _against_index(folder, path, first, ends)
+    warnings += _ends(folder, ends, config, counted)
     whole = {
         name: TensorEntry(name, entry.dtype, ends[name], partial(tuple, arranged(chunks.get(name, []), ends[name])))
         for name, (entry, _) in first.items()
@@ -168,8 +169,8 @@ def _numbering(folder: Path, files: list[Path]) -> list[str]:
     return []
 
 
-def _ends(folder: Path, shapes: dict[str, Sizes], config: Path | None) -> list[str]:
-    """Raise an error if config.json names a larger size than the chunks reach; warn if it names none."""
+def _ends(folder: Path, shapes: dict[str, Sizes], config: Path | None, counted: bool) -> list[str]:
+    """Raise an error if config.json names a larger size than the chunks reach; warn if it and the index name none."""
     compared = 0
     if config is not None:
         compared, problem = too_small(config, shapes)
@@ -179,23 +180,25 @@ def _ends(folder: Path, shapes: dict[str, Sizes], config: Path | None) -> list[s
                 f"{folder}: {safe_repr(name)} ends at {list(shapes[name])}, and {config} says"
                 f" {list(expected)}: the last rank's shards are missing; copy the files of all ranks"
             )
-    if compared:
+    if compared or counted:
         return []
     return [
         (
-            "the shards do not record full shapes, and no config.json names a size to compare: a lost last shard would"
-            " not be noticed"
+            "the shards do not record full shapes, no index counts their bytes, and no config.json names a size to"
+            " compare: a lost last shard would not be noticed"
         )
     ]
 
 
 def _against_index(
     folder: Path, path: Path, first: dict[str, tuple[TensorEntry, Path]], ends: dict[str, Sizes]
-) -> None:
+) -> bool:
     """Raise an error if an index names a tensor, or a number of bytes, that the shards do not have.
 
-    It lies beside the shards, or beside the consolidated files above them.
+    It lies beside the shards, or beside the consolidated files above them. Returns whether the bytes are as
+    many as one names.
     """
+    counted = False
     for index in dict.fromkeys((folder / INDEX, path / INDEX)):
         if not index.is_file() or index.stat().st_size > MAX_INDEX_BYTES:
             continue
@@ -210,7 +213,9 @@ def _against_index(
         about = content.get("metadata")
         total = about.get("total_size") if isinstance(about, dict) else None
         nbytes = sum(math.prod(ends[name]) * entry.dtype.itemsize for name, (entry, _) in first.items())
+        counted |= type(total) is int and nbytes == total
         if type(total) is int and nbytes < total:
             raise MissingShardError(
                 f"{folder}: the shards hold {nbytes} bytes of weights, {index} says {total}: files are missing"
             )
+    return counted
