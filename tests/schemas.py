@@ -88,8 +88,8 @@ def _inspect() -> Schema:
     )  # fmt: skip
     of_values = of(ValuesReport, problems=TEXTS)
     one = fields(
-        schema=TEXT, path=TEXT, format=TEXT, trainer=TEXT, content=TEXT, step=maybe(WHOLE), world=table(WHOLE),
-        info={"type": "object"}, parameters=WHOLE, bytes=WHOLE, ties=table(TEXT), warnings=TEXTS,
+        schema=TEXT, path=TEXT, format=TEXT, trainer=TEXT, content=TEXT, names=TEXT, step=maybe(WHOLE),
+        world=table(WHOLE), info={"type": "object"}, parameters=WHOLE, bytes=WHOLE, ties=table(TEXT), warnings=TEXTS,
         files=many(fields(name=TEXT, bytes=WHOLE)), tensors=many(tensor), values={"$ref": "#/$defs/ValuesReport"},
     )  # fmt: skip
     one["required"].remove("values")
