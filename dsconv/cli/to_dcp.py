@@ -23,6 +23,13 @@ Example:
     metavar="KEY.",
     help="Put KEY. before every name, as the trainer's key of its model.",
 )
+@click.option(
+    "--names",
+    type=click.Choice(["stored", "torchtitan"]),
+    default="stored",
+    show_default=True,
+    help="Keep the names, or give torchtitan's to a Hugging Face model.",
+)
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names).")
 @console.ITEM
 @console.FOLLOW_LINKS

@@ -27,6 +27,9 @@ from dsconv.convert.sidecars import MAX_MANIFEST_BYTES, read_json
 from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.ties import tied_pairs
 from dsconv.convert.writing import WriteOptions, refuse_target, write
+from dsconv.errors import UsageError
+from dsconv.names.naming import STORED, read_config
+from dsconv.names.naming_back import TORCHTITAN, from_hf
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +56,7 @@ def to_dcp(
     follow_links: bool = False,
     dtype: str | torch.dtype | None = None,
     prefix: str = "",
+    names: str = STORED,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     dry_run: bool = False,
     force: bool = False,
@@ -74,6 +78,8 @@ def to_dcp(
         dtype: fp32, bf16 or fp16, by these names or torch's, or as a ``torch.dtype``. Every floating tensor of 16 bits
             or more is cast to it, once, to nearest even.
         prefix: the key that the trainer keeps its model under, such as ``model.``.
+        names: ``torchtitan`` for torchtitan's names and layouts of a model that has Hugging Face's, whose config.json
+            lies beside it; ``stored`` keeps the names.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a file of one chunk exceeds it.
         dry_run: write nothing, and report the plan.
         force: replace a DCP checkpoint that ``output`` already holds.
@@ -97,6 +103,10 @@ def to_dcp(
     checkpoint = (
         source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item, follow_links=follow_links)
     )
+    if names not in (STORED, TORCHTITAN):
+        raise UsageError(f"names is {names!r}; expected {TORCHTITAN!r} or {STORED!r}")
+    if names == TORCHTITAN:
+        checkpoint = from_hf(checkpoint, read_config([checkpoint.path, checkpoint.folder]))
     plan = make_dcp_plan(
         checkpoint, dtype=wanted, prefix=prefix, max_file_bytes=max_file_bytes, extra_names=_tied_names(checkpoint)
     )

@@ -111,11 +111,11 @@ def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
                     )
                 views[name] = view
     left_out = [entry for entry in checkpoint.values() if family.leaves_out(entry.name)]
-    _prove_all_used([entry for entry in checkpoint.values() if _is_used_whole(entry, family)], views.values())
+    prove_all_used([entry for entry in checkpoint.values() if _is_used_whole(entry, family)], views.values())
     entries = {name: entry_of(view, name) for name, view in views.items()}
     if config is not None and config.values.get("tie_word_embeddings") is True:
         _drop_tied(checkpoint, entries, config)
-    result = _renamed(checkpoint, entries, family, HF)
+    result = with_entries(checkpoint, entries, family, HF)
     result.warnings += _warnings(left_out, family)
     return result
 
@@ -199,7 +199,7 @@ def _is_used_whole(entry: TensorEntry, family: Family) -> bool:
     return found is not None and not isinstance(found.rule.operation, Vocabulary)
 
 
-def _prove_all_used(entries: Iterable[TensorEntry], views: Iterable[View]) -> None:
+def prove_all_used(entries: Iterable[TensorEntry], views: Iterable[View]) -> None:
     """Raise InconsistentCheckpointError unless every element of every tensor is in exactly one of the views."""
     boxes: dict[int, list[tuple[Sequence[int], Sequence[int]]]] = {}
     for view in views:
@@ -226,7 +226,8 @@ def _drop_tied(checkpoint: Checkpoint, entries: dict[str, TensorEntry], config: 
     del entries[HEAD]
 
 
-def _renamed(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], family: Family, names: str) -> Checkpoint:
+def with_entries(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], family: Family, names: str) -> Checkpoint:
+    """Return a checkpoint of these tensors, which notes that ``names`` were given to those of a family."""
     result = Checkpoint(
         checkpoint.path,
         checkpoint.format,
