@@ -20,6 +20,7 @@ from dsconv.errors import (
     SeveralModelsError,
     UnsafeError,
 )
+from dsconv.text import count as counted
 
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")  # of the name without its suffix
 MAX_INDEX_BYTES = 100_000_000  # as much as safetensors allows a header
@@ -48,7 +49,9 @@ def read_indexed(
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise MissingShardError(f"{index} names {len(missing)} missing files, the first {safe_repr(missing[0], 255)}")
+        raise MissingShardError(
+            f"{index} names {counted(len(missing), 'missing file')}, the first {safe_repr(missing[0], 255)}"
+        )
     fetch(files)
     entries: dict[str, TensorEntry] = {}
     warnings = []

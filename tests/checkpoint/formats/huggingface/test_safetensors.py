@@ -166,7 +166,9 @@ def test_one_file_beside_an_index_is_what_transformers_reads(sharded: Path) -> N
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(MissingShardError, match=r"index\.json names 1 files .* 'model-00002-of-00002\.safetensors'"):
+    with pytest.raises(
+        MissingShardError, match=r"index\.json names 1 missing file, .* 'model-00002-of-00002\.safetensors'"
+    ):
         read(sharded)
 
 

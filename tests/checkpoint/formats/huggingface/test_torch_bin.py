@@ -153,7 +153,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[DsconvError], str]] = {
     "a shard is missing": (
         lambda f: sorted(f.glob("*.bin"))[1].unlink(),
         MissingShardError,
-        r"names 1 files .* 'pytorch_model-00002-of",
+        r"names 1 missing file, .* 'pytorch_model-00002-of",
     ),
     "a shard is truncated": (
         lambda f: sorted(f.glob("*.bin"))[1].write_bytes(sorted(f.glob("*.bin"))[1].read_bytes()[:999]),
