@@ -226,16 +226,19 @@ def test_a_lock_that_is_not_a_file(kind: str, home: Path, trained: Callable[[str
     assert state(tmp_path) == before
 
 
-def test_links_inside_an_older_output_lead_nowhere(
-    home: Path, trained: Callable[[str], Trained], tmp_path: Path
+@pytest.mark.parametrize("name", ["extra", "fp32.pt"])
+def test_a_link_inside_an_older_output_is_neither_followed_nor_removed(
+    name: str, home: Path, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     dsconv.to_universal(trained(CASE).checkpoint, out, fsync=False)
-    (out / "zero" / "extra").symlink_to(home)
-    before = state(home)
-    dsconv.to_universal(trained(CASE).checkpoint, out, fsync=False, force=True)
-    assert state(home) == before
-    assert not (out / "zero" / "extra").exists()
+    link = next((out / "zero").rglob("fp32.pt")).with_name(name)
+    link.unlink(missing_ok=True)
+    link.symlink_to(home)
+    before = state(tmp_path)
+    with pytest.raises(OutputError, match=f"{name} belongs to no universal checkpoint"):
+        dsconv.to_universal(trained(CASE).checkpoint, out, fsync=False, force=True)
+    assert state(tmp_path) == before
 
 
 def test_a_pointer_beside_the_output_that_is_a_link(
