@@ -118,6 +118,7 @@ def test_the_surface_of_the_command_line() -> None:
             "--item",
             "--json",
             "--max-shard-size",
+            "--names",
             "--no-fsync",
             "--prefix",
             "--quiet",
