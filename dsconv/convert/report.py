@@ -8,7 +8,7 @@ from typing import Any
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.convert.destination import Written
-from dsconv.text import quote
+from dsconv.text import count, quote
 
 
 @dataclass(kw_only=True)
@@ -46,13 +46,13 @@ class Report:
         self.overflowed = dict(sorted(written.overflowed.items()))
         if self.nonfinite:
             self.warnings.append(
-                f"NaN or infinite values lie in {len(self.nonfinite)} of {self.tensors} tensors, first in"
+                f"NaN or infinite values lie in {len(self.nonfinite)} of {count(self.tensors, 'tensor')}, first in"
                 f" {quote(next(iter(self.nonfinite)))}; dsconv inspect --values counts them"
             )
         if self.overflowed:
             self.warnings.append(
-                f"{sum(self.overflowed.values())} values in {len(self.overflowed)} tensors are too large for the dtype"
-                f" and became infinite, first in {quote(next(iter(self.overflowed)))}"
+                f"{count(sum(self.overflowed.values()), 'value')} in {count(len(self.overflowed), 'tensor')} became"
+                f" infinite, too large for the dtype, first in {quote(next(iter(self.overflowed)))}"
             )
 
 

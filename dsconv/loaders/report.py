@@ -77,11 +77,11 @@ def check_strict(matched: Matched, missing: Iterable[str], unexpected: Iterable[
         shapes = [
             f"{name} is {list(a)}, the model has {list(b)}" for name, (a, b) in sorted(matched.mismatched.items())
         ]
-        problems.append(f"{len(shapes)} tensors have another shape: {_some(shapes)}")
+        problems.append(f"{count(len(shapes), 'tensor')} with another shape: {_some(shapes)}")
     for what, names in (("the model has", sorted(missing)), ("the checkpoint has", sorted(unexpected))):
         if names:
             other = "the checkpoint lacks" if what == "the model has" else "the model lacks"
-            problems.append(f"{len(names)} tensors that {what} and {other}: {_some(names)}")
+            problems.append(f"{count(len(names), 'tensor')} that {what} and {other}: {_some(names)}")
     if problems:
         raise InconsistentCheckpointError(
             f"{where} does not fit the model: {'; '.join(problems)}. strict=False loads what fits"

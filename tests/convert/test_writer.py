@@ -206,7 +206,10 @@ def test_fp16_overflow_is_counted_and_reported(tmp_path: Path) -> None:
     save_file({"w": values, "fine": torch.ones(3)}, tmp_path / "model.safetensors")
     report = dsconv.merge(tmp_path, tmp_path / "out", dtype="fp16", fsync=False)
     assert report.overflowed == {"w": 3}
-    assert report.warnings == ["3 values in 1 tensors are too large for the dtype and became infinite, first in 'w'"]
+    assert report.warnings == [
+        "NaN or infinite values lie in 1 of 2 tensors, first in 'w'; dsconv inspect --values counts them",
+        "3 values in 1 tensor became infinite, too large for the dtype, first in 'w'",
+    ]
     assert same(load_safetensors(tmp_path / "out")["w"], values.half())
     manifest = json.loads((tmp_path / "out" / "dsconv.manifest.json").read_text())
     assert manifest["overflowed"] == {"w": 3}

@@ -134,7 +134,7 @@ def test_damaged_and_foreign_checkpoints(copied: Path) -> None:
     wider.intermediate_size = 16
     with pytest.raises(
         InconsistentCheckpointError,
-        match=r"3 tensors have another shape: .*down_proj\.weight is \[8, 12\], the model has",
+        match=r"3 tensors with another shape: .*down_proj\.weight is \[8, 12\], the model has",
     ):
         dsconv.load_tp(copied, config=wider)
 

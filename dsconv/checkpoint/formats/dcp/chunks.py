@@ -33,6 +33,7 @@ from dsconv.errors import (
     OutputError,
     UnsupportedError,
 )
+from dsconv.text import count
 
 ZSTD = "stream.zstd"
 ZSTD_VERSION = "1"
@@ -243,7 +244,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
     missing = [file for file in files_of(metadata, chosen) if not (folder / file).is_file()]
     if missing:
         raise MissingShardError(
-            f"{folder}: {len(missing)} files that {metadata.files[0].name} names are missing, the first"
+            f"{folder} lacks {count(len(missing), 'file')} that {metadata.files[0].name} names, the first"
             f" {safe_repr(missing[0], 255)}: copy the files of all ranks"
         )
     dtypes = {name: _dtype(name, metadata.tensors[name]) for name in chosen}

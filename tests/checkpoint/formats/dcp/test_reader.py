@@ -508,7 +508,7 @@ def test_missing_and_truncated_files_are_named(broken: Callable[[str], Path]) ->
         dsconv.open_checkpoint(folder)
     (folder / "__1_0.distcp").unlink()
     with pytest.raises(
-        MissingShardError, match=f"^{folder}: 1 files that .metadata names are missing, the first '__1_0.distcp'"
+        MissingShardError, match=f"^{folder} lacks 1 file that .metadata names, the first '__1_0.distcp'"
     ):
         dsconv.open_checkpoint(folder)
 
