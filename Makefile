@@ -33,7 +33,7 @@ types: $(READY) ## mypy, strict
 
 # One process of tests a core, up to 4; with a debugger, or to see the output as it comes: make unit ARGS='-n 0 -x'
 unit: $(READY) ## the tests; the checkpoints they read are trained by the first run (2 to 3 minutes on 2 cores)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 attacks: $(READY) ## make every hostile file and give it to DeepSpeed, torch, picklescan and dsconv: 2 to 4 minutes
 	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m attacks $(ARGS)

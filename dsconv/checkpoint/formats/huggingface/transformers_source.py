@@ -14,6 +14,7 @@ Read from transformers: ``models/*/modeling_*.py`` and ``models/*/configuration_
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 from collections.abc import Callable
@@ -34,7 +35,8 @@ def read_architecture(config: Path) -> tuple[str, str] | None:
     return str(named[0]), str(data["model_type"])
 
 
-def class_nodes(model_type: str, kind: str = "modeling") -> list[ast.ClassDef]:
+@functools.lru_cache(maxsize=4)  # several questions are asked of one model, and parsing takes most of their time
+def class_nodes(model_type: str, kind: str = "modeling") -> tuple[ast.ClassDef, ...]:
     """Return the classes of ``models/<model_type>/<kind>_<model_type>.py``; none where transformers lacks that file.
 
     Args:
@@ -43,15 +45,16 @@ def class_nodes(model_type: str, kind: str = "modeling") -> list[ast.ClassDef]:
     """
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations or not re.fullmatch(r"[\w-]+", model_type):
-        return []
+        return ()
     name = model_type.replace("-", "_")
     source = Path(spec.submodule_search_locations[0]) / "models" / name / f"{kind}_{name}.py"
     try:
         if source.stat().st_size > MAX_SOURCE_BYTES:
-            return []
-        return [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+            return ()
+        nodes = ast.parse(source.read_text(encoding="utf-8")).body
+        return tuple(node for node in nodes if isinstance(node, ast.ClassDef))
     except (OSError, SyntaxError, ValueError):
-        return []
+        return ()
 
 
 def class_literal(node: ast.ClassDef, name: str) -> Any:
