@@ -113,19 +113,36 @@ _FAMILIES: tuple[tuple[str, str, str, Layers], ...] = (
 FAMILIES = tuple(_family(name, (model_type,), mark, layers) for name, model_type, mark, layers in _FAMILIES)
 
 
-def check_arguments(checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedError where the run's arguments, which Megatron-LM saves, tell of weights arranged otherwise.
+def check_arguments(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Check that the run's arguments, which Megatron-LM saves, tell of no other arrangement of the weights.
 
     They lie in ``common.pt`` (megatron-core ``dist_checkpointing/strategies/common.py``), under ``args``.
+
+    Returns:
+        A warning, if the checkpoint does not hold them.
+
+    Raises:
+        UnsupportedError: the weights are arranged otherwise.
     """
+    told = False
     for folder in dict.fromkeys(source.parent for source in checkpoint.sources):
         path = folder / COMMON
         if not path.is_file():
             continue
         root = TorchFile(path, may_hold_unread=True).root
         arguments = root.get("args") if isinstance(root, dict) else None
-        if isinstance(arguments, Instance) and arguments.get(INTERLEAVED) is True:
+        if not isinstance(arguments, Instance):
+            continue
+        told = True
+        if arguments.get(INTERLEAVED) is True:
             raise UnsupportedError(
                 f"{path}: the run's arguments set {INTERLEAVED}: the rows of q and k are arranged for rotated pairs of"
                 " neighbours, which --names hf does not convert"
             )
+    if told:
+        return ()
+    text = (
+        f"the checkpoint does not hold the run's arguments: --names hf assumes {INTERLEAVED}=False, Megatron-core's"
+        " default. If the model was built with True, the rows of q and k are wrong"
+    )
+    return (text,)

@@ -117,6 +117,8 @@ def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
         _drop_tied(checkpoint, entries, config)
     result = with_entries(checkpoint, entries, family, HF)
     result.warnings += _warnings(left_out, family)
+    if family.framework == megatron.FRAMEWORK:
+        result.warnings += megatron.check_arguments(checkpoint)
     return result
 
 
@@ -149,8 +151,6 @@ def _chosen(checkpoint: Checkpoint, config: Config | None) -> Recognised:
             f" which is {' or '.join(expected)}. Name the right model's folder with --config-from"
         )
     chosen = min(fitting, key=lambda one: len(one.unknown))
-    if chosen.family.framework == megatron.FRAMEWORK:
-        megatron.check_arguments(checkpoint)
     for key, value in chosen.family.expects.items():
         if config.values.get(key, value) != value:
             raise UnsupportedError(f"{config.path}: {key} is {config.values[key]!r:.80}; {whose} needs {value!r}")

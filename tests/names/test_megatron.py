@@ -67,11 +67,13 @@ def test_a_run_folder_gives_the_iteration_that_it_names(tmp_path: Path) -> None:
 
 def test_a_run_that_rotates_neighbours_is_refused(tmp_path: Path) -> None:
     run = shutil.copytree(DATA / "llama", tmp_path / "run")
+    (warning,) = to_hf(open_checkpoint(run), read_config([run])).warnings
+    assert "does not hold the run's arguments: --names hf assumes rotary_interleaved=False" in warning
     for interleaved in (False, True):
         arguments = argparse.Namespace(rotary_interleaved=interleaved, params_dtype=torch.float32)
         torch.save({"args": arguments, "iteration": 10}, run / "iter_0000010" / "common.pt")
         if not interleaved:
-            assert to_hf(open_checkpoint(run), read_config([run]))
+            assert to_hf(open_checkpoint(run), read_config([run])).warnings == ()
             continue
         with pytest.raises(UnsupportedError, match="the run's arguments set rotary_interleaved"):
             to_hf(open_checkpoint(run), read_config([run]))
