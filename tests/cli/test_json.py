@@ -67,7 +67,8 @@ def test_errors_and_interrupts(tmp_path: Path) -> None:
     assert command("merge", tmp_path, "--json").json["exit_code"] == 3
     assert command("inspect", "--json").json["type"] == "UsageError"
     program = (
-        "import os, dsconv.cli as cli, dsconv.cli.commands as commands\n"
+        "import os, signal, dsconv.cli as cli, dsconv.cli.commands as commands\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "commands.run = lambda arguments: os.kill(os.getpid(), {})\n"
         "cli.main(['doctor', '--json'])"
     )

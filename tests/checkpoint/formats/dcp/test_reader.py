@@ -394,7 +394,7 @@ UP = "model.up.weight"
         (
             lambda m: place(m, UP, relative_path="gone.distcp"),
             MissingShardError,
-            "names are missing, the first 'gone.distcp'",
+            "lacks 1 file that .metadata names, the first 'gone.distcp'",
         ),
         (
             lambda m: place(m, UP, offset=10**9),
