@@ -57,6 +57,15 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('h') else 's'}"
 
 
+def size(nbytes: float) -> str:
+    """Return bytes as ``1.55 GB``, in decimal units, as disks and the Hub count."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
 def redact(text: str) -> str:
     """Return ``text`` without what gives access: passwords and queries of URLs, and access tokens.
 

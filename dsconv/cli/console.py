@@ -22,6 +22,7 @@ import click
 
 from dsconv.text import MAX_NAME, clean, redact
 from dsconv.text import count as count
+from dsconv.text import size as size
 from dsconv.urls import local_path
 
 LOG_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
@@ -215,15 +216,6 @@ def plan_cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
 def shape(sizes: Sequence[int]) -> str:
     """Return ``16 × 8``, or ``scalar``."""
     return " × ".join(map(str, sizes)) or "scalar"
-
-
-def size(nbytes: float) -> str:
-    """Return bytes as ``1.55 GB``, in decimal units, as disks and the Hub count."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def counts(found: dict[str, int], shown: int = 8) -> str:

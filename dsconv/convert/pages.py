@@ -13,6 +13,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.convert.diff import DiffReport, Distance
 from dsconv.convert.values import ValuesReport
 from dsconv.page import Page, shown
+from dsconv.text import size
 
 LAYER = re.compile(r"(?P<layer>.*?\.?\d+)\.(?P<kind>.+)")  # a name up to its first number, and the rest
 MAX_FILES, MAX_ROWS = 256, 2000  # what a figure and a table show at most
@@ -24,15 +25,6 @@ def split_name(name: str) -> tuple[str, str]:
     """Return (layer, kind): ``model.layers.3`` and ``mlp.up_proj.weight``; the layer of a name without number is ""."""
     match = LAYER.fullmatch(name)
     return (match["layer"], match["kind"]) if match else ("", name)
-
-
-def size(nbytes: float) -> str:
-    """Return bytes as ``1.55 GB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def write_inspect_page(

@@ -151,10 +151,21 @@ def _chosen(checkpoint: Checkpoint, config: Config | None) -> Recognised:
             f" which is {' or '.join(expected)}. Name the right model's folder with --config-from"
         )
     chosen = min(fitting, key=lambda one: len(one.unknown))
-    for key, value in chosen.family.expects.items():
+    require_expected(chosen.family, config, whose)
+    return chosen
+
+
+def require_expected(family: Family, config: Config, whose: str) -> None:
+    """Raise UnsupportedError where a configuration has a value for which the family's table is not right.
+
+    Args:
+        family: The family.
+        config: The model's configuration.
+        whose: Who needs the value, for the message.
+    """
+    for key, value in family.expects.items():
         if config.values.get(key, value) != value:
             raise UnsupportedError(f"{config.path}: {key} is {config.values[key]!r:.80}; {whose} needs {value!r}")
-    return chosen
 
 
 def _parts(entry: TensorEntry, found: Found, config: Config) -> Iterator[tuple[str, View]]:

@@ -14,7 +14,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, UnsupportedError
 from dsconv.names import torchtitan
-from dsconv.names.naming import EMBEDDING, HEAD, prove_all_used, with_entries
+from dsconv.names.naming import EMBEDDING, HEAD, prove_all_used, require_expected, with_entries
 from dsconv.names.operations import Config, WrongShape
 from dsconv.names.tables import Family, Rule
 
@@ -65,9 +65,7 @@ def _family(config: Config) -> Family:
     if family is None:
         known = ", ".join(kind for one in torchtitan.FAMILIES for kind in one.model_types)
         raise UnsupportedError(f"{config.path}: model_type is {model_type!r:.80}; --names {TORCHTITAN} knows {known}")
-    for key, value in family.expects.items():
-        if config.values.get(key, value) != value:
-            raise UnsupportedError(f"{config.path}: {key} is {config.values[key]!r:.80}; torchtitan needs {value!r}")
+    require_expected(family, config, TORCHTITAN)
     return family
 
 
