@@ -31,7 +31,7 @@ FLOORS = {
 FLOORS_OF_CHECKPOINT = {
     "map": 0,
     "storage": 0,
-    "config_files": 0,
+    "config_files": 1,
     "pickles": 1,
     "torchfile": 2,
     "transfer": 2,

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.storage.local import read_small
+from dsconv.errors import CheckpointNotFoundError, MalformedError
+
 CONFIG = "config.json"
 # Any of these files marks a folder that from_pretrained is meant to load.
 MARKERS = (CONFIG, "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -49,7 +52,25 @@ def config_folders(folders: Iterable[Path]) -> list[Path]:
 def read_config(path: Path) -> dict[str, Any] | None:
     """Return the JSON object of a config.json, or None if it is not one, or is larger than any configuration."""
     try:
-        data = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError):
+        return load_config(path)
+    except (CheckpointNotFoundError, MalformedError, OSError):
         return None
-    return data if isinstance(data, dict) else None
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a config.json.
+
+    Raises:
+        MalformedError: It is not one, or is larger than any configuration.
+        CheckpointNotFoundError: It does not exist.
+        UnsafeError: A link leads to it from another folder.
+        RemoteError: A store or the Hub cannot be reached.
+    """
+    data = read_small(path, MAX_CONFIG_BYTES)
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise MalformedError(f"{path}: not a JSON object")
+    return found

@@ -86,7 +86,7 @@ def inspect(
 def describe(found: Checkpoint, entries: list[TensorEntry] | None = None) -> dict[str, Any]:
     """Return everything that ``--json`` prints; ``entries`` are the tensors to list, by default all."""
     from dsconv.checkpoint.summary import content_of, trainer_of
-    from dsconv.names.naming import names_of
+    from dsconv.names.choosing import names_of
 
     return {
         "path": str(found.path),
@@ -134,7 +134,7 @@ def _text(value: Any) -> str:
 
 def _facts(found: Checkpoint) -> list[tuple[str, str]]:
     from dsconv.checkpoint.summary import content_of, trainer_of
-    from dsconv.names.naming import names_of
+    from dsconv.names.choosing import names_of
 
     world = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in found.world.items())
     kinds: dict[str, int] = {}

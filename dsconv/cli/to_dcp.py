@@ -9,6 +9,7 @@ import click
 
 from dsconv.cli import console
 from dsconv.cli.console import Dtype, Size, command
+from dsconv.names.marks import FRAMEWORKS, STORED
 
 
 @command("to-dcp", epilog="""\b
@@ -25,10 +26,10 @@ Example:
 )
 @click.option(
     "--names",
-    type=click.Choice(["stored", "torchtitan"]),
+    type=click.Choice([STORED, *FRAMEWORKS]),
     default="stored",
     show_default=True,
-    help="Keep the names, or give torchtitan's to a Hugging Face model.",
+    help="Keep the names, or give a framework's to a model.",
 )
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names).")
 @console.ITEM
@@ -84,7 +85,12 @@ def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool
     )
     end = "nothing was written (--dry-run)" if report.dry_run else f"{seconds:.2f} s"
     console.say(f"{total} in {console.count(len(report.files), 'file')}, {end}")
-    for alias, name in report.ties.items():
+    is_megatron = options["names"] == "megatron"
+    for alias, name in () if is_megatron else report.ties.items():
         console.say(f"{alias} is tied to {name}, stored once")
     if not report.dry_run:
-        console.say(f'load it with torch.distributed.checkpoint.load(state_dict, checkpoint_id="{report.output}")')
+        call = f'torch.distributed.checkpoint.load(state_dict, checkpoint_id="{report.output}")'
+        if is_megatron:
+            folder = f"{report.output}/{report.files[0].partition('/')[0]}"
+            call = f'megatron.core.dist_checkpointing.load(sharded_state_dict, "{folder}"), or --load {report.output}'
+        console.say(f"load it with {call}")

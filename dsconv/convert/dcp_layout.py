@@ -80,11 +80,19 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class DcpPlan:
-    """The whole output. ``files`` has names and sizes in bytes; ``prefix`` holds the keys before every name."""
+    """The whole output.
+
+    Attributes:
+        tensors: in the order of the files.
+        files: names and sizes in bytes.
+        prefix: the keys before every name.
+        folder: the folder of all files within the output, with its ``/``; "" for the output itself.
+    """
 
     tensors: tuple[PlacedTensor, ...]
     files: dict[str, int]
     prefix: tuple[str, ...]
+    folder: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +104,13 @@ class DcpPlan:
 
 
 def make_dcp_plan(
-    checkpoint: Checkpoint, *, dtype: DType | None, prefix: str, max_file_bytes: int, extra_names: dict[str, list[str]]
+    checkpoint: Checkpoint,
+    *,
+    dtype: DType | None,
+    prefix: str,
+    max_file_bytes: int,
+    extra_names: dict[str, list[str]],
+    folder: str = "",
 ) -> DcpPlan:
     """Lay all tensors out in files, in the checkpoint's order.
 
@@ -106,6 +120,7 @@ def make_dcp_plan(
         prefix: goes before every name, such as ``model.``.
         max_file_bytes: the size of a file, which only a file of a single chunk exceeds.
         extra_names: further names of each tensor, by its own name.
+        folder: the folder of all files within the output, with its ``/``.
 
     Raises:
         MalformedError: there is nothing to write, or two tensors would have one name.
@@ -130,7 +145,7 @@ def make_dcp_plan(
             nbytes = math.prod(sizes) * kind.itemsize
             archive = chunk_archive(kind, sizes)
             if end + archive.nbytes > max_file_bytes:
-                filename, end = f"__0_{len(files)}{SUFFIX}", 0
+                filename, end = file_name(folder, len(files)), 0
             chunks.append(Chunk(offsets, sizes, start, filename, end, archive.streamed[0], nbytes, archive.nbytes))
             end += -(-chunks[-1].nbytes // ALIGNMENT) * ALIGNMENT
             files[filename] = chunks[-1].offset_bytes + chunks[-1].nbytes
@@ -138,7 +153,12 @@ def make_dcp_plan(
         tensors.append(PlacedTensor(names, entry, kind, tuple(chunks)))
     if not tensors:
         raise MalformedError(f"{checkpoint.path}: there are no tensors to write")
-    return DcpPlan(tuple(tensors), files, path)
+    return DcpPlan(tuple(tensors), files, path, folder)
+
+
+def file_name(folder: str, number: int) -> str:
+    """Return the name of a file of the output: rank 0 wrote all of them."""
+    return f"{folder}__0_{number}{SUFFIX}"
 
 
 def split_chunks(
@@ -165,8 +185,14 @@ def chunk_archive(dtype: DType, shape: tuple[int, ...]) -> TorchArchive:
     return TorchArchive(ROOT, Streamed(dtype, shape))
 
 
-def metadata(plan: DcpPlan) -> bytes:
-    """Return the ``.metadata`` pickle (``torch/distributed/checkpoint/metadata.py``)."""
+def metadata(plan: DcpPlan, objects: Iterable[str] = (), place: tuple[str, int] = ("", 0)) -> bytes:
+    """Return the ``.metadata`` pickle (``torch/distributed/checkpoint/metadata.py``).
+
+    Args:
+        plan: the tensors.
+        objects: the keys of pickled objects, which are all equal and stored once.
+        place: the file that holds the object, and its size in bytes.
+    """
     described: dict[str, Made] = {}
     paths: dict[str, tuple[str, ...]] = {}
     stored: list[tuple[Made, Made]] = []
@@ -176,6 +202,10 @@ def metadata(plan: DcpPlan) -> bytes:
             paths[key] = (*plan.prefix, name)
             described[key] = _tensor_metadata(tensor)
             stored += _storage(key, tensor.chunks)
+    for key in objects:
+        described[key] = Made(_named("BytesStorageMetadata"), None)
+        index = Made(_named("MetadataIndex"), {"fqn": key, "offset": None, "index": None})
+        stored.append((index, _info(place[0], 0, place[1])))
     fields = {
         "state_dict_metadata": described,
         "planner_data": paths,
@@ -204,9 +234,12 @@ def _tensor_metadata(tensor: PlacedTensor) -> Made:
 
 
 def _storage(key: str, chunks: Iterable[Chunk]) -> Iterator[tuple[Made, Made]]:
-    info = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
     for index, chunk in enumerate(chunks):
-        yield (
-            Made(_named("MetadataIndex"), {"fqn": key, "offset": size(chunk.offsets), "index": index}),
-            Made(info, {"relative_path": chunk.filename, "offset": chunk.offset_bytes, "length": chunk.nbytes}),
-        )
+        place = {"fqn": key, "offset": size(chunk.offsets), "index": index}
+        yield Made(_named("MetadataIndex"), place), _info(chunk.filename, chunk.offset_bytes, chunk.nbytes)
+
+
+def _info(filename: str, offset_bytes: int, nbytes: int) -> Made:
+    name = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+    beside = filename.rpartition("/")[2]  # the files lie beside .metadata
+    return Made(name, {"relative_path": beside, "offset": offset_bytes, "length": nbytes})

@@ -5,22 +5,19 @@ or absent.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsconv.checkpoint.config_files import find_config
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import parse_dtype
-from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.roots import as_output
-from dsconv.checkpoint.transfer.checksums import crc32
-from dsconv.checkpoint.transfer.copy import Target
-from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, PlacedTensor, chunk_archive, make_dcp_plan, metadata
-from dsconv.convert.destination import Destination, FileRange, FillingFile, OutputFile, Written
+from dsconv.convert.dcp_layout import METADATA, DcpPlan, make_dcp_plan
+from dsconv.convert.dcp_output import DcpOutput
 from dsconv.convert.manifest import MANIFEST
-from dsconv.convert.plan import DEFAULT_SHARD_SIZE, find_config, parse_size
+from dsconv.convert.plan import DEFAULT_SHARD_SIZE, parse_size
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.sidecars import MAX_MANIFEST_BYTES, read_json
@@ -28,8 +25,8 @@ from dsconv.convert.staging import recover_interrupted
 from dsconv.convert.ties import tied_pairs
 from dsconv.convert.writing import WriteOptions, refuse_target, write
 from dsconv.errors import UsageError
-from dsconv.names.naming import STORED, read_config
-from dsconv.names.naming_back import TORCHTITAN, from_hf
+from dsconv.names.choosing import with_names
+from dsconv.names.marks import FRAMEWORKS, STORED
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +75,8 @@ def to_dcp(
         dtype: fp32, bf16 or fp16, by these names or torch's, or as a ``torch.dtype``. Every floating tensor of 16 bits
             or more is cast to it, once, to nearest even.
         prefix: the key that the trainer keeps its model under, such as ``model.``.
-        names: ``torchtitan`` for torchtitan's names and layouts of a model that has Hugging Face's, whose config.json
-            lies beside it; ``stored`` keeps the names.
+        names: ``torchtitan`` or ``megatron`` for that framework's names and layouts of a model that has Hugging Face's,
+            whose config.json lies beside it; ``stored`` keeps the names. Megatron's checkpoint is a run folder.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a file of one chunk exceeds it.
         dry_run: write nothing, and report the plan.
         force: replace a DCP checkpoint that ``output`` already holds.
@@ -103,15 +100,29 @@ def to_dcp(
     checkpoint = (
         source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item, follow_links=follow_links)
     )
-    if names not in (STORED, TORCHTITAN):
-        raise UsageError(f"names is {names!r}; expected {TORCHTITAN!r} or {STORED!r}")
-    if names == TORCHTITAN:
-        checkpoint = from_hf(checkpoint, read_config([checkpoint.path, checkpoint.folder]))
+    if names not in (STORED, *FRAMEWORKS):
+        raise UsageError(f"names is {names!r}; expected {' or '.join(map(repr, (*FRAMEWORKS, STORED)))}")
+    is_megatron = names == "megatron"  # with a destination of its own
+    if is_megatron and prefix:
+        raise UsageError("--prefix cannot be combined with --names megatron, whose names have none")
+    config = find_config([checkpoint.path, checkpoint.folder])
+    if names != STORED:
+        checkpoint = with_names(checkpoint, config, names)
+    folder = ""
+    if is_megatron:
+        from dsconv.convert.megatron_output import MegatronOutput, iteration_folder
+
+        folder = iteration_folder(checkpoint)
     plan = make_dcp_plan(
-        checkpoint, dtype=wanted, prefix=prefix, max_file_bytes=max_file_bytes, extra_names=_tied_names(checkpoint)
+        checkpoint,
+        dtype=wanted,
+        prefix=prefix,
+        max_file_bytes=max_file_bytes,
+        extra_names=_tied_names(checkpoint),
+        folder=folder,
     )
     report = _report(checkpoint, target, plan, dry_run)
-    destination = DcpOutput(plan)
+    destination = MegatronOutput(plan, checkpoint) if is_megatron else DcpOutput(plan)
     if dry_run:
         report.warnings += refuse_target(destination, target, WriteOptions(force))
         for tensor in plan.tensors:
@@ -156,86 +167,9 @@ def _report(checkpoint: Checkpoint, target: Path, plan: DcpPlan, dry_run: bool) 
         tensors=len(plan.tensors),
         parameters=sum(tensor.entry.numel for tensor in plan.tensors),
         nbytes=plan.nbytes,
-        files=[*plan.files, METADATA],
+        files=[*plan.files, plan.folder + METADATA],
         prefix=".".join(plan.prefix),
         ties={alias: tensor.names[0] for tensor in plan.tensors for alias in tensor.names[1:]},
         dry_run=dry_run,
         warnings=list(checkpoint.warnings),
     )
-
-
-class DcpOutput(Destination):
-    """The files of a plan, and ``.metadata``, which makes them a checkpoint."""
-
-    what = "a DCP checkpoint"
-    command = "to-dcp"
-
-    def __init__(self, plan: DcpPlan) -> None:
-        self._plan = plan
-        self._chunks: dict[str, list[_ChunkRanges]] = {name: [] for name in plan.files}
-
-    @property
-    def files(self) -> Sequence[OutputFile]:
-        """The ``.distcp`` files."""
-        data_bytes = dict.fromkeys(self._plan.files, 0)
-        for tensor in self._plan.tensors:
-            for chunk in tensor.chunks:
-                data_bytes[chunk.filename] += chunk.data_bytes
-        return [OutputFile(name, nbytes, data_bytes[name]) for name, nbytes in self._plan.files.items()]
-
-    def targets(self, files: Mapping[str, FillingFile]) -> Iterable[tuple[str, TensorEntry, Target]]:
-        """Yield the tensors, each of which is divided into its chunks."""
-        for tensor in self._plan.tensors:
-            chunked = _ChunkRanges(tensor, files)
-            for name in {chunk.filename for chunk in tensor.chunks}:
-                self._chunks[name].append(chunked)
-            target = Target(tensor.names[0], tensor.dtype, chunked.write, tensor.spans)
-            yield tensor.chunks[0].filename, tensor.entry, target
-
-    def rest(self, name: str) -> Iterable[tuple[int, bytes]]:
-        """Yield the bytes around each chunk of the file, now that its CRC-32 is known."""
-        for chunked in self._chunks[name]:
-            yield from chunked.around(name)
-
-    def small_files(self, written: Written) -> Mapping[str, bytes]:
-        """Return ``.metadata``."""
-        return {METADATA: metadata(self._plan)}
-
-    @property
-    def commit_order(self) -> Sequence[str]:
-        """``.metadata`` makes the folder a checkpoint."""
-        return [*self._plan.files, METADATA]
-
-    def older(self, target: Path) -> list[str]:
-        """Return the files of an earlier DCP checkpoint in ``target``, ``.metadata`` first."""
-        return sorted(path.name for path in target.iterdir() if path.name == METADATA or path.name.endswith(SUFFIX))
-
-
-class _ChunkRanges:
-    """The ranges of one tensor: each of its chunks has its own, and its own CRC-32."""
-
-    def __init__(self, tensor: PlacedTensor, files: Mapping[str, FillingFile]) -> None:
-        self._tensor = tensor
-        self._ranges: list[FileRange] = [
-            files[chunk.filename].range(chunk.offset_bytes + chunk.head_bytes, chunk.data_bytes)
-            for chunk in tensor.chunks
-        ]
-
-    def write(self, data: memoryview, offset_bytes: int, crc: int) -> None:
-        """Divide ``data`` among the chunks. Its CRC-32 serves where one chunk takes all of it."""
-        itemsize, whole = self._tensor.dtype.itemsize, len(data)
-        while len(data):
-            number = self._tensor.chunk_at(offset_bytes // itemsize)
-            chunk = self._tensor.chunks[number]
-            inside = offset_bytes - chunk.start * itemsize
-            part = data[: chunk.data_bytes - inside]
-            self._ranges[number].write(part, inside, crc if len(part) == whole else crc32(part))
-            data, offset_bytes = data[len(part) :], offset_bytes + len(part)
-
-    def around(self, filename: str) -> Iterable[tuple[int, bytes]]:
-        """Yield (offset in the file, bytes) of what surrounds the chunks that lie in ``filename``."""
-        for chunk, filled in zip(self._tensor.chunks, self._ranges, strict=True):
-            if chunk.filename == filename:
-                archive = chunk_archive(self._tensor.dtype, chunk.sizes)
-                for offset, data in archive.fixed(checksum.value for checksum in (filled.checksum,)):
-                    yield chunk.offset_bytes + offset, data

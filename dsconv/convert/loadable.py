@@ -28,6 +28,7 @@ from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of,
 from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
 from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.plan import Plan
+from dsconv.names.choosing import advice_of
 from dsconv.text import count, quote
 
 if TYPE_CHECKING:
@@ -43,10 +44,6 @@ COUNTS = re.compile(r"^(?!.*(size|dim|width|capacity|token)).*(layer|block|depth
 MIN_COUNT = 1000
 # Keys with which a configuration names code: modules of its own folder and kernels of the Hub.
 NAMES_CODE = re.compile(r"auto_map|_implementation$|^use_kernels$|^kernel_config$")
-FOREIGN = {
-    "torchtitan": ("tok_embeddings.weight", ".attention.wq.", ".attention.qkv_linear.", ".feed_forward.w1."),
-    "Megatron-core": (".self_attention.linear_qkv.", ".mlp.linear_fc1.", "embedding.word_embeddings.weight"),
-}
 
 
 @dataclass(frozen=True)
@@ -324,9 +321,8 @@ def _advice(shapes: Mapping[str, tuple[int, ...]], missing: list[str], unexpecte
         return "Some tensors are empty: this file was saved without gathering ZeRO-3's partitions. Merge the checkpoint"
     if is_peft_model(shapes):
         return "These are the names of a PEFT model: use --adapter for the adapter, or --fold-lora for a plain model"
-    for framework, marks in FOREIGN.items():
-        if any(mark in name for name in unexpected for mark in marks):
-            return f"These are names of {framework}, which transformers does not load as they are"
+    if foreign := advice_of(shapes, unexpected):
+        return foreign
     if missing == ["lm_head.weight"] and "score.weight" in unexpected and {"score.bias", *unexpected} <= SCORES:
         # transformers modeling_layers.py: GenericForTokenClassification's has a bias, the other's none
         auto = "TokenClassification" if "score.bias" in unexpected else "SequenceClassification"

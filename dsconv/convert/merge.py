@@ -30,7 +30,8 @@ from dsconv.convert.ties import tied_keys, tied_pairs
 from dsconv.convert.verify import CompareOptions, compare
 from dsconv.convert.writing import WriteOptions, refuse_target, write
 from dsconv.errors import MismatchError, UsageError
-from dsconv.names.naming import HF, STORED, read_config, recognise, to_hf
+from dsconv.names.choosing import hint_of, with_hf_names
+from dsconv.names.marks import HF, STORED
 from dsconv.text import quote
 
 if TYPE_CHECKING:
@@ -260,11 +261,12 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
     first = opened.sources[0].parent if opened.info.get("tag") and opened.sources else None
     of_step = [first, first.parent] if first is not None else []
     near = list(dict.fromkeys([*config_folders(of_step), opened.path, opened.folder, opened.folder.resolve().parent]))
+    folders = [options.config_from] if options.config_from is not None else near
     hint = ""
     if options.names == HF:
-        opened = to_hf(opened, read_config([options.config_from] if options.config_from is not None else near))
-    elif not (options.adapter.alone or options.adapter.fold) and (recognised := recognise(opened)) is not None:
-        hint = recognised.hint
+        opened = with_hf_names(opened, find_config(folders))
+    elif not (options.adapter.alone or options.adapter.fold):
+        hint = hint_of(opened)
     chosen = choose(opened, options.adapter, near, options.config_from, options.dtype)
     checkpoint = chosen.checkpoint
     plan, extra, unread = _plan(chosen, target, options)

@@ -16,10 +16,12 @@ from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 from dsconv.convert.computed import ComputedEntry
 from dsconv.convert.filters import Filters
 from dsconv.convert.manifest import MANIFEST
+from dsconv.convert.plan import find_config
 from dsconv.convert.progress import Progress
 from dsconv.convert.sidecars import MAX_MANIFEST_BYTES, read_json
 from dsconv.errors import UsageError
-from dsconv.names.naming import HF, read_config, recognise, to_hf
+from dsconv.names.choosing import names_of, with_hf_names
+from dsconv.names.marks import HF
 from dsconv.text import count
 
 
@@ -103,8 +105,8 @@ def verify(
         return compare(first, second, options)
     manifest = read_json(second.path / MANIFEST, MAX_MANIFEST_BYTES) if second.path.is_dir() else None
     noted: dict[str, Any] = manifest if isinstance(manifest, dict) else {}
-    if _gave_hf_names(noted) and recognise(first) is not None:
-        first = to_hf(first, read_config([second.path]))
+    if _gave_hf_names(noted) and names_of(first):
+        first = with_hf_names(first, find_config([second.path]))
     filters, names, left_out = _noted(first, noted)
     report = compare(first, second, replace(options, renamed=names, left_out=left_out))
     report.filters = filters

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.patched import patches_of
 from dsconv.checkpoint.map.patches import Patch
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.loading import load_tensors
@@ -56,6 +57,16 @@ class Matched:
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
 
+def _unread(entry: TensorEntry) -> Unread:
+    """Return an entry as an unread tensor: made of boxes of what lies in the files, where it is a view of that.
+
+    A transposed view is left whole: a rank would read its boxes element by element.
+    """
+    patches = patches_of(entry)
+    dims = [[dim for dim in patch.dims if dim is not None] for patch in patches]
+    return Unread(entry.shape, patches) if all(each == sorted(each) for each in dims) else Unread.of(entry)
+
+
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of the full tensor, which ZeRO-3 or DTensor may have sharded."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -79,7 +90,7 @@ def match(model: torch.nn.Module, checkpoint: Checkpoint) -> Matched:
         _match_transformers(model, entries, wanted, found, unexpected)
     else:
         for name, entry in entries.items():
-            found.setdefault(name, Unread.of(entry)) if name in wanted else unexpected.add(name)
+            found.setdefault(name, _unread(entry)) if name in wanted else unexpected.add(name)
     result = Matched(missing=set(wanted) - set(found), unexpected=unexpected)
     for name, source in found.items():
         shape = tuple(source.shape) if isinstance(source, Unread) else wanted[name]
@@ -123,7 +134,7 @@ def _match_transformers(
         if target not in wanted:
             unexpected.add(name)
         elif pattern is None:
-            found.setdefault(target, Unread.of(entries[name]))
+            found.setdefault(target, _unread(entries[name]))
         else:
             _, collected = groups.setdefault(target, (by_pattern[pattern], {}))
             collected.setdefault(pattern, []).append(entries[name])
@@ -167,7 +178,7 @@ def _convert(
         }
 
     try:
-        made = run({pattern: [Unread.of(entry) for entry in entries] for pattern, entries in collected.items()})
+        made = run({pattern: [_unread(entry) for entry in entries] for pattern, entries in collected.items()})
         return {name: value for name, value in made.items() if name in wanted}
     except NotBoxes as error:
         why = str(error)

@@ -30,6 +30,7 @@ from dsconv.loaders.memory import block_maker, slot_of
 from dsconv.loaders.partitions import held_numel, partition_slots
 from dsconv.loaders.report import LoadReport, check_strict
 from dsconv.loaders.swapping import batches, in_buffers, is_swapped
+from dsconv.names.choosing import as_hf
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def stream_into(
     model = _unwrapped(model)
     with agreement("stream_into") as told:
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item)
+        if hasattr(model, "base_model_prefix"):  # of transformers
+            checkpoint = as_hf(checkpoint, model.config)
         told.fingerprint = fingerprint(checkpoint)
     with agreement("stream_into"):
         how = FillOptions(strict, ignore_mismatched_sizes=not strict, workers=workers, progress=progress)

@@ -15,6 +15,7 @@ from dsconv.errors import UnsupportedError, require_packages
 from dsconv.loaders.agreement import agreement
 from dsconv.loaders.fingerprint import fingerprint
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
+from dsconv.names.choosing import as_hf
 
 
 def load_tp(
@@ -65,6 +66,7 @@ def load_tp(
         folder = config_folder(checkpoint)
         config = copy.deepcopy(read_config(checkpoint, folder) if config is None else config)
         refuse_quantized(config, checkpoint)
+        checkpoint = as_hf(checkpoint, config)
         kind = model_class_of(model_class, config)
         told.fingerprint = fingerprint(checkpoint, kind.__name__)
         size = _tp_size(device_mesh)

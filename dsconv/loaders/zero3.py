@@ -22,6 +22,7 @@ from dsconv.loaders.fingerprint import fingerprint
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 from dsconv.loaders.partitions import allocate_partition
 from dsconv.loaders.swapping import check_nvme
+from dsconv.names.choosing import as_hf
 from dsconv.zero_utils.config import DSConfig
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def load_zero3(
         if config is None:
             config = read_config(checkpoint, folder)
         refuse_quantized(config, checkpoint)
+        checkpoint = as_hf(checkpoint, config)
         kind = model_class_of(model_class, config)
         told.fingerprint = fingerprint(checkpoint, kind.__name__)
     from dsconv.loaders.mapping import leave_out_ties, match

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.patched import entry_of
@@ -14,15 +12,14 @@ from dsconv.checkpoint.map.patches import View
 from dsconv.checkpoint.map.regions import box, prove_cover
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
-from dsconv.checkpoint.storage.local import read_small
 from dsconv.checkpoint.transfer.reading import is_zero, same_bytes
-from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, UnsupportedError
 from dsconv.names import megatron, torchtitan
+from dsconv.names.marks import HF, MEGATRON, framework_of
 from dsconv.names.operations import Config, Vocabulary, WrongShape
 from dsconv.names.tables import Family, Found
 
 FAMILIES: tuple[Family, ...] = torchtitan.FAMILIES + megatron.FAMILIES
-STORED, HF = "stored", "hf"  # the values of --names
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -53,31 +50,12 @@ def recognise(names: Iterable[str]) -> Recognised | None:
 
 def _candidates(names: Iterable[str]) -> list[Recognised]:
     given = list(names)
+    framework = framework_of(given)
     return [
         Recognised(family, tuple(name for name in given if not (family.find(name) or family.leaves_out(name))))
         for family in FAMILIES
-        if family.marked(given)
+        if family.framework == framework and family.marked(given)
     ]
-
-
-def names_of(names: Iterable[str]) -> str:
-    """Return the framework and the family of the names as text, or "" if no table has them."""
-    recognised = recognise(names)
-    return str(recognised) if recognised is not None else ""
-
-
-def read_config(folders: Iterable[Path]) -> Config | None:
-    """Return the first config.json in ``folders``. Raises MalformedError where it holds no JSON object."""
-    path = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
-    if path is None:
-        return None
-    try:
-        values = json.loads(read_small(path))
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise MalformedError(f"{path}: not a JSON object")
-    return Config(path, values)
 
 
 def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
@@ -117,7 +95,7 @@ def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
         _drop_tied(checkpoint, entries, config)
     result = with_entries(checkpoint, entries, family, HF)
     result.warnings += _warnings(left_out, family)
-    if family.framework == megatron.FRAMEWORK:
+    if family.framework == MEGATRON:
         result.warnings += megatron.check_arguments(checkpoint)
     return result
 

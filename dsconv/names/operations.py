@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dsconv.checkpoint.config_files import load_config
 from dsconv.checkpoint.map.patches import View
 from dsconv.errors import UnsupportedError
 
@@ -24,6 +25,11 @@ class Config:
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path = path
         self.values = values
+
+    @classmethod
+    def read(cls, path: Path | None) -> Config | None:
+        """Return the configuration in a file, or None for no file. Raises what ``load_config`` does."""
+        return None if path is None else cls(path, load_config(path))
 
     def number(self, key: str, default: int | None = None) -> int:
         """Return a positive whole number. Raises UnsupportedError where there is none, and no ``default``."""

@@ -20,11 +20,15 @@ NUMBER = r"(0|[1-9]\d{0,8})"
 
 @dataclass(frozen=True)
 class Rule:
-    """One of the framework's tensors, what Hugging Face calls its parts, and how they are arranged."""
+    """One of the framework's tensors, what Hugging Face calls its parts, and how they are arranged.
+
+    ``also`` are further names of the tensor: the framework's models look for it under one of them.
+    """
 
     theirs: str
     ours: tuple[str, ...]
     operation: Operation = SAME
+    also: tuple[str, ...] = ()
 
     @property
     def stacked(self) -> int:
@@ -43,6 +47,8 @@ class Family:
         marks: Names that identify the family: every checkpoint of it has one of them, and no other family does.
         rules: The table.
         expects: {key of the configuration: the only value for which the table is right}, even if the key is absent.
+        numbered: The rules of a checkpoint that numbers its layers, where those of ``rules`` stack them; () where there
+            is one form.
         no_place: Names of small tensors that Hugging Face's model has no place for. The framework's own converter
             leaves them out.
     """
@@ -54,22 +60,28 @@ class Family:
     rules: tuple[Rule, ...]
     expects: Mapping[str, Any] = field(default_factory=dict)
     no_place: tuple[str, ...] = ()
+    numbered: tuple[Rule, ...] = ()
 
     @cached_property
     def _theirs(self) -> Patterns:
-        return Patterns((rule.theirs, rule, 0) for rule in self.rules)
+        rules = (*self.rules, *self.numbered)
+        return Patterns((name, rule, 0) for rule in rules for name in (rule.theirs, *rule.also))
 
     @cached_property
     def _ours(self) -> Patterns:
-        return Patterns((name, rule, place) for rule in self.rules for place, name in enumerate(rule.ours))
+        return _by_our_names(self.rules)
+
+    @cached_property
+    def _ours_numbered(self) -> Patterns:
+        return _by_our_names(self.numbered)
 
     def find(self, name: str) -> Found | None:
         """Return the rule for a name of the framework's."""
         return self._theirs.find(name)
 
-    def find_hf(self, name: str) -> Found | None:
-        """Return the rule for a name of Hugging Face's."""
-        return self._ours.find(name)
+    def find_hf(self, name: str, numbered: bool = False) -> Found | None:
+        """Return the rule for a name of Hugging Face's, in ``numbered`` or in ``rules``."""
+        return (self._ours_numbered if numbered else self._ours).find(name)
 
     def leaves_out(self, name: str) -> bool:
         """Return whether Hugging Face's model has no place for a tensor."""
@@ -102,6 +114,10 @@ class Patterns:
         if row is None or match is None:
             return None
         return Found(row[1], tuple(map(int, match.groups())), row[2])
+
+
+def _by_our_names(rules: Iterable[Rule]) -> Patterns:
+    return Patterns((name, rule, place) for rule in rules for place, name in enumerate(rule.ours))
 
 
 @lru_cache

@@ -7,10 +7,10 @@ the suffixes that the model's names have (``mlp1_weight_EGD``).
 
 from __future__ import annotations
 
+from dsconv.names.marks import TORCHTITAN
 from dsconv.names.operations import RotaryPairs, Transposed
 from dsconv.names.tables import Family, Rule
 
-FRAMEWORK = "torchtitan"
 LAYER = "model.layers.{}."
 
 
@@ -50,7 +50,7 @@ OLD_EXPERTS = ("experts.w1", "experts.w2", "experts.w3")
 def _llama3(qkv: str, head: str) -> Family:
     q, k, v = (f"layers.{{}}.attention.{qkv}w{part}.weight" for part in "qkv")
     return Family(
-        FRAMEWORK,
+        TORCHTITAN,
         "llama3",
         ("llama",),
         (q,),
@@ -66,7 +66,7 @@ def _llama3(qkv: str, head: str) -> Family:
 
 def _qwen3(qkv: str, head: str, experts: tuple[str, ...], bias: str) -> Family:
     return Family(
-        FRAMEWORK,
+        TORCHTITAN,
         "qwen3",
         ("qwen3", "qwen3_moe"),
         ("layers.{}.attention.q_norm.weight",),
@@ -92,7 +92,7 @@ def _deepseek_v3(head: str, experts: tuple[str, ...], bias: str) -> Family:
     }  # fmt: skip
     shared = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
     return Family(
-        FRAMEWORK,
+        TORCHTITAN,
         "deepseek_v3",
         ("deepseek_v3",),
         ("layers.{}.attention.wkv_a.weight",),
@@ -121,7 +121,7 @@ def _gpt_oss(qkv: str, head: str, experts: str, suffixes: tuple[str, ...], bias:
         for kind in ("weight", "bias")
     ]
     return Family(
-        FRAMEWORK,
+        TORCHTITAN,
         "gpt_oss",
         ("gpt_oss",),
         ("layers.{}.attention.sinks",),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from dsconv.errors import (
     UnsupportedError,
     UsageError,
 )
-from dsconv.names.naming import read_config, to_hf
+from dsconv.names.choosing import with_hf_names
+from dsconv.names.marks import MARKS, framework_of
+from dsconv.names.naming import FAMILIES
 from tests.cli.running import dsconv as run
 
 DATA = Path(__file__).parents[1] / "data" / "names" / "torchtitan"
@@ -112,7 +116,7 @@ def test_a_tied_output_layer_is_left_out_if_it_is_the_embedding(tmp_path: Path) 
 
 def test_what_hf_has_no_place_for_is_named() -> None:
     folder = DATA / "qwen3-moe"
-    warnings = to_hf(dsconv.open_checkpoint(folder / "step-3"), read_config([folder])).warnings
+    warnings = with_hf_names(dsconv.open_checkpoint(folder / "step-3"), folder / "config.json").warnings
     assert any("left out 'layers.0.moe.expert_bias_E' and 1 more: it is not zero" in text for text in warnings)
 
 
@@ -121,3 +125,28 @@ def test_names_go_with_no_adapter(tmp_path: Path) -> None:
         dsconv.merge(DATA / "llama3" / "step-3", tmp_path / "out", names="hf", adapter=True)
     with pytest.raises(UsageError, match="names is 'mine'; expected 'hf' or 'stored'"):
         dsconv.merge(DATA / "llama3" / "step-3", tmp_path / "out", names="mine")
+
+
+def test_every_mark_of_a_family_is_one_of_its_framework() -> None:
+    for family in FAMILIES:
+        for mark in family.marks:
+            assert framework_of([mark.replace("{}", "0")]) == family.framework, mark
+    assert set(MARKS) == {family.framework for family in FAMILIES}
+    assert framework_of(["model.visual.blocks.0.mlp.linear_fc1.weight", "model.layers.0.mlp.router.weight"]) is None
+
+
+def test_a_merge_imports_no_table_of_names_where_none_is_needed(tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    program = (
+        "import sys, dsconv; dsconv.merge(sys.argv[1], sys.argv[2], fsync=False);"
+        "print(*sorted(name for name in sys.modules if name.startswith('dsconv.names.')))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["dsconv.names.choosing", "dsconv.names.marks"]
+
+
+def test_the_advice_names_the_option(tmp_path: Path) -> None:
+    config = config_in(tmp_path / "config")
+    report = dsconv.merge(DATA / "llama3" / "step-3", tmp_path / "out", config_from=config)
+    assert "These are names of torchtitan, llama3: merge with --names hf" in report.warnings[-1]

@@ -14,7 +14,8 @@ from dsconv import open_checkpoint, to_dcp
 from dsconv.checkpoint.map.tensors import prove_tiling
 from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.errors import DsconvError
-from dsconv.names.naming import read_config, recognise, to_hf
+from dsconv.names.choosing import with_hf_names
+from dsconv.names.naming import recognise
 from tests.trained import same
 
 DATA = Path(__file__).parents[1] / "data" / "names" / "torchtitan"
@@ -34,7 +35,7 @@ FAMILIES = {
 
 
 def converted(case: str) -> dict[str, torch.Tensor]:
-    entries = to_hf(open_checkpoint(DATA / case / "step-3"), read_config([DATA / case])).values()
+    entries = with_hf_names(open_checkpoint(DATA / case / "step-3"), DATA / case / "config.json").values()
     for entry in entries:
         prove_tiling(entry)
     return load_tensors(entries)

@@ -63,6 +63,11 @@ class PatchedLayout:
         return arranged(placed, self.shape)
 
 
+def patches_of(entry: TensorEntry) -> tuple[Patch, ...]:
+    """Return the patches that make an entry: those of the view that it was made of, or the one that takes it whole."""
+    return entry.layout.patches if isinstance(entry.layout, PatchedLayout) else (whole(entry),)
+
+
 class HeldBoxes:
     """The boxes in which an entry lies in its files."""
 
@@ -93,7 +98,13 @@ class HeldBoxes:
 
 
 def _held(entry: TensorEntry) -> Iterator[Held]:
-    for piece in entry.pieces:
+    pieces = entry.pieces
+    if entry.numel and not pieces:
+        raise UnsupportedError(
+            f"{entry.name!r} is computed, and what is computed cannot be cut up or joined: merge the checkpoint with"
+            " --dtype first, and convert the result"
+        )
+    for piece in pieces:
         if not piece.numel:
             continue
         if piece.strides is not None:

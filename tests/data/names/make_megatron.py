@@ -1,9 +1,12 @@
-"""Make megatron/ beside this file, on a CPU: `torchrun --nproc-per-node 4 make_megatron.py save`, then
-`python make_megatron.py truth`.
+"""Make what megatron/ beside this file lacks, on a CPU: `torchrun --nproc-per-node 4 make_megatron.py save`, then
+`python make_megatron.py truth`. `python make_megatron.py back FOLDER` proves the way back.
 
 It needs megatron-core 0.16.1 and megatron-bridge 0.3.1 (`pip install --no-deps`, with psutil) beside torch 2.13. Small
 GPTModels are saved by Megatron's own dist_checkpointing on several tensor- and pipeline-parallel ranks. For
-truth.safetensors Megatron loads each checkpoint into a model on one rank, and Megatron Bridge's mappings convert that.
+truth.safetensors Megatron loads each checkpoint into a model on one rank, and Megatron Bridge's mappings convert that;
+mixtral's, which Bridge lacks, have the names of Megatron-LM's own tools/checkpoint/loader_mixtral_hf.py. For the way
+back, FOLDER/<case> is what `dsconv to-dcp truth.safetensors --names megatron` made: Megatron loads it with its own
+dist_checkpointing.load, and the model must hold the same bytes.
 Only the calls that wait for a GPU are replaced, and packages that Bridge imports and does not use here.
 """
 
@@ -37,6 +40,11 @@ CASES = {
     "qwen3": (
         {"model_type": "qwen3", "intermediate_size": 48, "head_dim": 16, **ATTENTION},
         {"qk_layernorm": True, "kv_channels": 16}, {"qk_layernorm": True}, (1, 2),
+    ),
+    "mixtral": (
+        {"model_type": "mixtral", "intermediate_size": 16, **ATTENTION},
+        {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16},
+        {"num_experts": 4}, (2, 1),
     ),
     "qwen3-moe": (
         {"model_type": "qwen3_moe", "moe_intermediate_size": 16, "head_dim": 16, **ATTENTION},
@@ -116,7 +124,10 @@ def save() -> None:
     setup()
     from megatron.core import dist_checkpointing
 
-    for case, (hf_config, _, _, (tp, pp)) in CASES.items():
+    missing = [case for case in CASES if not (HERE / case).exists()]
+    dist.barrier()
+    for case in missing:
+        hf_config, _, _, (tp, pp) = CASES[case]
         model, parallel = build(case, tp, pp)
         for number, (name, weight) in enumerate(model.named_parameters()):
             split = getattr(weight, "tensor_model_parallel", False)
@@ -174,20 +185,69 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def truth() -> None:
+def start_alone() -> None:
     import os
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29577"}
     setup()
+
+
+def loaded(case: str, folder: Path):
     from megatron.core import dist_checkpointing
+
+    model, _ = build(case, 1, 1)
+    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))["model"])
+    return model
+
+
+def back(folder: Path) -> None:
+    """Compare what Megatron loads from its own checkpoints with what it loads from dsconv's. The padding is zero."""
+    start_alone()
+    for case in CASES:
+        (made,) = (folder / case).glob("iter_*")
+        ours, theirs = (dict(loaded(case, each).state_dict()) for each in (made, HERE / case / "iter_0000010"))
+        assert ours.keys() == theirs.keys(), case
+        for name, tensor in theirs.items():
+            rows = VOCABULARY if name in ("embedding.word_embeddings.weight", "output_layer.weight") else None
+            same = (tensor is None and ours[name] is None) or torch.equal(tensor[:rows], ours[name][:rows])
+            assert same, f"{case}: {name}"
+        print(f"{case}: {len(theirs)} tensors are the same")
+    dist.destroy_process_group()
+
+
+def mixtral_registry():
+    """Return Bridge's mappings with the names of Megatron-LM's tools/checkpoint/loader_mixtral_hf.py."""
+    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping
+
+    theirs, ours = "decoder.layers.*.", "model.layers.*."
+    names = {
+        "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+        "output_layer.weight": "lm_head.weight",
+        "decoder.final_layernorm.weight": "model.norm.weight",
+        theirs + "input_layernorm.weight": ours + "input_layernorm.weight",
+        theirs + "pre_mlp_layernorm.weight": ours + "post_attention_layernorm.weight",
+        theirs + "self_attention.linear_proj.weight": ours + "self_attn.o_proj.weight",
+        theirs + "mlp.router.weight": ours + "block_sparse_moe.gate.weight",
+        theirs + "mlp.experts.linear_fc2.weight*": ours + "block_sparse_moe.experts.*.w2.weight",
+    }
+    qkv = {part: f"{ours}self_attn.{part}_proj.weight" for part in "qkv"}
+    expert = ours + "block_sparse_moe.experts.*."
+    return MegatronMappingRegistry(
+        *(AutoMapping(megatron_param=a, hf_param=b) for a, b in names.items()),
+        QKVMapping(megatron_param=theirs + "self_attention.linear_qkv.weight", **qkv),
+        GatedMLPMapping(
+            megatron_param=theirs + "mlp.experts.linear_fc1.weight*", gate=expert + "w1.weight", up=expert + "w3.weight"
+        ),
+    )
+
+
+def truth() -> None:
+    start_alone()
     from safetensors.torch import save_file
 
-    models = {}
-    for case in CASES:
-        model, _ = build(case, 1, 1)
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(HERE / case / "iter_0000010"))
-        model.load_state_dict(loaded["model"])
-        models[case] = model
+    missing = [case for case in CASES if not (HERE / case / "truth.safetensors").exists()]
+    models = {case: loaded(case, HERE / case / "iter_0000010") for case in missing}
     sys.meta_path.append(Absent())
     from megatron.bridge.models.deepseek.deepseek_v3_bridge import DeepSeekV3Bridge
     from megatron.bridge.models.llama.llama_bridge import LlamaBridge
@@ -195,16 +255,17 @@ def truth() -> None:
     from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge
     from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
 
-    bridges = {
-        "llama": LlamaBridge,
-        "qwen2": Qwen2Bridge,
-        "qwen3": Qwen3Bridge,
-        "qwen3_moe": Qwen3MoEBridge,
-        "deepseek_v3": DeepSeekV3Bridge,
+    registries = {
+        "llama": lambda: LlamaBridge().mapping_registry(),
+        "qwen2": lambda: Qwen2Bridge().mapping_registry(),
+        "qwen3": lambda: Qwen3Bridge().mapping_registry(),
+        "qwen3_moe": lambda: Qwen3MoEBridge().mapping_registry(),
+        "deepseek_v3": lambda: DeepSeekV3Bridge().mapping_registry(),
+        "mixtral": mixtral_registry,
     }
     for case, model in models.items():
         build(case, 1, 1)
-        registry = bridges[CASES[case][0]["model_type"]]().mapping_registry()
+        registry = registries[CASES[case][0]["model_type"]]()
         found = {}
         biases = {name: bias for name, bias in model.named_buffers() if name.endswith("expert_bias")}
         for name, weight in (*model.named_parameters(), *biases.items()):
@@ -224,4 +285,4 @@ def truth() -> None:
 
 
 if __name__ == "__main__":
-    {"save": save, "truth": truth}[sys.argv[1]]()
+    {"save": save, "truth": truth, "back": lambda: back(Path(sys.argv[2]))}[sys.argv[1]]()
