@@ -6,7 +6,8 @@ alike. All other tensors go through the copy. A computed tensor is made, written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,15 @@ from dsconv.checkpoint.transfer.casting import Caster
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES, CopyRun, Target
 from dsconv.checkpoint.transfer.ordered import run_all
+from dsconv.checkpoint.transfer.pool import Jobs, run_jobs
 from dsconv.errors import InconsistentCheckpointError
 from dsconv.text import quote
 
 if TYPE_CHECKING:
     import torch
+
+
+Blocks = Iterator[tuple[memoryview, int]]
 
 
 def _no_pieces() -> tuple[Piece, ...]:
@@ -29,16 +34,27 @@ def _no_pieces() -> tuple[Piece, ...]:
 
 @dataclass(frozen=True)
 class ComputedEntry(TensorEntry):
-    """A tensor that ``compute`` makes from ``sources``; no file holds its bytes, so it has no pieces."""
+    """A tensor that is made from ``sources``; no file holds its bytes, so it has no pieces.
+
+    ``compute`` makes all of it, or ``blocks`` yields its bytes from the first to the last, each with the number of its
+    values that became infinite. Bytes are valid until the next ones are asked for.
+    """
 
     compute: Callable[[], torch.Tensor] | None = None
     sources: tuple[TensorEntry, ...] = ()
+    blocks: Callable[[], Blocks] | None = None
 
     def read(self, index: Any = None) -> torch.Tensor:
         """Return the computed tensor, or ``tensor[index]``.
 
         Raises InconsistentCheckpointError when the result is not of the dtype and shape that were planned.
         """
+        import torch
+
+        if self.blocks is not None:
+            raw = torch.frombuffer(bytearray(self.read_bytes()), dtype=torch.uint8) if self.numel else torch.empty(0)
+            tensor = raw.view(getattr(torch, self.dtype.name)).reshape(self.shape)
+            return tensor if index is None else tensor[index]
         if self.compute is None:
             raise InconsistentCheckpointError(f"tensor {quote(self.name)}: nothing says how to compute it")
         tensor = self.compute().detach().contiguous()
@@ -52,6 +68,8 @@ class ComputedEntry(TensorEntry):
 
     def read_bytes(self) -> memoryview:
         """Return the computed tensor's bytes, row-major."""
+        if self.blocks is not None:
+            return memoryview(b"".join(bytes(block) for block, _ in self.blocks()))
         import torch
 
         tensor = self.read()
@@ -70,10 +88,18 @@ def computed(
     return ComputedEntry(name, dtype, shape, _no_pieces, aliases, compute=compute, sources=sources)
 
 
-def fill_all(pairs: Iterable[tuple[TensorEntry, Target]], run: CopyRun) -> None:
-    """Fill each target from its entry: those with bytes in files by the copy, then the computed ones, one at a time.
+def streamed(entry: TensorEntry, dtype: DType, blocks: Callable[[], Blocks], *sources: TensorEntry) -> ComputedEntry:
+    """Return ``entry`` in another dtype, with the bytes that ``blocks`` yields, made of it and of ``sources``."""
+    return ComputedEntry(
+        entry.name, dtype, entry.shape, _no_pieces, entry.aliases, entry.role, sources=(entry, *sources), blocks=blocks
+    )
 
-    The same copy checks the sources of computed tensors against their checksums. Raises what ``CopyRun`` raises, and
+
+def fill_all(pairs: Iterable[tuple[TensorEntry, Target]], run: CopyRun) -> None:
+    """Fill each target from its entry: those with bytes in files by the copy, then the computed ones.
+
+    Of those, one at a time is made whole; the ones that are made in blocks go through all threads. The same copy checks
+    the sources of computed tensors against their checksums. Raises what ``CopyRun`` raises, and
     InconsistentCheckpointError for a result of another dtype or shape than planned.
     """
     stored: list[tuple[TensorEntry, Target]] = []
@@ -85,9 +111,18 @@ def fill_all(pairs: Iterable[tuple[TensorEntry, Target]], run: CopyRun) -> None:
             stored.append((entry, target))
     checked = {source.name: source for entry, _ in made for source in entry.sources if _has_checksum(source)}
     run_all([*stored, *((source, _nowhere(source)) for source in checked.values())], run)
-    caster = Caster()
+    counting = threading.Lock()
     for entry, target in made:
-        _write(entry, target, run, caster)
+        if entry.blocks is None:
+            _write(entry, target, run, Caster(), counting, lambda: False)
+
+    def work(jobs: Jobs[tuple[ComputedEntry, Target]]) -> None:
+        caster = Caster()
+        for entry, target in jobs:
+            _write(entry, target, run, caster, counting, lambda: jobs.stopped)
+
+    if in_blocks := [pair for pair in made if pair[0].blocks is not None]:
+        run_jobs(in_blocks, work, run.workers)
 
 
 def _has_checksum(entry: TensorEntry) -> bool:
@@ -99,19 +134,36 @@ def _nowhere(entry: TensorEntry) -> Target:
     return Target(entry.name, entry.dtype, lambda data, offset_bytes, crc: None)
 
 
-def _write(entry: ComputedEntry, target: Target, run: CopyRun, caster: Caster) -> None:
-    data = entry.read_bytes()
-    step = BLOCK_BYTES // entry.dtype.itemsize * entry.dtype.itemsize
+def _write(
+    entry: ComputedEntry,
+    target: Target,
+    run: CopyRun,
+    caster: Caster,
+    counting: threading.Lock,
+    stopped: Callable[[], bool],
+) -> None:
     offset_bytes = 0
-    for at in range(0, len(data), step):
-        block = data[at : at + step]
+    for made, overflowed in _blocks_of(entry):
+        if stopped():
+            return
+        block = made
         if target.dtype != entry.dtype:
-            block, overflowed = caster.cast(block, entry.dtype, target.dtype)
-            if overflowed:
-                counts = run.stats.overflowed
-                counts[target.name] = counts.get(target.name, 0) + overflowed
+            block, overflowed = caster.cast(made, entry.dtype, target.dtype)
         target.write(block, offset_bytes, crc32(block))
         offset_bytes += len(block)
-        run.stats.bytes_written += len(block)
+        with counting:
+            if overflowed:
+                run.stats.overflowed[target.name] = run.stats.overflowed.get(target.name, 0) + overflowed
+            run.stats.bytes_written += len(block)
         if run.progress is not None:
             run.progress(len(block))
+
+
+def _blocks_of(entry: ComputedEntry) -> Blocks:
+    if entry.blocks is not None:
+        yield from entry.blocks()
+        return
+    data = entry.read_bytes()
+    step = BLOCK_BYTES // entry.dtype.itemsize * entry.dtype.itemsize
+    for at in range(0, len(data), step):
+        yield data[at : at + step], 0

@@ -16,6 +16,7 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.roots import as_output
 from dsconv.convert.dcp_layout import METADATA, DcpPlan, make_dcp_plan
 from dsconv.convert.dcp_output import DcpOutput
+from dsconv.convert.fp8 import dequantized
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, parse_size
 from dsconv.convert.progress import Progress
@@ -106,6 +107,7 @@ def to_dcp(
     if is_megatron and prefix:
         raise UsageError("--prefix cannot be combined with --names megatron, whose names have none")
     config = find_config([checkpoint.path, checkpoint.folder])
+    checkpoint = dequantized(checkpoint, config, wanted)
     if names != STORED:
         checkpoint = with_names(checkpoint, config, names)
     folder = ""

@@ -20,6 +20,7 @@ from dsconv.convert.adapters.choosing import STEM as ADAPTER_STEM
 from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
 from dsconv.convert.adapters.config import CONFIG as ADAPTER_CONFIG
 from dsconv.convert.filters import Filters
+from dsconv.convert.fp8 import dequantized
 from dsconv.convert.loadable import Loading, LoadingCheck
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.progress import Progress
@@ -267,6 +268,7 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
         opened = with_hf_names(opened, find_config(folders))
     elif not (options.adapter.alone or options.adapter.fold):
         hint = hint_of(opened)
+    opened = dequantized(opened, find_config(folders), options.dtype)
     chosen = choose(opened, options.adapter, near, options.config_from, options.dtype)
     checkpoint = chosen.checkpoint
     plan, extra, unread = _plan(chosen, target, options)
@@ -383,6 +385,8 @@ def _sidecar_files(
         data = path.read_bytes()
         if path.name == "config.json":
             data = sidecars.with_dtype(data, main)
+            if chosen.checkpoint.info.get("dequantized"):
+                data = sidecars.without_scheme(data)
             if chosen.folded and _are_untied(path, plan, chosen.folded):
                 data = sidecars.untied(data)
             if chosen.vocabulary is not None:

@@ -174,3 +174,15 @@ def untied(data: bytes) -> bytes:
         return (json.dumps({**config, "tie_word_embeddings": False}, indent=2) + "\n").encode()
     except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
         return data
+
+
+def without_scheme(data: bytes) -> bytes:
+    """Return a config.json that does not say any more that the weights are quantized."""
+    try:
+        config = json.loads(data)
+        if not isinstance(config, dict) or "quantization_config" not in config:
+            return data
+        del config["quantization_config"]
+        return (json.dumps(config, indent=2) + "\n").encode()
+    except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
+        return data

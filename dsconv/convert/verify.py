@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from dsconv.checkpoint.config_files import find_config as config_near
 from dsconv.checkpoint.map.checkpoint import Checkpoint
+from dsconv.checkpoint.map.dtypes import BY_NAME, OUTPUTS, DType
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_two
 from dsconv.checkpoint.transfer.casting import CASTABLE, Caster
@@ -15,6 +17,7 @@ from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
 from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
 from dsconv.convert.computed import ComputedEntry
 from dsconv.convert.filters import Filters
+from dsconv.convert.fp8 import dequantized
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import find_config
 from dsconv.convert.progress import Progress
@@ -107,6 +110,8 @@ def verify(
     noted: dict[str, Any] = manifest if isinstance(manifest, dict) else {}
     if _gave_hf_names(noted) and names_of(first):
         first = with_hf_names(first, find_config([second.path]))
+    if (dtype := _dequantized_to(noted)) is not None:
+        first = dequantized(first, config_near([first.path, first.folder]), dtype)
     filters, names, left_out = _noted(first, noted)
     report = compare(first, second, replace(options, renamed=names, left_out=left_out))
     report.filters = filters
@@ -161,6 +166,13 @@ def _gave_hf_names(manifest: Mapping[str, Any]) -> bool:
     source = manifest.get("source")
     names = source.get("names") if isinstance(source, dict) else None
     return isinstance(names, dict) and names.get("to") == HF
+
+
+def _dequantized_to(manifest: Mapping[str, Any]) -> DType | None:
+    """Return the dtype that FP8 weights were given in the merge that wrote a manifest; None where it gave none."""
+    source = manifest.get("source")
+    name = source.get("dequantized") if isinstance(source, dict) else None
+    return BY_NAME.get(name) if isinstance(name, str) and name in OUTPUTS else None
 
 
 def _noted(
