@@ -41,7 +41,7 @@ attacks: $(READY) ## make every hostile file and give it to DeepSpeed, torch, pi
 # How many broken files, and from which seed: make fuzz N=1000000 SEED=1
 N ?= 100000
 SEED ?= 0
-fuzz: $(READY) ## break N files of every kind and count what becomes of them: 1 minute for 100,000, or make fuzz N=1000000
+fuzz: $(READY) ## break N files of every kind and count what becomes of them: 5 minutes for 100,000, or make fuzz N=1000000
 	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -m tests.fuzz --count $(N) --seed $(SEED) $(ARGS)
 
 # How many places of each kind of run; there are 600 to 9,600: make crash POINTS=10000 is all of them

@@ -143,7 +143,7 @@ class LoadingCheck:
         """Take the class of the model_type that all weights fit: a file without ``architectures`` claims no other."""
         kind = self._config.get("model_type")
         is_known = isinstance(kind, str) and is_tried(self._config, len(self._shapes))
-        candidates = architectures_of(str(kind)) if is_known else []
+        candidates = list(architectures_of(str(kind))) if is_known else []
         if config is None:
             why = ""
         elif not self._config:

@@ -14,7 +14,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.opening import open_two
 from dsconv.checkpoint.transfer.casting import CASTABLE, Caster
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
-from dsconv.checkpoint.transfer.reading import Sources, blocks, read_flat_into
+from dsconv.checkpoint.transfer.reading import Sources, blocks, new_block, read_flat_into
 from dsconv.convert.computed import ComputedEntry
 from dsconv.convert.filters import Filters
 from dsconv.convert.fp8 import dequantized
@@ -140,7 +140,7 @@ def compare(first: Checkpoint, second: Checkpoint, options: CompareOptions) -> V
     seen = set(options.left_out)
     with Sources() as sources:
         caster = Caster()
-        buffers = (memoryview(bytearray(BLOCK_BYTES)), memoryview(bytearray(BLOCK_BYTES)))
+        buffers = new_block(BLOCK_BYTES), new_block(BLOCK_BYTES)
         for entry in second.values():
             match = next((n for n in (names.get(entry.name, entry.name), *entry.aliases) if n in first), None)
             if match is None:

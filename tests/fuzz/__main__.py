@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import resource
 import sys
@@ -54,6 +55,8 @@ def main(count: int, seed: int, first: int, names: tuple[str, ...]) -> None:
         targets = [kind(found) for kind in TARGETS if not names or kind.name in names]
         counts: dict[str, Counter[str]] = {target.name: Counter() for target in targets}
         failures = 0
+        gc.collect()
+        gc.freeze()  # torch and transformers have a million objects, which no collection needs to look at again
         reported = time.monotonic()
         turns = itertools.cycle([target for target in targets for _ in range(target.share)])
         with limits(), contextlib.suppress(KeyboardInterrupt):  # still report what was done

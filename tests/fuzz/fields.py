@@ -25,7 +25,7 @@ from dsconv.cli.inspect import describe
 from dsconv.errors import DsconvError
 from tests.checkpoint.building import Rec, tensor, zip_bytes
 from tests.fixtures import gloo
-from tests.fuzz import trees
+from tests.fuzz import trees, unchanged
 from tests.fuzz.judging import MAX_MESSAGE_CHARS, OTHER, SAME, Failure, tensors_of
 from tests.fuzz.mutations import EDGES, WORDS, records
 from tests.fuzz.targets import Seeds, Target
@@ -221,7 +221,8 @@ class Fields(Target):
         document, data, action = broken
         document.file.write_bytes(data)
         try:
-            self.use(document.checkpoint, action)
+            with unchanged.except_for((document.file,), self.folder):
+                self.use(document.checkpoint, action)
         finally:
             document.file.write_bytes(document.sound)
         return OTHER if data != document.sound else SAME

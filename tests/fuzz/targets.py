@@ -26,6 +26,7 @@ from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.pickles import machine
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.torchfile.legacy import storage_of
+from tests.fuzz import unchanged
 from tests.fuzz.judging import OTHER, SAME, Failure, Tensors, tensors_of
 from tests.fuzz.mutations import damaged, forged_json, forged_pickle, forged_zip
 
@@ -330,7 +331,8 @@ class Checkpoints(Target):
                 path.unlink(missing_ok=True)
                 if data is not None:
                     path.write_bytes(data)
-            found = tensors_of(open_checkpoint(broken.checkpoint))
+            with unchanged.except_for([path for path, _ in broken.files], self.folder):
+                found = tensors_of(open_checkpoint(broken.checkpoint))
         finally:
             for path, _ in broken.files:
                 path.write_bytes(self.files[broken.checkpoint][path])

@@ -23,7 +23,7 @@ from dsconv.checkpoint.transfer.casting import Caster
 from dsconv.checkpoint.transfer.checksums import RunningChecksum, crc32
 from dsconv.checkpoint.transfer.nonfinite import count_nonfinite, sample_nonfinite
 from dsconv.checkpoint.transfer.pool import Jobs, run_jobs
-from dsconv.checkpoint.transfer.reading import Part, Sources, gather_view, parts_of
+from dsconv.checkpoint.transfer.reading import Part, Sources, gather_view, new_block, parts_of
 from dsconv.errors import MalformedError
 from dsconv.text import quote
 
@@ -198,7 +198,7 @@ class CopyRun:
                 )
 
     def _work(self, jobs: Jobs[list[Copy] | Gather]) -> None:
-        buffer = memoryview(bytearray(BLOCK_BYTES))
+        buffer = new_block(BLOCK_BYTES)
         caster = Caster()
         with Sources() as sources:
             for block in jobs:
@@ -208,7 +208,7 @@ class CopyRun:
                     self._copy_block(block, buffer, sources, caster)
 
     def _work_in_order(self, streams: Jobs[Iterable[Gather]]) -> None:
-        buffer = memoryview(bytearray(BLOCK_BYTES))
+        buffer = new_block(BLOCK_BYTES)
         caster = Caster()
         with Sources() as sources:
             for batch in chain.from_iterable(map(_batches, streams)):

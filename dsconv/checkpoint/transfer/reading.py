@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
     import torch
 
 COMPARED_BYTES = 8 << 20  # of each of two tensors at a time
+
+
+def new_block(nbytes: int) -> memoryview:
+    """Return zeroed memory, of which the system gives only the pages that are written to: most blocks are not filled.
+
+    Raises:
+        MemoryError: There is not enough.
+    """
+    try:
+        return memoryview(mmap.mmap(-1, nbytes))
+    except OSError:
+        raise MemoryError from None
 
 
 class Sources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,11 +42,12 @@ def auto_class(architecture: str, kind: str) -> str:
     return next((auto for auto in PREFERRED if auto in found), architecture)
 
 
-def architectures_of(kind: str) -> list[str]:
+@lru_cache(maxsize=64)
+def architectures_of(kind: str) -> tuple[str, ...]:
     """Return the classes that Auto classes have for a model_type, those of the classes that people use first."""
     text = _source()
     if text is None:
-        return []
+        return ()
     item = re.compile(rf'\("{re.escape(kind)}",\s*"(\w+)"\)')
     found = []
     for auto in PREFERRED:
@@ -56,9 +58,10 @@ def architectures_of(kind: str) -> list[str]:
         begin = re.search(rf"^{mapping[1]}_NAMES\b.*= OrderedDict\(", text, re.MULTILINE)
         if begin and (match := item.search(text, begin.end(), text.find("\n)", begin.end()))):
             found.append(match[1])
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
+@cache
 def _source() -> str | None:
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,21 @@ def read_skeleton(config: Mapping[str, Any]) -> Skeleton | None:
 
 def _are_converted(names: set[str]) -> bool:
     """Return whether transformers renames or fuses weights when it loads them into a model of one of these names."""
+    converted = _converted()
+    return converted is None or not names.isdisjoint(converted)
+
+
+@cache
+def _converted() -> frozenset[str] | None:
+    """Return every word that the table of conversions of transformers quotes; None where it cannot be found."""
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
-        return True
+        return None
     source = Path(spec.submodule_search_locations[0]) / "conversion_mapping.py"
     try:
-        return not names.isdisjoint(re.findall(r'"(\w+)"', source.read_text(encoding="utf-8")))
+        return frozenset(re.findall(r'"(\w+)"', source.read_text(encoding="utf-8")))
     except OSError:
-        return False  # transformers before 5 has none
+        return frozenset()  # transformers before 5 has none
 
 
 def _configuration(config: Mapping[str, Any], kind: str) -> Configuration:
