@@ -16,7 +16,7 @@ from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.hub import lies_on_hub
 from dsconv.checkpoint.storage.local import first_signature
 from dsconv.checkpoint.storage.roots import Root, open_root
-from dsconv.checkpoint.storage.unfinished import cut_off
+from dsconv.checkpoint.storage.unfinished import cut_off, half_done
 from dsconv.checkpoint.transfer.reading import read_tensor
 from dsconv.errors import (
     CheckpointNotFoundError,
@@ -153,7 +153,7 @@ def _read_or_say(root: Root, tag: str | None, item: str | None, weights: str) ->
     try:
         checkpoint = _read(root, tag, item, weights)
     except (CheckpointNotFoundError, MissingShardError, MalformedError, InconsistentCheckpointError) as error:
-        why = "" if isinstance(error, SeveralModelsError) else cut_off(root.path)
+        why = "" if isinstance(error, SeveralModelsError) else cut_off(root.path) or half_done(root.path)
         if why:
             raise MissingShardError(why) from None
         raise

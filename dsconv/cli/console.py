@@ -52,6 +52,9 @@ ITEMS: Decorator = click.option(
     "--item", metavar="KEY", help="Model to compare, if A or B holds several, such as actor."
 )
 ITEM_B: Decorator = click.option("--item-b", metavar="KEY", help="Model of B, if it is another than --item.")
+PART: Decorator = click.option(
+    "--part", metavar="I/N|auto", help="Write part I of N; auto asks torchrun, Slurm, MPI or an indexed job."
+)
 HTML: Decorator = click.option(
     "--html", "page", type=Page(dir_okay=False), metavar="PAGE", help="Write a page for browsers."
 )
@@ -371,8 +374,21 @@ def show_report(report: Any, seconds: float, as_json: bool, quiet: bool) -> bool
         warn(report.warnings)
         step = "" if report.step is None else f", step {report.step}"
         say(f"{report.source} ({report.format}{step}) → {report.output}")
-        return True
+        return report.part is None or _show_part(report, seconds)
     return False
+
+
+def _show_part(report: Any, seconds: float) -> bool:
+    """Print what became of a part of an output; return whether this process put the output into its place."""
+    part = report.part
+    head = f"part {part.number}/{part.of}: {size(part.nbytes)}, {seconds:.2f} s"
+    if part.placed:
+        say(f"{head}; all parts are done{'' if part.by_this else ', and another process put them in place'}")
+    else:
+        shown = ", ".join(f"{number}/{part.of}" for number in part.missing[:8])
+        more = f" and {len(part.missing) - 8} more" if len(part.missing) > 8 else ""
+        say(f"{head}; still missing: {shown}{more}")
+    return bool(part.by_this)
 
 
 def show_push(pushed: dict[str, Any]) -> None:

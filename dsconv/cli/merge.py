@@ -86,6 +86,7 @@ OUTPUT_OPTIONS = (
     click.option(
         "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."
     ),
+    console.PART,
     click.option(
         "--push-to-hub", type=Repo(), metavar="REPO", help="Push OUT to org/model on the Hub (see dsconv push)."
     ),

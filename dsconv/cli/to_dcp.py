@@ -50,6 +50,7 @@ Example:
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."
 )
+@console.PART
 @console.JSON
 @console.QUIET
 @console.DEBUG

@@ -40,6 +40,7 @@ load OUT, or the folder that OUT lies in.""")  # fmt: skip
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Copying threads (default: one a core, at most 8)."
 )
+@console.PART
 @console.JSON
 @console.QUIET
 @console.DEBUG

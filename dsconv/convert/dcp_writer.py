@@ -18,6 +18,7 @@ from dsconv.convert.dcp_layout import METADATA, DcpPlan, make_dcp_plan
 from dsconv.convert.dcp_output import DcpOutput
 from dsconv.convert.fp8 import dequantized
 from dsconv.convert.manifest import MANIFEST
+from dsconv.convert.parts import parse_part
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, parse_size
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
@@ -60,6 +61,7 @@ def to_dcp(
     force: bool = False,
     fsync: bool | None = None,
     workers: int | None = None,
+    part: str | None = None,
     progress: Progress | None = None,
 ) -> DcpReport:
     """Write any checkpoint as a DCP directory, from which plain, FSDP2 and tensor-parallel models of any layout load.
@@ -83,6 +85,7 @@ def to_dcp(
         force: replace a DCP checkpoint that ``output`` already holds.
         fsync: have the output on disk before it counts as written (default: yes). A store takes None only.
         workers: the number of copying threads (default: one per core, at most 8).
+        part: ``I/N`` for part I of N, each written by a process of its own, or ``auto``. See docs/many-machines.md.
         progress: called with (phase, bytes done, bytes in all), from any thread.
 
     Returns:
@@ -135,7 +138,8 @@ def to_dcp(
             report.plan.append({**row, "chunks": len(tensor.chunks)})
         return report
     recover_interrupted(target)
-    options = WriteOptions(force=force, fsync=fsync, workers=workers, progress=progress)
+    settings = repr((tag, item, follow_links, wanted, prefix, names, max_file_bytes))
+    options = WriteOptions(force, fsync, False, workers, progress, parse_part(part), settings)
     written = write(destination, checkpoint, target, options)
     report.note_copy(written)
     return report

@@ -16,6 +16,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.checksums import RunningChecksum
 from dsconv.checkpoint.transfer.copy import Target
 from dsconv.convert.progress import Progress
+from dsconv.errors import OutputError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Written:
         digests: the sha256 of each file, where it was asked for.
         warnings: what could not be done, though the output is whole.
         nonfinite: by tensor, how many NaN or infinite values were seen in the source (``CopyStats``).
+        part: what became of the part of the output that was written; None where all of it was.
     """
 
     bytes_read: int = 0
@@ -52,6 +54,28 @@ class Written:
     digests: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     nonfinite: dict[str, int] = field(default_factory=dict)
+    part: PartReport | None = None
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What became of one part of an output.
+
+    Attributes:
+        number: which part this was, from 1 on.
+        of: how many there are.
+        nbytes: how many bytes of tensors it has.
+        missing: the parts that are not done.
+        placed: whether the output is in its place, which takes all of them.
+        by_this: whether this process put it there.
+    """
+
+    number: int
+    of: int
+    nbytes: int
+    missing: tuple[int, ...] = ()
+    placed: bool = False
+    by_this: bool = False
 
 
 class Destination(Protocol):
@@ -125,43 +149,68 @@ class FileRange:
 
     def __init__(self, file: FillingFile, offset_bytes: int, nbytes: int) -> None:
         self.checksum = RunningChecksum(nbytes)
-        self._file = file
-        self._offset_bytes = offset_bytes
+        self.file = file
+        self.offset_bytes = offset_bytes
+        self.nbytes = nbytes
 
     def write(self, data: memoryview, offset_bytes: int, crc: int) -> None:
         """Write ``data``, whose CRC-32 is ``crc``, at ``offset_bytes`` of the range."""
-        self._file.opened.write(data, self._offset_bytes + offset_bytes)
+        self.file.opened.write(data, self.offset_bytes + offset_bytes)
         self.checksum.add(offset_bytes, len(data), crc)
-        self._file.count(len(data))
+        self.file.count(len(data))
 
 
 class FillingFile:
-    """A file while the copy fills it."""
+    """A file while the copy fills it. ``ranges`` are those that were asked for.
 
-    def __init__(self, file: OutputFile, opened: PlaceFile, complete: Callable[[FillingFile], None]) -> None:
+    Args:
+        file: what is filled.
+        complete: called when the last of its bytes has arrived.
+        opened: the file of the place. A part of an output gives those of its own files later (``open_for``).
+    """
+
+    def __init__(
+        self,
+        file: OutputFile,
+        complete: Callable[[FillingFile], None] | None = None,
+        opened: PlaceFile | None = None,
+    ) -> None:
         self.file = file
-        self.opened = opened
         self.finished = False
+        self.ranges: list[FileRange] = []
+        self._opened = opened
         self._missing_bytes = file.data_bytes
         self._complete = complete
         self._lock = threading.Lock()
 
-    def begin(self, rest: Iterable[tuple[int, bytes]]) -> None:
+    @property
+    def opened(self) -> PlaceFile:
+        """The file of the place. Raises OutputError where the file belongs to other parts of the output."""
+        if self._opened is None:
+            raise OutputError(f"{self.file.name} is not open. This is a fault of dsconv: please report it")
+        return self._opened
+
+    def open_for(self, complete: Callable[[FillingFile], None], opened: PlaceFile, nbytes: int) -> None:
+        """Take the file of the place, for ``nbytes`` of the tensors' bytes: those of one part of the output."""
+        self._complete, self._opened, self._missing_bytes = complete, opened, nbytes
+
+    def begin(self, rest: Iterable[tuple[int, bytes]], with_head: bool = True) -> None:
         """Make the file; ``rest`` is the destination's. One without tensors is complete by that."""
-        self.opened.begin(self.file.head, rest)
-        if not self._missing_bytes:
+        self.opened.begin(self.file.head if with_head else b"", rest)
+        if not self._missing_bytes and self._complete is not None:
             self._complete(self)
 
     def range(self, offset_bytes: int, nbytes: int) -> FileRange:
         """Return the range of ``nbytes`` from ``offset_bytes`` of the file on."""
-        return FileRange(self, offset_bytes, nbytes)
+        self.ranges.append(FileRange(self, offset_bytes, nbytes))
+        return self.ranges[-1]
 
     def count(self, nbytes: int) -> None:
         """Count bytes that have arrived; the last ones complete the file."""
         with self._lock:
             self._missing_bytes -= nbytes
             completed = not self._missing_bytes and nbytes
-        if completed:
+        if completed and self._complete is not None:
             self._complete(self)
 
 

@@ -50,14 +50,19 @@ class MarkedFolder(Folder):
         os.fsync(self._lock)
 
     def remove_marked(self, name: str) -> None:
-        """Remove what dsconv made here under a name, if it is there.
+        """Remove what dsconv made here under a name, a path with ``/``, if it is there.
 
         Raises:
             OutputError: it was not made by dsconv.
             OSError: the system refuses.
         """
         self._check(name)
-        self.remove(name)
+        *folders, last = name.split("/")
+        with contextlib.ExitStack() as stack:
+            folder: Folder = self
+            for part in folders:
+                folder = stack.enter_context(folder.inner(part))
+            folder.remove(last)
 
     def clear(self) -> None:
         """Remove all that dsconv made here, but the lock.
@@ -132,32 +137,78 @@ def open_marked(parent: Folder, name: str) -> MarkedFolder | None:
         raise
 
 
-def _is_locked(lock: int, folder: Folder) -> bool:
+def open_shared(parent: Folder, name: str) -> MarkedFolder | None:
+    """Open dsconv's own folder ``name`` in ``parent``, and share its lock with other processes that do the same.
+
+    Returns:
+        The folder; None if it is not there, is not marked yet, or another process has the lock for itself.
+
+    Raises:
+        OutputError: it is a link or no folder.
+        OSError: the system refuses.
+    """
+    folder = lock = None
+    try:
+        folder = parent.inner(name)
+        lock = folder.open_file(LOCK, os.O_RDWR | os.O_APPEND)
+        found = os.fstat(lock)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and _is_locked(lock, folder, fcntl.LOCK_SH):
+            marked = _marked(_read_lock(lock), _header(folder))
+            if marked is not None:
+                shared = MarkedFolder(folder.descriptor, folder.path, parent, lock, marked)
+                folder = lock = None
+                return shared
+    except FileNotFoundError:
+        pass
+    finally:
+        if lock is not None:
+            os.close(lock)
+        if folder is not None:
+            folder.close()
+    return None
+
+
+def _is_locked(lock: int, folder: Folder, kind: int = fcntl.LOCK_EX) -> bool:
     """Take the lock; return whether it is on the file that is there: a run that ended removed its own."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError:
         return False
     found = folder.stat(LOCK)
     return found is not None and os.path.samestat(os.fstat(lock), found)
 
 
+def _header(folder: Folder) -> bytes:
+    return f"dsconv made this folder, whose inode is {os.fstat(folder.descriptor).st_ino}, and in it:\n".encode()
+
+
+def _read_lock(lock: int) -> bytes:
+    size = os.fstat(lock).st_size
+    return os.pread(lock, size, 0) if size <= MAX_LOCK_BYTES else b""
+
+
 def _read_marks(lock: int, folder: Folder) -> set[str]:
     """Return the names that were marked, and write the folder's own mark where it is new."""
-    header = f"dsconv made this folder, whose inode is {os.fstat(folder.descriptor).st_ino}, and in it:\n".encode()
-    size = os.fstat(lock).st_size
-    data = os.pread(lock, size, 0) if size <= MAX_LOCK_BYTES else b""
-    if not data.startswith(header):
+    header, size, data = _header(folder), os.fstat(lock).st_size, _read_lock(lock)
+    marked = _marked(data, header)
+    if marked is None:
         if size > len(header) or not header.startswith(data) or folder.names() != [LOCK]:
             raise _not_ours(folder, LOCK)
         os.ftruncate(lock, 0)  # a run was killed while it wrote the mark
         write_all(lock, header)
         return set()
-    whole = data[: data.rindex(b"\n") + 1]
-    if len(whole) != size:
-        os.ftruncate(lock, len(whole))  # a run was killed while it marked a file, which it had not made yet
+    whole = data.rindex(b"\n") + 1
+    if whole != size:
+        os.ftruncate(lock, whole)  # a run was killed while it marked a file, which it had not made yet
+    return marked
+
+
+def _marked(data: bytes, header: bytes) -> set[str] | None:
+    """Return the names that a lock's content marks; None where it does not begin with ``header``."""
+    if not data.startswith(header):
+        return None
     marked = set()
-    for line in whole[len(header) :].splitlines():
+    for line in data[len(header) : data.rindex(b"\n") + 1].splitlines():
         with contextlib.suppress(ValueError):
             marked.add(str(json.loads(line)))
     return marked

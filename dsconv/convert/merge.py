@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from dsconv.convert.adapters.config import CONFIG as ADAPTER_CONFIG
 from dsconv.convert.filters import Filters
 from dsconv.convert.fp8 import dequantized
 from dsconv.convert.loadable import Loading, LoadingCheck
+from dsconv.convert.parts import parse_part
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report, tensor_row
@@ -145,6 +146,7 @@ def merge(
     workers: int | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
+    part: str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge a checkpoint into a folder of safetensors that ``from_pretrained`` loads, on disk or in a store.
@@ -183,6 +185,7 @@ def merge(
         workers: the number of copying threads (default: one per core, at most 8).
         push_to_hub: push the output to this repository, ``org/model``. See ``push``.
         private: make that repository a private one. See ``push``.
+        part: ``I/N`` for part I of N, each written by a process of its own, or ``auto``. See docs/many-machines.md.
         progress: called with (phase, bytes done, bytes in all), from any thread.
 
     Returns:
@@ -209,8 +212,12 @@ def merge(
         verify_output=verify_output,
         push_to_hub=push_to_hub,
         private=private,
-        writing=WriteOptions(force, fsync, sha256, workers, progress),
     )
+    settings = repr((item, weights, follow_links, options))
+    writing = WriteOptions(force, fsync, sha256, workers, progress, parse_part(part), settings)
+    options = replace(options, writing=writing)
+    if part is not None and push_to_hub is not None:
+        raise UsageError("--push-to-hub cannot be combined with --part: push the folder when it is whole (dsconv push)")
     if options.filters and (adapter or fold_lora):
         raise UsageError(
             "--include, --exclude, --strip-prefix and --rename cannot be combined with --adapter or --fold-lora, which"
@@ -222,11 +229,8 @@ def merge(
         raise UsageError("--names cannot be combined with --adapter or --fold-lora, which write PEFT's names")
     if output is not None and not dry_run and not isinstance(source, Checkpoint) and _same(source, output):
         finish_interrupted(as_output(output))
-    checkpoint = (
-        source
-        if isinstance(source, Checkpoint)
-        else open_checkpoint(source, tag, revision, item, weights=weights, follow_links=follow_links)
-    )
+    if not isinstance(source, Checkpoint):
+        source = open_checkpoint(source, tag, revision, item, weights=weights, follow_links=follow_links)
     if output is None:
         suffix = (
             "adapter"
@@ -234,12 +238,12 @@ def merge(
             else "folded"
             if fold_lora
             else short_name(options.dtype)
-            or (weights if weights != "masters" else "fp32" if checkpoint.is_deepspeed else "merged")
+            or (weights if weights != "masters" else "fp32" if source.is_deepspeed else "merged")
         )
         if item is not None:
             suffix = re.sub(r"[^\w.-]", "_", item) + f"-{suffix}"
-        output = default_output(checkpoint, suffix)
-    return _merge(checkpoint, as_output(output), options)
+        output = default_output(source, suffix)
+    return _merge(source, as_output(output), options)
 
 
 def _config_folder(source: str | os.PathLike[str], follow_links: bool) -> Path:
@@ -316,7 +320,7 @@ def _write(
     def check(folder: Path) -> None:
         _verify(checkpoint, folder, plan, report, options)
 
-    write(destination, checkpoint, target, options.writing, check if options.verify_output else None)
+    report.note_part(write(destination, checkpoint, target, options.writing, check if options.verify_output else None))
     if options.push_to_hub is not None:
         report.pushed = push_merged(target, options.push_to_hub, options.private, options.writing.progress)
 

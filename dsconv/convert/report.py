@@ -7,7 +7,7 @@ from typing import Any
 
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.convert.destination import Written
+from dsconv.convert.destination import PartReport, Written
 from dsconv.text import count, quote
 
 
@@ -18,7 +18,8 @@ class Report:
     ``overflowed`` counts, by tensor, finite values that a cast made infinite. ``nonfinite`` counts, by tensor, the NaN
     and infinite values that were seen on the way: all of them in a tensor that was cast, and those of a sample in one
     that was copied as it is, so a tensor that is absent may still hold some. ``plan`` has a row for each tensor or file
-    of a dry run.
+    of a dry run. ``part`` is what became of the part that was written, with ``--part``: what the copy did is then that
+    part's, and all other sizes and counts are the whole output's.
     """
 
     source: str
@@ -34,6 +35,7 @@ class Report:
     nonfinite: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
+    part: PartReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
@@ -42,6 +44,7 @@ class Report:
     def note_copy(self, written: Written) -> None:
         """Take over what a copy did, with a warning where values are not finite, or became infinite."""
         self.bytes_read = written.bytes_read
+        self.part = written.part
         self.nonfinite = dict(sorted(written.nonfinite.items()))
         self.overflowed = dict(sorted(written.overflowed.items()))
         if self.nonfinite:
@@ -54,6 +57,12 @@ class Report:
                 f"{count(sum(self.overflowed.values()), 'value')} in {count(len(self.overflowed), 'tensor')} became"
                 f" infinite, too large for the dtype, first in {quote(next(iter(self.overflowed)))}"
             )
+
+    def note_part(self, written: Written) -> None:
+        """Take over what became of a part of the output, unless this process wrote all of it, or completed it."""
+        if written.part is not None and not written.part.by_this:
+            self.note_copy(written)
+        self.part = written.part
 
 
 def tensor_row(name: str, entry: TensorEntry, dtype: DType, file: str, offset_bytes: int) -> dict[str, Any]:

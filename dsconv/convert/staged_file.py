@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -19,15 +21,36 @@ SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h: start the write-back, do not wait
 WRITE_BYTES = 256 << 10
 
 
-class StagedFile:
-    """A file in the hidden folder. Without ``keep_open`` its descriptor is opened for each write."""
+@dataclass(frozen=True)
+class FileOptions:
+    """How a file is written.
 
-    def __init__(self, path: Path, open_file: Callable[[int], int], nbytes: int, keep_open: bool, sync: bool) -> None:
-        self._path = path  # for messages
+    Attributes:
+        keep_open: keep one descriptor; else it is opened for each write.
+        sync: have the file on disk when it is finished.
+        shared: whether other processes write other ranges of it, so that it may be there already.
+    """
+
+    keep_open: bool = True
+    sync: bool = True
+    shared: bool = False
+
+
+class StagedFile:
+    """A file in the hidden folder.
+
+    Args:
+        path: where it is, for messages.
+        open_file: opens it, with the flags that it is given.
+        nbytes: its size.
+        options: how it is written.
+    """
+
+    def __init__(self, path: Path, open_file: Callable[[int], int], nbytes: int, options: FileOptions) -> None:
+        self._path = path
         self._open = open_file  # by flags
         self._nbytes = nbytes
-        self._keep_open = keep_open
-        self._sync = sync
+        self._options = options
         self._descriptor: int | None = None
         self._lock = threading.Lock()
         self._rest: Iterable[tuple[int, bytes]] = ()
@@ -35,15 +58,21 @@ class StagedFile:
     def begin(self, head: bytes, rest: Iterable[tuple[int, bytes]] = ()) -> None:
         """Make the file, of its full size, with the bytes that it begins with. Raises OutputError."""
         self._rest = rest
+        shared = self._options.shared
         try:
-            descriptor = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            descriptor = self._open(os.O_RDWR | os.O_CREAT | (0 if shared else os.O_EXCL))
             self._descriptor = descriptor
-            os.truncate(descriptor, self._nbytes)
+            if shared:
+                self._require_own(os.fstat(descriptor))
+            if not shared or os.fstat(descriptor).st_size != self._nbytes:
+                os.truncate(descriptor, self._nbytes)
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be created with {self._nbytes} bytes: {error.strerror}") from None
         if head:
             write_at(descriptor, memoryview(head), 0)
-        if not self._keep_open:
+        if not self._options.keep_open:
             self.close()
 
     def write(self, data: memoryview, offset_bytes: int) -> None:
@@ -65,7 +94,7 @@ class StagedFile:
         with contextlib.nullcontext(self._descriptor) if self._descriptor is not None else self._opened() as descriptor:
             for offset, data in self._rest:
                 write_at(descriptor, memoryview(data), offset)
-            if self._sync:
+            if self._options.sync:
                 os.fsync(descriptor)
         self.close()
 
@@ -75,6 +104,11 @@ class StagedFile:
             descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+
+    def _require_own(self, found: os.stat_result) -> None:
+        """Raise OutputError for a file that was there and cannot be dsconv's: another name of it is somebody's."""
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise OutputError(f"{self._path} was not put there by dsconv: move it away")
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:

@@ -27,11 +27,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dsconv.checkpoint.storage.local import is_remote
-from dsconv.checkpoint.storage.unfinished import MAX_MOVING_BYTES, MOVING, STAGING, STARTED, debris, is_name
+from dsconv.checkpoint.storage.unfinished import (
+    MAX_MOVING_BYTES,
+    MOVING,
+    PARTS,
+    STAGING,
+    STARTED,
+    debris,
+    is_name,
+    is_part_mark,
+)
 from dsconv.convert.folders import Folder, refuse_special
 from dsconv.convert.marked_folders import MarkedFolder, open_marked
 from dsconv.convert.progress import Progress, ProgressCounter
-from dsconv.convert.staged_file import StagedFile, write_at
+from dsconv.convert.staged_file import FileOptions, StagedFile, write_at
 from dsconv.errors import OutputError
 
 MAX_POINTER_BYTES = 1024  # of a file such as latest_universal, which holds the name of a folder
@@ -77,10 +86,11 @@ class Staging:
 
     in_order = False
 
-    def __init__(self, target: Folder, hidden: MarkedFolder, sync: bool) -> None:
+    def __init__(self, target: Folder, hidden: MarkedFolder, sync: bool, shared: bool = False) -> None:
         self.target = target.path
         self.folder = hidden.path
         self.sync = sync
+        self._shared = shared  # with processes that write other parts of the same files
         self._target = target
         self._hidden = hidden
 
@@ -93,7 +103,14 @@ class Staging:
         self._hidden.mark([name.split("/")[0]])
         if "/" in name:
             self._hidden.make_parents(name)
-        return StagedFile(self.path(name), partial(self._hidden.open_file, name), nbytes, keep_open, self.sync)
+        options = FileOptions(keep_open, self.sync, self._shared)
+        return StagedFile(self.path(name), partial(self._hidden.open_file, name), nbytes, options)
+
+    def _begin(self, name: str) -> None:
+        """Mark a name; where other processes were here before, remove what one that was killed has left under it."""
+        self._hidden.mark([name])
+        if self._shared:
+            self._hidden.remove_marked(name)
 
     def digests(self, names: Sequence[str], progress: Progress | None) -> dict[str, str]:
         """Return the sha256 of each of the finished files ``names``."""
@@ -110,7 +127,7 @@ class Staging:
 
     def link(self, name: str, existing: str) -> None:
         """Give a finished file a second name, by a hard link, or by a copy where the file system has none."""
-        self._hidden.mark([name])
+        self._begin(name)
         descriptor = self._hidden.descriptor
         try:
             os.link(existing, name, src_dir_fd=descriptor, dst_dir_fd=descriptor, follow_symlinks=False)
@@ -127,13 +144,13 @@ class Staging:
 
     def new_file(self, name: str) -> BinaryIO:
         """Make a file and return it, open for writing. Raises OutputError or OSError."""
-        self._hidden.mark([name])
+        self._begin(name)
         return os.fdopen(self._hidden.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file, whole. Raises OutputError."""
         try:
-            self._hidden.mark([name])
+            self._begin(name)
             descriptor = self._hidden.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 write_at(descriptor, memoryview(data), 0)
@@ -268,7 +285,7 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
         OutputError: another run holds it, the folder cannot be made or is a link, or the hidden folder is not
             dsconv's own.
     """
-    created = _is_missing_or_debris(target)
+    created = is_missing_or_debris(target)
     try:
         with _locked(target, sync) as staging:
             yield staging
@@ -278,7 +295,7 @@ def open_staging(target: Path, sync: bool) -> Iterator[Staging]:
                 target.rmdir()  # this works only if nothing was put there
 
 
-def _is_missing_or_debris(target: Path) -> bool:
+def is_missing_or_debris(target: Path) -> bool:
     """Return whether this run makes ``target``, or a killed one did."""
     try:
         return not target.exists() or os.listdir(target) == [STAGING]
@@ -302,6 +319,7 @@ def _locked(target: Path, sync: bool) -> Iterator[Staging]:
             move = Move.read(hidden)
             if move is not None:
                 staging.finish_or_say(move)
+            refuse_parts(hidden)
             try:
                 hidden.clear()
             except OutputError:
@@ -311,13 +329,28 @@ def _locked(target: Path, sync: bool) -> Iterator[Staging]:
             try:
                 yield staging
             finally:
-                move = Move.read(hidden)
-                if move is not None:  # an interrupt came while files were moved
-                    with contextlib.suppress(OSError):
-                        staging.finish_or_say(move)
-                if Move.read(hidden) is None:  # else the only whole output is in there
-                    with contextlib.suppress(OSError):  # the next run tries again
-                        hidden.end()
+                conclude(staging, hidden)
+
+
+def conclude(staging: Staging, hidden: MarkedFolder) -> None:
+    """Finish a move that was begun, and remove the hidden folder, unless it holds the only whole output."""
+    move = Move.read(hidden)
+    if move is not None:  # an interrupt came while files were moved
+        with contextlib.suppress(OSError):
+            staging.finish_or_say(move)
+    if Move.read(hidden) is None:
+        with contextlib.suppress(OSError):  # the next run tries again
+            hidden.end()
+
+
+def refuse_parts(hidden: Folder) -> None:
+    """Raise OutputError where parts of an output lie in a hidden folder, and none of it was moved yet."""
+    if hidden.stat(STARTED) is None and hidden.stat(PARTS) is not None:
+        done = [name for name in hidden.names() if is_part_mark(name)]
+        raise OutputError(
+            f"{hidden.path} holds an output that is written in parts, of which {len(done)} are done: run the others, by"
+            f" the command that wrote these, or remove {hidden.path}"
+        )
 
 
 def recover_interrupted(target: Path) -> None:

@@ -24,6 +24,7 @@ from dsconv.checkpoint.storage.roots import as_output
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.copy import Target
 from dsconv.convert.destination import Destination, FileRange, FillingFile, OutputFile, Written
+from dsconv.convert.parts import parse_part
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report
 from dsconv.convert.staging import recover_interrupted
@@ -67,6 +68,7 @@ def to_universal(
     force: bool = False,
     fsync: bool | None = None,
     workers: int | None = None,
+    part: str | None = None,
     progress: Progress | None = None,
 ) -> UniversalReport:
     """Convert a checkpoint of DeepSpeed, of any ZeRO stage or none, into a universal one.
@@ -90,6 +92,7 @@ def to_universal(
         force: replace a universal checkpoint that ``output`` already holds.
         fsync: have the output on disk before it counts as written (default: yes). A store takes None only.
         workers: the number of copying threads (default: one per core, at most 8).
+        part: ``I/N`` for part I of N, each written by a process of its own, or ``auto``. See docs/many-machines.md.
         progress: called with (phase, bytes done, bytes in all), from any thread.
 
     Returns:
@@ -121,7 +124,8 @@ def to_universal(
         verify_universal(checkpoint, plan, folder, target, progress)
         report.verified = True
 
-    options = WriteOptions(force=force, fsync=fsync, workers=workers, progress=progress)
+    settings = repr((tag, item, follow_links, exclude_frozen, verify_output))
+    options = WriteOptions(force, fsync, False, workers, progress, parse_part(part), settings)
     written = write(destination, checkpoint, target, options, check if verify_output else None)
     report.note_copy(written)
     report.warnings += [f"{text}: load the output's own folder, or name the tag" for text in written.warnings]

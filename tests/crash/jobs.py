@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dsconv
 from dsconv.checkpoint.storage.unfinished import STAGING
+from dsconv.convert import shares
 from dsconv.convert.verify import verify
 from dsconv.errors import DsconvError, OutputError
 
@@ -20,12 +22,13 @@ NEW, OLD, ABSENT = "new", "old", "absent"
 @dataclass(frozen=True)
 class Kind:
     """A kind of output. ``run(source, target, force)`` makes it; one of the files in ``counts`` makes it count as an
-    output.
+    output. One that is made ``in_parts`` keeps what was written of it until all of its parts are done.
     """
 
     name: str
     run: Callable[[Path, Path, bool], object]
     counts: tuple[str, ...]
+    in_parts: bool = False
 
 
 def _merge(source: Path, target: Path, force: bool) -> object:
@@ -44,12 +47,25 @@ def _to_dcp(source: Path, target: Path, force: bool) -> object:
     return dsconv.to_dcp(source, target, max_shard_size=SHARD, workers=1, force=force)
 
 
+def _in_parts(convert: Callable[..., Any], **options: Any) -> Callable[[Path, Path, bool], object]:
+    def run(source: Path, target: Path, force: bool) -> None:
+        shares.CUT_BYTES = 64  # so that files of some kilobytes are cut too
+        for part in ("2/3", "1/3", "3/3"):
+            if convert(source, target, workers=1, force=force, part=part, **options).part.placed:
+                return  # a killed run had written all parts
+
+    return run
+
+
 MODEL = ("model.safetensors", "model.safetensors.index.json")
 KINDS = (
     Kind("merge", _merge, MODEL),
     Kind("merge into one file", _merge_one, MODEL),
     Kind("to-universal", _to_universal, ("latest_universal",)),
     Kind("to-dcp", _to_dcp, (".metadata",)),
+    Kind("merge in parts", _in_parts(dsconv.merge, max_shard_size=SHARD), MODEL, True),
+    Kind("to-universal in parts", _in_parts(dsconv.to_universal), ("latest_universal",), True),
+    Kind("to-dcp in parts", _in_parts(dsconv.to_dcp, max_shard_size=SHARD), (".metadata",), True),
 )
 
 
@@ -131,7 +147,8 @@ class Job:
             # The output is absent: the run has finished what the killed one began.
             if contents(self.target) != (self.before if state == OLD else self.after):
                 raise Broken(f"{state}, and a run that was refused changed it") from None
-            self._nothing_left()
+            if not self.kind.in_parts:
+                self._nothing_left()
             self.kind.run(self.source, self.target, True)
         else:
             if state != ABSENT:

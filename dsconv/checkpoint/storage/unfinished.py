@@ -7,6 +7,7 @@ target. ``MOVING`` in there says what it moves; on the disk ``STARTED`` says tha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,23 @@ from dsconv.urls import READ_ONLY
 STAGING = ".dsconv-partial"
 MOVING = "moving.json"
 STARTED = "started"
+PARTS = "parts.json"  # what the parts of an output agree on, where several processes write one
 MAX_MOVING_BYTES = 64 << 20
 
 
 def is_name(name: object) -> bool:
     """Return whether it names something that lies in a folder, and not elsewhere."""
     return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
+
+
+def part_mark(number: int) -> str:
+    """Return the name of the file that says that a part of an output is done."""
+    return f"part-{number}.json"
+
+
+def is_part_mark(name: str) -> bool:
+    """Return whether ``part_mark`` gave a name."""
+    return re.fullmatch(r"part-\d+\.json", name) is not None
 
 
 def moving_in_store(names: Sequence[str], repeat: str) -> bytes:
@@ -56,6 +68,16 @@ def cut_off(folder: Path) -> str:
         return ""
     return (
         f"{folder}: a run was cut off while it put its output into place, and only some of the files are there: {then}"
+    )
+
+
+def half_done(folder: Path) -> str:
+    """Return what to do about an output of which only some parts are written in ``folder``; "" for none."""
+    if is_remote(folder) or not (folder / STAGING / PARTS).is_file():
+        return ""
+    return (
+        f"{folder}: an output is being written there in parts, and not all of them are done: run the others, by the"
+        " command that wrote these"
     )
 
 

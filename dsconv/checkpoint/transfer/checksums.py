@@ -39,6 +39,11 @@ class RunningChecksum:
             self._by_end[end] = start
 
     @property
+    def fragments(self) -> list[tuple[int, int, int]]:
+        """(first byte, end, CRC-32) of each run of bytes that has been counted, in order."""
+        return sorted((start, end, crc) for start, (end, crc) in self._by_start.items())
+
+    @property
     def complete(self) -> bool:
         """Return whether every byte has been counted."""
         return self.nbytes == 0 or self._by_start.get(0, (None, 0))[0] == self.nbytes

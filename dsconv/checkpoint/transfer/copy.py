@@ -413,9 +413,8 @@ def runs_of(entry: TensorEntry, target: Target, first: int = 0, end: int | None 
             step //= 8  # the places of very short runs take more memory than the runs
     if any(piece.strides is not None for piece in pieces):
         if not regions:  # each is read once, in full
-            for piece in pieces:
-                part = Part(piece, piece.start, piece.numel)
-                yield Gather((part,), entry.dtype, target, entry.shape, piece.start, piece.numel)
+            for part in parts_of(pieces, entry.shape, first, end):
+                yield Gather((part,), entry.dtype, target, entry.shape, part.first, part.numel)
             return
         step = entry.numel
     step = max(1, step)
