@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,11 +11,15 @@ from dsconv.cli import console
 from dsconv.cli.console import Dtype, Size, command
 from dsconv.names.marks import FRAMEWORKS, STORED
 
+if TYPE_CHECKING:
+    from dsconv.convert.dcp_writer import DcpReport
+
 
 @command("to-dcp", epilog="""\b
 Example:
   dsconv to-dcp merged/ checkpoint/
-  dsconv to-dcp merged/ checkpoint-0/pytorch_model_fsdp_0/ --prefix model.""")  # fmt: skip
+  dsconv to-dcp merged/ checkpoint-0/pytorch_model_fsdp_0/ --prefix model.
+  dsconv to-dcp checkpoints/ moved/ --optimizer""")  # fmt: skip
 @click.argument("checkpoint", type=click.Path(), metavar="CKPT")
 @click.argument("output", type=click.Path(), metavar="OUT")
 @click.option(
@@ -30,6 +34,18 @@ Example:
     default="stored",
     show_default=True,
     help="Keep the names, or give a framework's to a model.",
+)
+@click.option(
+    "--optimizer",
+    is_flag=True,
+    help="Write the optimizer of a DeepSpeed checkpoint too, with the fp32 masters as the parameters.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["torch", "accelerate"]),
+    default="torch",
+    show_default=True,
+    help="With --optimizer: where both go, as torch's state-dict API or accelerate's load_state takes them.",
 )
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names).")
 @console.ITEM
@@ -89,9 +105,21 @@ def to_dcp(checkpoint: str, output: str, as_json: bool, quiet: bool, debug: bool
     is_megatron = options["names"] == "megatron"
     for alias, name in () if is_megatron else report.ties.items():
         console.say(f"{alias} is tied to {name}, stored once")
+    if report.layout:
+        states = ", ".join(report.states)
+        console.say(f"optimizer: {states} in {console.count(report.parameter_groups, 'parameter group')}")
     if not report.dry_run:
-        call = f'torch.distributed.checkpoint.load(state_dict, checkpoint_id="{report.output}")'
-        if is_megatron:
-            folder = f"{report.output}/{report.files[0].partition('/')[0]}"
-            call = f'megatron.core.dist_checkpointing.load(sharded_state_dict, "{folder}"), or --load {report.output}'
-        console.say(f"load it with {call}")
+        console.say(_how_to_load(report, is_megatron))
+
+
+def _how_to_load(report: DcpReport, is_megatron: bool) -> str:
+    if is_megatron:
+        folder = f"{report.output}/{report.files[0].partition('/')[0]}"
+        return (
+            f'load it with megatron.core.dist_checkpointing.load(sharded_state_dict, "{folder}"), or --load'
+            f" {report.output}"
+        )
+    if report.layout == "accelerate":
+        return f'load it with accelerator.load_state("{report.output}")'
+    keys = '{"model": …, "optim": …}' if report.layout else "state_dict"
+    return f'load it with torch.distributed.checkpoint.load({keys}, checkpoint_id="{report.output}")'

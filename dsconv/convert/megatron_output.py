@@ -15,12 +15,12 @@ from pathlib import Path
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.local import is_remote
-from dsconv.convert.dcp_layout import METADATA, ROOT, SUFFIX, DcpPlan, file_name, metadata
+from dsconv.convert.dcp_layout import METADATA, SUFFIX, DcpPlan, metadata
 from dsconv.convert.dcp_output import DcpOutput
 from dsconv.convert.destination import Written
 from dsconv.convert.torch_writer import TorchArchive
 from dsconv.errors import OutputError
-from dsconv.names.megatron import COMMON, extra_states
+from dsconv.names.megatron import COMMON
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM training/checkpointing.py get_checkpoint_tracker_filename
 ITERATION = re.compile(r"iter_\d+|release")
@@ -50,22 +50,20 @@ class MegatronOutput(DcpOutput):
     what = "a Megatron-core checkpoint"
 
     def __init__(self, plan: DcpPlan, checkpoint: Checkpoint) -> None:
-        super().__init__(plan)
+        super().__init__([plan])
+        self._plan = plan
         self._folder = plan.folder.rstrip("/")
         self._iteration = checkpoint.step or 0
-        self._objects = list(extra_states(checkpoint))
 
     def small_files(self, written: Written) -> Mapping[str, bytes]:
-        """Return the empty object, ``common.pt``, ``metadata.json``, ``.metadata`` and the tracker."""
-        plan = self.plan
-        empty = TorchArchive(ROOT, [None]).whole()
-        objects = file_name(plan.folder, len(plan.files))
+        """Return the objects, ``common.pt``, ``metadata.json``, ``.metadata`` and the tracker."""
+        plan = self._plan
         common = {"iteration": self._iteration, "checkpoint_version": CHECKPOINT_VERSION}
         return {
-            objects: empty,
+            **({plan.small: plan.content} if plan.small else {}),
             plan.folder + COMMON: TorchArchive(Path(COMMON).stem, common).whole(),
             plan.folder + CONFIG: json.dumps(BACKENDS).encode(),
-            plan.folder + METADATA: metadata(plan, self._objects, (objects, len(empty))),
+            plan.folder + METADATA: metadata(plan),
             TRACKER: str(self._iteration).encode(),
         }
 

@@ -29,6 +29,7 @@ from dsconv.text import quote
 
 FOLDER = "zero"
 LATEST = "latest_universal"
+MEMBERS = "dsconv_parameter_groups"
 SETTINGS = f"{FOLDER}/optimizer_state.pt"
 READS_DICTS = (
     0,
@@ -83,15 +84,15 @@ class UniversalPlan:
         return streamed + sum(file.nbytes for file in self.models)
 
 
-def training_of(checkpoint: Checkpoint) -> Training:
-    """Return the optimizer's side of ``checkpoint``.
+def training_of(checkpoint: Checkpoint, output: str = "a universal checkpoint") -> Training:
+    """Return the optimizer's side of ``checkpoint``; ``output`` is what is made of it, for messages.
 
     Raises:
-        UnsupportedError: it holds no optimizer states that a universal checkpoint could take.
+        UnsupportedError: it holds no optimizer states, or none that are read.
     """
     if checkpoint.training is None:
         raise UnsupportedError(
-            f"{checkpoint.path}: a {checkpoint.format} checkpoint; a universal checkpoint is made from one of"
+            f"{checkpoint.path}: a {checkpoint.format} checkpoint; {output} is made from one of"
             " DeepSpeed's that holds the optimizer's"
             f" states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
         )
@@ -159,6 +160,7 @@ def _settings(training: Training) -> dict[str, Any]:
     # The reader's own sign that the model states list no parameters; DeepSpeed looks at the rest only.
     if training.stage == 0:
         settings["zero_stage"] = 0
+        settings[MEMBERS] = [list(group) for group in training.members]  # nothing else tells
     if training.deepspeed_version is not None:
         settings.setdefault("ds_version", training.deepspeed_version)
     settings["optimizer_state_dict"] = {"state": state, "param_groups": training.param_groups}

@@ -39,7 +39,7 @@ from dsconv.convert.universal_plan import (
 )
 from dsconv.convert.universal_verify import verify_universal
 from dsconv.convert.writing import WriteOptions, refuse_target, write
-from dsconv.errors import OutputError
+from dsconv.errors import OutputError, UnsupportedError
 
 MODEL_STATES = "model_states.pt"  # mp_rank_00_model_states.pt, layer_00-model_states.pt
 
@@ -108,6 +108,10 @@ def to_universal(
         source if isinstance(source, Checkpoint) else open_checkpoint(source, tag, item=item, follow_links=follow_links)
     )
     training = training_of(checkpoint)
+    if checkpoint.format == "DeepSpeed universal":
+        raise UnsupportedError(
+            f"{checkpoint.path}: a universal checkpoint already, which every stage and world size loads"
+        )
     if target is None:
         name = f"{checkpoint.info['tag']}_universal"
         target = Path(name) if is_remote(checkpoint.folder) else Path(checkpoint.folder, name)

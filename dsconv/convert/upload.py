@@ -174,7 +174,8 @@ class Upload:
             self._remove(name, (self.target / name).is_dir())
         with ThreadPoolExecutor(COMMITS_AT_ONCE) as pool:
             for name in names:
-                list(pool.map(self._commit_file, self._within(name)))
+                for files in self._within(name):
+                    list(pool.map(self._commit_file, files))
         self.store.remove(moving)
         try:
             if verify is not None:
@@ -184,10 +185,13 @@ class Upload:
                 self._remove(name, name not in (*self._files, *self._small, *self._links))
             raise
 
-    def _within(self, name: str) -> list[str]:
-        """Return the files of the output that a name of it stands for: itself, or those of a folder."""
+    def _within(self, name: str) -> list[list[str]]:
+        """Return the files of the output that a name of it stands for: itself, or those of a folder. Each list is put
+        into place before the next one; the small files of a folder come last, one by one.
+        """
         inside = [file for file in self._files if file.startswith(f"{name}/")]
-        return inside or [name]
+        small = [[file] for file in self._small if file.startswith(f"{name}/")]
+        return [inside, *small] if inside or small else [[name]]
 
     def _commit_file(self, name: str) -> None:
         if name in self._small:

@@ -39,6 +39,7 @@ def test_commands_print_what_their_schema_says(
         ("to-universal/1", "to-universal", source, str(tmp_path / "other"), "--dry-run"),
         ("to-dcp/1", "to-dcp", source, str(tmp_path / "dcp")),
         ("to-dcp/1", "to-dcp", source, str(tmp_path / "other"), "--dry-run"),
+        ("to-dcp/1", "to-dcp", source, str(tmp_path / "moved"), "--optimizer"),
         ("inspect/1", "inspect", source, "--values"),
         ("verify/1", "verify", source, out),
         ("diff/1", "diff", source, out),

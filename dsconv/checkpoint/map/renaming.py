@@ -111,5 +111,6 @@ def _renamed_training(training: Training, names: Mapping[str, str]) -> Training:
             names.get(name, name): replace(entry, name=names.get(name, name)) for name, entry in training.module.items()
         },
         cut=lambda name: training.cut(old.get(name, name)),
+        members=tuple(tuple(names.get(name, name) for name in group) for group in training.members),
         stored={names.get(name, name): stored for name, stored in training.stored.items()},
     )

@@ -6,6 +6,7 @@ are ``TensorEntry``s of the parameter's own shape and layout, so a destination t
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.text import MAX_MESSAGE, clean
 
+_CODES = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
+
 
 @dataclass(frozen=True)
 class SmallTensor:
@@ -23,6 +26,15 @@ class SmallTensor:
     dtype: DType
     shape: tuple[int, ...]
     data: bytes
+
+    @property
+    def number(self) -> float | int | None:
+        """The one element as a number; None if it is not one of 32 or 64 bits, or not the only one."""
+        code = _CODES.get(self.dtype.name)
+        if code is None or len(self.data) != self.dtype.itemsize:
+            return None
+        found: float | int = struct.unpack(code, self.data)[0]
+        return found
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,10 @@ class Training:
             lr_scheduler), as far as the model states have them; it may raise UnsupportedError.
         cut: Tells how a parameter is cut, by its name; it may raise UnsupportedError or MalformedError.
         deepspeed_version: The release that saved it, or None if that is not known.
+        members: The parameters of each of ``param_groups``; empty where that is not known.
+        optimizer: What the run's configuration says of its optimizer: ``type`` and ``params``; empty where it says
+            nothing.
+        left_out: The names of states that are not of one value a weight, which ``states`` lacks.
         stored: What the trainer's module calls each parameter that has a wrapper in its name there
             (``map/renaming.py``).
         warnings: What was found on the way.
@@ -94,6 +110,9 @@ class Training:
     counters: Callable[[], Mapping[str, Any]]
     cut: Callable[[str], ShardRule] = whole_rows
     deepspeed_version: str | None = None
+    members: tuple[tuple[str, ...], ...] = ()
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     stored: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

@@ -85,6 +85,8 @@ def join_training(
         steps={name: step for name in states if (step := _step(name, slices, folder)) is not None},
         module={} if first.stage == 3 else _module(slices, shards, full, rules),
         model_files=tuple(path for training in of_ranks for path in training.model_files),
+        members=_members(of_ranks, states),
+        left_out=tuple(sorted({state for training in of_ranks for state in training.left_out})),
         cut=(
             UniversalInfo(_as_info(rules, states, shards), rules.path).cut
             if isinstance(rules, PlanRules)
@@ -209,3 +211,16 @@ def _as_info(rules: PlanRules, states: States, shards: Mapping[int, Mapping[str,
 
 def _hyperparameters(training: Training) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in training.param_groups]
+
+
+def _members(of_ranks: Sequence[Training], states: States) -> tuple[tuple[str, ...], ...]:
+    """Return the parameters of each group over all ranks; nothing where the ranks' groups are not the same."""
+    first = of_ranks[0]
+    if any(_hyperparameters(training) != _hyperparameters(first) for training in of_ranks):
+        return ()
+    if any(len(training.members) != len(first.members) for training in of_ranks):
+        return ()
+    return tuple(
+        tuple(dict.fromkeys(name for training in of_ranks for name in training.members[number] if name in states))
+        for number in range(len(first.members))
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,3 +79,23 @@ def plain(value: Any, file: TorchFile, where: str, depth: int = 0) -> Any:
     raise UnsupportedError(
         f"{file.path}: {where} holds {safe_repr(value)}, which cannot be written again; keep plain numbers there"
     )
+
+
+def optimizer_config(states: ModuleStates) -> dict[str, Any]:
+    """Return what the run's configuration says of its optimizer; nothing where the trainer made it itself."""
+    found = states.config.get("optimizer")
+    return {key: found.get(key) for key in ("type", "params")} if isinstance(found, dict) else {}
+
+
+def members_of(sizes: Sequence[int], groups: Iterable[tuple[str, int]]) -> tuple[tuple[str, ...], ...]:
+    """Return the parameters of each group of hyperparameters.
+
+    Args:
+        sizes: How many groups of masters each group of hyperparameters has.
+        groups: Each parameter, and the number of its group of masters.
+    """
+    of_masters = [number for number, size in enumerate(sizes) for _ in range(size)]
+    members: list[list[str]] = [[] for _ in sizes]
+    for name, group in groups:
+        members[of_masters[group]].append(name)
+    return tuple(map(tuple, members))

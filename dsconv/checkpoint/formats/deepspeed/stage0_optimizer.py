@@ -20,7 +20,7 @@ from typing import Any
 from dsconv.checkpoint.formats.deepspeed.fields import Fields
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
-from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, plain
+from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config, plain
 from dsconv.checkpoint.formats.deepspeed.stage0 import module_order
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import (
@@ -49,8 +49,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Kept:
-    """What the optimizer keeps of one parameter: its states by name, and with 16-bit weights its master."""
+    """What the optimizer keeps of one parameter: its group, its states by name, and with 16-bit weights its master."""
 
+    group: int
     row: Row
     master: TensorRef | None = None
 
@@ -110,18 +111,23 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
             f"{len(idle)} parameters, such as {quote(idle[0])}, have no optimizer states (frozen, or never given a"
             " gradient)"
         )
+    entries, left_out = _entries(trained, rank.entries, states, warnings)
+    groups = [plain(group, states.file, "param_groups") for group in inner.listing("param_groups")]
     info = states.universal_info
     return Training(
         stage=0,
-        states=_entries(trained, rank.entries, states, warnings),
+        states=entries,
         steps=_steps(trained, states),
-        param_groups=[plain(group, states.file, "param_groups") for group in inner.listing("param_groups")],
+        param_groups=groups,
         settings=_settings(states),
         module=states.module_entries(exclude=set(trained), ties={}),
         model_files=tuple(folder.model.values()),
         counters=partial(counters, states),
         cut=UniversalInfo(info, states.path, states.stored).cut if info else whole_rows,
         deepspeed_version=states.ds_version,
+        members=members_of([1] * len(groups), ((name, kept.group) for name, kept in trained.items())),
+        optimizer=optimizer_config(states),
+        left_out=left_out,
         stored=states.stored,
         warnings=tuple(warnings),
     )
@@ -179,7 +185,7 @@ def _with_masters(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
                 f"{states.path}: the master of {quote(name)} is equal to others', so nothing tells which optimizer"
                 f" states belong to it. {OTHERWISE}"
             )
-        found[name] = _Kept(row, slot.master)
+        found[name] = _Kept(slot.number, row, slot.master)
     return found
 
 
@@ -205,7 +211,7 @@ def _by_shape(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
             f" of parameters have equal shapes): the checkpoint does not say which state"
             f" belongs to which parameter. {OTHERWISE}"
         )
-    return {name: _Kept(rows[slot.number][slot.position]) for name, slot in found.items()}
+    return {name: _Kept(slot.number, rows[slot.number][slot.position]) for name, slot in found.items()}
 
 
 def _fits(row: Row, shape: Shape) -> bool:
@@ -219,8 +225,10 @@ def _fits(row: Row, shape: Shape) -> bool:
 
 def _entries(
     trained: Mapping[str, _Kept], entries: Mapping[str, TensorEntry], states: ModuleStates, warnings: list[str]
-) -> dict[str, dict[str, TensorEntry]]:
-    """Return the states of one value per weight, by parameter and name; add a warning that names the others."""
+) -> tuple[dict[str, dict[str, TensorEntry]], tuple[str, ...]]:
+    """Return the states of one value per weight, by parameter and name, and the names of the others, which are added
+    to the warnings.
+    """
     rows = {name: {k: v for k, v in kept.row.items() if k != STEP} for name, kept in trained.items()}
     wide = {
         k
@@ -245,7 +253,7 @@ def _entries(
                 )
                 entry.layout()
                 result[name][key] = entry
-    return result
+    return result, tuple(sorted(every - wide))
 
 
 def _steps(trained: Mapping[str, _Kept], states: ModuleStates) -> dict[str, Any]:

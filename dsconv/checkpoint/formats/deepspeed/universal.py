@@ -23,6 +23,7 @@ from dsconv.checkpoint.formats.deepspeed.moe.experts import owner_of
 from dsconv.checkpoint.formats.deepspeed.partitions import frozen_entry
 from dsconv.checkpoint.formats.deepspeed.rank_map import Contents, build_checkpoint, master_dtypes
 from dsconv.checkpoint.formats.deepspeed.reader import read_folder
+from dsconv.checkpoint.formats.deepspeed.universal_training import read_training
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
@@ -161,9 +162,13 @@ def _read(folder: TagFolder) -> Checkpoint:
         warnings,
         {"data_parallel": world, "model_parallel": model_parallel},
         info,
-        "it is one already",
+        "its experts are stacked, and their optimizer states are not" if naming.layers else "",
     )
-    return build_checkpoint(folder, states, contents)
+    checkpoint = build_checkpoint(folder, states, contents)
+    if not contents.no_training:
+        zero = folder.path / FOLDER
+        checkpoint.training = partial(read_training, zero, zero / SETTINGS, stage, all_states, entries)
+    return checkpoint
 
 
 def _with_states(folder: TagFolder, all_states: list[ModuleStates]) -> dict[str, tuple[int, ...]]:

@@ -9,12 +9,13 @@ groups).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.formats.deepspeed.fields import Fields
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
-from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, plain
+from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config, plain
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.formats.deepspeed.values import decode
 from dsconv.checkpoint.map.tensors import TensorEntry
@@ -26,7 +27,7 @@ from dsconv.zero_utils.partition import group_padding_limit
 from dsconv.zero_utils.tag_folder import TagFolder
 
 if TYPE_CHECKING:
-    from dsconv.checkpoint.formats.deepspeed.partitions import Partition
+    from dsconv.checkpoint.formats.deepspeed.partitions import Partition, Place
 
 # What is not a setting: the states themselves, and where they lie.
 SHARDED = frozenset(
@@ -107,6 +108,9 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
         counters=partial(counters, states),
         cut=UniversalInfo(info, states.path, states.stored).cut if info else whole_rows,
         deepspeed_version=version if isinstance(version, str) else None,
+        members=_members(first, places),
+        optimizer=optimizer_config(states),
+        left_out=tuple(sorted(others)),
         stored=states.stored,
         warnings=tuple(warnings),
     )
@@ -205,3 +209,10 @@ def _param_groups(partition: Partition) -> list[dict[str, Any]]:
     base = _base(partition)
     groups = base["param_groups"] if isinstance(base, dict) else []
     return [plain(group, partition.file, "param_groups") for group in groups]
+
+
+def _members(partition: Partition, places: Mapping[str, Place]) -> tuple[tuple[str, ...], ...]:
+    """Return the parameters of each group of hyperparameters, which at stage 3 is of several sub-groups."""
+    base = _base(partition)
+    sizes = [len(group["params"]) for group in base["param_groups"]] if isinstance(base, dict) else [1] * len(base)
+    return members_of(sizes, ((name, place.group) for name, place in places.items()))
