@@ -13,6 +13,8 @@ MAX_LINE = 4000  # characters of a line; a path may have 4,096 bytes
 MAX_MESSAGE = 2000  # characters of an error or a warning
 MAX_NAME = 240  # characters of one name in a table
 MAX_QUOTED = 120  # characters of one name in a message
+_PLURALS = {"is": "are", "was": "were", "has": "have", "does": "do"}
+_Y = re.compile("[^aeiou]y$")  # copy, entry
 _WORD = re.compile(r"[^\s'\"]+")
 _USER = re.compile(r"(?P<slashes>:/{1,2})[^/?#@:]*:[^/@]*@")
 _TOKEN = re.compile(r"\b(?P<kind>hf_|Bearer |AKIA|ghp_)[A-Za-z0-9_.~+/=-]{8,}")
@@ -52,9 +54,18 @@ def quote(name: object, limit: int = MAX_QUOTED) -> str:
     return text if len(text) <= limit else f"{text[: limit - limit // 3]}…{text[len(text) - limit // 3 + 1 :]}"
 
 
-def count(number: int, noun: str) -> str:
-    """Return ``1 tensor``, ``1,234 tensors``, ``2 mismatches``."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('h') else 's'}"
+def count(number: int, noun: str, verb: str = "") -> str:
+    """Return ``1 tensor``, ``1,234 tensors``, ``2 copies``; with a verb ``1 file is``, ``2 files are``.
+
+    Args:
+        number: How many there are.
+        noun: What they are, in the singular.
+        verb: What follows, as it is said of one: ``is``, ``has``, ``differs``.
+    """
+    if number != 1:
+        stem, ending = (noun[:-1], "ies") if _Y.search(noun) else (noun, "es" if noun[-1] in "hsx" else "s")
+        noun, verb = stem + ending, _PLURALS.get(verb, verb.removesuffix("s"))
+    return f"{number:,} {noun} {verb}".rstrip()
 
 
 def size(nbytes: float) -> str:

@@ -13,7 +13,7 @@ import pytest
 from dsconv import errors
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.loaders.report import LoadReport
-from dsconv.text import MAX_LINE, MAX_MESSAGE, MAX_QUOTED, clean, quote, redact
+from dsconv.text import MAX_LINE, MAX_MESSAGE, MAX_QUOTED, clean, count, quote, redact
 
 
 def test_no_character_that_a_terminal_obeys_is_left() -> None:
@@ -34,6 +34,16 @@ def test_long_text_is_cut_in_the_middle() -> None:
     assert shown.endswith("tail")
     assert " … " in shown
     assert clean("x" * 100, 100) == "x" * 100
+
+
+def test_counts_agree_with_their_nouns_and_verbs() -> None:
+    assert [count(n, "tensor") for n in (0, 1, 1234)] == ["0 tensors", "1 tensor", "1,234 tensors"]
+    assert [count(2, noun) for noun in ("copy", "key", "mismatch", "process")] == [
+        "2 copies", "2 keys", "2 mismatches", "2 processes",
+    ]  # fmt: skip
+    verbs = ("is", "has", "does", "differs")
+    assert [count(1, "file", verb) for verb in verbs] == ["1 file is", "1 file has", "1 file does", "1 file differs"]
+    assert [count(2, "file", verb) for verb in verbs] == ["2 files are", "2 files have", "2 files do", "2 files differ"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 from dsconv.zero_utils.tag_folder import LAYER, LAYERS_OF_TRANSFORMERS, TagFolder
 
 TIED = re.compile(r"tied_modules\.(?P<key>[^.]+)\.(?P<local>.+)")
@@ -62,8 +62,8 @@ def read_pipeline(folder: TagFolder) -> Checkpoint:
     ranks = tensor_parallel.read_ranks(folder, warnings, partial(_read_stage, layers=layers))
     if len(ranks) % degree:
         raise MissingShardError(
-            f"{folder.path}: {len(ranks)} model-parallel ranks and layer files of {degree} tensor-parallel ones: some"
-            " are missing"
+            f"{folder.path}: {count(len(ranks), 'model-parallel rank')} and layer files of {degree} tensor-parallel"
+            " ones: some are missing"
         )
     first = ranks[0].states
     info = first.universal_info
@@ -350,9 +350,9 @@ def _masters_of(
     """Return the masters of a stage: of layers behind the last stage's, or of tied modules too, which come first."""
     file, optimizer = stage.states.file, stage.states.optimizer
     try:
-        return match_masters(file, optimizer, later)
+        return match_masters(file, optimizer, later, {})
     except Ambiguous:
         tied = {name: entry for name, entry in entries.items() if entry.role != "buffer" and name not in later}
         if not tied:
             raise
-        return match_masters(file, optimizer, tied | dict(later))
+        return match_masters(file, optimizer, tied | dict(later), {})

@@ -50,7 +50,7 @@ def read_rank(folder: TagFolder, warnings: list[str]) -> RankMap:
         warn_of_absent(states, entries, warnings)
         return own_weights_map(states, entries)
     entries = {name: as_parameter(entry) for name, entry in entries.items()}
-    masters = match_masters(states.file, states.optimizer, module_order(states, entries))
+    masters = match_masters(states.file, states.optimizer, module_order(states, entries), states.stored)
     if masters:
         entries |= replaced_by_masters(states.file, entries, masters)
     return RankMap(states, entries, [], KIND, 0, states.data_parallel, masters)
@@ -93,8 +93,8 @@ def _refuse_hollow(states: ModuleStates) -> None:
     shapes = {shape for group in states.param_shapes for shape in group.values()} - {(0,)}
     if tensors and all(value.shape == (0,) for value in tensors) and (shapes or not states.param_shapes):
         raise MalformedError(
-            f"{states.path}: all {len(tensors)} weights are empty (shape [0]): the file was saved under ZeRO-3 without"
-            " gathering them, and holds none. Merge the checkpoint of that run that has *_optim_states.pt files"
+            f"{states.path}: all weights ({len(tensors):,}) are empty (shape [0]): the file was saved under ZeRO-3"
+            " without gathering them, and holds none. Merge the checkpoint of that run that has *_optim_states.pt files"
         )
 
 

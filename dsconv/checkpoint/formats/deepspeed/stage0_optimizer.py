@@ -5,9 +5,9 @@ Read from DeepSpeed. In fp32 ``optimizer`` is torch's ``state_dict``. With 16-bi
 ``fp32_groups``), or one for each group (``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``).
 
 With masters, the states of a parameter lie where its master does, which ``unnamed_masters`` found out. In fp32 the
-weights are the masters and their values tell nothing: the states get the names of the one assignment by which their
-shapes fit the module in its order. Where two fit, nothing tells which is right: a guess would give weights the momentum
-of others.
+weights are the masters and their values tell nothing. If the optimizer was made of ``named_parameters()``, it names
+them (``param_names``); else the states get the names of the one assignment by which their shapes fit the module in its
+order. Where two fit, nothing tells which is right: a guess would give weights the momentum of others.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed.fields import Fields
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
+from dsconv.checkpoint.formats.deepspeed.param_names import names_of_groups
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config, plain
 from dsconv.checkpoint.formats.deepspeed.stage0 import module_order
@@ -35,7 +36,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training, whole_rows
 from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
 INNER = "optimizer_state_dict"
@@ -93,23 +94,28 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
         "the state of an optimizer",
     )
     rows = _rows(inner)
-    found = _with_masters(rank, rows) if rank.masters else _by_shape(rank, rows)
+    names = names_of_groups(inner.listing("param_groups"), rank.entries, states.stored)
+    warnings: list[str] = []
+    if rank.masters:
+        found = _with_masters(rank, rows)
+    elif names is not None:
+        found = _by_name(rank, rows, names)
+    else:
+        found = _by_shape(rank, rows)
+        warnings.append(
+            "without ZeRO in fp32 the optimizer's states have no names: they were matched by their order and shapes"
+        )
     trained = {name: kept for name, kept in found.items() if kept.row or kept.master is not None}
     if not trained:
         raise UnsupportedError(
             f"{states.path}: the optimizer keeps no state of any parameter (as SGD without momentum, or before the"
             f" first step), so nothing tells which were trained. {OTHERWISE}"
         )
-    warnings: list[str] = []
-    if not rank.masters:
-        warnings.append(
-            "without ZeRO in fp32 the optimizer's states have no names: they were matched by their order and shapes"
-        )
     idle = [name for name, kept in found.items() if name not in trained and rank.entries[name].numel]
     if idle:
         warnings.append(
-            f"{len(idle)} parameters, such as {quote(idle[0])}, have no optimizer states (frozen, or never given a"
-            " gradient)"
+            f"{count(len(idle), 'parameter', 'has')} no optimizer states, such as {quote(idle[0])} (frozen, or never"
+            " given a gradient)"
         )
     entries, left_out = _entries(trained, rank.entries, states, warnings)
     groups = [plain(group, states.file, "param_groups") for group in inner.listing("param_groups")]
@@ -189,6 +195,23 @@ def _with_masters(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
     return found
 
 
+def _by_name(rank: RankMap, rows: list[list[Row]], names: list[list[str]]) -> dict[str, _Kept]:
+    """Return what the optimizer of fp32 training keeps of each parameter, by the names that it has itself."""
+    shapes = {name: entry.shape for name, entry in rank.entries.items()}
+    groups = [_Rows(number, group, shapes) for number, group in enumerate(rows)]
+    found = Matcher(list(shapes), groups, {}, _any_fits).by_names(names)
+    if found is None:
+        raise MalformedError(
+            f"{rank.states.path}: the optimizer's param_names do not fit its states: their number or a shape differs."
+            f" {OTHERWISE}"
+        )
+    return {name: _Kept(rows[slot.number][slot.position]) for name, slot in found.items()}
+
+
+def _any_fits(slot: MasterSlot, name: str) -> bool:
+    return True
+
+
 def _by_shape(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
     """Return what the optimizer of fp32 training keeps of each parameter, by the one assignment that fits."""
     states = rank.states
@@ -200,10 +223,7 @@ def _by_shape(rank: RankMap, rows: list[list[Row]]) -> dict[str, _Kept]:
     shapes = {name: rank.entries[name].shape for name in names}
     groups = [_Rows(number, group, shapes) for number, group in enumerate(rows)]
 
-    def any_fits(slot: MasterSlot, name: str) -> bool:
-        return True
-
-    ways, found = Matcher(names, groups, dict.fromkeys(names, 1), any_fits).in_order()
+    ways, found = Matcher(names, groups, dict.fromkeys(names, 1), _any_fits).in_order()
     if ways != 1:
         why = "fit the parameters in several ways" if ways else "do not fit the module's parameters in their order"
         raise UnsupportedError(

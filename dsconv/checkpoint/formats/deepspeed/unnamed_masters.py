@@ -3,8 +3,10 @@
 Without ZeRO, DeepSpeed pickles the masters of 16-bit weights as lists of tensors, one per parameter group (DeepSpeed
 ``runtime/fp16/unfused_optimizer.py`` ``fp32_groups``), or each group as one flat tensor
 (``runtime/fp16/fused_optimizer.py`` ``fp32_groups_flat``). Nothing says which weights they are of, and which weights
-were frozen and have none. Three things tell:
+were frozen and have none. Four things tell:
 
+- **Names.** An optimizer that was made of ``named_parameters()`` keeps them (``param_names``). They count where shapes
+  and values agree with them.
 - **Values.** A weight is its master, cast. But norms of ones, biases of zeros, and weights that training has moved
   by less than rounding shows, are equal to others.
 - **Equal masters.** Where all masters in question are equal, as norms of ones before the first step, each assignment
@@ -25,12 +27,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from dsconv.checkpoint.formats.deepspeed.param_names import names_of_groups, with_elements
 from dsconv.checkpoint.formats.deepspeed.values import Values
 from dsconv.checkpoint.map.pieces import row_major
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import UnsupportedError
+from dsconv.text import count
 
 MAX_LIVE = 10_000  # partial assignments at a time; a sound checkpoint has a few
 OTHERWISE = "dsconv merge --weights 16bit takes the model's own 16-bit weights, which need no optimizer"
@@ -208,6 +212,23 @@ class Matcher:
                 position = slot.after
         return found
 
+    def by_names(self, names: Sequence[Sequence[str]]) -> dict[str, MasterSlot] | None:
+        """Return the assignment in which each group holds its ``names`` one after another; None if one does not fit."""
+        if len(names) != len(self.groups):
+            return None
+        found: dict[str, MasterSlot] = {}
+        for group, mine in zip(self.groups, names, strict=True):
+            position = 0
+            for name in mine:
+                slot = group.slot(position, name) if position < group.end else None
+                if slot is None or not self.judge(slot, name):
+                    return None
+                found[name] = slot
+                position = slot.after
+            if position != group.end:
+                return None
+        return {name: found[name] for name in self.names if name in found}
+
     def candidates(self, slot: MasterSlot) -> list[str]:
         """Return the names that a slot could be of by its values, whatever the order."""
         group, size = self.groups[slot.number], slot.after - slot.position
@@ -273,8 +294,8 @@ def assign(
         )
     raise Ambiguous(
         f"{path}: without ZeRO (stage 0) the fp32 masters have no names, and which master belongs to which weight"
-        f" cannot be determined for {len(alike)} weights, such as {', '.join(map(repr, alike[:2]))}: their 16-bit"
-        f" values are equal to others', and which weights were frozen is not recorded. {OTHERWISE}"
+        f" cannot be determined for {count(len(alike), 'weight')}, such as {', '.join(map(repr, alike[:2]))}: their"
+        f" 16-bit values are equal to others', and which weights were frozen is not recorded. {OTHERWISE}"
     )
 
 
@@ -318,13 +339,16 @@ def _alike(matcher: Matcher) -> list[str]:
     return sorted(found, key=matcher.names.index)
 
 
-def match_masters(file: TorchFile, optimizer: Any, weights: Mapping[str, TensorEntry]) -> dict[str, MasterSlot]:
+def match_masters(
+    file: TorchFile, optimizer: Any, weights: Mapping[str, TensorEntry], stored: Mapping[str, str]
+) -> dict[str, MasterSlot]:
     """Return the slot, with its master, of each weight that the optimizer trained.
 
     Args:
         file: The file that the optimizer's tensors are in.
         optimizer: ``optimizer`` of the model states.
         weights: The weights that may have a master, in the module's order.
+        stored: The name in the file for each name from which a wrapper was removed.
 
     Returns:
         The slots by name; empty if the optimizer has no masters.
@@ -335,8 +359,12 @@ def match_masters(file: TorchFile, optimizer: Any, weights: Mapping[str, TensorE
     groups = groups_of(optimizer, weights)
     if not groups:
         return {}
+    inner = optimizer.get("optimizer_state_dict")
+    names = names_of_groups(inner.get("param_groups") if isinstance(inner, dict) else None, weights, stored)
     with Values(weights) as values:
-        return assign(matcher_of(file, groups, weights, values), file.path, partial(values.are_equal, file))
+        matcher = matcher_of(file, groups, weights, values)
+        found = matcher.by_names(with_elements(names, weights)) if names is not None else None
+        return found if found is not None else assign(matcher, file.path, partial(values.are_equal, file))
 
 
 def match_known_masters(

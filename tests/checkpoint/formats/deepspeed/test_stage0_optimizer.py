@@ -65,6 +65,25 @@ def test_parameters_that_are_frozen_and_fit_in_one_way_are_told_apart(
     assert dsconv.open_checkpoint(tmp_path / "out")["lm_head.weight"].role == "frozen"
 
 
+def test_names_that_the_optimizer_keeps_are_used(tmp_path: Path) -> None:
+    """A layer was frozen, and the order is not the module's; shapes alone would fit in several ways."""
+    folder = gloo.ensure("realistic", ["named-fp32"])["named-fp32"]
+    moments = load_safetensors(folder / "moments.safetensors")
+    found = states_of(folder / "ckpt")
+    assert found.keys() == moments.keys()
+    assert not any(name.startswith("blocks.1.") for name in found)
+    assert all(same(found[name]["exp_avg"], tensor) for name, tensor in moments.items())
+    report = dsconv.to_universal(folder / "ckpt", tmp_path / "out", fsync=False, verify_output=True)
+    assert not any("have no names" in warning for warning in report.warnings)
+
+    def swap(value: Any) -> None:
+        names = value["optimizer"]["param_groups"][0]["param_names"]
+        names[0], names[1] = names[1], names[0]
+
+    with pytest.raises(MalformedError, match="param_names do not fit its states"):
+        states_of(edited(folder / "ckpt", tmp_path / "swapped", "*.pt", swap))
+
+
 def _later(value: Any) -> None:
     value["optimizer"]["state"][3]["step"] += 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dsconv
-from dsconv.checkpoint.formats.deepspeed.unnamed_masters import match_masters
+from dsconv.checkpoint.formats.deepspeed.unnamed_masters import MasterSlot, match_masters
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import UnsupportedError
@@ -19,7 +19,7 @@ from tests.fixtures import gloo
 from tests.fixtures.realistic import CASES
 from tests.trained import Trained, load_safetensors, same
 
-TOLD = ("full", "full-fp16", "decay", "frozen-last", "frozen-norms", "frozen-middle-fp16", "wrapped-z0")
+TOLD = ("full", "full-fp16", "named", "decay", "frozen-last", "frozen-norms", "frozen-middle-fp16", "wrapped-z0")
 NOT_TOLD = ("frozen-first", "reversed")
 
 
@@ -115,7 +115,7 @@ def test_weights_that_differ_only_at_the_end(tmp_path: Path) -> None:
     torch.save({"a": first.bfloat16(), "b": second.bfloat16()}, tmp_path / "w.pt")
     weights = dict(dsconv.open_checkpoint(tmp_path / "w.pt").items())
     file = TorchFile(tmp_path / "x.pt")
-    found = match_masters(file, file.root["optimizer"], weights)
+    found = match_masters(file, file.root["optimizer"], weights, {})
     assert {name: slot.position for name, slot in found.items()} == {"a": 1, "b": 0}
 
 
@@ -132,7 +132,7 @@ def norms_apart(path: Path, masters: list[torch.Tensor], frozen: int = 0) -> tup
 
 def test_equal_masters_of_equal_weights_are_exchangeable(tmp_path: Path) -> None:
     file, weights = norms_apart(tmp_path, [torch.ones(4)] * 2 + [torch.ones(4)])
-    found = match_masters(file, file.root["optimizer"], weights)
+    found = match_masters(file, file.root["optimizer"], weights, {})
     assert set(found) == set(weights)
     assert {name for name, slot in found.items() if slot.is_any} == {"0.norm", "1.norm", "2.norm"}
 
@@ -145,7 +145,28 @@ def test_equal_masters_of_equal_weights_are_exchangeable(tmp_path: Path) -> None
 def test_equal_weights_that_are_not_exchangeable(masters: list[torch.Tensor], frozen: int, tmp_path: Path) -> None:
     file, weights = norms_apart(tmp_path, masters, frozen)
     with pytest.raises(UnsupportedError, match="which master belongs to which weight cannot be determined"):
-        match_masters(file, file.root["optimizer"], weights)
+        match_masters(file, file.root["optimizer"], weights, {})
+
+
+def test_names_tell_equal_weights_apart(tmp_path: Path) -> None:
+    """An optimizer that was made of named parameters says which of its masters is whose; values must agree."""
+    _, weights = norms_apart(tmp_path, [torch.ones(4), torch.ones(4) + 1e-5], frozen=1)
+    optimizer = torch.load(tmp_path / "x.pt")["optimizer"]
+    names = [["0.weight", "1.weight"], ["2.norm", "0.norm"]]
+
+    def matched(names: list[list[str]], stored: dict[str, str]) -> dict[str, MasterSlot]:
+        inner = {"state": {}, "param_groups": [{"params": [0, 1], "param_names": group} for group in names]}
+        torch.save({"optimizer": {**optimizer, "optimizer_state_dict": inner}, "module": {}}, tmp_path / "named.pt")
+        file = TorchFile(tmp_path / "named.pt")
+        return match_masters(file, file.root["optimizer"], weights, stored)
+
+    found = matched(names, {})
+    assert {name: slot.position for name, slot in found.items() if "norm" in name} == {"2.norm": 0, "0.norm": 1}
+    wrapped = [[f"_orig_mod.{name}" for name in group] for group in names]
+    assert matched(wrapped, {name: f"_orig_mod.{name}" for name in weights}) == found
+    for wrong in ([names[0][::-1], names[1]], [names[0], ["2.norm", "9.norm"]], [names[0], ["2.norm"]]):
+        with pytest.raises(UnsupportedError, match="which master belongs to which weight cannot be determined"):
+            matched(wrong, {})
 
 
 def test_states_of_exchangeable_masters_are_refused(trained: Callable[[str], Trained], tmp_path: Path) -> None:
