@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from dsconv.text import MAX_MESSAGE, clean, quote
+from dsconv.text import MAX_MESSAGE, clean, count, quote
 
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -63,7 +63,7 @@ class SeveralModelsError(CheckpointNotFoundError):
     """
 
     def __init__(self, where: object, models: dict[str, int], advice: str | None = None) -> None:
-        shown = [f"{key!r:.100} ({count} tensor{'' if count == 1 else 's'})" for key, count in models.items()][:12]
+        shown = [f"{key!r:.100} ({count(held, 'tensor')})" for key, held in models.items()][:12]
         more = f" and {len(models) - len(shown)} more" if len(models) > len(shown) else ""
         first = next(iter(models), "")
         super().__init__(
@@ -95,6 +95,13 @@ class UnsupportedError(DsconvError, ValueError):
 
 class MissingPackageError(UnsupportedError, ImportError):
     """What was asked for needs a package that is not installed; the message names the extra that brings it."""
+
+
+class PartitionedExpertsError(UnsupportedError, NotImplementedError):
+    """A script that joins the partitions of all ranks would put the experts of AutoEP at ZeRO-3 together wrongly.
+
+    It is also the NotImplementedError that DeepSpeed's ``zero_to_fp32.py`` raises for such a checkpoint.
+    """
 
 
 class UnsafeError(DsconvError, ValueError):
@@ -169,6 +176,7 @@ EXTRAS = {
     "safetensors": "train",
     "torch": "torch",
     "transformers": "train",
+    "zstandard": "zstd",
 }
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dsconv import DsconvError, compat
+from tests.fixtures import gloo
 from tests.trained import Trained, load_safetensors, same
 
 NAMES = [
@@ -309,3 +310,14 @@ def test_a_conversion_on_every_rank_succeeds(group: str, trained: Callable[[str]
         assert rank.returncode == 0, errors.decode()
     made.check(load_safetensors(tmp_path / "out-True"), torch.float32)
     equal(load_bin(tmp_path / "out-False"), compat.get_fp32_state_dict_from_zero_checkpoint(made.checkpoint))
+
+
+def test_experts_that_ranks_would_join_wrongly_are_refused_as_deepspeed_does() -> None:
+    folder = gloo.ensure("moe", ["mixtral-z3-fp32-w2-ep2"])["mixtral-z3-fp32-w2-ep2"]
+    files = compat.get_model_state_files(next((folder / "ckpt").glob("global_step*")))
+    for caught in (NotImplementedError, ValueError, DsconvError):
+        with pytest.raises(caught, match=r"joining the partitions of all ranks.*ds_to_universal.py"):
+            compat.parse_model_states(files)
+    with pytest.raises(NotImplementedError):
+        official().parse_model_states(files)
+    assert compat.get_fp32_state_dict_from_zero_checkpoint(folder / "ckpt")

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsconv.checkpoint.formats.deepspeed.model_states import read_module_states
+from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates, read_module_states
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.loading import load_tensors
-from dsconv.errors import CheckpointNotFoundError, MalformedError, MissingShardError
+from dsconv.errors import CheckpointNotFoundError, MalformedError, MissingShardError, PartitionedExpertsError
 from dsconv.urls import local_path
 
 
@@ -90,6 +90,7 @@ def parse_model_states(files: Iterable[str | os.PathLike[str]]) -> list[zero_mod
 
     Raises:
         MalformedError: A file is not a model-states file; it is a ValueError.
+        PartitionedExpertsError: A file is of AutoEP at ZeRO-3; it is a NotImplementedError too.
         UnsafeError: A file wants to run code.
     """
     import torch
@@ -102,6 +103,7 @@ def parse_model_states(files: Iterable[str | os.PathLike[str]]) -> list[zero_mod
         states = read_module_states(path)
         if "buffer_names" not in states.raw:
             raise MalformedError(f"{path} is not a model state checkpoint")
+        _refuse_partitioned_experts(states)
         names = set(states.buffer_names)
         buffers = {name: value for name, value in states.module.items() if name in names}
         read = _read(states.file, buffers)
@@ -158,6 +160,19 @@ def parse_optim_states(
             raise MalformedError(f"{file.path}: {key} does not hold tensors")
         groups.append(list(_read(file, {str(index): part for index, part in enumerate(flat)}).values()))
     return stage, len(states), groups, states[0].get("param_alignment_paddings")
+
+
+def _refuse_partitioned_experts(states: ModuleStates) -> None:
+    """Raise PartitionedExpertsError for AutoEP at ZeRO-3, as DeepSpeed 0.19.8 ``utils/zero_to_fp32.py``
+    ``_raise_if_autoep_zero3_partitioned_state`` does.
+    """
+    layers = states.fields.listing("ds_autoep_layers") or states.fields.listing("autoep_layers")
+    if any(isinstance(layer, dict) and layer.get("checkpoint_format") == "zero3_partitioned" for layer in layers):
+        raise PartitionedExpertsError(
+            f"{states.path}: AutoEP at ZeRO-3 partitions the experts over their own ranks, and joining the partitions"
+            " of all ranks would make wrong experts. get_fp32_state_dict_from_zero_checkpoint and dsconv zero-to-fp32"
+            " merge such a checkpoint, and DeepSpeed's ds_to_universal.py converts it"
+        )
 
 
 def _optimizer(file: TorchFile) -> dict[str, Any]:

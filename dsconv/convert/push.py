@@ -26,7 +26,8 @@ from dsconv.convert.model_card import CARD, make_card
 from dsconv.convert.progress import Progress
 from dsconv.convert.push_files import check_and_hash, check_names, files_of, open_model, read_manifest
 from dsconv.convert.push_upload import PushReport, Repository, look, shelf_of, upload
-from dsconv.errors import DsconvError, OutputError, RemoteError, UnsafeError
+from dsconv.errors import DsconvError, OutputError, RemoteError, UnsafeError, require_packages
+from dsconv.text import count
 from dsconv.urls import local_path
 
 
@@ -61,7 +62,7 @@ def push(
         DsconvError: CheckpointNotFoundError or MalformedError where the folder holds no model; MismatchError where it
             is not what its manifest says, or what arrived is not what was sent; UnsafeError for a link out of the
             folder, and where ``private`` was asked for and the repository is public; RemoteError where the Hub or the
-            network fails.
+            network fails; MissingPackageError where huggingface_hub is not installed.
         ValueError: ``repo`` is not written as a repository is, or ``create_pr`` is given with a ``revision``.
     """
     check_repo(repo)
@@ -116,7 +117,13 @@ def push(
 
 
 def prepare(repo: str, output: Path) -> None:
-    """Find out before a merge what would stop its push. Raises OutputError if the output is not on this disk."""
+    """Find out before a merge what would stop its push.
+
+    Raises:
+        OutputError: The output is not on this disk.
+        MissingPackageError: huggingface_hub is not installed.
+        RemoteError: The Hub must not be used, or there is no token.
+    """
     check_repo(repo)
     if is_remote(output):
         raise OutputError(f"{output}: --push-to-hub pushes what lies on this disk; merge to a folder here")
@@ -143,14 +150,12 @@ def open_api(repo: str) -> Any:
     """Return the Hub's client.
 
     Raises:
-        RemoteError: it is not installed, must not be used (HF_HUB_OFFLINE), or has no token.
+        MissingPackageError: huggingface_hub is not installed.
+        RemoteError: the Hub must not be used (HF_HUB_OFFLINE), or there is no token.
     """
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise RemoteError(
-            f"{repo}: pushing to the Hub needs huggingface_hub: pip install 'dsconv-toolkit[hub]'"
-        ) from None
+    require_packages("pushing to the Hub", "hub", "huggingface_hub")
+    import huggingface_hub
+
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE:
         raise RemoteError(f"{repo}: HF_HUB_OFFLINE is set, and a push needs the Hub: unset it")
     given = connection()
@@ -201,8 +206,8 @@ def _existing_card(api: Any, there: Repository, folder: Path, report: PushReport
         )
         if lost:
             report.warnings.append(
-                f"the folder's {CARD} replaces the Hub's, of which it lacks {len(lost)} lines; they stay in the"
-                " repository's history"
+                f"the folder's {CARD} replaces the Hub's, of which it lacks {count(len(lost), 'line')}; they stay in"
+                " the repository's history"
             )
     return text
 

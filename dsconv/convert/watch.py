@@ -45,6 +45,7 @@ from dsconv.convert.watch_events import (
 )
 from dsconv.convert.watched_run import QUIET_SECONDS, Files, Signs, WatchedRun, files_of, gap_before, signs, step_in
 from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, MismatchError, OutputError, RemoteError
+from dsconv.text import count
 from dsconv.urls import local_path, where
 
 STATE, COPY = "state.json", "merged-"
@@ -257,7 +258,7 @@ class Watcher:
             if not idle or not (len(waiting) > keep or nbytes > shutil.disk_usage(self.home.path).free):
                 return
             name = idle[0]
-            why = f"more than {keep} copies waited (--keep)" if len(waiting) > keep else "the disk was full"
+            why = f"more than {count(keep, 'copy')} waited (--keep)" if len(waiting) > keep else "the disk was full"
             error = OutputError(f"{name} was merged and could not be pushed; its copy was dropped, since {why}")
             known = self._state[name]
             self.home.remove_marked(known["copy"])
@@ -396,8 +397,8 @@ def watch(
 
     Raises:
         DsconvError: CheckpointNotFoundError where ``run`` is no run's folder, OutputError where another watcher is at
-            work or its state cannot be kept, RemoteError where the Hub cannot be used at all (no package, no token,
-            offline).
+            work or its state cannot be kept, RemoteError where the Hub cannot be used at all (no token, offline),
+            MissingPackageError where huggingface_hub is not installed.
         ValueError: ``repo`` is not written as a repository is.
     """
     check_repo(repo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsconv.errors import UnsupportedError
+from dsconv.errors import UnsupportedError, require_packages
 from dsconv.zero_utils.estimate import Report
 
 PARTS = {
@@ -23,12 +23,12 @@ def draw(report: Report, path: Path) -> None:
     """Draw one bar for each setting, of a GPU at its fullest moment.
 
     Raises:
-        UnsupportedError: matplotlib is missing, or does not know the suffix of ``path``.
+        MissingPackageError: matplotlib is not installed.
+        UnsupportedError: matplotlib does not know the suffix of ``path``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("--plot needs matplotlib: pip install 'dsconv-toolkit[plot]'") from None
+    require_packages("--plot", "plot", "matplotlib")
+    from matplotlib.figure import Figure
+
     rows = report.rows[::-1]
     figure = Figure(figsize=(9, 1.8 + 0.27 * len(rows)), layout="constrained")
     if path.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():

@@ -19,7 +19,7 @@ from dsconv.checkpoint.storage.http import HttpStore
 from dsconv.checkpoint.storage.hub import connection, explain, explain_absence, repo_of
 from dsconv.checkpoint.storage.local import OpenFile, read_small
 from dsconv.checkpoint.storage.stores import Stat, Store
-from dsconv.errors import CheckpointNotFoundError, MalformedError, RemoteError, UnsupportedError
+from dsconv.errors import CheckpointNotFoundError, MalformedError, MissingPackageError, RemoteError, UnsupportedError
 
 READS_AT_ONCE = 16  # small reads, while a checkpoint is opened; a copy has one in flight for each worker
 NEAR_BYTES = 64 << 10  # two small reads with a smaller gap than this become one
@@ -254,16 +254,22 @@ class HubStore(Store):
 
 
 def store_of(url: str) -> Store:
-    """Return the store that serves a URL. Raises UnsupportedError if no installed library reads such URLs."""
+    """Return the store that serves a URL.
+
+    Raises:
+        UnsupportedError: No installed library reads such URLs; MissingPackageError where an extra brings one.
+    """
     protocol = url.partition("://")[0]
     try:
         import fsspec
 
         fs, _ = fsspec.core.url_to_fs(url, **(connection() if protocol == "hf" else {}))
     except (ImportError, ValueError) as error:
-        extra = EXTRAS.get(protocol)
-        how = f"pip install 'dsconv-toolkit[{extra}]'" if extra else str(error)
-        raise UnsupportedError(f"{url}: nothing that is installed reads {protocol}:// ({how})") from None
+        said = f"{url}: nothing that is installed reads {protocol}://"
+        extra = EXTRAS.get(protocol) if isinstance(error, ImportError) else None
+        if extra:
+            raise MissingPackageError(f"{said}: pip install 'dsconv-toolkit[{extra}]'") from None
+        raise UnsupportedError(f"{said} ({error})") from None
     if protocol in ("http", "https"):
         return HttpStore(fs)
     return HubStore(fs) if protocol == "hf" else Store(fs)

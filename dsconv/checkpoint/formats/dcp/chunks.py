@@ -32,6 +32,7 @@ from dsconv.errors import (
     MissingShardError,
     OutputError,
     UnsupportedError,
+    require_packages,
 )
 from dsconv.text import count
 
@@ -151,7 +152,7 @@ class Unpacked:
 
         Raises:
             MalformedError: It is not one whole zstd frame, or becomes larger than ``limit_bytes``.
-            UnsupportedError: It was transformed by something else, or the package zstandard is not installed.
+            UnsupportedError: It was transformed by something else, or (MissingPackageError) zstandard is not installed.
             OutputError: The folder for temporary files is full.
         """
         path = file.path
@@ -204,12 +205,7 @@ def _require_zstd(path: Path, transforms: Sequence[str]) -> None:
             raise UnsupportedError(
                 f"{path}: transformed by {safe_repr(tuple(transforms))}; dsconv reads torch's own {ZSTD}/{ZSTD_VERSION}"
             )
-    try:
-        import zstandard  # noqa: F401
-    except ImportError:
-        raise UnsupportedError(
-            f"{path}: compressed with zstd; install the package zstandard: pip install 'dsconv-toolkit[zstd]'"
-        ) from None
+    require_packages(f"{path}: is compressed with zstd, and reading it", "zstd", "zstandard")
 
 
 def _checksum_of(piece: Piece) -> Any:
@@ -265,7 +261,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
     warnings = []
     if differing:
         warnings.append(
-            f"{len(differing)} tensors that several ranks stored differ between them, the first"
+            f"{count(len(differing), 'tensor')} of which ranks stored different values, the first"
             f" {safe_repr(min(differing))}: took the lowest rank's"
         )
     if any(piece.extent.record.crc32 is None for chunks in found.values() for _, _, piece in chunks):
