@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from typing import Literal
 
 from dsconv.checkpoint.formats.huggingface.beside import unread_weights
 from dsconv.checkpoint.formats.table import EXPECTED, Format, formats
@@ -27,6 +28,7 @@ from dsconv.errors import (
     SeveralModelsError,
     UsageError,
 )
+from dsconv.text import count
 
 TensorEntry.reader = staticmethod(read_tensor)  # the map is a floor below the reading of bytes
 
@@ -46,7 +48,7 @@ def open_checkpoint(
     item: str | None = None,
     *,
     follow_links: bool = False,
-    weights: str = MASTERS,
+    weights: Literal["masters", "16bit"] = "masters",
 ) -> Checkpoint:
     """Open a checkpoint for reading: read its metadata, and prove that its pieces tile every tensor exactly once.
 
@@ -210,7 +212,9 @@ def _enter_trainer_folder(root: Root, tag: str | None) -> str | None:
         )
     root.path = whole[-1]
     if len(saves) > 1:
-        root.warnings.append(f"took {root.path.name}, the newest of {len(saves)} checkpoints; --tag chooses another")
+        root.warnings.append(
+            f"took {root.path.name}, the newest of {count(len(saves), 'checkpoint')}; --tag chooses another"
+        )
     return None
 
 

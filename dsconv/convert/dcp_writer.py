@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dsconv.checkpoint.config_files import find_config
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.map.dtypes import DType, parse_dtype
+from dsconv.checkpoint.map.dtypes import DType, DTypeName, parse_dtype
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.roots import as_output
 from dsconv.convert.dcp_layout import DcpPlan, KeyPath, Value, flat_name, make_dcp_plan
@@ -61,9 +61,9 @@ def to_dcp(
     tag: str | None = None,
     item: str | None = None,
     follow_links: bool = False,
-    dtype: str | torch.dtype | None = None,
+    dtype: DTypeName | torch.dtype | None = None,
     prefix: str = "",
-    names: str = STORED,
+    names: Literal["stored", "torchtitan"] = "stored",
     optimizer: bool = False,
     layout: str = TORCH,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,

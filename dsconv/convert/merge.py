@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsconv.checkpoint.config_files import config_folders
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.map.dtypes import DType, parse_dtype, short_name
+from dsconv.checkpoint.map.dtypes import DType, DTypeName, parse_dtype, short_name
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.local import is_remote
 from dsconv.checkpoint.storage.roots import as_output, open_root
@@ -124,8 +124,8 @@ def merge(
     revision: str | None = None,
     item: str | None = None,
     follow_links: bool = False,
-    weights: str = "masters",
-    dtype: str | torch.dtype | None = None,
+    weights: Literal["masters", "16bit"] = "masters",
+    dtype: DTypeName | torch.dtype | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     exclude_frozen: bool = False,
     include: Sequence[str] = (),
@@ -136,7 +136,7 @@ def merge(
     adapter_name: str | None = None,
     fold_lora: bool = False,
     base: str | os.PathLike[str] | None = None,
-    names: str = "stored",
+    names: Literal["stored", "hf"] = "stored",
     config_from: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     verify_output: bool = False,

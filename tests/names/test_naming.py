@@ -124,7 +124,7 @@ def test_names_go_with_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--names cannot be combined"):
         dsconv.merge(DATA / "llama3" / "step-3", tmp_path / "out", names="hf", adapter=True)
     with pytest.raises(UsageError, match="names is 'mine'; expected 'hf' or 'stored'"):
-        dsconv.merge(DATA / "llama3" / "step-3", tmp_path / "out", names="mine")
+        dsconv.merge(DATA / "llama3" / "step-3", tmp_path / "out", names="mine")  # type: ignore[arg-type]
 
 
 def test_every_mark_of_a_family_is_one_of_its_framework() -> None:

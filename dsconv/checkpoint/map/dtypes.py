@@ -6,6 +6,7 @@ Sources: ``torch/storage.py`` (storage classes), safetensors 0.8 ``safetensors/s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ STORAGE_CLASSES = {
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "half": "float16"}
 
 
+# What ``dtype`` may be in Python, for type checkers; a torch.dtype is taken too.
+DTypeName = Literal["fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
 OUTPUTS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # what weights are cast to, and its short name
 
 
