@@ -188,7 +188,8 @@ def _show_loading(report: Any, options: dict[str, Any]) -> None:
     if left and report.loadable is None:
         console.say(f"written{without}")
     if report.loadable:
-        console.say(f"loads with {report.loads_with}{without}")
+        copied = "once it is downloaded, " if "://" in report.output else ""  # from_pretrained reads no store
+        console.say(f"{copied}loads with {report.loads_with}{without}")
     elif report.loadable is False:
         counts = f"{console.count(len(report.missing), 'weight')} missing, {len(report.unexpected)} unexpected"
         console.say(f"does not load with {report.loads_with}: {counts}{without}")

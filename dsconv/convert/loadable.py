@@ -86,12 +86,13 @@ class LoadingCheck:
     def __init__(self, plan: Plan, files: Mapping[str, bytes], output: str) -> None:
         self._plan = plan
         self._output = output
+        self._folder = output.rstrip("/").rpartition("/")[2] if "://" in output else output  # of a copy on a disk
         self._shapes = {tensor.name: tensor.entry.shape for tensor in plan.placed}
         self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[str] | None = None
         self._loading: Loading | None = None
         if "adapter_config.json" in files and plan.shards[0].filename.startswith("adapter_model"):
-            self._loading = Loading(True, f'PeftModel.from_pretrained(base, "{output}")')
+            self._loading = Loading(True, f'PeftModel.from_pretrained(base, "{self._folder}")')
             return
         self._config = _parse(files.get("config.json"))
         self._architecture = _architecture(self._config)
@@ -217,7 +218,7 @@ class LoadingCheck:
     def _judge(self, missing: list[str], unexpected: list[str], mismatched: list[str]) -> Loading:
         architecture = str(self._architecture)
         auto = auto_class(architecture, str(self._config.get("model_type")))
-        call = f'{auto}.from_pretrained("{self._output}")'
+        call = f'{auto}.from_pretrained("{self._folder}")'
         if not missing and not unexpected:
             return Loading(True, call)
         parts = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 import threading
 import time
@@ -236,6 +237,8 @@ def signs(folder: Path) -> Iterator[Signs]:
     except ImportError:
         yield found
         return
+    # An observer that stops while an event comes logs that it is inactive; without a handler, Python prints it.
+    logging.getLogger("watchdog").addHandler(logging.NullHandler())
     observer = Observer()
     observer.schedule(found, str(folder))  # type: ignore[arg-type]  # dispatch is all that is called
     try:
