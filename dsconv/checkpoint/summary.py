@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.text import count
 
 # Files and folders that only one trainer writes, each with the trainer; looked for in and around the checkpoint.
 MARKS = (
@@ -82,7 +83,8 @@ def content_of(found: Checkpoint) -> str:
     kinds = []
     if lora := sum(1 for name in names if "lora_" in name):
         alone = lora == len(names) or bool(found.info.get("adapter"))
-        kinds.append("a LoRA adapter of PEFT" if alone else f"a LoRA run of PEFT ({lora:,} of {len(names):,} tensors)")
+        part = f"{lora:,} of {count(len(names), 'tensor')}"
+        kinds.append("a LoRA adapter of PEFT" if alone else f"a LoRA run of PEFT ({part})")
     elif found.info.get("adapter") or any(name.startswith("base_model.model.") for name in names):
         kinds.append("an adapter of PEFT")
     if parts & {"v_head", "value_head"}:

@@ -206,7 +206,7 @@ def long_table(
     if hidden <= 1:
         table(columns, rows)
         return
-    more = [f"… {hidden:,} more rows; {all_of_them}", *[""] * (len(columns) - 1)]
+    more = [f"… {count(hidden, 'more row')}; {all_of_them}", *[""] * (len(columns) - 1)]
     table(columns, [*rows[:HEAD_ROWS], more, *rows[HEAD_ROWS + hidden :]])
 
 
@@ -226,7 +226,7 @@ def counts(found: dict[str, int], shown: int = 8) -> str:
     largest = sorted(found.items(), key=lambda item: -item[1])
     parts = [f"{number:,} {name if name.isprintable() else repr(name)}"[:100] for name, number in largest[:shown]]
     more = sum(number for _, number in largest[shown:])
-    return ", ".join(parts) + (f" and {more:,} others" if more else "")
+    return ", ".join(parts) + (f" and {count(more, 'other')}" if more else "")
 
 
 def show_json(data: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def to_dcp(
     follow_links: bool = False,
     dtype: DTypeName | torch.dtype | None = None,
     prefix: str = "",
-    names: Literal["stored", "torchtitan"] = "stored",
+    names: Literal["stored", "torchtitan", "megatron"] = "stored",
     optimizer: bool = False,
     layout: str = TORCH,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,

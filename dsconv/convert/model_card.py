@@ -18,6 +18,7 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.storage.hub import is_repo
 from dsconv.convert.sidecars import read_json
+from dsconv.text import count as counted
 
 CARD = "README.md"
 BEGIN, END = "<!-- dsconv: begin, written anew by each push -->", "<!-- dsconv: end -->"
@@ -129,7 +130,7 @@ def _section(
         ),
         "step": _plain(source["step"]) if source.get("step") is not None else None,
         "dtype": ", ".join(str(dtype) for dtype in dtypes(model)),
-        "parameters": f"{model.numel:,} in {len(model):,} tensors",
+        "parameters": f"{model.numel:,} in {counted(len(model), 'tensor')}",
         "size": f"{model.nbytes:,} bytes",
     }
     made = (

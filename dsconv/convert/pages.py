@@ -13,6 +13,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.convert.diff import DiffReport, Distance
 from dsconv.convert.values import ValuesReport
 from dsconv.page import Page, shown
+from dsconv.text import count as counted
 from dsconv.text import size
 
 LAYER = re.compile(r"(?P<layer>.*?\.?\d+)\.(?P<kind>.+)")  # a name up to its first number, and the rest
@@ -68,7 +69,7 @@ def write_inspect_page(
             for v in sorted(values.tensors, key=lambda v: not v.nonfinite)[:MAX_ROWS]
         ]
         titles = [(title, "right") for title in ("NaN", "Inf", "zeros", "norm", "largest")]
-        page.table([("tensor", "left"), *titles], rows, f"{len(values.tensors):,} tensors and states")
+        page.table([("tensor", "left"), *titles], rows, f"{counted(len(values.tensors), 'tensor')} and states")
     page.heading("Tensors")
     columns = [
         *((title, "left") for title in ("tensor", "dtype", "shape", "role")),
@@ -80,7 +81,9 @@ def write_inspect_page(
         for e in entries[:MAX_ROWS]
     ]
     page.table(
-        columns, listed, f"{len(entries):,} tensors" + (f", the first {MAX_ROWS:,}" if len(entries) > MAX_ROWS else "")
+        columns,
+        listed,
+        counted(len(entries), "tensor") + (f", the first {MAX_ROWS:,}" if len(entries) > MAX_ROWS else ""),
     )
     page.write(path)
 
@@ -214,7 +217,7 @@ def write_diff_page(path: Path, report: DiffReport) -> None:
         [
             ("A", report.a),
             ("B", report.b),
-            ("changed", f"{len(changed):,} of {len(report.tensors):,} tensors"),
+            ("changed", f"{len(changed):,} of {counted(len(report.tensors), 'tensor')}"),
             ("only in A", ", ".join(report.only_in_a) or "none"),
             ("only in B", ", ".join(report.only_in_b) or "none"),
             ("read", size(report.nbytes)),

@@ -19,6 +19,7 @@ from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.ties import stored_name
 from dsconv.errors import MalformedError, MissingShardError, UnsupportedError
+from dsconv.text import count as counted
 
 DEFAULT_SHARD_SIZE = "5GB"
 HEADER_ALIGNMENT = 8  # safetensors 0.8: the data begins at a multiple of 8
@@ -197,7 +198,7 @@ def _shard(filename: str, group: list[tuple[str, TensorEntry, DType]]) -> Shard:
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise UnsupportedError(
-            f"{filename}: a header of {len(text)} bytes for {len(placed)} tensors; safetensors allows"
+            f"{filename}: a header of {len(text)} bytes for {counted(len(placed), 'tensor')}; safetensors allows"
             f" {MAX_HEADER_BYTES}. Use a smaller --max-shard-size"
         )
     return Shard(filename, len(text).to_bytes(8, "little") + text, tuple(placed), offset)

@@ -23,6 +23,7 @@ from dsconv.checkpoint.transfer.numbers import as_float64, is_number
 from dsconv.checkpoint.transfer.reading import Sources, gather_view
 from dsconv.convert.progress import Progress
 from dsconv.errors import DsconvError
+from dsconv.text import count
 
 WEIGHTS = "weights"
 STEP_BYTES = BLOCK_BYTES // 4
@@ -90,7 +91,7 @@ class ValuesReport:
                 nan, infinite = sum(v.nan for v in bad), sum(v.infinite for v in bad)
                 found.append(
                     f"{kind}: {nan:,} NaN and {infinite:,} infinite values, in {len(bad):,} of"
-                    f" {sum(v.kind == kind for v in self.tensors):,} tensors, first in {bad[0].name!r}"
+                    f" {count(sum(v.kind == kind for v in self.tensors), 'tensor')}, first in {bad[0].name!r}"
                 )
         found += [f"the same bytes lie in {' and in '.join(places)}" for places in self.repeated]
         return found

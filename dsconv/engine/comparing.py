@@ -15,6 +15,7 @@ from dsconv.convert.universal_plan import training_of
 from dsconv.engine.checkpoints import FOLDER, tag_of
 from dsconv.engine.state_digests import read_logits, read_states
 from dsconv.errors import UnsupportedError
+from dsconv.text import count as counted
 
 SHOWN = 5
 
@@ -26,7 +27,7 @@ def compare_states(first: Path, second: Path, kinds: tuple[str, ...] | None = No
     """
     a, b = read_states(first), read_states(second)
     if len(a) != len(b):
-        return [f"{len(a)} and {len(b)} ranks"]
+        return [f"{len(a)} and {counted(len(b), 'rank')}"]
     found = []
     for rank, (left, right) in enumerate(zip(a, b, strict=True)):
         for kind in kinds or sorted(left.keys() | right.keys()):

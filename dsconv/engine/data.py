@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
+from dsconv.text import count as counted
 from dsconv.urls import local_path
 
 SYNTHETIC_SAMPLES = 512  # an epoch of synthetic data
@@ -84,7 +85,9 @@ def open_data(spec: str, seq_len: int, vocab_size: int, seed: int, model_folder:
     ids = _array(path) if path.suffix == ".npy" else _text(path, vocab_size, model_folder)
     rows = len(ids) // seq_len
     if not rows:
-        raise UsageError(f"--data {spec} has {len(ids)} tokens, fewer than one sample of --seq-len {seq_len}")
+        raise UsageError(
+            f"--data {spec} has {counted(len(ids), 'token')}, fewer than one sample of --seq-len {seq_len}"
+        )
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise MalformedError(
             f"{spec} has token ids from {int(ids.min())} to {int(ids.max())}: the model has {vocab_size}"
@@ -109,7 +112,8 @@ def _array(path: Path) -> torch.Tensor:
         raise MalformedError(f"{path} is not an .npy array: {error}") from None
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise MalformedError(
-            f"{path} is an array of {found.dtype} with {found.ndim} dimensions; expected one dimension of integers"
+            f"{path} is an array of {found.dtype} with {counted(found.ndim, 'dimension')}; expected one dimension of"
+            " integers"
         )
     return torch.from_numpy(found.astype(numpy.int64))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsconv.engine.options import Layout
 from dsconv.errors import UsageError
+from dsconv.text import count
 
 COLUMNS = ("in place", "another world", "another stage", "convert", "load back")
 FAULTS = ("drop-exp-avg", "reset-rng", "skip-batch", "swap-shards", "stale-latest")
@@ -36,7 +37,7 @@ def scenarios(nproc: int, quick: bool, wanted: tuple[str, ...] = ()) -> list[Sce
     found = {scenario.name: scenario for scenario in (_quick(nproc) if quick and not wanted else _all(nproc))}
     unknown = [name for name in wanted if name not in found]
     if unknown:
-        raise UsageError(f"--cells {','.join(unknown)}: with {nproc} ranks the rows are {', '.join(found)}")
+        raise UsageError(f"--cells {','.join(unknown)}: with {count(nproc, 'rank')} the rows are {', '.join(found)}")
     return [found[name] for name in wanted or found]
 
 

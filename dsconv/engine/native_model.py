@@ -11,6 +11,7 @@ from dsconv.engine.models import Source, build
 from dsconv.engine.options import RunOptions
 from dsconv.errors import InconsistentCheckpointError, UnsupportedError
 from dsconv.loaders.stream import stream_into
+from dsconv.text import count
 
 
 def build_replicated(options: RunOptions, source: Source, fresh: bool, device: torch.device) -> Any:
@@ -53,10 +54,9 @@ def build_sharded(options: RunOptions, source: Source, fresh: bool, device: torc
             lacking = [*report.missing, *report.mismatched]
             if lacking:
                 raise InconsistentCheckpointError(
-                    f"{options.model} lacks {len(lacking)} tensors of the model, the first {lacking[0]}: --backend"
-                    " native"
-                    f" starts from all of a model's weights or from none, since {layout.label()} cannot draw some of"
-                    " them"
+                    f"{options.model} lacks {count(len(lacking), 'tensor')} of the model, the first {lacking[0]}:"
+                    f" --backend native starts from all of a model's weights or from none, since {layout.label()}"
+                    " cannot draw some of them"
                 )
     return model.train()
 

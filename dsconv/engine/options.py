@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.errors import CheckpointNotFoundError, MalformedError, UsageError
+from dsconv.text import count
 from dsconv.urls import local_path
 
 RUN_FILE = "run.json"
@@ -62,7 +63,9 @@ class Layout:
             asked = " × ".join(
                 f"{axis} {getattr(self, axis)}" for axis in ("tp", "pp", "sp", "cp") if getattr(self, axis) > 1
             )
-            raise UsageError(f"{self.nproc} ranks do not divide into {asked}: --nproc must be a multiple of {degree}")
+            raise UsageError(
+                f"{count(self.nproc, 'rank', 'does')} not divide into {asked}: --nproc must be a multiple of {degree}"
+            )
         if self.backend == "native":
             self._check_native()
         elif self.cp > 1:

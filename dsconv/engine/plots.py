@@ -8,6 +8,7 @@ from typing import Any
 
 from dsconv.engine.files import write_file
 from dsconv.errors import OutputError
+from dsconv.text import count
 
 
 def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str | None:
@@ -33,7 +34,7 @@ def plot_run(run: Path, lines: list[dict[str, Any]], warnings: list[str]) -> str
         other.set_ylabel("gradient norm", color="tab:orange")
         axes.set_zorder(other.get_zorder() + 1)
         axes.patch.set_visible(False)
-    axes.set_title(f"{run.name}: {len(lines)} steps, loss {lines[-1]['loss']:.4f}")
+    axes.set_title(f"{run.name}: {count(len(lines), 'step')}, loss {lines[-1]['loss']:.4f}")
     path = run / "loss.png"
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120)

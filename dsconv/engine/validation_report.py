@@ -9,6 +9,7 @@ from typing import Any
 
 from dsconv.engine.files import write_file
 from dsconv.engine.matrix import COLUMNS
+from dsconv.text import count as counted
 
 CURVES = "curves.png"
 MARKS = {True: "✓", False: "✗", None: "–"}
@@ -25,8 +26,8 @@ def _page(report: ValidationReport, plotted: bool) -> str:
     what = f"Sabotage: {report.sabotage}" if report.sabotage else "Validation"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     ran = (
-        f"{report.nproc} ranks, {report.steps} steps, stopped and resumed at step {report.stopped_at},"
-        f" {report.seconds:.0f} s"
+        f"{counted(report.nproc, 'rank')}, {counted(report.steps, 'step')}, stopped and resumed at step"
+        f" {report.stopped_at}, {report.seconds:.0f} s"
     )
     lines = [f"# {what}: {'passed' if report.passed else 'FAILED'}", "", f"`{report.model}` on {ran}. {versions}.", ""]
     lines += ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]

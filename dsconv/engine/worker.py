@@ -28,6 +28,7 @@ from dsconv.engine.randomness import restore_randomness, save_randomness, seed_e
 from dsconv.engine.state_digests import write_logits, write_states
 from dsconv.errors import DsconvError, InconsistentCheckpointError, OutputError, RunFailedError, UsageError
 from dsconv.loaders.agreement import agreement
+from dsconv.text import count
 
 METRICS = "metrics.jsonl"
 MAX_METRICS_BYTES = 1 << 30  # some seven million steps
@@ -113,7 +114,8 @@ def _check_world(options: RunOptions) -> None:
     world = dist.get_world_size()
     if world != options.layout.nproc:
         raise UsageError(
-            f"the launcher started {world} ranks, but the run needs {options.layout.nproc}: give --nproc {world}"
+            f"the launcher started {count(world, 'rank')}, but the run needs {options.layout.nproc}: give --nproc"
+            f" {world}"
         )
     if options.dtype == "fp16" and not torch.cuda.is_available():
         raise UsageError("--dtype fp16 needs a GPU, since DeepSpeed does not train in fp16 on a CPU; use --dtype bf16")

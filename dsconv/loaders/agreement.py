@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dsconv.errors import InconsistentCheckpointError, RankFailedError
 from dsconv.loaders.fingerprint import Fingerprint, differences
+from dsconv.text import count
 
 
 @dataclass
@@ -58,4 +59,4 @@ def agreement(what: str) -> Iterator[Agreement]:
 
 
 def _others(failed: dict[int, str]) -> str:
-    return f" ({len(failed)} ranks failed)" if len(failed) > 1 else ""
+    return f" ({count(len(failed), 'rank')} failed)" if len(failed) > 1 else ""

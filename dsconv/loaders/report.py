@@ -61,7 +61,7 @@ class LoadReport:
             if names:
                 lines.append(f"  {len(names)} {what}: {_some(names)}")
         if self.overflowed:
-            lines.append(f"  {self.overflowed} values are too large for the dtype and became infinite")
+            lines.append(f"  {count(self.overflowed, 'value', 'is')} too large for the dtype and became infinite")
         return "\n".join(map(clean, [*lines, *(f"  {warning}" for warning in self.warnings)]))
 
 

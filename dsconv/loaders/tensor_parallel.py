@@ -16,6 +16,7 @@ from dsconv.loaders.agreement import agreement
 from dsconv.loaders.fingerprint import fingerprint
 from dsconv.loaders.models import config_folder, model_class_of, read_config, refuse_quantized
 from dsconv.names.choosing import as_hf
+from dsconv.text import count
 
 
 def load_tp(
@@ -115,7 +116,7 @@ def _tp_dim(device_mesh: Any) -> int:
         return int(names.index("tp"))
     if device_mesh.ndim != 1:
         raise UnsupportedError(
-            f"device_mesh has {device_mesh.ndim} dimensions and none named 'tp': name it with mesh_dim_names"
+            f"device_mesh has {count(device_mesh.ndim, 'dimension')} and none named 'tp': name it with mesh_dim_names"
         )
     return 0
 

@@ -17,6 +17,7 @@ from dsconv.names.marks import FRAMEWORKS
 from dsconv.names.naming import EMBEDDING, FAMILIES, HEAD, prove_all_used, require_expected, with_entries
 from dsconv.names.operations import Config, WrongShape
 from dsconv.names.tables import Family, Rule
+from dsconv.text import count
 
 Parts = dict[tuple[int, ...], dict[int, View]]  # by the numbers that are stacked, and the place in rule.ours
 
@@ -103,7 +104,7 @@ def _joined(rule: Rule, numbers: tuple[int, ...], parts: Mapping[tuple[int, ...]
     sizes = tuple(max(column) + 1 for column in zip(*parts, strict=True))
     made: list[View] = []
     if math.prod(sizes) > len(parts) * 2 + 1000:
-        raise InconsistentCheckpointError(f"{rule.ours[0]}: {len(parts)} tensors, numbered up to {sizes}")
+        raise InconsistentCheckpointError(f"{rule.ours[0]}: {count(len(parts), 'tensor')}, numbered up to {sizes}")
     for index in product(*map(range, sizes)):
         held = parts.get(index, {})
         for place, name in enumerate(rule.ours):

@@ -11,6 +11,7 @@ from dsconv.checkpoint.map.renaming import unwrap
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import MalformedError
+from dsconv.text import count
 from dsconv.zero_utils.tag_folder import holds_states
 
 RANK_FILE = re.compile(r"((?:.*[_.-])?)rank[_-]?(\d+)\.(pt|pth|bin)")  # one rank's file of a plain script
@@ -54,7 +55,7 @@ def check_not_hollow(entries: Mapping[str, TensorEntry], where: Path, near: Iter
     empty = [entry.name for entry in entries.values() if entry.shape == (0,) and entry.dtype.floating]
     if not empty:
         return []
-    what = f"{len(empty)} of {len(entries)} tensors are empty (shape [0]), the first {safe_repr(empty[0])}"
+    what = f"{len(empty)} of {count(len(entries), 'tensor', 'is')} empty (shape [0]), the first {safe_repr(empty[0])}"
     if len(empty) < len(entries) and len(empty) * HOLLOW_SHARE < len(entries):
         return [f"{what}: a save under ZeRO-3 without gathering leaves such weights"]
     real = _deepspeed_near(near)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.errors import TensorNotFoundError
-from dsconv.text import MAX_MESSAGE, clean, quote
+from dsconv.text import MAX_MESSAGE, clean, count, quote
 
 if TYPE_CHECKING:
     from dsconv.checkpoint.map.training import Training
@@ -94,4 +94,4 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return sum(entry.numel for entry in self._entries.values())
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.format} at {self.path}: {len(self)} tensors, {self.nbytes} bytes>"
+        return f"<Checkpoint {self.format} at {self.path}: {count(len(self), 'tensor')}, {self.nbytes} bytes>"

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from dsconv.errors import InconsistentCheckpointError
+from dsconv.text import count as counted
 from dsconv.text import quote
 
 Interval = tuple[int, int]
@@ -118,7 +119,7 @@ def prove_cover(regions: Sequence[Region], shape: tuple[int, ...], name: str) ->
         if dim == len(shape):
             if len(active) > 1:
                 raise InconsistentCheckpointError(
-                    f"tensor {quote(name)}: an overlap of {len(active)} shards at element {list(prefix)}"
+                    f"tensor {quote(name)}: an overlap of {counted(len(active), 'shard')} at element {list(prefix)}"
                 )
             return
         if len(active) == 1 and all(regions[active[0]][d] == ((0, shape[d]),) for d in range(dim, len(shape))):
@@ -140,7 +141,7 @@ def prove_cover(regions: Sequence[Region], shape: tuple[int, ...], name: str) ->
             budget[0] -= 1 + len(now)
             if budget[0] < 0:
                 raise InconsistentCheckpointError(
-                    f"tensor {quote(name)}: {len(regions)} shards that fit together in no simple way"
+                    f"tensor {quote(name)}: {counted(len(regions), 'shard')} that fit together in no simple way"
                 )
             if not now:
                 raise InconsistentCheckpointError(

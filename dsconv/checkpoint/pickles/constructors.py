@@ -36,6 +36,7 @@ from dsconv.checkpoint.pickles.values import (
     UnreadTensor,
     safe_repr,
 )
+from dsconv.text import count
 
 WRAPPER = ("torch._utils", "_rebuild_wrapper_subclass")
 # Tensors that wrap the plain, full-precision one that they keep under this attribute: FSDP gathers it as float8, and
@@ -60,7 +61,7 @@ def _sizes(budget: WorkBudget, value: Any, what: str) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list)):
         raise BadArguments(f"{what} that is not a tuple")
     if len(value) > MAX_DIMENSIONS:
-        raise BadArguments(f"{what} of {len(value)} dimensions; the limit is {MAX_DIMENSIONS}")
+        raise BadArguments(f"{what} of {count(len(value), 'dimension')}; the limit is {MAX_DIMENSIONS}")
     for item in value:
         if type(item) is not int or not 0 <= item < MAX_NUMEL:
             raise BadArguments(f"{what} {safe_repr(value)} of something else than sizes")

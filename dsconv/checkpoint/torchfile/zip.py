@@ -19,6 +19,7 @@ from dsconv.checkpoint.map.tensors import Record
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.storage.local import EDGE_BYTES, OpenFile
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
+from dsconv.text import count as counted
 
 END = struct.Struct("<4s4H2LH")
 END64_LOCATOR = struct.Struct("<4sLQL")
@@ -91,11 +92,12 @@ def open_archive(file: OpenFile) -> Archive:
         listed[inner] = (name, crc32, nbytes, header_offset)
     if position != len(directory):
         raise MalformedError(
-            f"{path}: the zip directory says {count} records and holds {len(directory) - position} bytes more"
+            f"{path}: the zip directory says {counted(count, 'record')} and holds {len(directory) - position} bytes"
+            " more"
         )
     if len(roots) > 1:
         raise MalformedError(
-            f"{path}: records under {len(roots)} root folders {safe_repr(sorted(roots))}; expected one"
+            f"{path}: records under {counted(len(roots), 'root folder')} {safe_repr(sorted(roots))}; expected one"
         )
     headers = file.read_many([(at, LOCAL.size + len(name.encode())) for name, _, _, at in listed.values()])
     records: dict[str, Record] = {}
@@ -162,7 +164,7 @@ def _read_directory(file: OpenFile) -> tuple[bytes, int, int]:
             f"{path}: the zip directory has {directory_bytes} bytes; the limit is {MAX_DIRECTORY_BYTES}"
         )
     if count * CENTRAL.size > directory_bytes:
-        raise MalformedError(f"{path}: the zip directory says {count} records and has room for fewer")
+        raise MalformedError(f"{path}: the zip directory says {counted(count, 'record')} and has room for fewer")
     return file.read(directory_offset, directory_bytes), count, directory_offset
 
 

@@ -19,7 +19,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.convert.adapters.methods import ENCODER
 from dsconv.convert.computed import ComputedEntry, computed
 from dsconv.errors import MalformedError, UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 
 if TYPE_CHECKING:
     import torch
@@ -209,7 +209,7 @@ def without_pruned_ranks(
                 continue
             if len(kept) != entry.shape[axis]:
                 raise MalformedError(
-                    f"rank_pattern of adapter_config.json has {len(kept)} ranks for {saved}, which has"
+                    f"rank_pattern of adapter_config.json has {count(len(kept), 'rank')} for {saved}, which has"
                     f" {entry.shape[axis]}"
                 )
             shape = tuple(sum(kept) if i == axis else size for i, size in enumerate(entry.shape))

@@ -31,7 +31,7 @@ from dsconv.convert.adapters.methods import (
 from dsconv.convert.adapters.patterns import by_pattern
 from dsconv.convert.sidecars import read_json
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 
 PREFIX = "base_model.model."
 # Modules that models give their input and output embeddings; PEFT asks the model (get_input_embeddings), of which only
@@ -112,8 +112,8 @@ def _choose(checkpoint: Checkpoint, names: list[str], saved: bool, wanted: str |
         return wanted
     if len(names) > 1:
         raise MalformedError(
-            f"{checkpoint.path}: holds {len(names)} adapters ({', '.join(names)}); --adapter writes one: choose it with"
-            " --adapter-name"
+            f"{checkpoint.path}: holds {count(len(names), 'adapter')} ({', '.join(names)}); --adapter writes one:"
+            " choose it with --adapter-name"
         )
     return names[0] if names else DEFAULT
 

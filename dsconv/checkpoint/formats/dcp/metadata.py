@@ -31,6 +31,7 @@ from dsconv.errors import (
     MissingShardError,
     UnsafeError,
 )
+from dsconv.text import count
 
 METADATA = ".metadata"
 FIRST_RANK_METADATA = "__0.metadata"
@@ -106,7 +107,7 @@ def metadata_files(folder: Path) -> list[Path]:
     missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
     if missing:
         raise MissingShardError(
-            f"{folder}: {len(found)} ranks wrote their own metadata, the last __{max(found)}.metadata, and"
+            f"{folder}: {count(len(found), 'rank')} wrote their own metadata, the last __{max(found)}.metadata, and"
             f" __{missing[0]}.metadata is missing: copy the files of all ranks into one folder"
         )
     return [path for _, path in sorted(found.items())]

@@ -31,6 +31,7 @@ from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import MAX_NUMEL, safe_repr
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
+from dsconv.text import count
 
 SHARD = re.compile(r"shard-(?P<rank>\d{5,})-model-(?P<part>\d{5,})-of-(?P<parts>\d{5,})\.safetensors")
 SHARDED = "sharded"  # torch _hf_utils.py SHARDED_DIR_NAME
@@ -155,7 +156,7 @@ def _numbering(folder: Path, files: list[Path]) -> list[str]:
     lost = set(range(1, parts.pop() + 1)) - {int(match["part"]) for match in matches}
     if lost:
         raise MissingShardError(
-            f"{folder}: part {min(lost):05d} of the model has no shard: {len(lost)} parts are missing"
+            f"{folder}: part {min(lost):05d} of the model has no shard: {count(len(lost), 'part', 'is')} missing"
         )
     ranks = {int(match["rank"]) for match in matches}
     gaps = sorted(set(range(1, max(ranks) + 1)) - ranks)

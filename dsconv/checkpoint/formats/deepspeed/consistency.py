@@ -12,6 +12,7 @@ from dsconv.checkpoint.map.tensors import Extent, TensorEntry
 from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous, read_extents
 from dsconv.errors import InconsistentCheckpointError, MalformedError
+from dsconv.text import count as counted
 from dsconv.text import quote
 from dsconv.zero_utils import tag_folder
 
@@ -117,7 +118,7 @@ def slice_mappings(
     """
     mappings = state.get("param_slice_mappings")
     if not isinstance(mappings, list) or len(mappings) != len(shapes):
-        raise MalformedError(f"{path}: param_slice_mappings does not list {len(shapes)} groups")
+        raise MalformedError(f"{path}: param_slice_mappings does not list {counted(len(shapes), 'group')}")
     for g, mapping in enumerate(mappings):
         if not isinstance(mapping, dict):
             raise MalformedError(f"{path}: param_slice_mappings of group {g} is not a mapping")

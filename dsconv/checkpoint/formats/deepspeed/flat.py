@@ -12,7 +12,7 @@ from dsconv.checkpoint.map.tensors import Extent, Piece, ProvenLayout, Record, T
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 
 
 def flat_pieces(
@@ -149,7 +149,7 @@ class EqualShares(ProvenLayout):
         if entry.numel != self.numel or not 0 <= self.numel <= self.share * len(ranks.files):
             raise InconsistentCheckpointError(
                 f"tensor {quote(entry.name)}: shape {list(entry.shape)} needs {entry.numel} elements;"
-                f" {len(ranks.files)} ranks hold {self.share} each of {self.numel}"
+                f" {count(len(ranks.files), 'rank', 'holds')} {self.share} each of {self.numel}"
             )
         if entry.dtype != ranks.dtype:
             raise InconsistentCheckpointError(

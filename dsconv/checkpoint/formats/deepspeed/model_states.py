@@ -23,7 +23,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import MalformedError, MissingShardError
-from dsconv.text import quote
+from dsconv.text import count, quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
 Ties = dict[str, list[str]]  # the aliases of each tensor that has some, by its name
@@ -204,9 +204,9 @@ def warn_of_unlisted(
     """
     if unlisted := [name for name in states.unlisted() if not is_second(name)]:
         warnings.append(
-            f"{states.path.name} holds {len(unlisted)} tensors, such as {quote(unlisted[0])}, that are in none of its"
-            " lists of trained, frozen and buffer names: they are written as they are stored, which may be a second,"
-            " 16-bit copy of a weight that is here under another name"
+            f"{states.path.name} holds {count(len(unlisted), 'tensor')}, such as {quote(unlisted[0])}, that none of its"
+            " lists of trained, frozen and buffer names has: what is stored is written, which may be a second, 16-bit"
+            " copy of a weight that is here under another name"
         )
 
 
@@ -224,14 +224,14 @@ def warn_of_absent(states: ModuleStates, entries: Mapping[str, TensorEntry], war
     ]
     if hollow:
         warnings.append(
-            f"{states.path.name} names {len(hollow)} weights, such as {quote(hollow[0])}, of which no file holds the"
-            " data: they are missing in the output"
+            f"{states.path.name} names {count(len(hollow), 'weight')}, such as {quote(hollow[0])}, whose data no file"
+            " holds: missing in the output"
         )
     trained = [name for group in states.param_shapes for name, shape in group.items() if 0 not in shape]
     if lost := [name for name in trained if name not in known and name not in states.elsewhere]:
         warnings.append(
-            f"{len(lost)} trained weights, such as {quote(lost[0])}, are only in the optimizer files: they are missing"
-            " in the output"
+            f"{count(len(lost), 'trained weight', 'is')} only in the optimizer files, such as {quote(lost[0])}, and"
+            " missing in the output"
         )
     if not states.lists_frozen and "frozen_param_shapes" in states.raw and states.stage in (2, 3):
         warnings.append(

@@ -20,6 +20,7 @@ from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError
+from dsconv.text import count as counted
 from dsconv.text import quote
 from dsconv.zero_utils.partition import group_padding_limit, share_numel
 from dsconv.zero_utils.tag_folder import TagFolder
@@ -116,7 +117,7 @@ def read_partitions(
     missing = list(islice((dp for dp in range(world) if dp not in paths), 9))
     if missing:
         raise MissingShardError(
-            f"{folder.path}: {lowest.name} says {world} ranks; missing the optimizer files of rank"
+            f"{folder.path}: {lowest.name} says {counted(world, 'rank')}; missing the optimizer files of rank"
             f" {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''}: expected such as"
             f" {lowest.name.replace(f'pp_rank_{min(paths)}_', f'pp_rank_{missing[0]}_')}. Copy them from the nodes that"
             " wrote them"
@@ -145,8 +146,8 @@ def read_partitions(
     if surplus:
         kind = "left over from an older save with more ranks"
         warnings.append(
-            f"ignored {len(surplus)} optimizer files of rank {surplus[0]} and above, {kind}: this checkpoint has"
-            f" {world} ranks"
+            f"ignored {counted(len(surplus), 'optimizer file')} of rank {surplus[0]} and above, {kind}: this"
+            f" checkpoint has {counted(world, 'rank')}"
         )
     for dp, partition in enumerate(partitions):
         consistency.written_as(partition.file, dp)
@@ -203,8 +204,8 @@ def walk_group(folder: TagFolder, members: Sequence[Partition], g: int, group: S
         if position + numel > starts[-1]:
             raise InconsistentCheckpointError(
                 f"{folder.path}: parameter {quote(name)} of group {g} ends at element {position + numel}; the optimizer"
-                f" files of {len(members)} ranks, from {members[0].path.name} on, hold {starts[-1]} together. A file is"
-                " from another save, or of another model"
+                f" files of {counted(len(members), 'rank')}, from {members[0].path.name} on, hold {starts[-1]}"
+                " together. A file is from another save, or of another model"
             )
         yield name, Place(shape, g, partial(flat_pieces, files, starts=starts, begin=position, numel=numel))
         position += numel + padding
@@ -220,7 +221,7 @@ def _check_group(folder: TagFolder, g: int, wanted: int, lengths: list[int]) -> 
     if not wanted <= have < wanted + group_padding_limit(len(lengths)):
         raise InconsistentCheckpointError(
             f"{folder.path}: group {g} has {wanted} elements by its parameter shapes and {have} in the optimizer files"
-            f" of {len(lengths)} ranks. The files are not from one save, or not all of one model"
+            f" of {counted(len(lengths), 'rank')}. The files are not from one save, or not all of one model"
         )
     full = max(lengths)
     if any(length != full for length in lengths[: have // full if full else 0]):
@@ -249,7 +250,7 @@ def frozen_entry(
         if numel and fragment.numel != share:
             raise InconsistentCheckpointError(
                 f"{states.path}: frozen parameter {quote(name)} of shape {list(shape)} has a fragment of"
-                f" {fragment.numel} elements; expected {share} on each of {world} ranks"
+                f" {fragment.numel} elements; expected {share} on each of {counted(world, 'rank')}"
             )
         fragments.append((states.file, fragment))
 
@@ -282,7 +283,7 @@ def read_zero3_states(folder: TagFolder, world: int, every: Callable[[ModuleStat
     missing = sorted(set(range(world)) - set(models))
     if missing:
         raise MissingShardError(
-            f"{folder.path}: ZeRO-3 of {world} ranks; missing the model states of rank"
+            f"{folder.path}: ZeRO-3 of {counted(world, 'rank')}; missing the model states of rank"
             f" {', '.join(map(str, missing[:8]))}: expected such as"
             f" zero_pp_rank_{missing[0]}_mp_rank_{folder.mp_ranks[0]:02d}_model_states.pt"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap, build_checkpoint, contents_of
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.errors import MissingShardError
+from dsconv.text import count
 from dsconv.zero_utils.tag_folder import TagFolder
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def single_rank_checkpoint(folder: TagFolder, rank: RankMap, warnings: list[str]
     if rank.model_parallel > 1:
         missing = next(mp for mp in range(rank.model_parallel) if mp not in folder.mp_ranks)
         raise MissingShardError(
-            f"{rank.states.path} is one of {rank.model_parallel} model-parallel ranks (mp_world_size), and"
+            f"{rank.states.path} is one of {count(rank.model_parallel, 'model-parallel rank')} (mp_world_size), and"
             f" {folder.path} holds the files of one. Copy the others, such as *mp_rank_{missing:02d}_*.pt, from the"
             " nodes that wrote them"
         )

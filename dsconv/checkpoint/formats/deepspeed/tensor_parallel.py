@@ -21,6 +21,7 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import InconsistentCheckpointError, MissingShardError
+from dsconv.text import count as counted
 from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -73,8 +74,9 @@ def read_ranks(folder: TagFolder, warnings: list[str], read_rank: ReadRank = rea
     missing = list(islice((mp for mp in range(world) if mp not in present), 8))
     if missing:
         raise MissingShardError(
-            f"{folder.path}: {first.states.path.name} says {world} model-parallel ranks (mp_world_size); missing all"
-            f" files of rank {', '.join(map(str, missing))}: expected such as *mp_rank_{missing[0]:02d}_*.pt. Copy them"
+            f"{folder.path}: {first.states.path.name} says {counted(world, 'model-parallel rank')} (mp_world_size);"
+            f" missing all files of rank {', '.join(map(str, missing))}: expected such as"
+            f" *mp_rank_{missing[0]:02d}_*.pt. Copy them"
             " from the nodes that wrote them"
         )
     for mp in present[world:]:
@@ -100,8 +102,8 @@ def _refuse_unless_stale(folder: TagFolder, mp: int, world: int, first: RankMap)
     count = read_module_states(path).model_parallel
     if count <= mp:
         raise InconsistentCheckpointError(
-            f"{path} is from rank {mp} and says {count} model-parallel ranks, {first.states.path} says {world}: files"
-            " from several saves lie in one folder, or were renamed. Restore the files of one save"
+            f"{path} is from rank {mp} and says {counted(count, 'model-parallel rank')}, {first.states.path} says"
+            f" {world}: files from several saves lie in one folder, or were renamed. Restore the files of one save"
         )
 
 

@@ -20,7 +20,7 @@ from dsconv.checkpoint.formats.huggingface.config_sizes import LAYERS, sizes_of
 from dsconv.checkpoint.formats.huggingface.transformers_source import class_literal, class_nodes
 from dsconv.checkpoint.map.regions import Shape
 from dsconv.errors import UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 
 COLUMNS = {"colwise", "colwise_rep", "colwise_gather_output", "embedding_rowwise"}
 ROWS = {"rowwise", "rowwise_rep", "rowwise_split_input", "embedding_colwise"}
@@ -68,9 +68,9 @@ class PlanRules:
         where = f"{self.path}: parameter {quote(name)}"
         if self.config is None:
             raise UnsupportedError(
-                f"{where}: the trainer saved no universal_checkpoint_info, so how its {len(shapes)} shards make the"
-                " full tensor is not known. Put the model's config.json beside the checkpoint, or save again with"
-                " DeepSpeed 0.18.9 or later"
+                f"{where}: the trainer saved no universal_checkpoint_info, so how its {count(len(shapes), 'shard')}"
+                " make the full tensor is not known. Put the model's config.json beside the checkpoint, or save again"
+                " with DeepSpeed 0.18.9 or later"
             )
         style = self._style(name)
         options = self._options(name, shapes)

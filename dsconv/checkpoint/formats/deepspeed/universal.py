@@ -37,6 +37,7 @@ from dsconv.errors import (
     UnsafeError,
     UnsupportedError,
 )
+from dsconv.text import count as counted
 from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder, holds_states, read_latest, scan
 
@@ -190,7 +191,8 @@ def _with_states(folder: TagFolder, all_states: list[ModuleStates]) -> dict[str,
 def _refuse_shards(folder: TagFolder, frozen: list[str], model_parallel: int) -> None:
     if frozen and model_parallel > 1:
         raise UnsupportedError(
-            f"{folder.path}: frozen weights such as {quote(frozen[0])} in {model_parallel} model-parallel ranks; a"
+            f"{folder.path}: frozen weights such as {quote(frozen[0])} in"
+            f" {counted(model_parallel, 'model-parallel rank')}; a"
             " universal checkpoint does not say how their shards fit together"
         )
 
@@ -208,7 +210,8 @@ def _copies(
     found = {name: _parameter(folder, name, name, (), whole=None) for name in names}
     if found:
         warnings.append(
-            f"{len(found)} frozen weights and buffers of a pipeline, such as {quote(names[0])}, are kept as fp32 copies"
+            f"frozen weights and buffers of a pipeline ({len(found):,}, such as {quote(names[0])}) are kept as fp32"
+            " copies"
         )
     if lost := sorted(buffers - set(found) - set(known)):
         warnings.append(
@@ -258,7 +261,7 @@ def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
         said = [states.model_parallel for states in of_ranks]
         if any(count != len(ranks) for count in said):
             raise InconsistentCheckpointError(
-                f"{folder.path}: model states of {len(ranks)} model-parallel ranks, which say that there are"
+                f"{folder.path}: model states of {counted(len(ranks), 'model-parallel rank')}, which say that there are"
                 f" {safe_repr(said[:8])} (mp_world_size): a file was renamed, or is from another save"
             )
         return of_ranks
@@ -271,7 +274,8 @@ def _model_states(folder: TagFolder, stage: int) -> list[ModuleStates]:
     missing = next((dp for dp in range(world) if (0, dp) not in folder.zero3), None)
     if missing is not None:
         raise MissingShardError(
-            f"{folder.path}: frozen weights lie in the model states of {world} ranks; missing those of rank {missing}: "
+            f"{folder.path}: frozen weights lie in the model states of {counted(world, 'rank')}; missing those of rank"
+            f" {missing}: "
             f"expected zero_pp_rank_{missing}_mp_rank_00_model_states.pt"
         )
     all_states = [first, *(read_module_states(folder.zero3[0, dp]) for dp in range(1, world))]

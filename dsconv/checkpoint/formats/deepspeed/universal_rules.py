@@ -21,7 +21,7 @@ from dsconv.checkpoint.map.regions import Interval, Shape
 from dsconv.checkpoint.map.training import ShardRule, SubParams
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 
 MAP_VERSION = 1  # AFFINE_MAP_FORMAT_VERSION, checkpoint/affine.py
 
@@ -211,8 +211,8 @@ class UniversalInfo:
                 raise MalformedError(f"{where} has sub-parameters and no sub_param_shard_widths")
             if any(size % ranks for size in sizes):
                 raise UnsupportedError(
-                    f"{where}: sub-parameters of {list(sizes)} do not divide by {ranks} ranks, and no widths are"
-                    " recorded"
+                    f"{where}: sub-parameters of {list(sizes)} do not divide by {count(ranks, 'rank')}, and no widths"
+                    " are recorded"
                 )
             widths = [[size // ranks] * ranks for size in sizes]
         try:
@@ -223,7 +223,8 @@ class UniversalInfo:
             fits = False
         if not fits:
             raise MalformedError(
-                f"{where}: sub_param_shard_widths {safe_repr(widths)} are not of {list(sizes)} over {ranks} ranks"
+                f"{where}: sub_param_shard_widths {safe_repr(widths)} are not of {list(sizes)} over"
+                f" {count(ranks, 'rank')}"
             )
         logical = [sum(sizes) if d == dim else size for d, size in enumerate(shape)]
         known = math.prod(size for size in logical if type(size) is int and size > 0)
@@ -242,7 +243,7 @@ def of_view(logical: Shape, dim: int, runs: Sequence[Sequence[Interval]], shapes
     folded = len(logical) - len(shapes[0]) + 1
     if folded < 1:
         raise InconsistentCheckpointError(
-            f"{where}: shards of {len(shapes[0])} dimensions of a tensor of {len(logical)}"
+            f"{where}: shards of {count(len(shapes[0]), 'dimension')} of a tensor of {len(logical)}"
         )
     for rank, shape in enumerate(shapes):
         held = [sum(b - a for a, b in runs[rank]) if d == dim else size for d, size in enumerate(logical)]
@@ -277,7 +278,7 @@ def from_affine_map(entry: Any, shapes: Sequence[Shape], where: str) -> Join:
             raise TypeError
     except (TypeError, KeyError, ValueError, AttributeError):
         raise MalformedError(
-            f"{where}: its affine map is not one of {len(shapes)} ranks: {safe_repr(entry, 200)}"
+            f"{where}: its affine map is not one of {count(len(shapes), 'rank')}: {safe_repr(entry, 200)}"
         ) from None
     if any(scale != 1.0 for mine in pieces for *_, scale in mine):
         raise UnsupportedError(f"{where}: its shards are scaled; undoing that would not be exact")

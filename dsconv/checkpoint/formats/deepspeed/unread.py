@@ -12,7 +12,7 @@ from typing import Any
 
 from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef
 from dsconv.errors import UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 
 EXTRA_STATE = "_extra_state"  # torch/nn/modules/module.py _EXTRA_STATE_KEY_SUFFIX
 MAX_DEPTH = 32
@@ -58,5 +58,4 @@ def warn_of_unread(path: Path, held: Mapping[str, Any]) -> list[str]:
     names = [name for name, value in held.items() if value is not None and not isinstance(value, TensorRef)]
     if not names:
         return []
-    verb = "entry is no tensor and was" if len(names) == 1 else "entries are no tensors and were"
-    return [f"{path.name}: {len(names)} {verb} left out: {', '.join(map(quote, names[:3]))}"]
+    return [f"{path.name}: left out {count(len(names), 'entry')} without a tensor: {', '.join(map(quote, names[:3]))}"]

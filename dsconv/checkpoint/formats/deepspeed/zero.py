@@ -36,7 +36,7 @@ from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import FragmentAddress, TensorRef
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 from dsconv.zero_utils.partition import share_numel
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -84,7 +84,8 @@ def _shapes_from_mappings(partitions: list[Partition], shapes_of: ShapesOf) -> l
         mappings = partition.state.get("param_slice_mappings")
         if not isinstance(mappings, list) or len(mappings) != len(numels):
             raise MalformedError(
-                f"{partition.path}: no param_slice_mappings of {len(numels)} groups, and no param_shapes beside it"
+                f"{partition.path}: no param_slice_mappings of {count(len(numels), 'group')}, and no param_shapes"
+                " beside it"
             )
         for group, mapping in zip(numels, mappings, strict=True):
             held = (
@@ -125,7 +126,7 @@ def _read_zero12(
     shapes = states.param_shapes
     if len(shapes) != len(first.groups):
         raise InconsistentCheckpointError(
-            f"{states.path} lists {len(shapes)} parameter groups, {first.path} holds {len(first.groups)}"
+            f"{states.path} lists {count(len(shapes), 'parameter group')}, {first.path} holds {len(first.groups)}"
         )
     entries: dict[str, TensorEntry] = {}
     places: dict[str, Place] = {}
@@ -178,8 +179,8 @@ def _read_zero3(folder: TagFolder, partitions: list[Partition], warnings: list[s
     )
     if wanted_total != totals[0]:
         raise InconsistentCheckpointError(
-            f"{folder.path}: the parameter shapes of {states.path.name} need {wanted_total} elements of each of {world}"
-            f" ranks, {partitions[0].path.name} holds {totals[0]}. The files are not from one save"
+            f"{folder.path}: the parameter shapes of {states.path.name} need {wanted_total} elements of each of"
+            f" {count(world, 'rank')}, {partitions[0].path.name} holds {totals[0]}. The files are not from one save"
         )
     for group in states.param_shapes:
         for name, shape in group.items():
@@ -219,7 +220,7 @@ def _refuse_offloaded(folder: TagFolder, partitions: list[Partition]) -> None:
     if swapped and any(group.numel == 0 for partition in partitions for group in partition.groups):
         raise UnsupportedError(
             f"{folder.path}: fp32 masters were offloaded to NVMe and lie in {swapped[0].parent.parent.name}/"
-            f" ({len(swapped)} files, such as {swapped[0].name}), which dsconv does not merge: the checkpoint does not"
-            " say which parameters are in which file. Resume the run with offload_optimizer to cpu and save again,"
-            " or take the 16-bit weights that stage3_gather_16bit_weights_on_model_save saves"
+            f" ({count(len(swapped), 'file')}, such as {swapped[0].name}), which dsconv does not merge: the checkpoint"
+            " does not say which parameters are in which file. Resume the run with offload_optimizer to cpu and save"
+            " again, or take the 16-bit weights that stage3_gather_16bit_weights_on_model_save saves"
         )

@@ -23,6 +23,7 @@ from dsconv.checkpoint.map.training import SmallTensor, Training, whole_rows
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
+from dsconv.text import count
 from dsconv.zero_utils.partition import group_padding_limit
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -136,7 +137,8 @@ def _rows(partition: Partition) -> list[dict[str, Any]]:
         )
     if len(rows) != len(partition.groups) or not all(isinstance(row, dict) for row in rows):
         raise MalformedError(
-            f"{partition.path}: the optimizer lists {len(rows)} states for {len(partition.groups)} groups of masters"
+            f"{partition.path}: the optimizer lists {count(len(rows), 'state')} for"
+            f" {count(len(partition.groups), 'group')} of masters"
         )
     return [
         {k: v for k, v in row.items() if isinstance(k, str) and v is not None} for row in rows if isinstance(row, dict)

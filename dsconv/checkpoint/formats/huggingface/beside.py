@@ -19,6 +19,7 @@ from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.checkpoint.storage.hub import HubPath
 from dsconv.checkpoint.storage.local import is_remote
 from dsconv.errors import DsconvError
+from dsconv.text import count
 
 WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 # What trainers keep beside weights and is none, models that accelerate numbers (--item chooses), and Meta's and
@@ -57,7 +58,7 @@ def unread_weights(checkpoint: Checkpoint) -> list[str]:
         is_another_form = len(new) < len(entries)
         lost = [entry for entry in new if entry.dtype.floating and (len(entry.shape) in (2, 3) or not is_another_form)]
         if lost:
-            what = f"{len(lost)} tensors" if len(lost) > 1 else "a tensor"
+            what = count(len(lost), "tensor")
             warnings.append(
                 f"{path.name} was not read: it holds {what} that {checkpoint.sources[0].name} does not, the first"
                 f" {safe_repr(lost[0].name)} of shape {list(lost[0].shape)}. Merge {path} by itself to have them"

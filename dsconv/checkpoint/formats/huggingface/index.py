@@ -99,7 +99,7 @@ def read_numbered(
     missing = sorted(set(range(1, count + 1)) - set(found))
     if missing:
         raise MissingShardError(
-            f"{folder}: {len(missing)} of {count} files are missing, such as"
+            f"{folder}: lacks {len(missing)} of {counted(count, 'file')}, such as"
             f" {stem}-{missing[0]:05d}-of-{count:05d}{shards[0].suffix}"
         )
     entries: dict[str, TensorEntry] = {}

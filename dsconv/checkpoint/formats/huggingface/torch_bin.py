@@ -187,7 +187,7 @@ class StateDict:
                 items.forget(flat)
             first, _ = next(iter(beside.values()))
             self.warnings.append(
-                f"{path.name}: {len(beside)} entries are not tensors and were left out, the first"
+                f"{path.name}: left out {count(len(beside), 'entry')} without a tensor, the first"
                 f" {safe_repr(first.path[-1])}"
             )
         tensors: dict[str, TensorRef] = {}

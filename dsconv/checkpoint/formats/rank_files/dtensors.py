@@ -21,6 +21,7 @@ from dsconv.checkpoint.map.placements import Placements, Replicate, Shard
 from dsconv.checkpoint.map.regions import Region, box, shape_of
 from dsconv.checkpoint.pickles.values import Instance, Opaque, TensorRef, safe_repr
 from dsconv.errors import MalformedError, UnsupportedError
+from dsconv.text import count
 
 MAX_RANKS = 1 << 20
 MAX_SPLIT_FACTOR = 1 << 16  # FSDP2's is the number of tensor-parallel ranks
@@ -106,7 +107,7 @@ class ShardedTensor:
         return self.dtype, self.shape, self.owners
 
     def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)} in {len(self.owners)} shards"
+        return f"{self.dtype} {list(self.shape)} in {count(len(self.owners), 'shard')}"
 
 
 class Reader:
@@ -160,8 +161,8 @@ class Reader:
         placements = spec.get("placements")
         if not isinstance(placements, (tuple, list)) or len(placements) != len(mesh.shape):
             raise MalformedError(
-                f"{where}: placements {safe_repr(placements)}; expected one for each of the mesh's {len(mesh.shape)}"
-                " dimensions"
+                f"{where}: placements {safe_repr(placements)}; expected one for each dimension of the mesh"
+                f" ({len(mesh.shape)})"
             )
         local = state.get("_local_tensor")
         if not isinstance(local, TensorRef):
@@ -244,7 +245,9 @@ def _box(where: str, value: Any, ndim: int) -> tuple[Region, int]:
     state = attributes(value)
     offsets, sizes = (_naturals(where, state.get(key)) for key in ("shard_offsets", "shard_sizes"))
     if len(offsets) != ndim or len(sizes) != ndim:
-        raise MalformedError(f"{where}: a shard at {list(offsets)} of {list(sizes)} in a tensor of {ndim} dimensions")
+        raise MalformedError(
+            f"{where}: a shard at {list(offsets)} of {list(sizes)} in a tensor of {count(ndim, 'dimension')}"
+        )
     rank = attributes(state.get("placement")).get("_rank")
     return box(offsets, sizes), rank if type(rank) is int else -1
 
@@ -268,8 +271,8 @@ def _placement(where: str, value: Any, ndim: int) -> Shard | Replicate:
         or not 1 <= factor <= MAX_SPLIT_FACTOR
     ):
         raise MalformedError(
-            f"{where}: {kind} of dimension {safe_repr(dim)} with split factor {safe_repr(factor)} in a tensor of {ndim}"
-            " dimensions"
+            f"{where}: {kind} of dimension {safe_repr(dim)} with split factor {safe_repr(factor)} in a tensor of"
+            f" {count(ndim, 'dimension')}"
         )
     return Shard(dim % ndim, factor)
 
@@ -324,7 +327,7 @@ def _from_layout(where: str, state: dict[str, Any], coordinate: Any) -> tuple[tu
     steps = [_steps(where, size, stride) for size, stride in pairs]
     shape = tuple(len(step) for step in steps)
     if math.prod(shape) > MAX_RANKS:
-        raise MalformedError(f"{where}: a device mesh of {math.prod(shape)} ranks")
+        raise MalformedError(f"{where}: a device mesh of {count(math.prod(shape), 'rank')}")
     if "_flatten_mesh_list" in state:
         return shape, _naturals(where, state["_flatten_mesh_list"])
     begin = 0
@@ -342,7 +345,9 @@ def _from_layout(where: str, state: dict[str, Any], coordinate: Any) -> tuple[tu
         begin = everyone.index(writer) - sum(step[i] for i, step in zip(at, steps, strict=True))
     positions = [begin + sum(choice) for choice in product(*steps)]
     if not all(0 <= position < len(everyone) for position in positions):
-        raise MalformedError(f"{where}: a device mesh of shape {list(shape)} that leaves its {len(everyone)} ranks")
+        raise MalformedError(
+            f"{where}: a device mesh of shape {list(shape)} that leaves its {count(len(everyone), 'rank')}"
+        )
     return shape, tuple(everyone[position] for position in positions)
 
 

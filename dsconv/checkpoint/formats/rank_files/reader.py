@@ -33,6 +33,7 @@ from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, SeveralModelsError
+from dsconv.text import count
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dic
                 )
             if group.world and tensor.world > group.world:
                 raise InconsistentCheckpointError(
-                    f"{files[rank].path}: was written on a {_ground(tensor)}, but its name says {group.world} ranks"
+                    f"{files[rank].path}: was written on a {_ground(tensor)}, but its name says"
+                    f" {count(group.world, 'rank')}"
                 )
             if _of_other_runs(spread[first], tensor):
                 raise InconsistentCheckpointError(
@@ -194,7 +196,7 @@ def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dic
     missing = sorted(set(range(world)) - set(files))
     if missing:
         raise MissingShardError(
-            f"{files[lowest].path.parent}: the save has {world} ranks, and the files of rank"
+            f"{files[lowest].path.parent}: the save has {count(world, 'rank')}, and the files of rank"
             f" {', '.join(map(str, missing[:8]))}{' …' if len(missing) > 8 else ''} are missing, such as"
             f" {_renumbered(files[lowest].path.name, lowest, missing[0])}. Copy them from the nodes that wrote them"
         )
@@ -207,7 +209,7 @@ def _check_ranks(group: Group, files: dict[int, TorchFile], found: dict[str, dic
 
 
 def _ground(tensor: DTensor | ShardedTensor) -> str:
-    return str(tensor.mesh) if isinstance(tensor, DTensor) else f"group of {tensor.world} ranks"
+    return str(tensor.mesh) if isinstance(tensor, DTensor) else f"group of {count(tensor.world, 'rank')}"
 
 
 def _of_other_runs(a: DTensor | ShardedTensor, b: DTensor | ShardedTensor) -> bool:

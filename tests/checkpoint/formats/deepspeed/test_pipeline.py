@@ -116,7 +116,7 @@ def test_what_is_no_weight_in_a_layer_is_named(damaged: Callable[[str], Path]) -
     checkpoint = dsconv.open_checkpoint(tag)
     assert set(checkpoint) == before
     (warning,) = (text for text in checkpoint.warnings if "left out" in text)
-    assert "2 entries are no tensors and were left out: 'l._extra_state', 'l.name'" in warning
+    assert "left out 2 entries without a tensor: 'l._extra_state', 'l.name'" in warning
 
 
 def test_a_tied_copy_that_differs_between_stages(made: Callable[[str], Trained]) -> None:

@@ -62,7 +62,7 @@ def test_shards_without_an_index(suffix: str, stem: str, tmp_path: Path) -> None
             write(tmp_path / names[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     refusals: list[tuple[type[DsconvError], str]] = [
-        (MissingShardError, f"2 of 3 files are missing, such as {names[0]}"),
+        (MissingShardError, f"lacks 2 of 3 files, such as {names[0]}"),
         (InconsistentCheckpointError, "are not from one save"),
     ]
     (tmp_path / names[0]).unlink()

@@ -138,9 +138,7 @@ def test_shards_without_an_index_are_counted(sharded: tuple[Path, dict[str, Any]
     assert set(found) | set(found.ties) == set(sharded[1])
     assert "has no pytorch_model.bin.index.json" in found.warnings[0]
     next(iter(sorted(folder.glob("*-of-*.bin")))).unlink()
-    with pytest.raises(
-        MissingShardError, match=r"1 of \d files are missing, such as pytorch_model-00001-of-000\d\d\.bin"
-    ):
+    with pytest.raises(MissingShardError, match=r"lacks 1 of \d files, such as pytorch_model-00001-of-000\d\d\.bin"):
         open_checkpoint(folder)
 
 
@@ -236,7 +234,7 @@ def test_objects_that_are_not_tensors_are_left_out_and_reported(tmp_path: Path) 
     )
     found = open_checkpoint(tmp_path / "a.bin")
     assert list(found) == ["w"]
-    assert "4 entries are not tensors and were left out, the first '_extra_state'" in found.warnings[0]
+    assert "left out 4 entries without a tensor, the first '_extra_state'" in found.warnings[0]
 
 
 def test_an_optimizer_flattened_beside_bare_weights_is_counted(tmp_path: Path) -> None:
@@ -247,7 +245,7 @@ def test_an_optimizer_flattened_beside_bare_weights_is_counted(tmp_path: Path) -
     found = open_checkpoint(tmp_path / "a.pt")
     assert list(found) == ["l.w"]
     assert found.info["left_out"] == {"param_groups": 1, "state": 1}
-    assert "1 entries are not tensors and were left out, the first 'epoch'" in found.warnings[0]
+    assert "left out 1 entry without a tensor, the first 'epoch'" in found.warnings[0]
 
 
 def test_the_averages_of_a_lightning_callback_are_a_model_under_its_own_names(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_an_invalid_layout(shape: Any, stride: Any, ranks: list[int], more: dict
 @pytest.mark.parametrize(
     ("placements", "kind", "message"),
     [
-        ([], MalformedError, r"placements \(\); expected one for each of the mesh's 1 dimensions"),
+        ([], MalformedError, r"placements \(\); expected one for each dimension of the mesh \(1\)"),
         ([("Shard", {"dim": 2})], MalformedError, "Shard of dimension 2 .* in a tensor of 2 dimensions"),
         ([("Shard", {"dim": True})], MalformedError, "Shard of dimension True"),
         ([("Shard", {})], MalformedError, "Shard of dimension None"),

@@ -35,7 +35,7 @@ from dsconv.checkpoint.map.regions import box
 from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
 # Presets and the model types that they are for (DeepSpeed module_inject/auto_ep_presets/*.py PRESET).
@@ -79,7 +79,7 @@ class AutoEPLayer:
         if mine is None or not shape or shape[0] != len(mine):
             raise InconsistentCheckpointError(
                 f"parameter {quote(name)} of shape {list(shape)} on expert-parallel rank {ep_rank} of {ep_size};"
-                f" ds_autoep_layers has {len(self.placement)} such ranks of"
+                f" ds_autoep_layers has {count(len(self.placement), 'such rank')} of"
                 f" {[len(experts) for experts in self.placement][:8]} experts. They are not from one save"
             )
         each = math.prod(shape[1:])

@@ -27,6 +27,7 @@ from dsconv.checkpoint.map.tensors import Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile, is_contiguous
 from dsconv.errors import InconsistentCheckpointError, MalformedError, MissingShardError, UnsupportedError
+from dsconv.text import count as counted
 from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import EXPERT, TagFolder
 
@@ -199,13 +200,13 @@ def read_layers(
     if missing:
         names = ", ".join(f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt" for layer, expert in missing[:4])
         raise MissingShardError(
-            f"{folder.path}: {len(missing)} of {sum(counts)} expert files are missing:"
+            f"{folder.path}: lacks {len(missing)} of {counted(sum(counts), 'expert file')}:"
             f" {names}{' …' if len(missing) > 4 else ''}. Copy them from the nodes that wrote them"
         )
     if surplus:
         warnings.append(
-            f"ignored {len(surplus)} expert files such as {surplus[0].name}: this checkpoint's layers have {counts}"
-            " experts"
+            f"ignored {counted(len(surplus), 'expert file')} such as {surplus[0].name}: this checkpoint's layers have"
+            f" {counts} experts"
         )
     layers: list[ExpertLayer] = []
     tensors: list[ExpertTensor] = []

@@ -33,6 +33,7 @@ from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.torchfile.file import TorchFile
 from dsconv.checkpoint.transfer.reading import Sources
 from dsconv.errors import MissingShardError
+from dsconv.text import count as counted
 from dsconv.text import quote
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -132,13 +133,13 @@ class _Masters:
                 self.found[name] = replace(self.found[owner], name=name, aliases=whole[name].aliases)
         if self.unknown:
             self.warnings.append(
-                f"{self.unknown} fp32 masters of an optimizer file belong to no saved weight: they were left out"
+                f"left out {counted(self.unknown, 'fp32 master')} of an optimizer file, of which no weight was saved"
             )
         lacking = [name for name in (*whole, *stacked_names) if name not in self.found]
         if self.found and lacking:
             self.warnings.append(
-                f"{len(lacking)} parameters, the first {quote(lacking[0])}, have no fp32 master in the optimizer files:"
-                " their 16-bit weights were taken"
+                f"{counted(len(lacking), 'parameter', 'has')} no fp32 master in the optimizer files, the first"
+                f" {quote(lacking[0])}: the 16-bit weights were taken"
             )
         return self.found
 

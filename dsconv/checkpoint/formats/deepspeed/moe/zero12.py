@@ -52,6 +52,7 @@ from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef
 from dsconv.errors import InconsistentCheckpointError, MissingShardError, UnsupportedError
+from dsconv.text import count as counted
 from dsconv.text import quote
 from dsconv.zero_utils.partition import expert_replicas
 from dsconv.zero_utils.tag_folder import TagFolder
@@ -144,9 +145,9 @@ def _replicas_of_group(
     replicas = first.counts[g]
     if len(owned) != len(group) or world % replicas:
         raise InconsistentCheckpointError(
-            f"{first.path}: group {g} is partitioned over {replicas} of {world} ranks, and {len(owned)} of its"
-            f" {len(group)} parameters are experts'; expected experts only. The optimizer files and the model states"
-            " are not from one save"
+            f"{first.path}: group {g} is partitioned over {replicas} of {counted(world, 'rank')}, and experts own"
+            f" {len(owned)} of its {counted(len(group), 'parameter')}; expected all. The optimizer files and the model"
+            " states are not from one save"
         )
     data_first = states.config.get("use_data_before_expert_parallelism") is True
     return expert_replicas(world, world // replicas, data_first)
@@ -159,7 +160,7 @@ def _read_zero12(folder: TagFolder, found: autoep.Experts, warnings: list[str]) 
     first, world, shapes = partitions[0], len(partitions), states.param_shapes
     if len(shapes) != len(first.groups) or len(shapes) != len(first.counts):
         raise InconsistentCheckpointError(
-            f"{states.path} lists {len(shapes)} parameter groups, {first.path} holds {len(first.groups)}"
+            f"{states.path} lists {counted(len(shapes), 'parameter group')}, {first.path} holds {len(first.groups)}"
         )
     entries: dict[str, TensorEntry] = {}
     masters, owners = Assembly(), Owners()
@@ -248,7 +249,7 @@ def _masters_match_experts(masters: Assembly, owners: Owners, tensors: list[Expe
         tensor = next(iter(differing.values()))
         owner = owners[tensor.share.name, tensor.share.region]
         raise InconsistentCheckpointError(
-            f"{len(differing)} expert files, such as {tensor.file.path}, do not hold what the masters of"
-            f" {owner.path.name} and its replicas do: {quote(tensor.key)} differs. An expert or optimizer file is from"
-            " another save, or ranks' files were swapped: restore the files of one save"
+            f"{counted(len(differing), 'expert file', 'does')} not hold what the masters of {owner.path.name} and its"
+            f" replicas do, such as {tensor.file.path}: {quote(tensor.key)} differs. An expert or optimizer file is"
+            " from another save, or ranks' files were swapped: restore the files of one save"
         )

@@ -22,7 +22,7 @@ from dsconv.checkpoint.map.pieces import slice_pieces
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.errors import InconsistentCheckpointError, MalformedError
-from dsconv.text import quote
+from dsconv.text import count, quote
 from dsconv.zero_utils.partition import share_numel
 from dsconv.zero_utils.tag_folder import TagFolder
 
@@ -85,7 +85,7 @@ def _group_ranks(partition: Partition, rank: int, states: ModuleStates, world: i
     rows = partition.state.get("ds_zero_partition_groups")
     if not isinstance(rows, list) or len(rows) != len(partition.groups) or len(rows) != len(states.param_shapes):
         raise InconsistentCheckpointError(
-            f"{partition.path} holds {len(partition.groups)} sub-groups, {states.path.name} lists"
+            f"{partition.path} holds {count(len(partition.groups), 'sub-group')}, {states.path.name} lists"
             f" {len(states.param_shapes)}: the files are not from one save"
         )
     result = []
@@ -129,7 +129,7 @@ class _Reading:
             if member.groups[g].numel != wanted:
                 raise InconsistentCheckpointError(
                     f"{member.path} holds {member.groups[g].numel} elements of sub-group {g}; its parameters need"
-                    f" {wanted} of each of {len(members)} ranks. The files are not from one save"
+                    f" {wanted} of each of {count(len(members), 'rank')}. The files are not from one save"
                 )
         position = 0
         for name, shape in group.items():
@@ -142,7 +142,7 @@ class _Reading:
                 if len(members) != self.world:
                     raise InconsistentCheckpointError(
                         f"{members[0].path}: {quote(name)} is not an expert's and is shared by {len(members)} of"
-                        f" {self.world} ranks"
+                        f" {count(self.world, 'rank')}"
                     )
                 self.entries[name] = master_entry(
                     name, members[0].groups[g].dtype, shape, pieces, self.ties, "parameter"
