@@ -98,7 +98,7 @@ def read_training(folder: TagFolder, rank: RankMap) -> Training:
     warnings: list[str] = []
     if rank.masters:
         found = _with_masters(rank, rows)
-    elif names is not None:
+    elif names is not None and INNER not in states.optimizer:
         found = _by_name(rank, rows, names)
     else:
         found = _by_shape(rank, rows)
@@ -205,7 +205,7 @@ def _by_name(rank: RankMap, rows: list[list[Row]], names: list[list[str]]) -> di
             f"{rank.states.path}: the optimizer's param_names do not fit its states: their number or a shape differs."
             f" {OTHERWISE}"
         )
-    return {name: _Kept(rows[slot.number][slot.position]) for name, slot in found.items()}
+    return {name: _Kept(slot.number, rows[slot.number][slot.position]) for name, slot in found.items()}
 
 
 def _any_fits(slot: MasterSlot, name: str) -> bool:

@@ -149,4 +149,4 @@ def test_other_formats_have_one_set_of_weights(made: Callable[[str], Trained], t
     with pytest.raises(UsageError, match="DeepSpeed"):
         dsconv.open_checkpoint(tmp_path / "out", weights="16bit")
     with pytest.raises(UsageError, match="expected 'masters' or '16bit'"):
-        dsconv.open_checkpoint(tmp_path / "out", weights="32bit")
+        dsconv.open_checkpoint(tmp_path / "out", weights="32bit")  # type: ignore[arg-type]
