@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from dsconv.convert.staging import Staging, conclude, is_missing_or_debris, requ
 from dsconv.errors import DsconvError, MalformedError, MismatchError, OutputError, UnsupportedError
 
 DESCRIBED = 512  # tensors whose places in the source are part of a plan's digest
+RECEIPT = "user.dsconv.parts"  # an attribute of the commit marker
 Verify = Callable[[Path], None] | None
 
 
@@ -76,6 +78,8 @@ def write_part(
         lambda: _check(destination, target, options),
         options.fsync is not False,
     )
+    if _has_receipt(destination, meeting):
+        return Written(part=PartReport(part.number, part.of, share.nbytes, (), True))
     created = is_missing_or_debris(target)
     marker = _Marker(destination, target)
     written = Written()
@@ -101,7 +105,7 @@ def write_part(
         if isinstance(error, OSError) and not isinstance(error, DsconvError):
             raise OutputError(f"{target}: writing part {part} failed: {error.strerror or error}") from None
         raise
-    if found is None:
+    if found is None and not _has_receipt(destination, meeting):
         marker.require_new(options.force)
     written.part = PartReport(part.number, part.of, share.nbytes, (), True, found is not None)
     return written
@@ -246,7 +250,7 @@ def _put_in_place(
             file.finish()
         if options.sha256:
             written.digests = place.digests(list(division.files), options.progress)
-        commit(destination, place, written, old, verify)
+        commit(destination, place, written, old, lambda path: _check_and_sign(destination, meeting, hidden, verify))
     except BaseException as error:
         if hidden.stat(STARTED) is not None:
             conclude(place, hidden)
@@ -256,6 +260,39 @@ def _put_in_place(
         raise
     conclude(place, hidden)
     return written
+
+
+def _check_and_sign(destination: Destination, meeting: Meeting, hidden: MarkedFolder, verify: Verify) -> None:
+    """Do what comes right before the files move: verify them, and leave the receipt at the commit marker.
+
+    The receipt tells a process that is started again after the end that nothing is left to do. It is an attribute of
+    the file, so that the output's bytes are those of one process. A file system without attributes does without.
+    """
+    if verify is not None:
+        verify(hidden.path)
+    with contextlib.suppress(OSError):
+        descriptor = hidden.open_file(destination.commit_order[-1], os.O_RDONLY)
+        try:
+            os.setxattr(descriptor, RECEIPT, _receipt(destination, hidden, meeting))
+        finally:
+            os.close(descriptor)
+
+
+def _has_receipt(destination: Destination, meeting: Meeting) -> bool:
+    """Return whether the target holds this very output, as the parts have put it there."""
+    with contextlib.suppress(OSError), Folder.open(meeting.target) as folder:
+        descriptor = folder.open_file(destination.commit_order[-1], os.O_RDONLY)
+        try:
+            return os.getxattr(descriptor, RECEIPT) == _receipt(destination, folder, meeting)
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _receipt(destination: Destination, folder: Folder, meeting: Meeting) -> bytes:
+    """Return what tells the output from any other: the terms of its parts, and the signatures of its files."""
+    signatures = [folder.signature(name) for name in destination.commit_order]
+    return _digest([meeting.terms, signatures]).encode()
 
 
 def _joined(

@@ -181,6 +181,24 @@ def test_a_part_that_is_done_is_not_written_again(half_done: Path, trained: Call
     assert contents(half_done / STAGING) == before
 
 
+def test_a_part_that_is_started_again_after_the_end_has_nothing_to_do(
+    half_done: Path, trained: Callable[[str], Trained]
+) -> None:
+    source = trained(CASE).checkpoint
+    dsconv.merge(source, half_done, part="2/2", fsync=False)
+    before = contents(half_done)
+    for force in (False, True):
+        report = dsconv.merge(source, half_done, part="1/2", fsync=False, force=force)
+        assert report.part is not None
+        assert (report.part.placed, report.part.by_this, report.bytes_read) == (True, False, 0)
+        assert (contents(half_done), (half_done / STAGING).exists()) == (before, False)
+    with pytest.raises(OutputError, match="already holds a model"):
+        dsconv.merge(source, half_done, part="1/3", fsync=False)
+    (half_done / "model.safetensors").write_bytes(before["model.safetensors"])  # by another
+    with pytest.raises(OutputError, match="already holds a model"):
+        dsconv.merge(source, half_done, part="1/2", fsync=False)
+
+
 def test_files_of_others_among_the_parts(half_done: Path, trained: Callable[[str], Trained]) -> None:
     """What the parts wrote may not be another file now, and nothing of others is removed."""
     source, file = trained(CASE).checkpoint, half_done / STAGING / "model.safetensors"
