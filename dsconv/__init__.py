@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from dsconv import engine as engine
     from dsconv import errors as errors
     from dsconv.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+    from dsconv.convert.compare import VerifyReport
     from dsconv.convert.dcp_writer import DcpReport, to_dcp
     from dsconv.convert.diff import DiffReport, diff
     from dsconv.convert.merge import MergeReport, merge
     from dsconv.convert.push import push
     from dsconv.convert.push_upload import PushReport
     from dsconv.convert.universal_writer import UniversalReport, to_universal
-    from dsconv.convert.verify import VerifyReport, verify
+    from dsconv.convert.verify import verify
     from dsconv.errors import DsconvError
     from dsconv.loaders.report import LoadReport
     from dsconv.loaders.stream import stream_into
@@ -41,7 +42,7 @@ _HOMES = {
     "to_universal": "dsconv.convert.universal_writer",
     "DiffReport": "dsconv.convert.diff",
     "diff": "dsconv.convert.diff",
-    "VerifyReport": "dsconv.convert.verify",
+    "VerifyReport": "dsconv.convert.compare",
     "verify": "dsconv.convert.verify",
     "DcpReport": "dsconv.convert.dcp_writer",
     "to_dcp": "dsconv.convert.dcp_writer",

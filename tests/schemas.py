@@ -15,13 +15,14 @@ from typing import Any
 import jsonschema
 from pydantic import TypeAdapter
 
+from dsconv.checkpoint.summary import OptimizerSummary
+from dsconv.convert.compare import VerifyReport
 from dsconv.convert.dcp_writer import DcpReport
 from dsconv.convert.diff import DiffReport
 from dsconv.convert.merge import MergeReport
 from dsconv.convert.push_upload import PushReport
 from dsconv.convert.universal_writer import UniversalReport
 from dsconv.convert.values import ValuesReport
-from dsconv.convert.verify import VerifyReport
 from dsconv.engine.running import RunReport
 from dsconv.engine.validation_report import ValidationReport
 
@@ -93,8 +94,14 @@ def _inspect() -> Schema:
         files=many(fields(name=TEXT, bytes=WHOLE)), tensors=many(tensor), values={"$ref": "#/$defs/ValuesReport"},
     )  # fmt: skip
     one["required"].remove("values")
+    optimizer = of(OptimizerSummary)
+    one["properties"]["optimizer"] = maybe({"$ref": "#/$defs/OptimizerSummary"})
+    one["required"].append("optimizer")
     several = fields(schema=TEXT, path=TEXT, models=table(WHOLE))
-    return {"anyOf": [one, several], "$defs": {**of_values.pop("$defs"), "ValuesReport": of_values}}
+    return {
+        "anyOf": [one, several],
+        "$defs": {**of_values.pop("$defs"), "ValuesReport": of_values, "OptimizerSummary": optimizer},
+    }
 
 
 def _config() -> Schema:

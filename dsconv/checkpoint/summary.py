@@ -8,10 +8,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
-from dsconv.text import count
+from dsconv.checkpoint.map.training import SmallTensor
+from dsconv.checkpoint.storage.hub import HubPath
+from dsconv.checkpoint.storage.local import is_remote
+from dsconv.errors import DsconvError
+from dsconv.text import MAX_MESSAGE, clean, count
 
 # Files and folders that only one trainer writes, each with the trainer; looked for in and around the checkpoint.
 MARKS = (
@@ -144,3 +149,69 @@ def ranges_of(numbers: Sequence[int]) -> str:
             runs.append([number, number])
     shown = [str(low) if low == high else f"{low}–{high}" for low, high in runs[:MAX_RUNS]]
     return ",".join(shown) + (",…" if len(runs) > MAX_RUNS else "")
+
+
+@dataclass
+class OptimizerSummary:
+    """What a checkpoint holds of its optimizer.
+
+    Attributes:
+        states: {state, such as exp_avg: how many parameters have it}.
+        parameters: How many parameters were trained.
+        steps: The step counts of the parameters, each once.
+        groups: {setting: value} of each parameter group, as far as values are numbers, with the number of its
+            ``parameters`` where that is known.
+        left_out: The states that are not of one value a weight, which no conversion takes.
+        not_read: Why there is nothing else here; "" where there is.
+    """
+
+    states: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    steps: list[float] = field(default_factory=list)
+    groups: list[dict[str, float]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    not_read: str = ""
+
+    def __str__(self) -> str:
+        if self.not_read:
+            return f"not read: {self.not_read}"
+        kinds = ", ".join((*self.states, *(f"{name} (not converted)" for name in self.left_out))) or "no states"
+        steps = f", step {', '.join(f'{step:g}' for step in self.steps[:MAX_RUNS])}" if self.steps else ""
+        rates = dict.fromkeys(f"{group['lr']:g}" for group in self.groups if "lr" in group)
+        lr = f" with lr {', '.join(list(rates)[:MAX_RUNS])}" if rates else ""
+        return f"{kinds} of {count(self.parameters, 'parameter')}{steps}, {count(len(self.groups), 'group')}{lr}"
+
+
+def optimizer_of(found: Checkpoint) -> OptimizerSummary | None:
+    """Return what a checkpoint holds of its optimizer; None where there is nothing to say.
+
+    Only metadata is read. That of model-parallel ranks and of files that are not on this disk is not, since joining the
+    ranks compares the states that several of them hold.
+    """
+    if found.training is None:
+        return OptimizerSummary(not_read=found.no_training) if found.no_training else None
+    if found.world.get("model_parallel", 1) > 1 or is_remote(found.path) or isinstance(found.path, HubPath):
+        return None
+    try:
+        training = found.training()
+    except DsconvError as error:
+        return OptimizerSummary(not_read=clean(str(error), MAX_MESSAGE))
+    states: dict[str, int] = {}
+    for of in training.states.values():
+        for state in of:
+            states[state] = states.get(state, 0) + 1
+    groups = [{key: value for key, value in group.items() if _is_number(value)} for group in training.param_groups]
+    if len(training.members) == len(groups):
+        groups = [{"parameters": len(m), **group} for m, group in zip(training.members, groups, strict=True)]
+    steps: set[Any] = {step.number if isinstance(step, SmallTensor) else step for step in training.steps.values()}
+    return OptimizerSummary(
+        states,
+        len(training.states),
+        sorted(float(step) for step in steps if _is_number(step)),
+        groups,
+        list(training.left_out),
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -85,9 +86,10 @@ def inspect(
 
 def describe(found: Checkpoint, entries: list[TensorEntry] | None = None) -> dict[str, Any]:
     """Return everything that ``--json`` prints; ``entries`` are the tensors to list, by default all."""
-    from dsconv.checkpoint.summary import content_of, trainer_of
+    from dsconv.checkpoint.summary import content_of, optimizer_of, trainer_of
     from dsconv.names.choosing import names_of
 
+    optimizer = optimizer_of(found)
     return {
         "path": str(found.path),
         "format": found.format,
@@ -99,6 +101,7 @@ def describe(found: Checkpoint, entries: list[TensorEntry] | None = None) -> dic
         "info": found.info,
         "parameters": found.numel,
         "bytes": found.nbytes,
+        "optimizer": asdict(optimizer) if optimizer is not None else None,
         "ties": found.ties,
         "warnings": list(found.warnings),
         "files": [{"name": path.name, "bytes": path.stat().st_size} for path in found.sources],
@@ -133,7 +136,7 @@ def _text(value: Any) -> str:
 
 
 def _facts(found: Checkpoint) -> list[tuple[str, str]]:
-    from dsconv.checkpoint.summary import content_of, trainer_of
+    from dsconv.checkpoint.summary import content_of, optimizer_of, trainer_of
     from dsconv.names.choosing import names_of
 
     world = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in found.world.items())
@@ -153,6 +156,7 @@ def _facts(found: Checkpoint) -> list[tuple[str, str]]:
         ("tensors", f"{len(found):,} ({', '.join(f'{n:,} {role}' for role, n in kinds.items())})"),
         ("parameters", f"{found.numel:,}"),
         ("merged size", console.size(found.nbytes)),
+        ("optimizer", str(optimizer_of(found) or "")),
     )
     return [(label, value) for label, value in facts if value]
 

@@ -45,11 +45,12 @@ load OUT, or the folder that OUT lies in.""")  # fmt: skip
 @console.QUIET
 @console.DEBUG
 def to_universal(checkpoint: str, output: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Convert a DeepSpeed checkpoint to a universal one.
+    """Convert a training checkpoint to a DeepSpeed universal one.
 
-    CKPT may have any ZeRO stage or none. A universal checkpoint holds the fp32 masters and the optimizer's states of
-    each parameter, so that a run resumes with another number of ranks or ZeRO stage. It is written to OUT (default:
-    CKPT/<tag>_universal), and the file latest_universal beside OUT names it, as DeepSpeed's ds_to_universal does.
+    CKPT may have any ZeRO stage or none, or be a DCP directory that holds the optimizer (torch's own, accelerate, the
+    Trainer, torchtitan). A universal checkpoint holds the fp32 masters and the optimizer's states of each parameter, so
+    that a run resumes with another number of ranks or ZeRO stage. It is written to OUT (default: CKPT/<tag>_universal),
+    and the file latest_universal beside OUT names it, as DeepSpeed's ds_to_universal does.
     """
     from dsconv.convert import universal_writer as convert
 

@@ -17,7 +17,8 @@ SHOWN = 20
 @command(epilog="""\b
 Example:
   dsconv verify checkpoints/ merged/
-  dsconv verify checkpoints/ merged-bf16/ --allow-cast""")  # fmt: skip
+  dsconv verify checkpoints/ merged-bf16/ --allow-cast
+  dsconv verify checkpoints/ dcp/ --optimizer""")  # fmt: skip
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option(
@@ -25,6 +26,7 @@ Example:
 )
 @click.option("--subset", is_flag=True, help="Ignore tensors that only A has (after --exclude-frozen).")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of the model on the Hub (default: main).")
+@click.option("--optimizer", is_flag=True, help="Compare the optimizers' states, step counts and hyperparameters too.")
 @console.ITEMS
 @console.ITEM_B
 @console.FOLLOW_LINKS
@@ -49,9 +51,10 @@ def verify(context: click.Context, /, a: str, b: str, as_json: bool, quiet: bool
         console.show_json({**report.to_dict(), "seconds": round(seconds, 3)})
     elif not quiet:
         if report.equal:
+            states = f" and {console.count(report.states, 'optimizer state')}" if report.states else ""
             cast = f", {report.cast} of them cast" if report.cast else ""
             console.say(
-                f"equal: {console.count(report.compared, 'tensor')}{cast}, {console.size(report.nbytes)},"
+                f"equal: {console.count(report.compared, 'tensor')}{states}{cast}, {console.size(report.nbytes)},"
                 f" {seconds:.2f} s"
             )
         if report.filters is not None:

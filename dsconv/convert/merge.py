@@ -19,6 +19,7 @@ from dsconv.convert import sidecars
 from dsconv.convert.adapters.choosing import STEM as ADAPTER_STEM
 from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
 from dsconv.convert.adapters.config import CONFIG as ADAPTER_CONFIG
+from dsconv.convert.compare import CompareOptions, compare
 from dsconv.convert.filters import Filters
 from dsconv.convert.fp8 import dequantized
 from dsconv.convert.loadable import Loading, LoadingCheck
@@ -29,7 +30,6 @@ from dsconv.convert.report import Report, tensor_row
 from dsconv.convert.safetensors_output import SafetensorsOutput
 from dsconv.convert.staging import finish_interrupted, recover_interrupted
 from dsconv.convert.ties import tied_keys, tied_pairs
-from dsconv.convert.verify import CompareOptions, compare
 from dsconv.convert.writing import WriteOptions, refuse_target, write
 from dsconv.errors import MismatchError, UsageError
 from dsconv.names.choosing import hint_of, with_hf_names

@@ -12,17 +12,18 @@ tool's output is read by the stage it came from.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.map.dtypes import BY_NAME, DType
-from dsconv.checkpoint.map.tensors import TensorEntry
+from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.pickles.values import safe_repr
 from dsconv.convert.torch_writer import Streamed, TorchArchive
+from dsconv.convert.universal_files import StateFile, Stream
+from dsconv.convert.universal_model import FORMAT_VERSION, model_states, require_loadable
 from dsconv.convert.universal_patterns import written_form
 from dsconv.errors import MalformedError, UnsafeError, UnsupportedError
 from dsconv.text import quote
@@ -40,21 +41,6 @@ MAX_NAME_BYTES = 255 - len("/exp_avg_sq.pt")
 
 
 @dataclass(frozen=True)
-class StateFile:
-    """``zero/<parameter>/<state>.pt``. ``entry`` is streamed into it, as ``dtype``; None if nothing is streamed."""
-
-    path: str
-    archive: TorchArchive
-    entry: TensorEntry | None = None
-    dtype: DType | None = None
-    role: str = "parameter"
-
-    @property
-    def nbytes(self) -> int:
-        return self.archive.nbytes
-
-
-@dataclass(frozen=True)
 class ModelFile:
     """A model-states file, copied as it is."""
 
@@ -65,23 +51,35 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class UniversalPlan:
-    """The whole content of a universal checkpoint. ``links`` is {second name of a model-states file: its name}."""
+    """The whole content of a universal checkpoint.
+
+    Attributes:
+        states: The files in ``zero/``.
+        models: The model-states files of the source, which are copied.
+        links: {second name of a model-states file: its name}.
+        made: The model states, where the source has none.
+        warnings: What the loaders of DeepSpeed cannot do with it.
+    """
 
     states: tuple[StateFile, ...]
     models: tuple[ModelFile, ...]
     links: Mapping[str, str]
+    made: StateFile | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> tuple[StateFile, ...]:
+        """The files that are not copies."""
+        return self.states if self.made is None else (*self.states, self.made)
+
+    @property
+    def model_names(self) -> list[str]:
+        """The names of the model-states files."""
+        return [*(model.path for model in self.models), *((self.made.path,) if self.made is not None else ())]
 
     @property
     def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.states) + sum(file.nbytes for file in self.models)
-
-    @property
-    def data_bytes(self) -> int:
-        """The number of bytes that are copied, headers not counted."""
-        streamed = sum(
-            f.entry.numel * f.dtype.itemsize for f in self.states if f.entry is not None and f.dtype is not None
-        )
-        return streamed + sum(file.nbytes for file in self.models)
+        return sum(file.nbytes for file in self.written) + sum(file.nbytes for file in self.models)
 
 
 def training_of(checkpoint: Checkpoint, output: str = "a universal checkpoint") -> Training:
@@ -93,7 +91,7 @@ def training_of(checkpoint: Checkpoint, output: str = "a universal checkpoint") 
     if checkpoint.training is None:
         raise UnsupportedError(
             f"{checkpoint.path}: a {checkpoint.format} checkpoint; {output} is made from one of"
-            " DeepSpeed's that holds the optimizer's"
+            " DeepSpeed's or a DCP directory that holds the optimizer's"
             f" states{': ' if checkpoint.no_training else ''}{checkpoint.no_training}"
         )
     return checkpoint.training()
@@ -106,6 +104,7 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
         UnsafeError: a parameter's name cannot be a file's name.
         UnsupportedError: the format has no place for something that the checkpoint holds.
     """
+    warnings = [] if training.model_files else require_loadable(checkpoint, training)
     # A dict says how to cut; releases that read no dicts never cut.
     uncut = checkpoint.world.get("model_parallel", 1) == 1
     flat = training.stage == 3 and uncut and _version(training.deepspeed_version) < READS_DICTS
@@ -115,11 +114,13 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
         master, cut = checkpoint[name], training.cut(name)
         for state, entry in {"fp32": master, **states}.items():
             _check_name(state, f"{checkpoint.path}: the optimizer's state")
-            shape, keys, kept = written_form(cut, name, entry, checkpoint.path)
+            shape, said, kept = written_form(cut, name, entry, checkpoint.path)
             value: Any = (
-                Streamed(entry.dtype, (kept.numel,)) if flat else {**keys, "param": Streamed(entry.dtype, shape)}
+                Streamed(entry.dtype, (kept.numel,)) if flat else {**said, "param": Streamed(entry.dtype, shape)}
             )
-            files.append(StateFile(f"{folder}/{state}.pt", TorchArchive(state, value), kept, entry.dtype))
+            keys = () if flat else ("param",)
+            stream = Stream(kept, entry.dtype, keys)
+            files.append(StateFile(f"{folder}/{state}.pt", TorchArchive(state, value), (stream,)))
         if name in training.steps:
             files.append(StateFile(f"{folder}/step.pt", TorchArchive("step", training.steps[name])))
     float32 = BY_NAME["float32"]
@@ -131,19 +132,19 @@ def plan_universal(checkpoint: Checkpoint, training: Training, exclude_frozen: b
             StateFile(
                 f"{_folder(training.stored.get(name, name), checkpoint)}/fp32.pt",
                 TorchArchive("fp32", value),
-                entry,
-                float32,
+                (Stream(entry, float32, ("param",)),),
                 entry.role,
             )
         )
     files.append(StateFile(SETTINGS, TorchArchive("optimizer_state", _settings(training))))
     models = tuple(ModelFile(path.name, path, path.stat().st_size) for path in training.model_files)
-    return UniversalPlan(tuple(files), models, dict(_links(models)))
+    made = None if models else model_states(checkpoint, training)
+    names = [model.path for model in models] if made is None else [made.path]
+    return UniversalPlan(tuple(files), models, dict(_links(names)), made, tuple(warnings))
 
 
-def _links(models: tuple[ModelFile, ...]) -> Iterator[tuple[str, str]]:
+def _links(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield the model states of data-parallel rank 0 under the name that the other stages look for."""
-    names = {model.path for model in models}
     for name in sorted(names):
         other = name.removeprefix("zero_pp_rank_0_") if name.startswith("zero_pp_rank_0_") else f"zero_pp_rank_0_{name}"
         if name.startswith(("mp_rank_", "zero_pp_rank_0_")) and other not in names:
@@ -158,11 +159,12 @@ def _settings(training: Training) -> dict[str, Any]:
     if isinstance(settings.get("group_paddings"), list):
         settings["group_paddings"] = [0] * len(settings["group_paddings"])  # the states are written without
     # The reader's own sign that the model states list no parameters; DeepSpeed looks at the rest only.
-    if training.stage == 0:
+    if training.stage == 0 and training.model_files:
         settings["zero_stage"] = 0
         settings[MEMBERS] = [list(group) for group in training.members]  # nothing else tells
-    if training.deepspeed_version is not None:
-        settings.setdefault("ds_version", training.deepspeed_version)
+    version = training.deepspeed_version if training.model_files else FORMAT_VERSION
+    if version is not None:
+        settings.setdefault("ds_version", version)
     settings["optimizer_state_dict"] = {"state": state, "param_groups": training.param_groups}
     return settings
 

@@ -32,22 +32,28 @@ def verify_universal(
     """
     source: dict[str, TensorEntry] = {}
     written: dict[str, TensorEntry] = {}
-    for file in plan.states:
+    for file in plan.written:
         opened = TorchFile(folder / file.path)
-        if file.entry is None or not file.entry.numel:
-            continue
-        value = opened.root["param"] if isinstance(opened.root, dict) else opened.root
-        if not isinstance(value, TensorRef) or file.dtype is None:
-            raise MismatchError(f"{target / file.path}: the file that was written holds no tensor. Nothing was kept")
-        if file.entry.dtype != file.dtype and file.entry.dtype.name not in CASTABLE:
-            record = opened.archive.records[f"data/{value.storage.key}"]
-            if crc32(read_extent(Extent(record, record.offset_bytes, record.nbytes))) != record.crc32:
+        for stream in file.streams:
+            if not stream.nbytes:
+                continue
+            value = opened.root
+            for key in stream.keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, TensorRef):
                 raise MismatchError(
-                    f"{target / file.path}: the file on disk differs from what was written. Nothing was kept"
+                    f"{target / file.path}: the file that was written holds no tensor. Nothing was kept"
                 )
-            continue
-        source[file.path] = file.entry
-        written[file.path] = TensorEntry(file.path, value.dtype, file.entry.shape, partial(opened.pieces, value))
+            if stream.entry.dtype != stream.dtype and stream.entry.dtype.name not in CASTABLE:
+                record = opened.archive.records[f"data/{value.storage.key}"]
+                if crc32(read_extent(Extent(record, record.offset_bytes, record.nbytes))) != record.crc32:
+                    raise MismatchError(
+                        f"{target / file.path}: the file on disk differs from what was written. Nothing was kept"
+                    )
+                continue
+            name = "/".join((file.path, *stream.keys))
+            source[name] = stream.entry
+            written[name] = TensorEntry(name, value.dtype, stream.entry.shape, partial(opened.pieces, value))
     for model in plan.models:
         source[model.path] = _bytes_of(model.path, model.source, model.nbytes)
         written[model.path] = _bytes_of(model.path, folder / model.path, model.nbytes)

@@ -1,5 +1,5 @@
-"""``to_universal``: a ZeRO checkpoint, also of AutoTP or pipeline ranks, into a DeepSpeed universal checkpoint,
-streaming, whole or absent.
+"""``to_universal``: a ZeRO checkpoint, also of AutoTP or pipeline ranks, or a DCP directory with an optimizer into a
+DeepSpeed universal checkpoint, streaming, whole or absent.
 
 Nothing is extracted first: each byte of the optimizer files is read once and put where it belongs in ``zero/``. A file
 is finished, with its checksum, as soon as its last byte has arrived.
@@ -28,11 +28,11 @@ from dsconv.convert.parts import parse_part
 from dsconv.convert.progress import Progress
 from dsconv.convert.report import Report
 from dsconv.convert.staging import recover_interrupted
+from dsconv.convert.universal_files import StateFile
 from dsconv.convert.universal_plan import (
     FOLDER,
     LATEST,
     ModelFile,
-    StateFile,
     UniversalPlan,
     plan_universal,
     training_of,
@@ -71,17 +71,18 @@ def to_universal(
     part: str | None = None,
     progress: Progress | None = None,
 ) -> UniversalReport:
-    """Convert a checkpoint of DeepSpeed, of any ZeRO stage or none, into a universal one.
+    """Convert a checkpoint of DeepSpeed, of any ZeRO stage or none, or of torch's own engines into a universal one.
 
-    Any number of ranks and any stage can load the result. A checkpoint of tensor-parallel (AutoTP) or pipeline ranks
-    can be loaded at other degrees of those too.
+    Any number of ranks and any stage can load the result. Of torch's engines, DCP directories are taken that hold the
+    optimizer, as torch's state-dict API, accelerate, the Trainer and torchtitan save it. A checkpoint of
+    tensor-parallel (AutoTP) or pipeline ranks can be loaded at other degrees of those too.
 
     Args:
         source: a path, a URL, or a checkpoint that is open.
-        output: the folder to write, on the disk or in a store (default: SAVE_DIR/<tag>_universal, and of a source in a
-            store <tag>_universal in the current folder). It becomes a tag folder, as the
-            ``--output_folder`` of the official tool does: its parent gets a ``latest_universal`` that names it, so
-            both ``load_checkpoint(parent)`` and ``load_checkpoint(output)`` find it.
+        output: the folder to write, on the disk or in a store (default: SAVE_DIR/<tag>_universal, or
+            <folder>_universal beside a DCP directory; of a source in a store, in the current folder). It becomes a tag
+            folder, as the ``--output_folder`` of the official tool does: its parent gets a ``latest_universal`` that
+            names it, so both ``load_checkpoint(parent)`` and ``load_checkpoint(output)`` find it.
         tag: the checkpoint of a save folder to take (default: what the file ``latest`` names).
         follow_links: read what links lead to that leave the checkpoint's folder.
         item: the key of the model to take, where the checkpoint holds several.
@@ -100,8 +101,9 @@ def to_universal(
 
     Raises:
         DsconvError: what ``open_checkpoint`` raises; UnsupportedError for a source without optimizer states of one
-            value a weight; OutputError when the output exists (without ``force``), is being written by another run or
-            does not fit the disk; MismatchError when ``verify_output`` finds a difference.
+            value a weight, or whose parameters differ in what DeepSpeed keeps once for all of them; OutputError when
+            the output exists (without ``force``), is being written by another run or does not fit the disk;
+            MismatchError when ``verify_output`` finds a difference.
     """
     target = as_output(output) if output is not None else None
     checkpoint = (
@@ -113,14 +115,13 @@ def to_universal(
             f"{checkpoint.path}: a universal checkpoint already, which every stage and world size loads"
         )
     if target is None:
-        name = f"{checkpoint.info['tag']}_universal"
-        target = Path(name) if is_remote(checkpoint.folder) else Path(checkpoint.folder, name)
+        target = _beside(checkpoint)
     plan = plan_universal(checkpoint, training, exclude_frozen)
     report = _report(checkpoint, training, target, plan, dry_run)
     destination = UniversalOutput(checkpoint, plan, target)
     if dry_run:
         report.warnings += refuse_target(destination, target, WriteOptions(force))
-        report.plan = [*map(_state_row, plan.states), *map(_model_row, plan.models)]
+        report.plan = [*map(_state_row, plan.written), *map(_model_row, plan.models)]
         return report
     recover_interrupted(target)
 
@@ -134,6 +135,15 @@ def to_universal(
     report.note_copy(written)
     report.warnings += [f"{text}: load the output's own folder, or name the tag" for text in written.warnings]
     return report
+
+
+def _beside(checkpoint: Checkpoint) -> Path:
+    """Return the folder that is written where the user names none."""
+    tag = checkpoint.info.get("tag")
+    name = f"{checkpoint.path.name if tag is None else tag}_universal"
+    if is_remote(checkpoint.folder):
+        return Path(name)
+    return Path(checkpoint.folder, name) if tag is not None else Path(checkpoint.path.absolute().parent, name)
 
 
 def _report(
@@ -150,20 +160,21 @@ def _report(
         parameters=sum(checkpoint[name].numel for name in training.states),
         states=["fp32", *states],
         nbytes=plan.nbytes,
-        files=len(plan.states) + len(plan.models),
+        files=len(plan.written) + len(plan.models),
         latest=str(target.resolve().parent / LATEST),
         dry_run=dry_run,
-        warnings=[*checkpoint.warnings, *training.warnings],
+        warnings=[*checkpoint.warnings, *training.warnings, *plan.warnings],
     )
 
 
 def _state_row(file: StateFile) -> dict[str, Any]:
     row: dict[str, Any] = {"file": file.path, "bytes": file.nbytes}
-    if file.entry is not None:
+    if len(file.streams) == 1:
+        (stream,) = file.streams
         row |= {
-            "dtype": str(file.dtype),
-            "stored_dtype": str(file.entry.dtype),
-            "shape": list(file.entry.shape),
+            "dtype": str(stream.dtype),
+            "stored_dtype": str(stream.entry.dtype),
+            "shape": list(stream.entry.shape),
             "role": file.role,
         }
     return row
@@ -183,38 +194,40 @@ class UniversalOutput(Destination):
         self._checkpoint = checkpoint
         self._plan = plan
         self._target = target
-        self._states = {file.path: file for file in plan.states}
-        self._ranges: dict[str, FileRange] = {}
+        self._states = {file.path: file for file in plan.written}
+        self._ranges: dict[str, list[FileRange | None]] = {}
 
     @property
     def files(self) -> Sequence[OutputFile]:
         """A file for each state of each parameter, and the model states."""
-        states = [OutputFile(file.path, file.nbytes, _data_bytes(file)) for file in self._plan.states]
+        states = [OutputFile(file.path, file.nbytes, file.data_bytes) for file in self._plan.written]
         return states + [OutputFile(file.path, file.nbytes, file.nbytes) for file in self._plan.models]
 
     def targets(self, files: Mapping[str, FillingFile]) -> Iterable[tuple[str, TensorEntry, Target]]:
         """Yield the states, and the model states as arrays of bytes."""
         read: set[Record] = set()
-        for file in self._plan.states:
-            if file.entry is not None and file.dtype is not None and _data_bytes(file):
-                read.update(piece.extent.record for piece in file.entry.pieces if piece.region is None)
-                filled = files[file.path].range(file.archive.streamed[0], _data_bytes(file))
-                self._ranges[file.path] = filled
-                yield file.path, file.entry, Target(file.path, file.dtype, filled.write)
+        for file in self._plan.written:
+            ranges: list[FileRange | None] = []
+            for stream, offset in zip(file.streams, file.archive.streamed, strict=True):
+                ranges.append(files[file.path].range(offset, stream.nbytes) if stream.nbytes else None)
+                if (filled := ranges[-1]) is None:
+                    continue
+                if self._plan.models:
+                    read.update(piece.extent.record for piece in stream.entry.pieces if piece.region is None)
+                name = file.path if len(file.streams) == 1 else stream.entry.name
+                yield file.path, stream.entry, Target(name, stream.dtype, filled.write)
+            self._ranges[file.path] = ranges
         raw = BY_NAME["uint8"]
         for model in self._plan.models:
             filled = files[model.path].range(0, model.nbytes)
             yield model.path, _bytes_of(model, read), Target(model.path, raw, filled.write)
 
     def rest(self, name: str) -> Iterable[tuple[int, bytes]]:
-        """Return what surrounds the state in its file, now that its CRC-32 is known."""
+        """Return what surrounds the tensors in their file, now that their CRC-32s are known."""
         file = self._states.get(name)
         if file is None:
             return ()
-        filled = self._ranges.get(name)
-        if filled is None:
-            return file.archive.fixed([0] * len(file.archive.streamed))
-        return file.archive.fixed(checksum.value for checksum in (filled.checksum,))
+        return file.archive.fixed(0 if one is None else one.checksum.value for one in self._ranges[name])
 
     def small_files(self, written: Written) -> Mapping[str, bytes]:
         """Return ``latest_universal``, which names the folder itself: DeepSpeed joins the folder and the tag."""
@@ -228,7 +241,7 @@ class UniversalOutput(Destination):
     @property
     def commit_order(self) -> Sequence[str]:
         """``latest_universal`` makes the folder a checkpoint."""
-        return [FOLDER, *(model.path for model in self._plan.models), *self._plan.links, LATEST]
+        return [FOLDER, *self._plan.model_names, *self._plan.links, LATEST]
 
     def older(self, target: Path) -> list[str]:
         """Return what of an earlier universal checkpoint lies in ``target``, ``latest_universal`` first.
@@ -277,10 +290,6 @@ def _foreign(zero: Path) -> Path | None:
             if file.suffix != ".pt" or not (file.is_file() if is_remote(file) else stat.S_ISREG(file.lstat().st_mode)):
                 return file
     return None
-
-
-def _data_bytes(file: StateFile) -> int:
-    return 0 if file.entry is None or file.dtype is None else file.entry.numel * file.dtype.itemsize
 
 
 def _bytes_of(model: ModelFile, read: set[Record]) -> TensorEntry:

@@ -262,6 +262,7 @@ def test_the_surface_of_the_command_line() -> None:
             "--item",
             "--item-b",
             "--json",
+            "--optimizer",
             "--quiet",
             "--revision",
             "--subset",

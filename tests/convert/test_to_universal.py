@@ -459,12 +459,14 @@ def test_scalar_states_and_numbers_of_numpy(made: dict[str, Path], tmp_path: Pat
 
 def test_sources_without_an_optimizer_are_refused(trained: Callable[[str], Trained], tmp_path: Path) -> None:
     dsconv.merge(trained("llama_tied-z0-bf16-w2").checkpoint, tmp_path / "merged", fsync=False)
-    with pytest.raises(UnsupportedError, match=r"one of DeepSpeed's that holds the optimizer's states$"):
+    with pytest.raises(
+        UnsupportedError, match=r"one of DeepSpeed's or a DCP directory that holds the optimizer's states$"
+    ):
         dsconv.to_universal(tmp_path / "merged", tmp_path / "out")
 
 
 def test_a_universal_checkpoint_is_not_converted_again(converted: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="universal checkpoint is made from"):
+    with pytest.raises(UnsupportedError, match="a universal checkpoint already"):
         dsconv.to_universal(converted("llama_groups-z2-bf16-w2"), tmp_path / "out")
 
 

@@ -78,7 +78,7 @@ class Training:
     """The optimizer of a checkpoint.
 
     Attributes:
-        stage: The ZeRO stage.
+        stage: The ZeRO stage; 0 for a run without ZeRO, DeepSpeed's or not.
         states: {parameter: {state, such as exp_avg: its entry}}, each entry named ``parameter/state``.
         steps: {parameter: its step counter}, a SmallTensor or a number; absent where the optimizer keeps none.
         param_groups: The optimizer's groups of hyperparameters.
@@ -86,7 +86,7 @@ class Training:
             plain values, SmallTensors, and Instances of DeepSpeed's classes.
         module: Tensors of the model states that no parameter of ``states`` stands for: frozen weights, buffers, tied
             names.
-        model_files: The model-states files, that of rank 0 first.
+        model_files: DeepSpeed's model-states files, that of rank 0 first; none for a run of another engine.
         counters: Makes the engine's own counters (global_steps, global_samples, skipped_steps, and the state of the
             lr_scheduler), as far as the model states have them; it may raise UnsupportedError.
         cut: Tells how a parameter is cut, by its name; it may raise UnsupportedError or MalformedError.

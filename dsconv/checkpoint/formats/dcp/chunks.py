@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.storage.local import OpenFile, Span, open_for_reading
 from dsconv.checkpoint.torchfile.file import KnownPickles, TorchFile
+from dsconv.checkpoint.torchfile.plain import plain
 from dsconv.errors import (
     DsconvError,
     InconsistentCheckpointError,
@@ -39,6 +40,8 @@ from dsconv.text import count
 ZSTD = "stream.zstd"
 ZSTD_VERSION = "1"
 MAX_AROUND_BYTES = 1 << 20  # the most that a zip adds to its tensor's bytes
+MAX_VALUE_BYTES = 64 << 20  # a parameter group lists the names of its parameters
+MAX_KNOWN_BYTES = 4096  # of a value that is kept, for others that are the same
 BLOCK_BYTES = 4 << 20
 # This many bytes become at most 64 MB before they are counted, since 4 bytes can stand for a block of 128 kB.
 ZSTD_STEP_BYTES = 2048
@@ -52,6 +55,7 @@ class ChunkFiles:
         self.folder = folder
         self.unpacked: Unpacked | None = None
         self._known: KnownPickles = {}  # chunks of one shape have one pickle
+        self._values: dict[bytes, Any] = {}  # many parameters have the same settings
         self._file: OpenFile | None = None
 
     def __enter__(self) -> ChunkFiles:
@@ -83,20 +87,10 @@ class ChunkFiles:
             InconsistentCheckpointError: Its dtype or size is not what the metadata says.
             UnsupportedError: It was transformed in a way that dsconv does not know, or is not a plain tensor.
         """
-        file = self._seek(stored.file)
-        path, end = file.path, stored.offset_bytes + stored.nbytes
-        if end > file.nbytes:
-            raise MalformedError(
-                f"{path}: truncated: the chunk of {safe_repr(name)} should end at byte {end}, the file has"
-                f" {file.nbytes}. Copy it again"
-            )
-        unpacked = self._unpacked() if stored.transforms else None
+        file = self._open(name, stored)
+        path = file.path
         with _in_chunk(name, stored):
-            if unpacked is not None:
-                limit = math.prod(sizes) * dtype.itemsize + MAX_AROUND_BYTES
-                span = unpacked.add(file, stored, limit)
-            else:
-                span = Span(file, stored.offset_bytes, stored.nbytes)
+            span = self._span(file, stored, math.prod(sizes) * dtype.itemsize + MAX_AROUND_BYTES, path)
             chunk = TorchFile(path, span, self._known, may_hold_unread=True)
             tensor = chunk.root
             if not isinstance(tensor, TensorRef):
@@ -109,11 +103,58 @@ class ChunkFiles:
                     " files from two saves"
                 )
             (piece,) = chunk.pieces(tensor)
-        return piece if unpacked is None else unpacked.moved(piece, name, path)
+        if stored.transforms and self.unpacked is not None:
+            return self.unpacked.moved(piece, name, path)
+        return piece
 
-    def _unpacked(self) -> Unpacked:
+    def value(self, name: str, stored: Stored) -> Any:
+        """Return an item that is not a tensor, such as a learning rate, as a plain value (``torchfile/plain.py``).
+
+        Args:
+            name: The item, for messages.
+            stored: Where it lies.
+
+        Raises:
+            MalformedError: It is cut short, larger than a setting, or not a file of torch.save.
+            UnsupportedError: It was transformed in a way that dsconv does not know, or is not a plain value.
+        """
+        file = self._open(name, stored)
+        if stored.nbytes > MAX_VALUE_BYTES:
+            raise MalformedError(
+                f"{file.path}: {safe_repr(name)} takes {stored.nbytes} bytes; a setting takes at most {MAX_VALUE_BYTES}"
+            )
+        with _in_chunk(name, stored):
+            data = (
+                b""
+                if stored.transforms or stored.nbytes > MAX_KNOWN_BYTES
+                else file.read(stored.offset_bytes, stored.nbytes)
+            )
+            if data and data in self._values:
+                return self._values[data]
+            span = self._span(file, stored, MAX_VALUE_BYTES, None)
+            chunk = TorchFile(span.path, span)
+            found = plain(chunk.root, chunk, safe_repr(name, 200))
+            if data:
+                self._values[data] = found
+        return found
+
+    def _open(self, name: str, stored: Stored) -> OpenFile:
+        """Return the file of a chunk, which lies in it as a whole."""
+        file = self._seek(stored.file)
+        end = stored.offset_bytes + stored.nbytes
+        if end > file.nbytes:
+            raise MalformedError(
+                f"{file.path}: truncated: the chunk of {safe_repr(name)} should end at byte {end}, the file has"
+                f" {file.nbytes}. Copy it again"
+            )
+        return file
+
+    def _span(self, file: OpenFile, stored: Stored, limit_bytes: int, path: Path | None) -> Span:
+        """Return the zip of a chunk, decompressed where it was compressed; errors name ``path``, or the real file."""
+        if not stored.transforms:
+            return Span(file, stored.offset_bytes, stored.nbytes)
         self.unpacked = self.unpacked or Unpacked()
-        return self.unpacked
+        return self.unpacked.add(file, stored, limit_bytes, path)
 
 
 @contextlib.contextmanager
@@ -142,13 +183,14 @@ class Unpacked:
         if not self.path.exists():
             self.path = Path(f"/dev/fd/{self._file.fileno()}")
 
-    def add(self, file: OpenFile, stored: Stored, limit_bytes: int) -> Span:
+    def add(self, file: OpenFile, stored: Stored, limit_bytes: int, named: Path | None) -> Span:
         """Decompress one chunk and return where it lies now.
 
         Args:
             file: The file that holds the chunk.
             stored: Where it lies there.
             limit_bytes: The size that a sound chunk cannot exceed.
+            named: The path that errors of what reads it name; None for that of this file.
 
         Raises:
             MalformedError: It is not one whole zstd frame, or becomes larger than ``limit_bytes``.
@@ -182,7 +224,7 @@ class Unpacked:
         if self._reader is not None:
             self._reader.close()
         self._reader = open_for_reading(self.path)
-        return Span(self._reader, start, self._end - start, path)
+        return Span(self._reader, start, self._end - start, named)
 
     def _write(self, data: bytes, limit: int, path: Path) -> None:
         if self._end + len(data) > limit:
@@ -220,6 +262,16 @@ def files_of(metadata: Metadata, chosen: Mapping[str, str]) -> list[str]:
     )
 
 
+def require_files(folder: Path, names: Iterable[str], metadata: Metadata) -> None:
+    """Raise MissingShardError if a folder lacks files that its metadata names."""
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise MissingShardError(
+            f"{folder} lacks {count(len(missing), 'file')} that {metadata.files[0].name} names, the first"
+            f" {safe_repr(missing[0], 255)}: copy the files of all ranks"
+        )
+
+
 def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     """Open every chunk of the chosen tensors.
 
@@ -237,12 +289,7 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
         InconsistentCheckpointError: Two tensors would have one name, or a chunk belongs to another save.
         MalformedError: A chunk is damaged.
     """
-    missing = [file for file in files_of(metadata, chosen) if not (folder / file).is_file()]
-    if missing:
-        raise MissingShardError(
-            f"{folder} lacks {count(len(missing), 'file')} that {metadata.files[0].name} names, the first"
-            f" {safe_repr(missing[0], 255)}: copy the files of all ranks"
-        )
+    require_files(folder, files_of(metadata, chosen), metadata)
     dtypes = {name: _dtype(name, metadata.tensors[name]) for name in chosen}
     found: dict[str, list[tuple[Sizes, Sizes, Piece]]] = {name: [] for name in chosen}
     differing: set[str] = set()
@@ -269,10 +316,12 @@ def entries_of(metadata: Metadata, chosen: Mapping[str, str], folder: Path) -> t
             "the chunks were saved without checksums (torch.serialization.set_crc32_options): damage cannot be detected"
         )
     entries: dict[str, TensorEntry] = {}
+    taken: set[str] = set()
     owners: dict[tuple[Any, ...], str] = {}
     for flat, name in chosen.items():
-        if name in entries or any(name in entry.aliases for entry in entries.values() if entry.aliases):
+        if name in taken:
             raise InconsistentCheckpointError(f"{folder}: two tensors are called {safe_repr(name)}")
+        taken.add(name)
         meta = metadata.tensors[flat]
         places = tuple((key, tuple(stored)) for key, (_, _, stored) in meta.chunks.items())
         owner = owners.setdefault((meta.shape, meta.dtype_name, places), name) if places else name

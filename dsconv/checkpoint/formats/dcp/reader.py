@@ -9,6 +9,7 @@ a share that is not a box (torch ``default_planner.py`` ``_validate_global_plan`
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     """
     from dsconv.checkpoint.formats.dcp.chunks import entries_of, files_of
     from dsconv.checkpoint.formats.dcp.names import choose, leaves_of
+    from dsconv.checkpoint.formats.dcp.training import Model, optimizers_of, read_training
+    from dsconv.checkpoint.formats.dcp.values import Directory
 
     path: Path = root.path
     top, warnings = path, tuple[str, ...]()
@@ -80,7 +83,8 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
     config_folder = marker.parent if marker is not None else None
     config = marker if marker is not None and marker.name == CONFIG else None
     metadata = read_metadata(folder)
-    names = choose(leaves_of(metadata), folder, config, item)
+    leaves = leaves_of(metadata)
+    names = choose(leaves, folder, config, item)
     root.fetch(folder / name for name in files_of(metadata, names.chosen))
     entries, more = entries_of(metadata, names.chosen, folder)
     more += check_not_hollow(entries, folder, [*near, folder.absolute().parent])
@@ -93,6 +97,11 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
         info |= {"item": folder.name, "models": {each.name: len(read_metadata(each).tensors) for each in folders}}
     elif len(names.models) > 1 or item is not None:
         info |= {"item": names.key, "models": names.models}
+    stored = {".".join(leaves[flat].path[len(names.path) :]): name for flat, name in names.chosen.items()}
+    directory = Directory(folder, metadata, leaves, names.holders)
+    others = tuple(key for key in names.models if key != names.key)
+    model = Model(entries, stored, names.path, directory, top, _step(folder), config, others)
+    open_optimizers, no_training = optimizers_of(directory, names, len(folders))
     return Checkpoint(
         path,
         "DCP",
@@ -103,6 +112,8 @@ def read(root: Root, tag: str | None, item: str | None = None) -> Checkpoint:
         info=info,
         warnings=(*warnings, *names.warnings, *more),
         sources=(*metadata.files, *(folder / name for name in files_of(metadata, names.chosen))),
+        training=partial(read_training, model, open_optimizers, root.fetch) if open_optimizers is not None else None,
+        no_training=no_training,
     )
 
 

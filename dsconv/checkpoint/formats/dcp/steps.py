@@ -22,7 +22,9 @@ from dsconv.zero_utils.tag_folder import holds_states
 
 STEP = re.compile(r"(?:step|checkpoint|iter)[-_](?P<step>\d{1,18})|epoch_\d{1,9}_step_(?P<of_epoch>\d{1,18})")
 NESTED = re.compile(r"pytorch_model_fsdp_\d+")
+OPTIMIZER = re.compile(r"optimizer_\d+")
 MODEL_FOLDER = "model"  # NeMo Automodel's, beside optim/
+OPTIMIZER_FOLDER = "optim"
 CONSOLIDATED = "consolidated"
 TRACKER = "latest_checkpointed_iteration.txt"
 MAX_TRACKER_BYTES = 64
@@ -54,6 +56,14 @@ def model_folders(path: Path) -> list[Path]:
         return []
     nested = sorted(p for p in path.iterdir() if NESTED.fullmatch(p.name) and is_dcp(p))
     return nested or [p for p in (path / MODEL_FOLDER,) if is_dcp(p)]
+
+
+def optimizer_folders(folder: Path) -> list[Path]:
+    """Return the DCP directories of optimizers beside a model's: accelerate's, or NeMo's ``optim/``."""
+    if NESTED.fullmatch(folder.name):
+        return sorted(p for p in folder.parent.iterdir() if OPTIMIZER.fullmatch(p.name) and is_dcp(p))
+    optimizer = folder.parent / OPTIMIZER_FOLDER
+    return [optimizer] if folder.name == MODEL_FOLDER and is_dcp(optimizer) else []
 
 
 def hub_folder(path: Path) -> Path | None:

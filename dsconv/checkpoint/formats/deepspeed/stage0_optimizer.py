@@ -21,7 +21,7 @@ from dsconv.checkpoint.formats.deepspeed.fields import Fields
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
 from dsconv.checkpoint.formats.deepspeed.param_names import names_of_groups
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
-from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config, plain
+from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config
 from dsconv.checkpoint.formats.deepspeed.stage0 import module_order
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.formats.deepspeed.unnamed_masters import (
@@ -35,6 +35,7 @@ from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training, whole_rows
 from dsconv.checkpoint.pickles.values import Instance, TensorRef, safe_repr
+from dsconv.checkpoint.torchfile.plain import plain
 from dsconv.errors import MalformedError, UnsupportedError
 from dsconv.text import count, quote
 from dsconv.zero_utils.tag_folder import TagFolder

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.formats.deepspeed.model_states import ModuleStates
-from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config, plain
+from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config
 from dsconv.checkpoint.formats.deepspeed.zero_optimizer import SHARDED
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import TorchFile
+from dsconv.checkpoint.torchfile.plain import plain
 from dsconv.errors import InconsistentCheckpointError, MalformedError
 from dsconv.text import quote
 

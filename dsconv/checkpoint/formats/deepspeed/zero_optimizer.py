@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.formats.deepspeed.fields import Fields
 from dsconv.checkpoint.formats.deepspeed.rank_map import RankMap
-from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config, plain
+from dsconv.checkpoint.formats.deepspeed.settings import STEP, counters, members_of, optimizer_config
 from dsconv.checkpoint.formats.deepspeed.universal_rules import UniversalInfo
 from dsconv.checkpoint.formats.deepspeed.values import decode
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import SmallTensor, Training, whole_rows
 from dsconv.checkpoint.pickles.values import TensorRef, safe_repr
 from dsconv.checkpoint.torchfile.file import is_contiguous
+from dsconv.checkpoint.torchfile.plain import plain
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.text import count
 from dsconv.zero_utils.partition import group_padding_limit

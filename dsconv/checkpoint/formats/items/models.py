@@ -46,6 +46,7 @@ class Items:
         left_out: {what holds them: number of items} of everything that is not in ``chosen``.
         labels: {flat name: what holds it} of everything that is not in ``chosen``.
         optimizers: The flat names of what belongs to an optimizer.
+        holders: {flat name: the words that lead to ``state`` and ``param_groups``} of an optimizer's items.
         removed: The prefixes that the model's names have in the file and not in ``chosen``.
         warnings: What the user must know about the choice.
     """
@@ -56,6 +57,7 @@ class Items:
     left_out: dict[str, int] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     optimizers: Collection[str] = ()
+    holders: Mapping[str, Parts] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -144,7 +146,14 @@ def choose_model(leaves: Mapping[str, Leaf], where: Path, item: str | None = Non
     listed = {model.key: len(model.tensors) for model in models}
     model = _pick(models, top, where, item, leaves, optimizers.of)
     chosen = {flat: ".".join(leaf.path[len(model.path) :]) for flat, leaf in model.tensors.items()}
-    items = Items(model.path, chosen, listed, optimizers=optimizers.of.keys(), warnings=list(optimizers.warnings))
+    items = Items(
+        model.path,
+        chosen,
+        listed,
+        optimizers=optimizers.of.keys(),
+        holders=optimizers.holders,
+        warnings=list(optimizers.warnings),
+    )
     if model.path:
         items.removed.append(model.key + ".")
     trained: dict[tuple[str, str], list[Leaf]] = {}

@@ -37,9 +37,16 @@ ALL_SLOTS = RARE_SLOTS | {"prev", "step_size", "ax", "row_var", "col_var", "vari
 
 @dataclass
 class OptimizerParts:
-    """``of`` maps the flat names of what belongs to an optimizer to the name of the optimizer's part."""
+    """The items of optimizers.
+
+    Attributes:
+        of: {flat name: the name of the optimizer's part that it belongs to}.
+        holders: {flat name: the words that lead to ``state`` and ``param_groups``}, of those that lie below the two.
+        warnings: What was taken for an optimizer's without proof.
+    """
 
     of: dict[str, str] = field(default_factory=dict)
+    holders: dict[str, Parts] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -79,6 +86,7 @@ def optimizer_parts(leaves: Mapping[str, Leaf]) -> OptimizerParts:
         ]
         for part, flats in ((STATE, own), (GROUPS, groups[holder])):
             found.of.update(dict.fromkeys(flats, _label(holder, part)))
+            found.holders.update(dict.fromkeys(flats, holder))
     _without_groups(leaves, parts, states, slots, found, shapes)
     _beside_their_parameters(leaves, parts, found)
     _nothing_else(leaves, parts, found)
@@ -187,6 +195,7 @@ def _without_groups(
         ]
         if any(leaves[flat].is_weight for flat in own):
             _take(found, own, _label(holder, STATE), "states of parameters that are stored beside them")
+            found.holders.update(dict.fromkeys(own, holder))
     for holder in suspects:
         members = {flat: name for name, flats in slots[holder].items() for flat in flats}
         pairs = [
