@@ -26,7 +26,15 @@ from dsconv.engine.worker import STOP, Job, Outcome, run_rank
 from dsconv.errors import DsconvError, RunFailedError
 
 # What the server that forks the ranks imports once for all of them; it ignores what is not installed.
-PRELOAD = ["dsconv.engine.worker", "deepspeed", "transformers.models.auto.modeling_auto"]
+# transformers imports lazily: without modeling_layers, each rank would spend seconds on importing torch's compiler.
+PRELOAD = [
+    "dsconv.engine.worker",
+    "dsconv.engine.native_backend",
+    "dsconv.engine.deepspeed_backend",
+    "dsconv.engine.pipeline_backend",
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_layers",
+]
 
 
 def launched() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -74,6 +75,7 @@ def run_rank(job: Job) -> Outcome:
     Every rank calls it, with RANK, WORLD_SIZE and MASTER_ADDR in the environment. Raises DsconvError.
     """
     began = time.monotonic()
+    gc.freeze()  # DeepSpeed collects garbage several times a step: what was imported need not be looked through
     stop = _StopFlag(Path(job.options.output_dir), job.launcher)
     _start_group(job.options)
     try:
