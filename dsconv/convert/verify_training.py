@@ -51,7 +51,7 @@ def compare_training(first: Checkpoint, second: Checkpoint, options: CompareOpti
         ]
     names = {name: _in_first(name, second, first, options) for name in two.states if second[name].numel}
     states_a, states_b = _entries(one), _entries(two)
-    renamed = {f"{name}/{state}": f"{names[name]}/{state}" for name, states in two.states.items() for state in states}
+    renamed = {f"{name}/{state}": f"{own}/{state}" for name, own in names.items() for state in two.states[name]}
     found = compare(
         Checkpoint(first.path, first.format, states_a),
         Checkpoint(second.path, second.format, states_b),
