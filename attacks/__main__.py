@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 
 from attacks import peers
+from attacks.classes import CLASSES
 from attacks.containers import CONTAINERS, records_of
-from attacks.downloads import CLASSES
 from attacks.judging import faults
 from attacks.payload import CANARY_MODULE, CANARY_SOURCE, touch
 from attacks.places import Place, places, poisoned

@@ -6,11 +6,12 @@ promise.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tests.checkpoint.building import (
     whole,
     zip_bytes,
 )
+from tests.servers.hostile import Answer, serving
 
 SECRET = b"SECRET-7f3a9d"  # it is in files outside the download, and must not appear anywhere else
 SECRET_VALUE = 666.0  # in somebody else's weights
@@ -40,6 +42,16 @@ class Download:
     title: str
     make: Callable[[Path], None]
     commands: tuple[str, ...] = ("inspect ckpt", "merge ckpt out --no-fsync")
+    answer: Answer | None = None  # of a web server, whose address stands for {url} in the commands
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[str]:
+        """Give the address of the server while it runs; "" if there is none."""
+        if self.answer is None:
+            yield ""
+        else:
+            with serving(self.answer) as (url, _):
+                yield url
 
 
 def safetensors(tensors: dict[str, float], extra: dict[str, str] | None = None) -> bytes:
@@ -369,12 +381,3 @@ COSTS = [
 
 def _none(path: Path) -> None:
     """Call a maker and drop what it returns."""
-
-
-CLASSES = {
-    "links": LINKS,
-    "special files": SPECIAL,
-    "types of metadata": TYPES,
-    "the terminal": TERMINAL,
-    "time and memory": COSTS,
-}

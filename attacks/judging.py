@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import json
 import os
 import shlex
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
-from attacks.downloads import SECRET, SECRET_VALUE, Download, safetensors
+from attacks.downloads import SECRET, SECRET_VALUE, Download, folder, safetensors
+from tests.servers.serving import serve
 
 CODES = (0, 2, 3, 4)  # done, usage, unreadable or malformed, refused as unsafe
-MISMATCH = 5
-# The limits that docs/safety.md promises for an input of n bytes (holes in sparse files do not count).
-BASE_SECONDS, SECONDS_PER_BYTE = 3.0, 2e-6  # with the start of Python, beside other processes
-BASE_BYTES, BYTES_PER_BYTE = 100 << 20, 100
-LIMIT_SECONDS = 30
+MISMATCH, HUB = 5, 6
+# The limits that docs/safety.md promises for an input of n bytes (holes in sparse files do not count), beyond what the
+# same command takes on a sound download of a few bytes: that is the start of Python and of the packages it imports.
+BASE_SECONDS, SECONDS_PER_BYTE = 1.0, 2e-6
+BASE_BYTES, BYTES_PER_BYTE = 64 << 20, 100
+LIMIT_SECONDS = 60
 SECRETS = (SECRET, struct.pack("<f", SECRET_VALUE))
+TOKEN = "hf_0TheTokenOfTheAttackedUser"  # noqa: S105 - it must not be shown
+# What dsconv's pages are made of. Markup from a file's name would bring other elements and attributes.
+ELEMENTS = {
+    "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "thead", "tbody", "tr", "th",
+    "td", "details", "summary", "footer", "script",
+}  # fmt: skip
+ATTRIBUTES = {"lang", "charset", "name", "content", "http-equiv", "class", "id", "style", "type"}
+Usage = tuple[float, int]  # processor time in seconds, and the peak of memory in bytes
 
 
-def allowed(box: Path) -> tuple[float, int]:
-    """Return the processor time in seconds and the memory in bytes that the download may cost."""
+def allowed(box: Path) -> Usage:
+    """Return what the download may cost beyond a sound one of a few bytes."""
     nbytes = sum(path.lstat().st_blocks * 512 for path in (box / "ckpt").rglob("*") if not path.is_symlink())
     return BASE_SECONDS + nbytes * SECONDS_PER_BYTE, BASE_BYTES + nbytes * BYTES_PER_BYTE
+
+
+@functools.cache
+def sound(command: str, serves: bool) -> Usage:
+    """Return what a command costs on a sound download of one tensor, or on a server that serves it."""
+    with tempfile.TemporaryDirectory() as name:
+        box = Path(name)
+        folder(box, model_safetensors=safetensors({"layers.0.a": 1.0}))
+        (box / "outside").mkdir()
+        (box / "outside" / "model.safetensors").write_bytes(safetensors({"layers.0.a": SECRET_VALUE}))
+        with serve(box) if serves else contextlib.nullcontext() as server:
+            _, _, _, usage = run(command, box, server.url if server else "")
+    if usage is None:
+        raise RuntimeError(f"no answer from a sound download: {command}")
+    return usage
 
 
 def state_of(folder: Path) -> dict[str, str]:
@@ -48,47 +77,99 @@ def faults(download: Download, box: Path) -> list[str]:
     (outside / "weights.safetensors").write_bytes(safetensors({"b": SECRET_VALUE}))
     (outside / "model.safetensors").write_bytes(safetensors({"a": SECRET_VALUE}))
     download.make(box)
-    before, (seconds, nbytes) = state_of(outside), allowed(box)
+    before, more = state_of(outside), allowed(box)
     found = []
-    for command in download.commands:
-        found += [f"{command}: {fault}" for fault in run(command, box, seconds, nbytes)]
-        if state_of(outside) != before:
-            return [*found, f"{command}: files outside of the download changed"]
+    with download.serving() as url:
+        for command in download.commands:
+            found += [f"{command}: {fault}" for fault in judged(command, box, url, more)]
+            if state_of(outside) != before:
+                return [*found, f"{command}: files outside of the download changed"]
     return found + [f"{path} holds the secret" for path in leaks(box)]
 
 
-def run(command: str, box: Path, seconds: float, nbytes: int) -> list[str]:
-    """Run one command and return the promises that its exit code, output, time or memory breaks."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NO_COLOR": "1"}
-    with (box / "said").open("w+b") as said:
-        arguments = [sys.executable, "-m", "dsconv", *shlex.split(command)]
-        process = subprocess.Popen(
-            arguments, cwd=box, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said
-        )
-        usage = wait(process)
-        said.seek(0)
-        text = said.read().decode("utf-8", "replace")
+def judged(command: str, box: Path, url: str, more: Usage) -> list[str]:
+    """Run one command and return the promises that its exit code, output, pages, time or memory breaks."""
+    code, out, err, usage = run(command, box, url)
+    text = out + err
     if usage is None:
         return [f"no answer within {LIMIT_SECONDS} s"]
-    spent, peak = usage
-    codes = (*CODES, MISMATCH) if command.startswith("verify") else CODES
+    base = sound(command, bool(url))
+    codes = {
+        *CODES,
+        *([MISMATCH] if command.startswith("verify") else []),
+        *([HUB] if url or "org/" in command else []),
+    }
     found = []
-    if process.returncode not in codes:
-        found.append(f"exit code {process.returncode}: {text[-300:]!a}")
+    if code not in codes:
+        found.append(f"exit code {code}: {text[-300:]!a}")
     if "Traceback" in text:
         found.append(f"a traceback: {text[-300:]!a}")
     if any(not char.isprintable() and char != "\n" for char in text):
         found.append(f"control characters in its output: {text[:300]!a}")
-    if SECRET.decode() in text:
+    if SECRET.decode() in text or TOKEN in text:
         found.append("the secret in its output")
-    if spent > seconds:
-        found.append(f"{spent:.1f} s of processor time, where {seconds:.1f} s are allowed")
-    if peak > nbytes:
-        found.append(f"{peak >> 20} MB of memory, where {nbytes >> 20} MB are allowed")
+    if "--json" in command:
+        found += json_faults(out)
+    for page in box.glob("*.html"):
+        found += [f"{page.name}: {fault}" for fault in page_faults(page.read_text(encoding="utf-8"))]
+    if usage[0] > base[0] + more[0]:
+        found.append(f"{usage[0]:.1f} s of processor time; {base[0]:.1f} s and {more[0]:.1f} more are allowed")
+    if usage[1] > base[1] + more[1]:
+        found.append(f"{usage[1] >> 20} MB of memory; {base[1] >> 20} MB and {more[1] >> 20} more are allowed")
     return found
 
 
-def wait(process: subprocess.Popen[bytes]) -> tuple[float, int] | None:
+def run(command: str, box: Path, url: str = "") -> tuple[int, str, str, Usage | None]:
+    """Run one command in ``box``; return its exit code, both streams, and what it cost (None if it was killed)."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NO_COLOR": "1"}
+    environment |= {"HF_TOKEN": TOKEN, "HF_ENDPOINT": url or "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HOME": str(box / "cache"), "HF_HUB_CACHE": str(box / "cache")}
+    with (box / "said").open("w+b") as said, (box / "errors").open("w+b") as errors:
+        arguments = [sys.executable, "-m", "dsconv", *shlex.split(command.replace("{url}", url))]
+        process = subprocess.Popen(
+            arguments, cwd=box, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=errors
+        )
+        usage = wait(process)
+        texts = []
+        for stream in (said, errors):
+            stream.seek(0)
+            texts.append(stream.read().decode("utf-8", "replace"))
+    return process.returncode, texts[0], texts[1], usage
+
+
+def json_faults(text: str) -> list[str]:
+    """Return why a command's output is not one JSON object in ASCII."""
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        found = json.loads(text, parse_constant=constant)
+    except ValueError as error:
+        return [f"not JSON: {error}: {text[:200]!a}"]
+    return [] if isinstance(found, dict) and text.isascii() else ["not one object in ASCII"]
+
+
+class Elements(HTMLParser):
+    """What of a page dsconv does not write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [f"<{tag}>"] if tag not in ELEMENTS else []
+        self.found += [f"<{tag} {name}>" for name, _ in attrs if name not in ATTRIBUTES]
+
+
+def page_faults(text: str) -> list[str]:
+    """Return the elements of a page that came from a file's text."""
+    parser = Elements()
+    parser.feed(text)
+    return parser.found
+
+
+def wait(process: subprocess.Popen[bytes]) -> Usage | None:
     """Wait for a process and return its processor time and peak memory, or None if it had to be killed.
 
     The peak is the program's own, whereas ``wait4`` includes the memory of the process that forked it.

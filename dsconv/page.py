@@ -113,16 +113,21 @@ class Page:
             f"{''.join(self._parts)}<footer>Made by dsconv {__version__}. This page loads nothing.</footer>"
             "</body></html>\n"
         )
+        made = None
         try:
             with tempfile.NamedTemporaryFile(
                 "w", dir=path.parent, prefix=".dsconv-", delete=False, encoding="utf-8"
             ) as file:
+                made = Path(file.name)
                 file.write(text)
-            made = Path(file.name)
             made.chmod(0o666 & ~_umask())
             made.replace(path)
-        except OSError as error:
-            raise OutputError(f"{path}: the page cannot be written: {error.strerror or error}") from None
+        except BaseException as error:
+            if made is not None:
+                made.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OutputError(f"{path}: the page cannot be written: {error.strerror or error}") from None
+            raise
 
 
 def _umask() -> int:

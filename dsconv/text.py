@@ -13,6 +13,7 @@ MAX_LINE = 4000  # characters of a line; a path may have 4,096 bytes
 MAX_MESSAGE = 2000  # characters of an error or a warning
 MAX_NAME = 240  # characters of one name in a table
 MAX_QUOTED = 120  # characters of one name in a message
+_DIGITS = re.compile(r"(\d+)")
 _PLURALS = {"is": "are", "was": "were", "has": "have", "does": "do"}
 _Y = re.compile("[^aeiou]y$")  # copy, entry
 _WORD = re.compile(r"[^\s'\"]+")
@@ -75,6 +76,15 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.2f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts names as people do: ``layers.9`` before ``layers.10``."""
+    # A number of thousands of digits, which Python does not convert, sorts by its length and its digits all the same.
+    return [
+        (1, len(digits), digits) if (digits := part.lstrip("0") or "0") and part.isdecimal() else (0, 0, part)
+        for part in _DIGITS.split(name)
+    ]
 
 
 def redact(text: str) -> str:

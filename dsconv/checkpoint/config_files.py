@@ -6,12 +6,12 @@ or in a folder inside: verl writes ``huggingface/`` and NeMo Automodel ``.hf_met
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.storage.local import read_small
+from dsconv.checkpoint.storage.plain_json import load_json
 from dsconv.errors import CheckpointNotFoundError, MalformedError
 
 CONFIG = "config.json"
@@ -68,8 +68,8 @@ def load_config(path: Path) -> dict[str, Any]:
     """
     data = read_small(path, MAX_CONFIG_BYTES)
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = load_json(data)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise MalformedError(f"{path}: not a JSON object")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.config_files import MAX_CONFIG_BYTES
 from dsconv.checkpoint.storage import hub
-from dsconv.errors import CheckpointNotFoundError, MalformedError, UnsupportedError
+from dsconv.checkpoint.storage.local import read_small
+from dsconv.checkpoint.storage.plain_json import load_json
+from dsconv.errors import CheckpointNotFoundError, DsconvError, MalformedError, UnsupportedError
 from dsconv.urls import local_path
 from dsconv.zero_utils.config_auto import hidden_size_of
 
@@ -40,10 +42,10 @@ def read_hidden_size(model: str, revision: str | None = None) -> int:
                 f"{path}: no such file; --model is a folder with config.json, that file, or org/model"
             )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointNotFoundError(f"{path}: the model's configuration cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+        config = load_json(read_small(path, MAX_CONFIG_BYTES))
+    except DsconvError:
+        raise
+    except ValueError as error:
         raise MalformedError(f"{path}: the model's configuration is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise MalformedError(f"{path}: the model's configuration is {type(config).__name__}; expected an object")

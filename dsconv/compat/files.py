@@ -34,7 +34,7 @@ class zero_model_state:  # noqa: N801 - DeepSpeed's name
 
 def atoi(text: str) -> int | str:
     """Return a number for digits, and any other text as it is."""
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text
 
 
 def natural_keys(text: str) -> list[int | str]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of, auto_class
 from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
+from dsconv.checkpoint.storage.plain_json import load_json
 from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.plan import Plan
 from dsconv.names.choosing import advice_of
@@ -363,8 +364,8 @@ def _parse(data: bytes | None) -> dict[str, Any]:
     if data is None or len(data) > MAX_CONFIG_BYTES:
         return {}
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = load_json(data)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.transfer.casting import output_dtype
 from dsconv.convert.adapters.methods import DELTA, TOKENS
-from dsconv.convert.adapters.patterns import by_pattern
+from dsconv.convert.adapters.patterns import by_pattern, ends, require_few
 from dsconv.convert.computed import computed
 from dsconv.convert.lora_math import Lora, folded_bias, folded_weight, read_as, with_tokens
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
@@ -63,6 +63,11 @@ class Folder:
     touched: set[str] = field(default_factory=set)
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
+    @cached_property
+    def target_parameters(self) -> frozenset[str]:
+        """The parameters, or the ends of their names, that the adapter targets."""
+        return frozenset(self.config.get("target_parameters") or ())
+
     def fold(self, layers: list[Parts], others: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
         """Return the folded model's entries by name."""
         result = {entry.name: entry for entry in self.source.values()}
@@ -74,6 +79,7 @@ class Folder:
             elif name in names or _plain_copy(name) not in others:  # of two, PEFT loads the plain name
                 self._replace(result, names, name, entry)
         folded: set[str] = set()
+        require_few(self.config, len(layers))
         for parts in layers:
             for name, entry in self._layer(parts, result, names):
                 if name in folded:
@@ -223,10 +229,7 @@ class Folder:
     def _lora(self, layer: str, parameter: str, base: TensorEntry, lora: Lora) -> Lora:
         """Return ``lora`` with its kind, orientation and scaling; raise InconsistentCheckpointError for a misfit."""
         config = self.config
-        is_parameter = bool(config.get("target_parameters")) and any(
-            f"{layer}.{parameter}" == target or f"{layer}.{parameter}".endswith(f".{target}")
-            for target in config["target_parameters"]
-        )
+        is_parameter = not self.target_parameters.isdisjoint(ends(f"{layer}.{parameter}"))
         experts = base.shape[0] if is_parameter and len(base.shape) == 3 else 1
         rank = lora.down.shape[0] // experts
         key = f"{layer}.{parameter}" if is_parameter else layer

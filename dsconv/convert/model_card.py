@@ -8,6 +8,7 @@ comments).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +19,16 @@ from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType
 from dsconv.checkpoint.storage.hub import is_repo
 from dsconv.convert.sidecars import read_json
+from dsconv.text import clean
 from dsconv.text import count as counted
 
 CARD = "README.md"
 BEGIN, END = "<!-- dsconv: begin, written anew by each push -->", "<!-- dsconv: end -->"
-SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+PLAIN = re.compile(r"[A-Za-z0-9 ,()+-]*|\d+(\.\w+)*", re.ASCII)  # text in which Markdown sees nothing
 # The metadata block, as the Hub finds it (huggingface_hub repocard.py REGEX_YAML_BLOCK), and what a line of plain
 # YAML may be: one of these, or the block is left as it is, since keys cannot be added to `{a: b}`.
+CLASS = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
+MAX_CELL = 200
 BLOCK = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$))")
 YAML_LINE = re.compile(r"""\s*$|\s*\#|\s+\S|-\s|(?P<quote>["']?)(?P<key>[\w-]+)(?P=quote)\s*:(\s|$)""")
 
@@ -69,13 +73,20 @@ def merged(text: str, section: str, metadata: Mapping[str, Any]) -> str:
     """
     newline = "\r\n" if "\r\n" in text else "\n"
     section = section.replace("\n", newline)
-    if SECTION.search(text):
-        text = SECTION.sub(lambda _: section, text, count=1)
+    if (place := section_of(text)) is not None:
+        text = text[: place[0]] + section + text[place[1] :]
     else:
         gap = "" if not text or text.endswith(newline * 2) else newline if text.endswith("\n") else newline * 2
         text = f"{text}{gap}{section}{newline}"
     bom = "\ufeff" if text.startswith("\ufeff") else ""
     return bom + _with_metadata(text.removeprefix(bom), metadata, newline)
+
+
+def section_of(text: str) -> tuple[int, int] | None:
+    """Return where an earlier push's section begins and ends in a card; None if there is none."""
+    begin = text.find(BEGIN)
+    end = text.find(END, begin) if begin >= 0 else -1
+    return (begin, end + len(END)) if end >= 0 else None
 
 
 def _with_metadata(text: str, metadata: Mapping[str, Any], newline: str) -> str:
@@ -122,31 +133,31 @@ def _section(
     world = source.get("world")
     facts = {
         "base model": f"[{base}](https://huggingface.co/{base})" if base else None,
-        "merged from": _plain(source["format"]) if source.get("format") else None,
+        "merged from": _cell(source["format"]) if source.get("format") else None,
         "ranks": (
-            _plain(", ".join(f"{n} {str(kind).replace('_', ' ')}" for kind, n in world.items()))
+            _cell(", ".join(f"{n} {str(kind).replace('_', ' ')}" for kind, n in world.items()))
             if isinstance(world, dict)
             else None
         ),
-        "step": _plain(source["step"]) if source.get("step") is not None else None,
+        "step": _cell(source["step"]) if source.get("step") is not None else None,
         "dtype": ", ".join(str(dtype) for dtype in dtypes(model)),
         "parameters": f"{model.numel:,} in {counted(len(model), 'tensor')}",
         "size": f"{model.nbytes:,} bytes",
     }
     made = (
         "Merged with [dsconv](https://pypi.org/project/dsconv/)"
-        f" {_plain(manifest.get('dsconv_version') or __version__)}; `dsconv.manifest.json` has where each tensor lies"
+        f" {_cell(manifest.get('dsconv_version') or __version__)}; `dsconv.manifest.json` has where each tensor lies"
         " and its CRC-32."
         if manifest is not None
         else ""
     )
     weights = min(name for name in sizes if name.endswith(".safetensors"))
-    rows = [f"| `{_plain(name)}` | {sizes[name]:,} | `{digest}` |" for name, digest in sorted(digests.items())]
+    rows = [f"| {_code(name)} | {sizes[name]:,} | `{digest}` |" for name, digest in sorted(digests.items())]
     return "\n".join([
         "## The weights",
         *(["", made] if made else []),
         "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value),
-        "", "```python", *_loading(repo, folder, base, bool(model.info.get("adapter")), _plain(weights)),
+        "", "```python", *_loading(repo, folder, base, bool(model.info.get("adapter")), weights),
         "```",
         "", "| file | bytes | sha256 |", "|---|---:|---|", *rows,
     ])  # fmt: skip
@@ -169,7 +180,7 @@ def _loading(repo: str, folder: Path, base: str | None, is_adapter: bool, weight
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         return ["from huggingface_hub import hf_hub_download", "from safetensors.torch import load_file", "",
-                f'tensors = load_file(hf_hub_download("{repo}", "{weights}"))']  # fmt: skip
+                f'tensors = load_file(hf_hub_download("{repo}", {_python(weights)}))']  # fmt: skip
     auto_map = config.get("auto_map")
     classes = (
         [key for key in auto_map if key.startswith("AutoModel")]
@@ -177,11 +188,23 @@ def _loading(repo: str, folder: Path, base: str | None, is_adapter: bool, weight
         else config.get("architectures")
     )
     name = classes[-1] if isinstance(classes, list) and classes else "AutoModel"
-    name = name if isinstance(name, str) and name.isidentifier() else "AutoModel"
+    name = name if isinstance(name, str) and CLASS.fullmatch(name) else "AutoModel"
     trust = ", trust_remote_code=True" if auto_map else ""
     return [f"from transformers import {name}", "", f'model = {name}.from_pretrained("{repo}"{trust})']
 
 
-def _plain(value: Any) -> str:
-    """Return text of a file as a cell of a table: it cannot end the cell, and holds no HTML."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")[:200]
+def _cell(value: Any) -> str:
+    """Return text of a file for a cell of a table; as code unless Markdown sees nothing in it."""
+    text = clean(str(value), MAX_CELL)
+    return text if PLAIN.fullmatch(text) else _code(text)
+
+
+def _code(value: Any) -> str:
+    """Return text of a file as code in a cell of a table: no link, picture, HTML or new cell comes of it."""
+    text = clean(" ".join(str(value).split()), MAX_CELL).replace("`", "'").replace("|", "¦")
+    return f"`{text}`" if text else ""
+
+
+def _python(text: str) -> str:
+    """Return text of a file as a literal of Python that ends neither the line nor the block of code."""
+    return (json.dumps(text) if text.isascii() else ascii(text)).replace("`", "\\x60")

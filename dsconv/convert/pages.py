@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,20 @@ from dsconv.convert.diff import DiffReport, Distance
 from dsconv.convert.values import ValuesReport
 from dsconv.page import Page, shown
 from dsconv.text import count as counted
-from dsconv.text import size
+from dsconv.text import natural, size
 
-LAYER = re.compile(r"(?P<layer>.*?\.?\d+)\.(?P<kind>.+)")  # a name up to its first number, and the rest
+AFTER_NUMBER = re.compile(r"(?<=\d)\.(?=.)", re.DOTALL)  # the dot between a layer's number and the rest of the name
 MAX_FILES, MAX_ROWS = 256, 2000  # what a figure and a table show at most
+MAX_CELLS = 1 << 16  # of a figure, which has columns × rows
+MAX_DEPTH = 16  # of the boxes in boxes; the names of real models have some 12 parts
 BLUES = [[0.0, "#c6dcf0"], [0.5, "#3787c0"], [1.0, "#08306b"]]  # white means: nothing there
 MAX_LABEL = 20
 
 
 def split_name(name: str) -> tuple[str, str]:
     """Return (layer, kind): ``model.layers.3`` and ``mlp.up_proj.weight``; the layer of a name without number is ""."""
-    match = LAYER.fullmatch(name)
-    return (match["layer"], match["kind"]) if match else ("", name)
+    dot = AFTER_NUMBER.search(name)
+    return (name[: dot.start()], name[dot.end() :]) if dot else ("", name)
 
 
 def write_inspect_page(
@@ -57,11 +60,13 @@ def write_inspect_page(
     page.figure(_treemap(entries), 560)
     files, grid, layers = _bytes_by_file(entries)
     pattern, shorter = _without_common_ends(files)
-    more = f" The first {MAX_FILES:,} of {len(files):,} files are shown." if len(files) > MAX_FILES else ""
+    widest = _columns(len(files))
     page.heading(
-        "Where the bytes lie", f"Bytes of each layer, or tensor without one, in the files {shown(pattern)}.{more}"
+        "Where the bytes lie",
+        f"Bytes of each layer, or tensor without one, in the files {shown(pattern)}."
+        f"{_first(MAX_FILES, files, 'files')}{_first(widest, layers, 'layers')}",
     )
-    page.figure(_file_map(files[:MAX_FILES], shorter, grid, layers), 280 + 18 * min(len(files), MAX_FILES))
+    page.figure(_file_map(files[:MAX_FILES], shorter, grid, layers[:widest]), 280 + 18 * min(len(files), MAX_FILES))
     if values is not None:
         page.heading("Values", "Read in full. Norm and largest are of the finite values.")
         rows: list[tuple[object, ...]] = [
@@ -88,34 +93,63 @@ def write_inspect_page(
     page.write(path)
 
 
+def _columns(rows: int) -> int:
+    """Return the most columns of a figure with so many rows, of which it shows ``MAX_FILES`` at most."""
+    return MAX_CELLS // max(1, min(rows, MAX_FILES))
+
+
+def _first(most: int, items: Sequence[str], what: str) -> str:
+    return f" The first {most:,} of {len(items):,} {what} are shown." if len(items) > most else ""
+
+
+@dataclass
+class _Module:
+    """A box of the figure of modules: a module, or a tensor. ``parent`` is the number of the box that it lies in."""
+
+    label: str
+    name: str
+    parent: str
+    nbytes: int = 0
+    note: str = ""
+
+
+def _modules(entries: Sequence[TensorEntry]) -> list[_Module]:
+    """Return the boxes, the whole model first. What lies deeper than ``MAX_DEPTH`` is in one box."""
+    boxes = [_Module("model", "model", "")]
+    inside: list[dict[str, int]] = [{}]  # of each box, by the part of a name: the number of the box
+    for entry in entries:
+        parts = entry.name.split(".", MAX_DEPTH - 1)
+        at = 0
+        boxes[0].nbytes += entry.nbytes
+        for depth, part in enumerate(parts, 1):
+            if part not in inside[at]:
+                inside[at][part] = len(boxes)
+                boxes.append(_Module(shown(part), shown(".".join(parts[:depth])), str(at)))
+                inside.append({})
+            at = inside[at][part]
+            boxes[at].nbytes += entry.nbytes
+        boxes[at].note = f"<br>{entry.dtype}, {' × '.join(map(str, entry.shape)) or 'scalar'}"
+    return boxes
+
+
 def _treemap(entries: Sequence[TensorEntry]) -> Any:
     import plotly.graph_objects as go
 
-    totals: dict[str, int] = {"": 0}
-    notes: dict[str, str] = {}
-    for entry in entries:
-        parts = entry.name.split(".")
-        for depth in range(len(parts) + 1):
-            key = ".".join(parts[:depth])
-            totals[key] = totals.get(key, 0) + entry.nbytes
-        notes[entry.name] = f"<br>{entry.dtype}, {' × '.join(map(str, entry.shape)) or 'scalar'}"
-    keys = list(totals)
+    boxes = _modules(entries)
     return go.Figure(
         go.Treemap(
-            ids=[f"all.{shown(key)}" if key else "all" for key in keys],
-            labels=[shown(key.rpartition(".")[2]) if key else "model" for key in keys],
-            parents=[
-                "" if not key else "all" if "." not in key else f"all.{shown(key.rpartition('.')[0])}" for key in keys
-            ],
-            values=list(totals.values()),
+            ids=[str(at) for at in range(len(boxes))],
+            labels=[box.label for box in boxes],
+            parents=[box.parent for box in boxes],
+            values=[box.nbytes for box in boxes],
             branchvalues="total",
             maxdepth=4,
-            text=[size(total) for total in totals.values()],
+            text=[size(box.nbytes) for box in boxes],
             textinfo="label+text+percent root",
-            hovertext=[f"{shown(key) or 'model'}<br>{size(totals[key])}{notes.get(key, '')}" for key in keys],
+            hovertext=[f"{box.name}<br>{size(box.nbytes)}{box.note}" for box in boxes],
             hoverinfo="text",
             marker={
-                "colors": [math.log10(total + 1) for total in totals.values()],
+                "colors": [math.log10(box.nbytes + 1) for box in boxes],
                 "colorscale": BLUES,
                 "showscale": False,
             },
@@ -228,8 +262,10 @@ def write_diff_page(path: Path, report: DiffReport) -> None:
     if rows:
         page.heading(
             "What changed, layer by kind",
-            "The norm of the change relative to the norm of A, in powers of ten. Empty: equal, or no such tensor.",
+            "The norm of the change relative to the norm of A, in powers of ten. Empty: equal, or no such tensor."
+            f"{_first(MAX_FILES, rows, 'layers')}{_first(_columns(len(rows)), kinds, 'kinds')}",
         )
+        rows, kinds = rows[:MAX_FILES], kinds[: _columns(len(rows))]
         by_place = {split_name(distance.name): distance for distance in report.tensors}
         values = [[_log(by_place.get((row, kind))) for kind in kinds] for row in rows]
         texts = [[_words(by_place.get((row, kind))) for kind in kinds] for row in rows]
@@ -249,7 +285,7 @@ def _layers_and_kinds(distances: Sequence[Distance]) -> tuple[list[str], list[st
     places = [split_name(distance.name) for distance in distances]
     rows = {layer for layer, _ in places if layer}
     kinds = dict.fromkeys(sorted(kind for layer, kind in places if layer))
-    return sorted(rows, key=lambda row: [(int(p), "") if p.isdigit() else (-1, p) for p in row.split(".")]), list(kinds)
+    return sorted(rows, key=natural), list(kinds)
 
 
 def _log(distance: Distance | None) -> float | None:

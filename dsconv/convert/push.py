@@ -22,7 +22,7 @@ from dsconv.checkpoint.storage.local import is_remote, read_small
 from dsconv.checkpoint.transfer.copy import default_workers
 from dsconv.convert.hub_errors import explain, status_of
 from dsconv.convert.manifest import MANIFEST
-from dsconv.convert.model_card import CARD, make_card
+from dsconv.convert.model_card import CARD, make_card, section_of
 from dsconv.convert.progress import Progress
 from dsconv.convert.push_files import check_and_hash, check_names, files_of, open_model, read_manifest
 from dsconv.convert.push_upload import PushReport, Repository, look, shelf_of, upload
@@ -197,10 +197,9 @@ def _existing_card(api: Any, there: Repository, folder: Path, report: PushReport
         return on_hub
     text = _read_text(folder / CARD)
     if on_hub is not None:
-        from dsconv.convert.model_card import SECTION
-
+        place = section_of(on_hub) or (0, 0)
         lost = (
-            {line.strip() for line in SECTION.sub("", on_hub).splitlines()}
+            {line.strip() for line in (on_hub[: place[0]] + on_hub[place[1] :]).splitlines()}
             - {line.strip() for line in text.splitlines()}
             - {""}
         )

@@ -7,7 +7,6 @@ keeps.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 from dsconv.checkpoint.formats.huggingface import safetensors
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.local import read_small
+from dsconv.checkpoint.storage.plain_json import load_json
 from dsconv.checkpoint.storage.roots import PathRoot
 from dsconv.checkpoint.transfer.checksums import crc32
 from dsconv.checkpoint.transfer.copy import BLOCK_BYTES
@@ -124,8 +124,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         if not os.path.lexists(path):
             return None
-        manifest = json.loads(read_small(path))
-    except (CheckpointNotFoundError, OSError, ValueError, RecursionError) as error:
+        manifest = load_json(read_small(path))
+    except (CheckpointNotFoundError, OSError, ValueError) as error:
         raise MalformedError(f"{path}: not the JSON that a merge writes ({error}); merge again, or remove it") from None
     tensors, files = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("tensors", "files"))
     sound = (

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsconv.checkpoint.storage.hub import COMMIT, require_commit
 from dsconv.convert.hub_errors import status_of
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.model_card import CARD
@@ -19,7 +20,6 @@ from dsconv.errors import MismatchError
 
 # The weights of an earlier push that this one does not replace: from_pretrained may take them for the model's.
 STALE = re.compile(r"(?P<stem>model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFLICTS = (409, 412)
 
 
@@ -82,7 +82,11 @@ def look(api: Any, repo: str, revision: str | None) -> Repository | None:
             raise
         return None
     return Repository(
-        repo, revision, info.sha, bool(info.private), frozenset(file.rfilename for file in info.siblings or [])
+        repo,
+        revision,
+        require_commit(repo, info.sha),
+        bool(info.private),
+        frozenset(file.rfilename for file in info.siblings or []),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from dsconv.checkpoint.config_files import MAX_CONFIG_BYTES
 from dsconv.checkpoint.map.dtypes import BY_NAME, DType
 from dsconv.checkpoint.storage.local import MAX_SMALL_BYTES, is_remote, read_small, why_unread
+from dsconv.checkpoint.storage.plain_json import load_json
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError
 
 PATTERNS = (
@@ -106,8 +107,8 @@ def _custom_code(config: Path) -> list[str]:
 def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> Any:
     """Return the file's JSON, or None if it holds none, must not be read, or is larger than ``limit_bytes``."""
     try:
-        return json.loads(read_small(path, limit_bytes))
-    except (CheckpointNotFoundError, OSError, ValueError, RecursionError):
+        return load_json(read_small(path, limit_bytes))
+    except (CheckpointNotFoundError, OSError, ValueError):
         return None
 
 
@@ -119,11 +120,11 @@ def with_dtype(data: bytes, dtype: DType | None) -> bytes:
     if dtype is None:
         return data
     try:
-        config = json.loads(data)
+        config = load_json(data)
         if not isinstance(config, dict) or not _set_dtype(config, dtype.name):
             return data
         return (json.dumps(config, indent=2) + "\n").encode()
-    except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
+    except ValueError:  # no JSON, or nested deeper than any configuration
         return data
 
 
@@ -147,8 +148,8 @@ def with_vocabulary(data: bytes, path: Path, old: int, new: int) -> bytes:
         InconsistentCheckpointError: Its vocabulary has another size, so what was resized is no embedding.
     """
     try:
-        config = json.loads(data)
-    except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
+        config = load_json(data)
+    except ValueError:  # no JSON, or nested deeper than any configuration
         config = None
     places = [config, config.get("text_config")] if isinstance(config, dict) else []
     fitting = [place for place in places if isinstance(place, dict) and place.get("vocab_size") in (old, new)]
@@ -168,21 +169,21 @@ def untied(data: bytes) -> bytes:
     peft ``tuners/tuners_utils.py`` (``_unload_and_optionally_merge``) does the same.
     """
     try:
-        config = json.loads(data)
+        config = load_json(data)
         if not isinstance(config, dict) or config.get("tie_word_embeddings") is False:
             return data
         return (json.dumps({**config, "tie_word_embeddings": False}, indent=2) + "\n").encode()
-    except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
+    except ValueError:  # no JSON, or nested deeper than any configuration
         return data
 
 
 def without_scheme(data: bytes) -> bytes:
     """Return a config.json that does not say any more that the weights are quantized."""
     try:
-        config = json.loads(data)
+        config = load_json(data)
         if not isinstance(config, dict) or "quantization_config" not in config:
             return data
         del config["quantization_config"]
         return (json.dumps(config, indent=2) + "\n").encode()
-    except (ValueError, RecursionError):  # no JSON, or nested deeper than any configuration
+    except ValueError:  # no JSON, or nested deeper than any configuration
         return data

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dsconv.checkpoint.storage.local import read_small
+from dsconv.checkpoint.storage.plain_json import load_json
 from dsconv.convert.folders import opened
-from dsconv.errors import MalformedError, OutputError
+from dsconv.errors import DsconvError, MalformedError, OutputError
 
 MAX_JSON_BYTES = 16 << 20
 # What JSON has for a field of the engine's data classes, by its annotation.
@@ -43,8 +43,10 @@ def read_object(path: Path) -> dict[str, Any]:
         MalformedError: It is larger than any such file, or holds no JSON object.
     """
     try:
-        found = json.loads(read_small(path, MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
+        found = load_json(read_small(path, MAX_JSON_BYTES))
+    except DsconvError:
+        raise
+    except ValueError as error:
         raise MalformedError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise MalformedError(f"{path}: expected a JSON object, found {type(found).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,6 +21,7 @@ from dsconv.names.operations import Config, Vocabulary, WrongShape
 from dsconv.names.tables import Family, Found
 
 FAMILIES: tuple[Family, ...] = torchtitan.FAMILIES + megatron.FAMILIES
+MIN_PART_BYTES = 8  # of each tensor or block that one tensor is divided into; real ones have kilobytes
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -154,6 +156,8 @@ def _parts(entry: TensorEntry, found: Found, config: Config) -> Iterator[tuple[s
             f"{safe_repr(entry.name)} has the shape {list(entry.shape)}; its first {rule.stacked} dimensions should"
             f" stack the tensors {rule.ours[0]}"
         )
+    stacked = math.prod(entry.shape[: rule.stacked])
+    require_room(entry.name, entry.nbytes, stacked)
     for index in product(*map(range, entry.shape[: rule.stacked])):
         view = View.of(entry)
         for number in index:
@@ -164,8 +168,22 @@ def _parts(entry: TensorEntry, found: Found, config: Config) -> Iterator[tuple[s
             raise InconsistentCheckpointError(
                 f"{safe_repr(entry.name)}: expected {error} from {config.path}, found the shape {list(entry.shape)}"
             ) from None
+        require_room(entry.name, entry.nbytes, stacked * sum(len(part.patches) for part in parts))
         for name, part in zip(rule.ours, parts, strict=True):
             yield name.format(*found.numbers, *index), part
+
+
+def require_room(name: str, nbytes: int, count: int) -> None:
+    """Raise InconsistentCheckpointError for a tensor of hardly a byte for each part that it is divided into.
+
+    A shape without elements may have any sizes, and a configuration may have any numbers. What is made of them would
+    take time and memory out of proportion to the file.
+    """
+    if count > 1 and count * MIN_PART_BYTES > nbytes:
+        raise InconsistentCheckpointError(
+            f"{safe_repr(name)} has {nbytes:,} bytes and would be divided into {count:,} parts; its shape or the"
+            " configuration is not a real model's"
+        )
 
 
 def _warnings(left_out: Sequence[TensorEntry], family: Family) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dsconv.checkpoint.map.patches import View
 from dsconv.errors import UnsupportedError
 
 MAX_SIZE = 1 << 40
+MAX_HEADS = 4096  # of attention; into so many blocks a tensor is divided
 
 
 class Config:
@@ -31,21 +32,24 @@ class Config:
         """Return the configuration in a file, or None for no file. Raises what ``load_config`` does."""
         return None if path is None else cls(path, load_config(path))
 
-    def number(self, key: str, default: int | None = None) -> int:
-        """Return a positive whole number. Raises UnsupportedError where there is none, and no ``default``."""
+    def number(self, key: str, default: int | None = None, most: int = MAX_SIZE - 1) -> int:
+        """Return a positive whole number. Raises UnsupportedError where there is none of at most ``most``, and no
+        ``default``.
+        """
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_SIZE:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
             raise UnsupportedError(
-                f"{self.path}: {key} is {value!r:.80}; a positive number is needed to arrange the weights"
+                f"{self.path}: {key} is {value!r:.80}; a positive number of at most {most} is needed to arrange the"
+                " weights"
             )
         return value
 
     @property
     def head_dim(self) -> int:
         """The size of an attention head."""
-        heads = self.number("num_attention_heads")
+        heads = self.number("num_attention_heads", most=MAX_HEADS)
         return self.number("head_dim", self.number("hidden_size") // heads)
 
 
@@ -97,8 +101,8 @@ class RotaryPairs:
         return views[0].interleave(2, self._heads(views[0], config))
 
     def _heads(self, view: View, config: Config) -> int:
-        default = config.number("num_attention_heads") if self.heads == "num_key_value_heads" else None
-        heads = config.number(self.heads, default)
+        default = config.number("num_attention_heads", most=MAX_HEADS) if self.heads == "num_key_value_heads" else None
+        heads = config.number(self.heads, default, MAX_HEADS)
         if config.head_dim % 2 or view.shape[0] != heads * config.head_dim:
             raise WrongShape(f"{heads} heads ({self.heads}) of {config.head_dim} rows, an even number")
         return heads
@@ -159,8 +163,8 @@ class QueryGroups:
         return View.cat([part for group in zip(*parts, strict=True) for part in group])
 
     def _sizes(self, config: Config) -> tuple[int, tuple[int, int, int]]:
-        heads = config.number("num_attention_heads")
-        groups = config.number("num_key_value_heads", heads)
+        heads = config.number("num_attention_heads", most=MAX_HEADS)
+        groups = config.number("num_key_value_heads", heads, MAX_HEADS)
         if heads % groups:
             raise WrongShape(f"num_attention_heads ({heads}) that num_key_value_heads ({groups}) divides")
         return groups, (heads // groups * config.head_dim, config.head_dim, config.head_dim)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, MalformedError
-from dsconv.text import quote
+from dsconv.text import natural, quote
 
 K = TypeVar("K", bound=Hashable)
 
@@ -143,13 +143,13 @@ def find_tag_folder(path: Path, tag: str | None = None) -> TagFolder | None:
 
 def tags_in(path: Path) -> list[str]:
     """Return the names of the tag folders in ``path``, numbers in them in the order of their values."""
-    return sorted((p.name for p in path.iterdir() if holds_states(p)), key=_natural) if path.is_dir() else []
+    return sorted((p.name for p in path.iterdir() if holds_states(p)), key=natural) if path.is_dir() else []
 
 
 def trainer_saves(path: Path) -> list[str]:
     """Return the names of the ``checkpoint-N`` of DeepSpeed in a Trainer's output folder, the newest last."""
     names = [p.name for p in path.glob("checkpoint-*") if (p / "latest").is_file()] if path.is_dir() else []
-    return sorted(names, key=_natural)
+    return sorted(names, key=natural)
 
 
 def read_latest(path: Path) -> str:
@@ -175,10 +175,6 @@ def _others(path: Path) -> str:
         if tags
         else "; no tag folder was found there"
     )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def scan(folder: Path, tag: str, save_dir: Path) -> TagFolder:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import dsconv
-from dsconv.convert.pages import split_name
+from dsconv.convert.pages import MAX_DEPTH, _modules, split_name
 from dsconv.engine.validation_page import write_validation_page
 from dsconv.engine.validation_report import Cell, ValidationReport
 from dsconv.errors import OutputError
@@ -133,3 +135,37 @@ def test_names_are_split_at_their_first_number() -> None:
     assert split_name("model.layers.3.mlp.experts.7.w1") == ("model.layers.3", "mlp.experts.7.w1")
     assert split_name("lm_head.weight") == ("", "lm_head.weight")
     assert split_name("0.weight") == ("0", "weight")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.3.mlp.up", "h.0", "0.w", "a.12", "x", "a.1.", "1.2.3", "a.b1.c", "a.٣.w", "a..0.b", "².3.w"]
+)
+def test_a_name_is_split_after_its_first_number(name: str) -> None:
+    expected = re.fullmatch(r"(.*?\.?\d+)\.(.+)", name)
+    assert split_name(name) == (expected.groups() if expected else ("", name))
+
+
+def test_modules_that_are_tensors_too_and_names_of_any_depth(tmp_path: Path) -> None:
+    names = ("a", "a.b", "a.b.c", ".", "..x", "x.", "d" + ".e" * 2000, "d" + ".e" * 1999 + ".f")
+    save_file({name: torch.ones(at + 1) for at, name in enumerate(names)}, tmp_path / "model.safetensors")
+    boxes = _modules(list(dsconv.open_checkpoint(tmp_path).values()))
+    assert boxes[0].nbytes == 4 * sum(range(1, len(names) + 1))
+    inside = [0] * len(boxes)
+    for box in boxes[1:]:
+        assert int(box.parent) < boxes.index(box)  # no circle
+        inside[int(box.parent)] += box.nbytes
+    assert all(inside[at] <= box.nbytes for at, box in enumerate(boxes))
+    assert len(boxes) < len(names) + 4 * MAX_DEPTH
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    page = Page("t", "a test")
+    page.problems("x" * 1000 for _ in range(100))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match="the page cannot be written: File too large"):
+            page.write(tmp_path / "page.html")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

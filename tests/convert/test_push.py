@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 import dsconv as package
 from dsconv import merge
-from dsconv.convert.model_card import BEGIN, END
+from dsconv.convert.model_card import BEGIN, END, make_card
 from dsconv.convert.model_card import merged as merged_card
-from dsconv.convert.push_files import read_manifest
+from dsconv.convert.push_files import open_model, read_manifest
 from dsconv.errors import DsconvError, MalformedError, MismatchError, RemoteError, UnsafeError
 from tests.servers.hubwriting import Fault, Shell, WritableHub, contents, download
 from tests.trained import Trained, load_safetensors
@@ -289,6 +292,53 @@ def test_any_readme_keeps_its_lines_in_order(lines: list[str], newline: str, end
     assert merged_card(made, section.replace("weights", "new weights"), {}) == made.replace(
         "The weights", "The new weights"
     )
+
+
+HOSTILE = "![x](//evil.example/t.png) [y](javascript:alert(1)) <img src=x> `|` \\| https://evil.example \x1b[2J\n# z"
+
+
+def test_a_manifest_and_a_files_name_write_no_markdown_and_no_code(folder: Path) -> None:
+    """What a download brings is shown in the card as text, and its file's name as a literal of Python."""
+    manifest = json.loads((folder / "dsconv.manifest.json").read_text())
+    manifest["source"] |= {"format": HOSTILE, "step": HOSTILE, "world": {HOSTILE: HOSTILE}}
+    manifest["dsconv_version"] = HOSTILE
+    weights = 'a")); evil("//x") #```\n.safetensors'
+    model = open_model(folder)
+    (folder / "none").mkdir()
+    digests = {HOSTILE: "0", weights: "1"}
+    card = make_card(None, "org/new", folder / "none", model, manifest, dict.fromkeys(digests, 1), digests)
+    assert all(char.isprintable() or char == "\n" for char in card)
+    tokens = MarkdownIt("commonmark").enable("table").parse(card[card.index(BEGIN) :])
+    inner = [token for token in tokens for token in [token, *(token.children or ())]]
+    links = {str(token.attrs["href"]) for token in inner if token.type == "link_open"}
+    assert links == {"https://pypi.org/project/dsconv/"}
+    assert {token.content for token in inner if token.type in ("html_block", "html_inline")} == {
+        f"{BEGIN}\n",
+        f"{END}\n",
+    }
+    assert not [token for token in inner if token.type == "image"]
+    assert "evil.example" not in "".join(
+        token.content for token in inner if token.type == "text"
+    )  # no address to click
+    rows = [
+        sum(cell.type == "td_open" for cell in tokens[at:])
+        for at, token in enumerate(tokens)
+        if token.type == "tr_open"
+    ]
+    assert rows
+    fence = next(token.content for token in inner if token.type == "fence")
+    call = ast.parse(fence).body[-1]
+    assert isinstance(call, ast.Assign)
+    assert [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)] == ["org/new", weights]
+    calls = [ast.unparse(node.func) for node in ast.walk(call) if isinstance(node, ast.Call)]
+    assert calls == ["load_file", "hf_hub_download"]
+
+
+def test_a_card_takes_time_in_proportion() -> None:
+    began = time.process_time()
+    text = BEGIN * 20_000
+    assert merged_card(text, f"{BEGIN}fresh{END}", {}).count("fresh") == 1
+    assert time.process_time() - began < 1
 
 
 FAILURES: dict[str, tuple[str, list[Fault], dict[str, str], str]] = {

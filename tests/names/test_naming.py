@@ -23,7 +23,8 @@ from dsconv.errors import (
 )
 from dsconv.names.choosing import with_hf_names
 from dsconv.names.marks import MARKS, framework_of
-from dsconv.names.naming import FAMILIES
+from dsconv.names.naming import FAMILIES, to_hf
+from dsconv.names.operations import Config
 from tests.cli.running import dsconv as run
 
 DATA = Path(__file__).parents[1] / "data" / "names" / "torchtitan"
@@ -150,3 +151,49 @@ def test_the_advice_names_the_option(tmp_path: Path) -> None:
     config = config_in(tmp_path / "config")
     report = dsconv.merge(DATA / "llama3" / "step-3", tmp_path / "out", config_from=config)
     assert "These are names of torchtitan, llama3: merge with --names hf" in report.warnings[-1]
+
+
+QWEN = {
+    "model_type": "qwen3_moe", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32,
+}  # fmt: skip
+Q = "layers.0.attention.qkv_linear.wq.weight"
+EXPERTS = "layers.0.moe.routed_experts.inner_experts.w1_EFD"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config"),
+    [
+        ({"layers.0.attention.q_norm.weight": (8,), EXPERTS: (1 << 40, 0, 4)}, QWEN),
+        ({Q: (1 << 21, 1)}, {**LLAMA, "num_attention_heads": 1 << 20, "head_dim": 2}),
+        ({Q: (8192, 0)}, {**LLAMA, "num_attention_heads": 4096, "head_dim": 2}),
+        (
+            {"decoder.layers.self_attention.linear_qkv.weight": (1, 3 << 38, 0)},
+            {**LLAMA, "num_attention_heads": 1 << 38, "num_key_value_heads": 1 << 38, "head_dim": 1},
+        ),
+    ],
+    ids=["experts without elements", "a million heads", "heads without elements", "groups without elements"],
+)  # fmt: skip
+def test_shapes_and_numbers_of_no_real_model_take_no_time(
+    tensors: dict[str, tuple[int, ...]], config: dict[str, Any], tmp_path: Path
+) -> None:
+    import time
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.uint8) for name, shape in tensors.items()}, tmp_path / "model.safetensors"
+    )
+    opened = dsconv.open_checkpoint(tmp_path)
+    began = time.process_time()
+    with pytest.raises((InconsistentCheckpointError, UnsupportedError), match=r"divided into|at most 4096"):
+        to_hf(opened, Config.read(tmp_path / "config.json"))
+    assert time.process_time() - began < 1
+
+
+def test_a_configuration_of_any_depth_is_an_error_by_name(tmp_path: Path) -> None:
+    """What Python's parser just allows would end in a RecursionError where the value is shown."""
+    save_file({"layers.0.attention.qkv_linear.wq.weight": torch.zeros(8, 8)}, tmp_path / "model.safetensors")
+    opened = dsconv.open_checkpoint(tmp_path)
+    for depth in range(40, 1100, 20):
+        (tmp_path / "config.json").write_text('{"model_type": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(DsconvError, match=r"config\.json: (model_type is|not a JSON object)"):
+            to_hf(opened, Config.read(tmp_path / "config.json"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from dsconv.checkpoint.map.tensors import TensorEntry
@@ -88,7 +89,7 @@ class View:
             sizes = [min(sizes, total - at) for at in range(0, total, sizes)]
         if sum(sizes) != total:
             raise ValueError(f"sizes {list(sizes)} do not add up to {total}")
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        starts = [0, *accumulate(sizes)][: len(sizes)]
         return tuple(self.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
 
     def squeeze(self, dim: int) -> Self:

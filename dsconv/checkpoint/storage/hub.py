@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote
 from dsconv.checkpoint.storage.local import OpenFile
 from dsconv.checkpoint.storage.paths import Bounds, SourcePath
 from dsconv.errors import CheckpointNotFoundError, DsconvError, RemoteError, UnsupportedError
+from dsconv.text import quote as shown
 
 REPO = re.compile(r"[a-zA-Z0-9]([\w.-]{0,94}\w)?/[a-zA-Z0-9]([\w.-]{0,94}\w)?", re.ASCII)
 SCHEME = "hf://"
@@ -31,6 +32,8 @@ NOT_BESIDE = "*.index.json"
 MAX_BESIDE_BYTES = 200 << 20
 DOWNLOADS_AT_ONCE = 8  # as many as huggingface_hub's snapshot_download
 TRUE = ("1", "on", "yes", "true")
+COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+MAX_NAME_CHARS, MAX_PART_BYTES = 1024, 255  # of a file's name; a longer one has no place in the cache
 
 
 def is_repo(path: str | os.PathLike[str]) -> bool:
@@ -250,8 +253,17 @@ def open_repo(repo: str, revision: str | None) -> HubRoot | CachedRoot:
         root = _cached(api, repo, revision, str(said))
         root.warnings.append(f"{said}; took what the cache has")
         return root
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    return HubRoot(repo, revision, info.sha, {name: size for name, size in sizes.items() if _stays_inside(name)}, api)
+    sizes = {file.rfilename: file.size for file in info.siblings or [] if _stays_inside(file.rfilename)}
+    counted = {name: size if type(size) is int and size >= 0 else 0 for name, size in sizes.items()}
+    return HubRoot(repo, revision, require_commit(repo, info.sha), counted, api)
+
+
+def require_commit(repo: str, sha: Any) -> str:
+    """Return the commit that the server named, which becomes a folder's name. Raises RemoteError for any other text."""
+    if not isinstance(sha, str) or not COMMIT.fullmatch(sha):
+        endpoint = connection()["endpoint"] or "https://huggingface.co"
+        raise RemoteError(f"{repo}: {endpoint} does not answer as the Hub does: it calls a commit {shown(sha)}")
+    return sha
 
 
 def fetch_config(repo: str, revision: str | None = None) -> Path:
@@ -333,9 +345,16 @@ def _cache_folder(repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser().absolute() / f"models--{repo.replace('/', '--')}"
 
 
-def _stays_inside(name: str) -> bool:
-    """Return whether a file's name, which the server chose, is a relative path without ``..``."""
-    return name == PurePath(name).as_posix() and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
+def _stays_inside(name: Any) -> bool:
+    """Return whether a file's name, which the server chose, is a relative path without ``..`` that a disk can hold."""
+    if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or "\0" in name:
+        return False
+    path = PurePath(name)
+    try:
+        too_long = any(len(os.fsencode(part)) > MAX_PART_BYTES for part in path.parts)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return name == path.as_posix() and not path.is_absolute() and ".." not in path.parts and not too_long
 
 
 def _cached(api: Any, repo: str, revision: str | None, why: str) -> CachedRoot:

@@ -28,7 +28,7 @@ from dsconv.convert.adapters.methods import (
     whole_modules,
     without_adapter,
 )
-from dsconv.convert.adapters.patterns import by_pattern
+from dsconv.convert.adapters.patterns import by_pattern, ends, require_few
 from dsconv.convert.sidecars import read_json
 from dsconv.errors import InconsistentCheckpointError, MalformedError, UnsupportedError
 from dsconv.text import count, quote
@@ -307,6 +307,8 @@ def _refuse_other_config(checkpoint: Checkpoint, found: list[TensorEntry], confi
     targets = config.get("target_modules")
     if config.get("target_parameters") or config.get("target_modules_to_tie"):
         return
+    names = frozenset(targets) if isinstance(targets, list) else None
+    require_few(config, len(found))
     for entry in found:
         name = entry.name.removeprefix(PREFIX)
         at = slot(name, ("lora_A", "lora_embedding_A"))
@@ -316,7 +318,7 @@ def _refuse_other_config(checkpoint: Checkpoint, found: list[TensorEntry], confi
         rank = by_pattern(config.get("rank_pattern"), layer, config.get("r", 8))
         if entry.shape[:1] != (rank,):
             wrong = f"has rank {entry.shape[0]}, and adapter_config.json gives it rank {rank!r:.40}"
-        elif isinstance(targets, list) and not any(f".{layer}".endswith(f".{target}") for target in targets):
+        elif names is not None and names.isdisjoint(ends(layer)):
             wrong = "is not among target_modules of adapter_config.json"
         else:
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,8 @@ else:
     import sre_parse as parser
 
 MAX_PATTERN_CHARS = 1024
+MAX_PATTERNS = 4096  # in one dictionary: a rank for each adapted layer
+MAX_TRIES = 4 * 10**6  # patterns × layers: some seconds
 MAX_STEPS = 10**8  # of the matcher for one name: about a second
 
 
@@ -41,6 +44,31 @@ def by_pattern(patterns: Any, key: str, default: Any) -> Any:
         if fits(rf"(.*\.)?({pattern})$", key, pattern):
             return value
     return default
+
+
+def require_few(config: Mapping[str, Any], layers: int) -> None:
+    """Raise UnsupportedError where a configuration has so many patterns that trying them on each layer takes long.
+
+    Args:
+        config: The adapter_config.json.
+        layers: The number of layers.
+    """
+    for key in ("rank_pattern", "alpha_pattern"):
+        count = len(config.get(key) or ())
+        if count > MAX_PATTERNS or count * layers > MAX_TRIES:
+            raise UnsupportedError(
+                f"adapter_config.json: {key} has {count:,} patterns, to be tried on {layers:,} layers; dsconv tries"
+                f" {MAX_PATTERNS:,} at most, and {MAX_TRIES:,} on all layers together"
+            )
+
+
+def ends(name: str) -> Iterator[str]:
+    """Yield a dotted name, and what follows each of its dots: what PEFT compares with the names of targets."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
 
 
 def fits(pattern: str, name: str, shown: str | None = None) -> bool:

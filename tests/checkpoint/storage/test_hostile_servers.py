@@ -4,75 +4,30 @@ misplaced.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import re
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
 
+from attacks.servers import ODD_NAMES, hub, refusing, siblings
 from dsconv import merge, open_checkpoint
 from dsconv.checkpoint.storage import http, stores
+from dsconv.checkpoint.storage.hub import HubRoot, open_repo
 from dsconv.checkpoint.storage.roots import as_path
 from dsconv.errors import DsconvError, MalformedError, RemoteError
+from tests.servers.hostile import Answer, give, give_range, serving
 from tests.trained import same
 
 FULL = torch.arange(4096, dtype=torch.float32)
 FILE = save({"w": FULL})
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-@contextlib.contextmanager
-def serving(answer: Answer) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Start a server, and give its URL and the headers of all requests that it gets."""
-    seen: list[dict[str, str]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *args: Any) -> None: ...
-
-        def do_GET(self) -> None:
-            seen.append({"path": self.path, **{name.lower(): value for name, value in self.headers.items()}})
-            with contextlib.suppress(ConnectionError):
-                answer(self)
-
-        do_HEAD = do_GET
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def give(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
-    handler.send_response(status)
-    for name, value in {"Content-Length": str(len(body)), **headers}.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    if handler.command != "HEAD":
-        handler.wfile.write(body)
-
-
-def give_range(handler: BaseHTTPRequestHandler, data: bytes, **headers: str) -> None:
-    wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
-    if wanted is None:
-        give(handler, 200, data, **headers)
-        return
-    start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
-    give(handler, 206, data[start:stop], Content_Range=f"bytes {start}-{stop - 1}/{len(data)}", **headers)
 
 
 def only_weights(answer: Answer) -> Answer:
@@ -105,7 +60,7 @@ def test_the_token_of_the_hub_is_not_sent_to_another_host(monkeypatch: pytest.Mo
     with serving(lambda handler: give_range(handler, FILE)) as (elsewhere, seen_there):
         there = elsewhere.replace("127.0.0.1", "localhost")
 
-        def hub(handler: BaseHTTPRequestHandler) -> None:
+        def redirecting(handler: BaseHTTPRequestHandler) -> None:
             sha, name = "0" * 40, "model.safetensors"
             if "/resolve/" in handler.path:
                 headers = {"X_Repo_Commit": sha, "X_Linked_Size": str(len(FILE)), "X_Linked_ETag": '"abc"'}
@@ -120,17 +75,69 @@ def test_the_token_of_the_hub_is_not_sent_to_another_host(monkeypatch: pytest.Mo
                 body = f'{{"id": "org/model", "sha": "{sha}", "siblings": {files}, "private": true, "tags": []}}'
                 give(handler, 200, body.encode(), Content_Type="application/json")
 
-        with serving(hub) as (url, seen_here):
-            monkeypatch.setenv("HF_ENDPOINT", url)
-            monkeypatch.setenv("HF_TOKEN", "hf_secret")
-            monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        with serving(redirecting) as (url, seen_here):
+            use_hub(url, monkeypatch, tmp_path / "cache")
             assert same(open_checkpoint("org/model")["w"].read(), FULL)
     assert any(headers.get("authorization") == "Bearer hf_secret" for headers in seen_here)
     assert seen_there
     assert not any("hf_secret" in value for headers in seen_there for value in headers.values())
+
+
+@pytest.mark.parametrize(
+    ("page", "links"),
+    [
+        ('<A class="x" HREF = "a%20b.bin">x</a> <a href=\'c.bin\'> <a href=d.bin>', ["a%20b.bin", "c.bin", "d.bin"]),
+        ('<a href="a&amp;b.bin">', ["a&b.bin"]),
+        ('<abbr href="no"> <a name="no"> <a data-x="1" href=""> <a href="x', []),
+        ("<a " * 500_000, []),
+        ("<a" + " href" * 500_000, []),
+        ('<a href="' + "x" * 2_000_000, []),
+        ("<!--" * 500_000 + '<a href="x">', ["x"]),
+    ],
+    ids=range(7),
+)
+def test_the_links_of_a_page_are_found_in_linear_time(page: str, links: list[str]) -> None:
+    began = time.process_time()
+    assert http.links_of(page) == links
+    assert time.process_time() - began < 1
+
+
+def use_hub(url: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    for name, value in (("HF_ENDPOINT", url), ("HF_TOKEN", "hf_secret"), ("HF_HUB_OFFLINE", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+
+def test_a_commit_and_names_of_no_hub_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commit becomes a folder's name in the cache, and the names become paths in it."""
+    for sha in ("../../outside", "main", "0" * 39, "", "0" * 40 + "\n"):
+        with serving(hub({"sha": sha, **siblings("model.safetensors")})) as (url, _):
+            use_hub(url, monkeypatch, tmp_path / "cache")
+            with pytest.raises(RemoteError, match="does not answer as the Hub does: it calls a commit '"):
+                open_checkpoint("org/model")
+    with serving(hub(siblings(*ODD_NAMES))) as (url, _):
+        use_hub(url, monkeypatch, tmp_path / "cache")
+        root = open_repo("org/model", None)
+        assert isinstance(root, HubRoot)
+        assert sorted(root.sizes) == ["\x1b]0;owned\x07" + ODD_NAMES[1][len("\x1b]0;owned\x07") :], "model.safetensors"]
+        assert list(open_checkpoint("org/model")) == ["a"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
+def test_what_a_server_says_is_shown_as_text(status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stores, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+    with serving(refusing(status)) as (url, _):
+        use_hub(url, monkeypatch, tmp_path / "cache")
+        for source in (f"{url}/model.safetensors", "org/model", "hf://org/model"):
+            with pytest.raises(DsconvError) as caught:
+                open_checkpoint(source)
+            said = str(caught.value)
+            assert said.isprintable()
+            assert len(said) < 1000
+            assert not any(word in said for word in ("Signature", "user:secret", "hf_secret"))
 
 
 @pytest.mark.parametrize("what", ["etag", "length"])

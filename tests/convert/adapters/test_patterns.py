@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dsconv.convert.adapters.patterns import by_pattern
+from dsconv.convert.adapters.patterns import by_pattern, ends, require_few
 from dsconv.errors import DsconvError
 
 LAYER = "base.model.layers.10.self_attn.q_proj"
@@ -32,3 +32,18 @@ def test_what_could_take_exponential_time_is_refused(pattern: str) -> None:
     with pytest.raises(DsconvError, match=r"^adapter_config\.json: "):
         by_pattern({pattern: 4}, "a" * 60, 8)
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("name", [LAYER, "a", "", "a.", ".a", "..", "a..b"])
+def test_the_ends_of_a_name_are_what_peft_compares(name: str) -> None:
+    found = set(ends(name))
+    for target in {*found, "", "q_proj", "proj", "a", "b", ".b", "layers.10.self_attn.q_proj"}:
+        assert (target in found) == (name == target or name.endswith(f".{target}"))
+
+
+def test_patterns_for_each_of_many_layers_are_refused() -> None:
+    few = {"rank_pattern": dict.fromkeys(map(str, range(1000)), 8), "alpha_pattern": None}
+    require_few(few, 1000)
+    for config, layers in ((few, 100_000), ({"alpha_pattern": dict.fromkeys(map(str, range(5000)), 8)}, 1)):
+        with pytest.raises(DsconvError, match=r"^adapter_config\.json: (rank|alpha)_pattern has [15],000 patterns"):
+            require_few(config, layers)

@@ -18,7 +18,12 @@ from dsconv.text import quote
 
 MAX_PATTERN_CHARS = 1024
 Test = Callable[[str], bool]
-_CLASSES: dict[str, Test] = {"d": str.isdigit, "w": lambda c: c.isalnum() or c == "_", "D": lambda c: not c.isdigit()}
+# As ``re`` has them: a superscript is no decimal digit.
+_CLASSES: dict[str, Test] = {
+    "d": str.isdecimal,
+    "w": lambda c: c.isalnum() or c == "_",
+    "D": lambda c: not c.isdecimal(),
+}
 
 
 class Patterns:

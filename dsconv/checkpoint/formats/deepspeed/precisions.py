@@ -79,6 +79,6 @@ def _has_prefix(states: ModuleStates) -> bool:
     parts = (states.ds_version or "").split(".")[:2]
     return (
         len(parts) == 2
-        and all(part.isdigit() for part in parts)
+        and all(part.isdecimal() and len(part) < 10 for part in parts)
         and ((int(parts[0]), int(parts[1])) >= FIRST_RELEASE_WITH_PREFIX)
     )

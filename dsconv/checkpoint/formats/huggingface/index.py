@@ -147,7 +147,7 @@ def pick_file(folder: Path, first: str, item: str | None, count: Callable[[Path]
         CheckpointNotFoundError: No file is called so.
     """
     stem, _, suffix = first.rpartition(".")
-    others = sorted(path for path in folder.glob(f"{stem}_*.{suffix}") if path.stem[len(stem) + 1 :].isdigit())
+    others = sorted(path for path in folder.glob(f"{stem}_*.{suffix}") if path.stem[len(stem) + 1 :].isdecimal())
     if not others:
         return folder / first, {}
     models = {path.stem: count(path) for path in (folder / first, *others)}

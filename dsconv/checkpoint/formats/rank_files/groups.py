@@ -6,7 +6,6 @@ and plain scripts.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from dsconv.checkpoint.formats.checks import RANK_FILE
 from dsconv.checkpoint.pickles.values import safe_repr
+from dsconv.checkpoint.storage.plain_json import load_json
 from dsconv.errors import CheckpointNotFoundError, InconsistentCheckpointError, SeveralModelsError
 
 VERL = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -141,7 +141,7 @@ def _verl_world(folder: Path) -> Any:
     try:
         if settings.stat().st_size > MAX_SETTINGS_BYTES:
             return None
-        world = json.loads(settings.read_bytes()).get("world_size")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        world = load_json(settings.read_bytes()).get("world_size")
+    except (OSError, ValueError, AttributeError):
         return None
     return world if type(world) is int else None
