@@ -42,10 +42,10 @@ Example:
 )
 @click.option(
     "--layout",
-    type=click.Choice(["torch", "accelerate"]),
+    type=click.Choice(["torch", "accelerate", "torchtitan"]),
     default="torch",
     show_default=True,
-    help="With --optimizer: where both go, as torch's state-dict API or accelerate's load_state takes them.",
+    help="With --optimizer: whose loader takes both: torch's state-dict API, accelerate's load_state, torchtitan's.",
 )
 @click.option("--tag", "-t", metavar="TAG", help="Checkpoint to read (default: the one that 'latest' names).")
 @console.ITEM
@@ -121,5 +121,10 @@ def _how_to_load(report: DcpReport, is_megatron: bool) -> str:
         )
     if report.layout == "accelerate":
         return f'load it with accelerator.load_state("{report.output}")'
+    if report.layout == "torchtitan":
+        return (
+            f'load it with checkpoint.initial_load_path = "{report.output}", initial_load_model_only = false and'
+            ' exclude_from_loading = ["dataloader"] in torchtitan'
+        )
     keys = '{"model": …, "optim": …}' if report.layout else "state_dict"
     return f'load it with torch.distributed.checkpoint.load({keys}, checkpoint_id="{report.output}")'

@@ -3,7 +3,9 @@
 A ``Layout`` says it. They were read from the trainers: torch's ``torch/distributed/checkpoint/state_dict.py``
 (``get_state_dict``: the optimizer's ``state`` by parameter names, and ``param_groups``), and accelerate's
 ``accelerate/utils/fsdp_utils.py`` (``load_fsdp_model``, ``load_fsdp_optimizer``: a DCP directory each) and
-``accelerate/checkpointing.py`` (``load_accelerator_state``: ``scheduler.bin``).
+``accelerate/checkpointing.py`` (``load_accelerator_state``: ``scheduler.bin``), and torchtitan's 0.3
+``components/optimizer/utils.py`` (``get_flat_optim_state_dict``: dotted keys, the hyperparameters of each parameter),
+``components/optimizer/lr_scheduler.py`` and ``trainer.py`` (``Trainer.state_dict``).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from dsconv.convert.torch_writer import TorchArchive
 
 TORCH = "torch"
 ACCELERATE = "accelerate"
-LAYOUTS = (TORCH, ACCELERATE)
+TITAN = "torchtitan"
+LAYOUTS = (TORCH, ACCELERATE, TITAN)
 STATE = "state"
 GROUPS = "param_groups"
 COUNTERS = "counters"  # dsconv's own: what the engine kept and no optimizer of torch's does
@@ -50,6 +53,11 @@ class Layout:
     model_folder: str = ""
     optimizer_folder: str = ""
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether the optimizer is stored in dotted keys, with the hyperparameters of each parameter."""
+        return self.name == TITAN
+
 
 @dataclass(frozen=True)
 class DcpContents:
@@ -65,6 +73,8 @@ def layout_of(name: str, prefix: KeyPath) -> Layout:
     if name == ACCELERATE:
         folders = ("pytorch_model_fsdp_0/", "optimizer_0/")
         return Layout(name, (*prefix, "model"), (*prefix, "optimizer"), (*prefix, COUNTERS), *folders)
+    if name == TITAN:
+        return Layout(name, (), ("optimizer",), (COUNTERS,))
     return Layout(name, (*prefix, "model"), (*prefix, "optim"), (*prefix, COUNTERS))
 
 
@@ -107,24 +117,30 @@ def contents_with_optimizer(
     counters = _counters(training)
     refuse_objects(counters, f"{checkpoint.path}: what the engine counted")
     model = model_items(checkpoint, layout.model, extra_names)
-    states = _state_items(training, layout.optimizer)
-    values = chain(
-        _optimizer_values(optimizer, layout.optimizer),
-        _empty_values(checkpoint, training, optimizer, layout.optimizer),
-        leaves(counters, layout.counters),
-    )
+    states = _state_items(training, layout)
+    if layout.is_flat:
+        values = chain(_flat_values(training, optimizer, layout.optimizer), _titan_counters(counters))
+    else:
+        values = chain(
+            _optimizer_values(optimizer, layout.optimizer),
+            _empty_values(checkpoint, training, optimizer, layout.optimizer),
+        )
+    values = chain(values, leaves(counters, layout.counters))
     if layout.model_folder == layout.optimizer_folder:
         plans = [plan(chain(model, states), values, folder=layout.model_folder)]
     else:
         plans = [plan(model, (), folder=layout.model_folder), plan(states, values, folder=layout.optimizer_folder)]
     beside, warnings = _scheduler(counters) if layout.name == ACCELERATE else ({}, [])
+    if layout.name == TITAN:
+        warnings += _titan_warnings(optimizer)
     return DcpContents(plans, beside, warnings)
 
 
-def _state_items(training: Training, before: KeyPath) -> Iterator[Item]:
+def _state_items(training: Training, layout: Layout) -> Iterator[Item]:
     for name, states in training.states.items():
         for state, entry in states.items():
-            yield Item(entry, ((*before, STATE, name, state),))
+            path: KeyPath = (f"{STATE}.{name}.{state}",) if layout.is_flat else (STATE, name, state)
+            yield Item(entry, ((*layout.optimizer, *path),))
 
 
 def _optimizer_values(optimizer: TorchOptimizer, before: KeyPath) -> Iterator[Value]:
@@ -133,6 +149,45 @@ def _optimizer_values(optimizer: TorchOptimizer, before: KeyPath) -> Iterator[Va
         yield Value(step, (*before, STATE, name, "step"))
     for number, group in enumerate(optimizer.groups):
         yield from leaves(group, (*before, GROUPS, number))
+
+
+def _flat_values(training: Training, optimizer: TorchOptimizer, before: KeyPath) -> Iterator[Value]:
+    """Yield the step counts and the hyperparameters in torchtitan's form."""
+    for name, step in optimizer.steps.items():
+        yield Value(step, (*before, f"{STATE}.{name}.step"))
+    params = training.optimizer.get("params")
+    base = params.get("lr") if isinstance(params, dict) else None
+    for group in optimizer.groups:
+        kind = "fused" if group.get("fused") else "foreach" if group.get("foreach") else "for-loop"
+        settings = {key: value for key, value in group.items() if key != "params"}
+        # torchtitan asks for both and reads neither again: its schedule keeps the learning rates of its own config.
+        settings.setdefault("initial_lr", base if isinstance(base, (int, float)) else group.get("lr"))
+        settings.setdefault("implementation", kind)
+        for name in group["params"]:
+            for key, value in settings.items():
+                yield from leaves(value, (*before, f"{GROUPS}.{name}.{key}"))
+
+
+def _titan_counters(counters: Mapping[str, Any]) -> Iterator[Value]:
+    """Yield the counters of torchtitan's trainer. Its schedule counts the optimizer's steps."""
+    step = int(counters.get("global_steps") or 0)
+    yield Value(step, ("train_state", "step"))
+    yield Value(0, ("train_state", "ntokens_seen"))
+    yield Value(step - int(counters.get("skipped_steps") or 0), ("lr_scheduler", "last_epoch"))
+
+
+def _titan_warnings(optimizer: TorchOptimizer) -> list[str]:
+    text = (
+        "torchtitan counts tokens (train_state.ntokens_seen) and keeps the position in its data, which the checkpoint"
+        " does not hold: tokens are counted from 0, and exclude_from_loading must name dataloader"
+    )
+    found = [text]
+    if len(optimizer.groups) > 1:
+        found.append(
+            f"the run has {len(optimizer.groups)} parameter groups: torchtitan's configuration must have the same ones,"
+            " for it takes the hyperparameters of the first parameter of each of its own"
+        )
+    return found
 
 
 def _empty_values(

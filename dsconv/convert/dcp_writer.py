@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal
 from dsconv.checkpoint.config_files import find_config
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import DType, DTypeName, parse_dtype
+from dsconv.checkpoint.map.training import Training
 from dsconv.checkpoint.opening import open_checkpoint
 from dsconv.checkpoint.storage.roots import as_output
 from dsconv.convert.dcp_layout import DcpPlan, KeyPath, Value, flat_name, make_dcp_plan
 from dsconv.convert.dcp_output import DcpOutput
-from dsconv.convert.dcp_training import LAYOUTS, TORCH, contents_with_optimizer, layout_of, model_items
+from dsconv.convert.dcp_training import LAYOUTS, TITAN, TORCH, contents_with_optimizer, layout_of, model_items
 from dsconv.convert.fp8 import dequantized
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.parts import parse_part
@@ -30,7 +31,7 @@ from dsconv.convert.ties import tied_pairs
 from dsconv.convert.torch_optimizer import torch_optimizer
 from dsconv.convert.universal_plan import training_of
 from dsconv.convert.writing import WriteOptions, refuse_target, write
-from dsconv.errors import UsageError
+from dsconv.errors import CheckpointNotFoundError, UsageError
 from dsconv.names.choosing import with_names
 from dsconv.names.marks import FRAMEWORKS, STORED
 
@@ -65,7 +66,7 @@ def to_dcp(
     prefix: str = "",
     names: Literal["stored", "torchtitan", "megatron"] = "stored",
     optimizer: bool = False,
-    layout: str = TORCH,
+    layout: Literal["torch", "accelerate", "torchtitan"] = "torch",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     dry_run: bool = False,
     force: bool = False,
@@ -94,7 +95,8 @@ def to_dcp(
             parameters. The source is a DeepSpeed checkpoint that holds them.
         layout: how the model and the optimizer are laid out. ``torch``: as ``{"model": …, "optim": …}`` of torch's
             state-dict API, below ``prefix``. ``accelerate``: in ``pytorch_model_fsdp_0/`` and ``optimizer_0/``, as
-            ``Accelerator.load_state`` takes them under FSDP.
+            ``Accelerator.load_state`` takes them under FSDP. ``torchtitan``: as a step of its own, for a model with
+            Hugging Face's names whose config.json lies beside it.
         max_shard_size: the size of an output file, in bytes or like ``5GB``. Only a file of one chunk exceeds it.
         dry_run: write nothing, and report the plan.
         force: replace a DCP checkpoint that ``output`` already holds.
@@ -134,16 +136,19 @@ def to_dcp(
     is_megatron = names == "megatron"  # with a destination of its own
     if is_megatron and prefix:
         raise UsageError("--prefix cannot be combined with --names megatron, whose names have none")
-    if names != STORED and optimizer:
-        raise UsageError("--names renames weights only: leave out --optimizer, or keep the names")
+    if names != STORED and optimizer and layout != names:
+        raise UsageError("--names renames weights only: leave out --optimizer, or give --layout torchtitan")
     config = find_config([checkpoint.path, checkpoint.folder])
+    training = training_of(checkpoint, "a DCP checkpoint with an optimizer") if optimizer else None
+    if training is not None and layout == TITAN:
+        names = "torchtitan"
+        training = _titan_training(training, checkpoint, config)
     checkpoint = dequantized(checkpoint, config, wanted)
     if names != STORED:
         checkpoint = with_names(checkpoint, config, names)
     require_whole_set(checkpoint)
     extra_names = _tied_names(checkpoint)
-    if optimizer:
-        training = training_of(checkpoint, "a DCP checkpoint with an optimizer")
+    if training is not None:
         paths = layout_of(layout, before)
         kept = torch_optimizer(training, checkpoint.path)
         made = contents_with_optimizer(checkpoint, training, kept, paths, max_file_bytes, extra_names)
@@ -177,6 +182,19 @@ def to_dcp(
     written = write(destination, checkpoint, target, options)
     report.note_copy(written)
     return report
+
+
+def _titan_training(training: Training, checkpoint: Checkpoint, config: Path | None) -> Training:
+    """Return the optimizer under torchtitan's names. Raises what ``with_titan_names`` raises."""
+    from dsconv.convert.titan_training import with_titan_names
+    from dsconv.names.operations import Config
+
+    found = Config.read(config)
+    if found is None:
+        raise CheckpointNotFoundError(
+            f"{checkpoint.path}: --layout torchtitan needs the model's config.json beside the weights"
+        )
+    return with_titan_names(training, checkpoint, found)
 
 
 def _plan_weights(

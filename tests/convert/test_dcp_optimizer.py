@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -19,10 +20,10 @@ from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import Training
 from dsconv.convert.torch_optimizer import SETTINGS, torch_optimizer
-from dsconv.errors import UnsupportedError, UsageError
+from dsconv.errors import CheckpointNotFoundError, UnsupportedError, UsageError
 from tests.fixtures import gloo, universal, universal_mp
 from tests.fixtures.torch_resume import Resume, run
-from tests.trained import load_safetensors, same
+from tests.trained import Trained, load_safetensors, same
 
 # For each source, the numbers of ranks that load it. With True the ranks also train on, as the original would have.
 PLANS: dict[str, list[tuple[int, bool]]] = {
@@ -178,7 +179,7 @@ def test_a_source_without_an_optimizer_and_options_that_do_not_fit(zoo: Path, tm
     with pytest.raises(UsageError, match="--prefix"):
         dsconv.to_dcp(zoo, tmp_path / "out", optimizer=True, layout="accelerate", prefix="app.")
     with pytest.raises(UsageError, match="layout is 'titan'"):
-        dsconv.to_dcp(zoo, tmp_path / "out", optimizer=True, layout="titan")
+        dsconv.to_dcp(zoo, tmp_path / "out", optimizer=True, layout="titan")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
@@ -252,3 +253,48 @@ def test_an_adam_without_bias_correction_and_what_is_no_adam() -> None:
         found = torch_optimizer(training, Path("ckpt"))
         assert "only an optimizer that has the same takes them" in found.warnings[0]
         assert "amsgrad" not in found.groups[0]
+
+
+def test_torchtitans_layout(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    """It has all keys of a checkpoint that torchtitan's own Trainer saved, and each state is arranged as its weight is:
+    under torchtitan's names (which tests/names compares with its adapters), with query, key and value fused as
+    ``FusedQKVLinear`` fuses them.
+    """
+    made = trained("llama_groups-z3-fp32-w2")
+    report = dsconv.to_dcp(made.checkpoint, tmp_path / "titan", optimizer=True, layout="torchtitan", fsync=False)
+    assert any("has 3 parameter groups" in text for text in report.warnings)
+    found = whole(tmp_path / "titan", tmp_path)
+    dsconv.to_dcp(made.checkpoint, tmp_path / "torch", optimizer=True, fsync=False)
+    of_torch = whole(tmp_path / "torch", tmp_path)["optim"]
+
+    real = gloo.DATA / "torchtitan" / "llama3-full" / "ckpt" / "step-2"
+    paths = dcp.FileSystemReader(real).read_metadata().planner_data.values()
+    ours = dcp.FileSystemReader(tmp_path / "titan").read_metadata().planner_data.values()
+    assert {path for path in paths if path[0] != "dataloader"} <= set(ours)
+    assert found["train_state"] == {"step": 2, "ntokens_seen": 0}
+    assert found["lr_scheduler"] == {"last_epoch": 2}
+
+    config = next(made.checkpoint.glob("config.json"))
+    for state in ("exp_avg", "exp_avg_sq"):
+        folder = tmp_path / state
+        folder.mkdir()
+        shutil.copy(config, folder)
+        save_file({name: kept[state] for name, kept in of_torch["state"].items()}, folder / "model.safetensors")
+        dsconv.to_dcp(folder, folder / "titan", names="torchtitan", fsync=False)
+        expected = whole(folder / "titan", tmp_path)
+        for layer in ("layers.0.", "layers.1."):
+            parts = [expected.pop(f"{layer}attention.qkv_linear.w{part}.weight") for part in "qkv"]
+            q, k, v = (part.reshape(2, -1, 4, 16) for part in parts)  # 2 key-value heads of 4 rows
+            fused = torch.cat([q, k, v], dim=1).reshape(-1, 16)
+            expected[f"{layer}attention.qkv_linear.wqkv.weight"] = fused
+        for name, tensor in expected.items():
+            assert same(found["optimizer"][f"state.{name}.{state}"], tensor), name
+            assert found["optimizer"][f"state.{name}.step"] == 2
+    decay = {name: found["optimizer"][f"param_groups.{name}.weight_decay"] for name in expected}
+    assert {name for name, value in decay.items() if not value} == {name for name in decay if "norm" in name}
+
+
+def test_torchtitans_layout_needs_a_model_that_it_has(tmp_path: Path) -> None:
+    source = gloo.ensure("universal")["gpt2-z3-fp32-w1"] / "ckpt"
+    with pytest.raises(CheckpointNotFoundError, match=r"--layout torchtitan needs the model's config\.json"):
+        dsconv.to_dcp(source, tmp_path / "out", optimizer=True, layout="torchtitan")
