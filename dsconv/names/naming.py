@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.map.patched import entry_of
+from dsconv.checkpoint.map.patched import KeptBoxes, entry_of
 from dsconv.checkpoint.map.patches import View
 from dsconv.checkpoint.map.regions import box, prove_cover
 from dsconv.checkpoint.map.tensors import TensorEntry
@@ -92,7 +92,8 @@ def to_hf(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
                 views[name] = view
     left_out = [entry for entry in checkpoint.values() if family.leaves_out(entry.name)]
     prove_all_used([entry for entry in checkpoint.values() if _is_used_whole(entry, family)], views.values())
-    entries = {name: entry_of(view, name) for name, view in views.items()}
+    kept = KeptBoxes()
+    entries = {name: entry_of(view, name, kept) for name, view in views.items()}
     if config is not None and config.values.get("tie_word_embeddings") is True:
         _drop_tied(checkpoint, entries, config)
     result = with_entries(checkpoint, entries, family, HF)

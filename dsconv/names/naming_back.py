@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.map.patched import entry_of, patches_of
+from dsconv.checkpoint.map.patched import KeptBoxes, entry_of, patches_of
 from dsconv.checkpoint.map.patches import View, whole
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.pickles.values import safe_repr
@@ -54,12 +54,13 @@ def from_hf(checkpoint: Checkpoint, config: Config | None, names: str) -> Checkp
         parts.setdefault(found.numbers[own:], {})[found.place] = View(entry.shape, patches_of(entry))
     entries: dict[str, TensorEntry] = {}
     views = []
+    kept = KeptBoxes()
     for (rule, numbers), parts in groups.items():
         view = _joined(rule, numbers, parts, config)
         views.append(view)
         name = rule.theirs.format(*numbers)
         further = tuple(other.format(*numbers) for other in rule.also)
-        entries[name] = replace(entry_of(view, name), aliases=further)
+        entries[name] = replace(entry_of(view, name, kept), aliases=further)
     _prove_all_used(checkpoint, views)
     _tie(checkpoint, entries, family, config)
     return with_entries(checkpoint, entries, family, names)

@@ -7,9 +7,10 @@ tensor, it is a plain piece; rows in another order and transposed boxes are piec
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 
@@ -19,6 +20,7 @@ from dsconv.checkpoint.map.regions import Sizes, box, prove_cover, shape_of
 from dsconv.checkpoint.map.tensors import Extent, Piece, TensorEntry
 from dsconv.errors import MalformedError, UnsupportedError
 
+MAX_KEPT = 8  # entries whose boxes are kept
 MAX_STRIDED_BYTES = 4 << 20  # of a piece with strides, which is read whole: larger ones are divided along their rows
 
 
@@ -47,19 +49,35 @@ class Held:
         )
 
 
+class KeptBoxes:
+    """The boxes of the last few entries that were asked for: hundreds of experts are parts of one entry."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, HeldBoxes] = {}  # by the entry's id: the boxes refer to it, so no other entry gets it
+        self._lock = threading.Lock()
+
+    def of(self, entry: TensorEntry) -> HeldBoxes:
+        """Return the boxes of an entry."""
+        with self._lock:
+            found = self._kept.pop(id(entry), None) or HeldBoxes(entry)
+            while len(self._kept) >= MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[id(entry)] = found
+            return found
+
+
 @dataclass(frozen=True)
 class PatchedLayout:
-    """The layout of a tensor of ``shape`` that patches make."""
+    """The layout of a tensor of ``shape`` that patches make. The layouts of one conversion share ``kept``."""
 
     shape: Sizes
     patches: tuple[Patch, ...]
+    kept: KeptBoxes = field(default_factory=KeptBoxes, compare=False, repr=False)
 
     def __call__(self) -> tuple[Piece, ...]:
-        held: dict[int, HeldBoxes] = {}
         placed: list[tuple[Sizes, Sizes, Piece]] = []
         for patch in self.patches:
-            boxes = held.setdefault(id(patch.entry), HeldBoxes(patch.entry))
-            placed += _placed(patch, boxes)
+            placed += _placed(patch, self.kept.of(patch.entry))
         return arranged(placed, self.shape)
 
 
@@ -72,11 +90,11 @@ class HeldBoxes:
     """The boxes in which an entry lies in its files."""
 
     def __init__(self, entry: TensorEntry) -> None:
-        self._entry = entry
+        self.entry = entry
 
     @cached_property
     def _boxes(self) -> list[Held]:
-        return sorted(_held(self._entry), key=lambda held: held.offsets[:1])
+        return sorted(_held(self.entry), key=lambda held: held.offsets[:1])
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -213,8 +231,13 @@ def _divided(held: Held, itemsize: int, at: Sizes, sizes: Sizes, steps: Sizes) -
         yield from _pieces(part, itemsize, moved, (*sizes[:dim], length, *sizes[dim + 1 :]), steps, None)
 
 
-def entry_of(view: View, name: str) -> TensorEntry:
+def entry_of(view: View, name: str, kept: KeptBoxes | None = None) -> TensorEntry:
     """Return a view as the entry ``name``.
+
+    Args:
+        view: what makes it.
+        name: its name.
+        kept: what the entries of one conversion share.
 
     Raises:
         MalformedError: its parts are of different dtypes.
@@ -233,4 +256,4 @@ def entry_of(view: View, name: str) -> TensorEntry:
     if view.patches == (whole(first),) and shape == first.shape:
         return replace(first, name=name, aliases=())
     prove_cover([box(patch.at, patch.sizes) for patch in view.patches], shape, name)
-    return TensorEntry(name, first.dtype, shape, PatchedLayout(shape, view.patches), role=role)
+    return TensorEntry(name, first.dtype, shape, PatchedLayout(shape, view.patches, kept or KeptBoxes()), role=role)
