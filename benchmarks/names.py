@@ -29,7 +29,7 @@ from benchmarks.scale import crc_of_zeros
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.dtypes import BY_NAME
 from dsconv.checkpoint.opening import open_checkpoint
-from dsconv.convert.dcp_layout import METADATA, chunk_archive, make_dcp_plan, metadata
+from dsconv.convert.dcp_layout import METADATA, Item, chunk_archive, make_dcp_plan, metadata
 from dsconv.convert.dcp_writer import to_dcp
 from dsconv.convert.plan import parse_size
 from dsconv.names.choosing import with_names
@@ -151,7 +151,8 @@ def sparse_dcp(folder: Path, checkpoint: Checkpoint) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    plan = make_dcp_plan(checkpoint, dtype=None, prefix="", max_file_bytes=parse_size("5GB"), extra_names={})
+    items = [Item(entry, ((entry.name,),)) for entry in checkpoint.values()]
+    plan = make_dcp_plan(items, [], source=checkpoint.path, dtype=None, max_file_bytes=parse_size("5GB"))
     files = {name: open(folder / name, "wb") for name in plan.files}  # noqa: SIM115
     for name, nbytes in plan.files.items():
         files[name].truncate(nbytes)

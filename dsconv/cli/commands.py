@@ -1,27 +1,15 @@
-"""The table of commands, and how a command line is run."""
+"""The table of commands, and how a command line is run: a command is imported when it is run, or all are listed."""
 
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any
 
 import click
 
 from dsconv._version import __version__
 from dsconv.cli import console
-from dsconv.cli.config import config
-from dsconv.cli.diff import diff
-from dsconv.cli.doctor import doctor
-from dsconv.cli.estimate import estimate
-from dsconv.cli.inspect import inspect
-from dsconv.cli.merge import merge, zero_to_fp32
-from dsconv.cli.push import push
-from dsconv.cli.to_dcp import to_dcp
-from dsconv.cli.to_universal import to_universal
-from dsconv.cli.train import resume, train
-from dsconv.cli.validate import validate
-from dsconv.cli.verify import verify
-from dsconv.cli.watch import watch
 from dsconv.errors import UsageError
 
 EPILOG = """\b
@@ -34,10 +22,34 @@ Exit codes: 0 ok, 1 a bug, 2 usage, 3 unreadable or malformed, 4 refused as
 unsafe, 5 verification mismatch, 6 Hub or network, 130 interrupted,
 143 terminated."""
 PROGRAM = "dsconv"
+# {command: the file of this folder that has it}
+HOMES = {
+    "zero-to-fp32": "merge", "merge": "merge", "to-universal": "to_universal", "to-dcp": "to_dcp", "inspect": "inspect",
+    "verify": "verify", "diff": "diff", "push": "push", "watch": "watch", "config": "config", "estimate": "estimate",
+    "train": "train", "resume": "train", "validate": "validate", "doctor": "doctor",
+}  # fmt: skip
+
+
+class Commands(console.Group):
+    """The group of all commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, sorted."""
+        return sorted(HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, which is imported now, or None if there is none of that name."""
+        return command_of(cmd_name) if cmd_name in HOMES else None
+
+
+def command_of(name: str) -> click.Command:
+    """Return the command of a name in ``HOMES``."""
+    found: click.Command = getattr(import_module(f"dsconv.cli.{HOMES[name]}"), name.replace("-", "_"))
+    return found
 
 
 @click.group(
-    cls=console.Group,
+    cls=Commands,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
@@ -48,27 +60,6 @@ def cli() -> None:
     No code that a checkpoint names is ever run, memory stays flat whatever the size of the model, and an output is
     complete or absent.
     """
-
-
-COMMANDS = (
-    zero_to_fp32,
-    merge,
-    to_universal,
-    to_dcp,
-    inspect,
-    verify,
-    diff,
-    push,
-    watch,
-    config,
-    estimate,
-    train,
-    resume,
-    validate,
-    doctor,
-)
-for _command in COMMANDS:
-    cli.add_command(_command)
 
 
 def run(arguments: list[str]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -174,7 +173,7 @@ class Folder:
             OSError: the system refuses. The file is as it was then.
         """
         refuse_special(self, [name])
-        fresh = fresh or f".{name}.{secrets.token_hex(4)}"
+        fresh = fresh or f".{name}.{os.urandom(4).hex()}"
         descriptor = self.open_file(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             try:

@@ -13,7 +13,6 @@ output has tensors, is not tried at all.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -24,8 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of, auto_class
-from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton, read_skeleton
 from dsconv.checkpoint.storage.plain_json import load_json
 from dsconv.convert.adapters.methods import is_peft_model
 from dsconv.convert.plan import Plan
@@ -34,6 +31,8 @@ from dsconv.text import count, quote
 
 if TYPE_CHECKING:
     import subprocess
+
+    from dsconv.checkpoint.formats.huggingface.skeleton import Skeleton
 
 MAX_CONFIG_BYTES = 8 << 20
 PROBE_SECONDS = 60
@@ -104,6 +103,8 @@ class LoadingCheck:
         if not is_tried(self._config, len(self._shapes)):
             self._loading = Loading(unchecked=NOT_TRIED)
             return
+        from dsconv.checkpoint.formats.huggingface.skeleton import read_skeleton
+
         skeleton = read_skeleton(self._config)
         if skeleton is not None:
             self._loading = self._judge(*compare(skeleton, self._shapes))
@@ -144,11 +145,15 @@ class LoadingCheck:
     def _try_architectures(self, config: bytes | None) -> None:
         """Take the class of the model_type that all weights fit: a file without ``architectures`` claims no other."""
         kind = self._config.get("model_type")
+        if config is None:
+            self._loading = Loading()
+            return
+        from dsconv.checkpoint.formats.huggingface.auto_classes import architectures_of
+        from dsconv.checkpoint.formats.huggingface.skeleton import read_skeleton
+
         is_known = isinstance(kind, str) and is_tried(self._config, len(self._shapes))
         candidates = list(architectures_of(str(kind))) if is_known else []
-        if config is None:
-            why = ""
-        elif not self._config:
+        if not self._config:
             why = "config.json is not one of a model"
         elif not isinstance(kind, str):
             why = "config.json has no architectures and no model_type"
@@ -169,7 +174,7 @@ class LoadingCheck:
                 self._architecture = name
                 self._loading = self._judge([], [], [])
                 return
-        if candidates[:1] == untold[:1] != [] and config is not None and _has("torch") and _has("transformers"):
+        if candidates[:1] == untold[:1] != [] and _has("torch") and _has("transformers"):
             self._architecture = candidates[0]
             self._ask_transformers(config)
         else:
@@ -177,6 +182,8 @@ class LoadingCheck:
 
     def _ask_transformers(self, config: bytes) -> None:
         asked = f"{self._architecture} {sorted(self._shapes.items())} ".encode() + config
+        import hashlib
+
         self._question = hashlib.sha256(asked).hexdigest()
         if self._question in _answers:
             self._loading = self._answered(_answers[self._question])
@@ -218,6 +225,8 @@ class LoadingCheck:
 
     def _judge(self, missing: list[str], unexpected: list[str], mismatched: list[str]) -> Loading:
         architecture = str(self._architecture)
+        from dsconv.checkpoint.formats.huggingface.auto_classes import auto_class
+
         auto = auto_class(architecture, str(self._config.get("model_type")))
         call = f'{auto}.from_pretrained("{self._folder}")'
         if not missing and not unexpected:

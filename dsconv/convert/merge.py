@@ -21,7 +21,6 @@ from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
 from dsconv.convert.adapters.config import CONFIG as ADAPTER_CONFIG
 from dsconv.convert.compare import CompareOptions, compare
 from dsconv.convert.filters import Filters
-from dsconv.convert.fp8 import dequantized
 from dsconv.convert.loadable import Loading, LoadingCheck
 from dsconv.convert.parts import parse_part
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
@@ -272,7 +271,10 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
         opened = with_hf_names(opened, find_config(folders))
     elif not (options.adapter.alone or options.adapter.fold):
         hint = hint_of(opened)
-    opened = dequantized(opened, find_config(folders), options.dtype)
+    if options.dtype is not None:
+        from dsconv.convert.fp8 import dequantized
+
+        opened = dequantized(opened, find_config(folders), options.dtype)
     chosen = choose(opened, options.adapter, near, options.config_from, options.dtype)
     checkpoint = chosen.checkpoint
     plan, extra, unread = _plan(chosen, target, options)

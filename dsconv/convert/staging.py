@@ -16,7 +16,6 @@ folder.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -114,6 +113,8 @@ class Staging:
 
     def digests(self, names: Sequence[str], progress: Progress | None) -> dict[str, str]:
         """Return the sha256 of each of the finished files ``names``."""
+        import hashlib  # only --sha256 needs it
+
         counter = ProgressCounter("sha256", sum(self.path(name).lstat().st_size for name in names), progress)
         found = {}
         for name in names:

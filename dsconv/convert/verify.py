@@ -13,7 +13,6 @@ from dsconv.checkpoint.map.dtypes import BY_NAME, OUTPUTS, DType
 from dsconv.checkpoint.opening import open_two
 from dsconv.convert.compare import CompareOptions, VerifyReport, compare
 from dsconv.convert.filters import Filters
-from dsconv.convert.fp8 import dequantized
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import find_config
 from dsconv.convert.progress import Progress
@@ -69,6 +68,8 @@ def verify(
     if _gave_hf_names(noted) and names_of(first):
         first = with_hf_names(first, find_config([second.path]))
     if (dtype := _dequantized_to(noted)) is not None:
+        from dsconv.convert.fp8 import dequantized
+
         first = dequantized(first, config_near([first.path, first.folder]), dtype)
     filters, names, left_out = _noted(first, noted)
     report = _compared(first, second, replace(options, renamed=names, left_out=left_out), optimizer)

@@ -29,6 +29,8 @@ LAYERS_OF_TRANSFORMERS = "dsconv_layers_of_transformers"
 EXPERT = re.compile(r"(layer_(?P<layer>-?\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 MAX_TAG_BYTES = 4096
+UNIVERSAL = "zero"  # the folder of a universal checkpoint's parameters
+UNIVERSAL_SETTINGS = "optimizer_state.pt"  # in it
 
 
 @dataclass

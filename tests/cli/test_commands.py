@@ -48,10 +48,11 @@ def test_help_fits_80_columns_and_has_an_example(command: list[str]) -> None:
 
 def test_the_surface_of_the_command_line() -> None:
     """Names that users type must not change by accident. A change in this test is a change for users."""
-    from dsconv.cli.commands import cli
+    from dsconv.cli.commands import HOMES, command_of
 
     surface = {}
-    for name, command in cli.commands.items():
+    for name in HOMES:
+        command = command_of(name)
         options = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
         surface[name] = sorted(option for option in options if option[0] == "-")
     merge = [

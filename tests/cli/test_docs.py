@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dsconv
-from dsconv.cli.commands import COMMANDS, cli, run
+from dsconv.cli.commands import HOMES, command_of, run
 from tests.trained import Trained
 
 DOCS = Path(dsconv.__file__).parent.parent / "docs"
@@ -60,16 +60,16 @@ def test_every_command_of_the_docs_exists() -> None:
     for path in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
         for line in re.findall(r"^\$? ?(?:[A-Z_]+=\S+ )*dsconv ([a-z][^\n#|>]*)", path.read_text(), re.MULTILINE):
             name, *rest = line.split()
-            if name not in cli.commands:
+            if name not in HOMES:
                 continue  # prose, such as "dsconv reads …"
-            known = {option for p in cli.commands[name].params for option in (*p.opts, *p.secondary_opts)}
+            known = {option for p in command_of(name).params for option in (*p.opts, *p.secondary_opts)}
             given = {word.partition("=")[0] for word in rest if re.fullmatch(r"--[a-z][\w-]*(=.*)?", word)}
             assert given <= known | {"--help"}, (path.name, line, given - known)
 
 
 def test_every_command_is_documented() -> None:
     pages = "\n".join(path.read_text() for path in DOCS.glob("*.md"))
-    assert not [command.name for command in COMMANDS if f"dsconv {command.name}" not in pages]
+    assert not [name for name in HOMES if f"dsconv {name}" not in pages]
 
 
 def test_troubleshooting_quotes_real_messages() -> None:

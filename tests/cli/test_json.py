@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsconv.cli.commands import COMMANDS, run
+from dsconv.cli.commands import HOMES, command_of, run
 from dsconv.engine.running import RunReport
 from dsconv.engine.validation_report import Cell, ValidationReport
 from tests import schemas
@@ -23,7 +23,7 @@ def test_the_schemas_are_those_of_the_reports() -> None:
         assert schemas.file_of(name).read_text() == schemas.text_of(schema), f"make schemas writes {name} anew"
     assert {path.stem for path in schemas.FOLDER.iterdir()} == {name.replace("/", ".") for name in schemas.schemas()}
     page = (schemas.FOLDER.parent / "json.md").read_text()
-    for each in COMMANDS:
+    for each in map(command_of, HOMES):
         assert f"`{each.name}`" in page or not any(p.name == "as_json" for p in each.params)
     assert all(f"schemas/{name.replace('/', '.')}.json" in page for name in schemas.schemas())
 

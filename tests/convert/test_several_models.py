@@ -13,7 +13,7 @@ from torch import nn
 
 import dsconv
 from dsconv import compat
-from dsconv.cli.commands import cli
+from dsconv.cli.commands import cli, command_of
 from dsconv.errors import CheckpointNotFoundError, SeveralModelsError
 
 
@@ -65,7 +65,7 @@ def test_a_loader_takes_the_chosen_one(two: Path) -> None:
 )
 def test_every_command_that_reads_a_checkpoint_can_choose(command: str) -> None:
     """The error advises --item, so every command must have it."""
-    assert any("--item" in parameter.opts for parameter in cli.commands[command].params)
+    assert any("--item" in parameter.opts for parameter in command_of(command).params)
 
 
 def test_what_cannot_choose_says_what_can(two: Path, tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""DeepSpeed checkpoints: which of their kinds lies in a folder, and the reader for it."""
+"""DeepSpeed checkpoints: which of their kinds lies in a folder, and the reader for it.
+
+The readers are imported where one is needed: every folder of another format is looked at here too.
+"""
 
 from __future__ import annotations
 
-from dsconv.checkpoint.formats.deepspeed import stage0, zero
-from dsconv.checkpoint.formats.deepspeed.partitions import read_partitions
-from dsconv.checkpoint.formats.deepspeed.precisions import with_one_kind
-from dsconv.checkpoint.formats.deepspeed.ranks import single_rank_checkpoint
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.storage.roots import Root
 from dsconv.errors import CheckpointNotFoundError
@@ -52,6 +51,8 @@ def read_own_weights(root: Root, tag: str | None) -> Checkpoint:
 
 def read_folder(folder: TagFolder) -> Checkpoint:
     """Read the tensor map of a tag's folder; raise what ``read`` raises."""
+    from dsconv.checkpoint.formats.deepspeed.precisions import with_one_kind
+
     folder = with_one_kind(folder)
     if folder.experts:
         from dsconv.checkpoint.formats.deepspeed.moe.zero12 import read_moe
@@ -72,6 +73,10 @@ def read_folder(folder: TagFolder) -> Checkpoint:
 
 def read_zero(folder: TagFolder) -> Checkpoint:
     """Read a ZeRO checkpoint of one model-parallel rank whose optimizer files are there; raise what ``read`` raises."""
+    from dsconv.checkpoint.formats.deepspeed import zero
+    from dsconv.checkpoint.formats.deepspeed.partitions import read_partitions
+    from dsconv.checkpoint.formats.deepspeed.ranks import single_rank_checkpoint
+
     warnings = list(folder.warnings)
     partitions = read_partitions(folder, warnings)
     if "ds_zero_partition_groups" in partitions[0].state:
@@ -87,5 +92,8 @@ def read_stage0(folder: TagFolder) -> Checkpoint:
     Raises:
         MissingShardError: The model states say that there should be some.
     """
+    from dsconv.checkpoint.formats.deepspeed import stage0
+    from dsconv.checkpoint.formats.deepspeed.ranks import single_rank_checkpoint
+
     warnings = list(folder.warnings)
     return single_rank_checkpoint(folder, stage0.read_rank(folder, warnings), warnings)
