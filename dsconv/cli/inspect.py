@@ -12,6 +12,7 @@ import click
 
 from dsconv.cli import console
 from dsconv.cli.console import command
+from dsconv.text import count
 
 if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint
@@ -139,7 +140,10 @@ def _facts(found: Checkpoint) -> list[tuple[str, str]]:
     from dsconv.checkpoint.summary import content_of, optimizer_of, trainer_of
     from dsconv.names.choosing import names_of
 
-    world = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in found.world.items())
+    world = ", ".join(
+        count(number, "rank") if name == "ranks" else f"{number} {name.replace('_', ' ')}"
+        for name, number in found.world.items()
+    )
     kinds: dict[str, int] = {}
     for entry in found.values():
         kinds[entry.role] = kinds.get(entry.role, 0) + 1

@@ -210,7 +210,7 @@ def _counters(training: Training) -> dict[str, Any]:
     found = {**training.counters()}
     scaler = training.settings.get("loss_scaler")
     scale = scaler.get("cur_scale") if isinstance(scaler, Instance) else None
-    return found if scale is None else {**found, "loss_scale": scale}
+    return found if scale in (None, 1) else {**found, "loss_scale": scale}  # bf16 runs have a scale of 1
 
 
 def _scheduler(counters: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dsconv.errors import UnsupportedError
 from tests.cli.running import dsconv as command
 from tests.fixtures import gloo
 from tests.fixtures.universal_from_torch import SOURCES, Resume, Source, run
-from tests.trained import load_safetensors, same
+from tests.trained import Trained, load_safetensors, same
 
 PLANS = [(source, world, stage) for source in SOURCES for world, stage in ((1, 1), (2, 2), (1, 3), (2, 3))]
 # DeepSpeed sums the gradients of two ranks in another order than FSDP2 does.
@@ -140,3 +140,12 @@ def test_states_that_stage_3_does_not_load_are_told_of(tmp_path: Path) -> None:
     dcp.save(state, checkpoint_id=tmp_path / "ckpt", no_dist=True)
     report = dsconv.to_universal(tmp_path / "ckpt", tmp_path / "out", fsync=False)
     assert "max_exp_avg_sq: DeepSpeed loads that at stages 1 and 2 only" in report.warnings[0]
+
+
+@pytest.mark.parametrize(("case", "warned"), [("llama_tied-z2-bf16-w2", False), ("odd-z2-fp16-w3-static", True)])
+def test_a_loss_scale_that_the_new_run_does_not_have_is_told_of(
+    case: str, warned: bool, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    dsconv.to_dcp(trained(case).checkpoint, tmp_path / "dcp", optimizer=True, fsync=False)
+    report = dsconv.to_universal(tmp_path / "dcp", tmp_path / "out", fsync=False)
+    assert any("loss scale" in text for text in report.warnings) == warned
