@@ -139,6 +139,11 @@ class Destination(Protocol):
         ...
 
     @property
+    def sources(self) -> Sequence[Path]:
+        """Files that are read besides the checkpoint's own ``sources``; a change of one of them ends the run."""
+        return ()
+
+    @property
     def pointers(self) -> Mapping[Path, bytes]:
         """Small files outside the target that are replaced, in one step each, once the output is in place."""
         return {}

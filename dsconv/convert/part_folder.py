@@ -82,6 +82,7 @@ class Meeting:
         terms: what they agree on.
         names: of all that they put into the hidden folder.
         check: raises OutputError where the output must not go into the target, or does not fit.
+        placed: tells whether this very output is in the target, put there by its parts.
         sync: have everything on the disk.
     """
 
@@ -89,6 +90,7 @@ class Meeting:
     terms: Terms
     names: tuple[str, ...]
     check: Callable[[], object]
+    placed: Callable[[], bool]
     sync: bool
 
     @contextlib.contextmanager
@@ -110,7 +112,7 @@ class Meeting:
         while True:
             with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
                 folder = opened.enter_context(Folder.open(self.target, make=True))
-                if complete and folder.stat(STAGING) is None:
+                if folder.stat(STAGING) is None and (complete or self.placed()):
                     return None
                 hidden = open_shared(folder, STAGING)
                 if hidden is not None and _or_closed(hidden, self._agreed):
@@ -120,7 +122,8 @@ class Meeting:
                 if self._set_up(folder):
                     continue
                 with folder.inner(STAGING) as busy:
-                    complete = Terms.read(busy) == self.terms and not self.missing(busy)
+                    moving = busy.stat(STARTED) is not None
+                    complete = moving or (Terms.read(busy) == self.terms and not self.missing(busy))
             if not complete and time.monotonic() > deadline:
                 raise OutputError(
                     f"{self.target}: another dsconv run is writing here; wait for it or choose another folder"
@@ -148,6 +151,9 @@ class Meeting:
             if move is not None:
                 Staging(folder, hidden, self.sync).finish_or_say(move)
             if self._agreed(hidden):
+                return True
+            if self.placed():
+                hidden.end()
                 return True
             hidden.clear()
             try:

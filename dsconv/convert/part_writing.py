@@ -20,7 +20,7 @@ from typing import Any
 from dsconv._version import __version__
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import ProvenLayout, Record
-from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.local import is_remote, stat_signature
 from dsconv.checkpoint.storage.unfinished import STARTED, part_mark
 from dsconv.checkpoint.transfer.checksums import RunningChecksum
 from dsconv.checkpoint.transfer.copy import CopyRun
@@ -71,14 +71,16 @@ def write_part(
         )
     division = Division(destination, part.of)
     share = division.share(part)
+    terms = _terms(division, checkpoint, part.of, options)
     meeting = Meeting(
         target,
-        _terms(division, checkpoint, part.of, options),
+        terms,
         _names(destination, part.of),
         lambda: _check(destination, target, options),
+        lambda: _has_receipt(destination, target, terms),
         options.fsync is not False,
     )
-    if _has_receipt(destination, meeting):
+    if meeting.placed():
         return Written(part=PartReport(part.number, part.of, share.nbytes, (), True))
     created = is_missing_or_debris(target)
     marker = _Marker(destination, target)
@@ -105,7 +107,7 @@ def write_part(
         if isinstance(error, OSError) and not isinstance(error, DsconvError):
             raise OutputError(f"{target}: writing part {part} failed: {error.strerror or error}") from None
         raise
-    if found is None and not _has_receipt(destination, meeting):
+    if found is None and not meeting.placed():
         marker.require_new(options.force)
     written.part = PartReport(part.number, part.of, share.nbytes, (), True, found is not None)
     return written
@@ -155,9 +157,9 @@ class _Marker:
 
 def _terms(division: Division, checkpoint: Checkpoint, of: int, options: WriteOptions) -> Terms:
     """Return what this process and the other ones must agree on."""
-    files = {path: number for number, path in enumerate(checkpoint.sources)}
+    files = {path: number for number, path in enumerate(dict.fromkeys((*checkpoint.sources, *checkpoint.signatures)))}
     # A file is known by size and time: two machines may see other inodes. In a store it is known by size and ETag.
-    stamps = [(path.name, (checkpoint.signatures.get(path) or ())[:2]) for path in files]
+    stamps = [(path.name, (checkpoint.signatures.get(path) or stat_signature(path) or ())[:2]) for path in files]
     source = (checkpoint.format, checkpoint.step, sorted(checkpoint.world.items()), stamps)
     info = json.dumps(checkpoint.info, sort_keys=True, default=repr)
     asked = (options.settings, options.fsync, options.sha256)
@@ -273,26 +275,26 @@ def _check_and_sign(destination: Destination, meeting: Meeting, hidden: MarkedFo
     with contextlib.suppress(OSError):
         descriptor = hidden.open_file(destination.commit_order[-1], os.O_RDONLY)
         try:
-            os.setxattr(descriptor, RECEIPT, _receipt(destination, hidden, meeting))
+            os.setxattr(descriptor, RECEIPT, _receipt(destination, hidden, meeting.terms))
         finally:
             os.close(descriptor)
 
 
-def _has_receipt(destination: Destination, meeting: Meeting) -> bool:
+def _has_receipt(destination: Destination, target: Path, terms: Terms) -> bool:
     """Return whether the target holds this very output, as the parts have put it there."""
-    with contextlib.suppress(OSError), Folder.open(meeting.target) as folder:
+    with contextlib.suppress(OSError), Folder.open(target) as folder:
         descriptor = folder.open_file(destination.commit_order[-1], os.O_RDONLY)
         try:
-            return os.getxattr(descriptor, RECEIPT) == _receipt(destination, folder, meeting)
+            return os.getxattr(descriptor, RECEIPT) == _receipt(destination, folder, terms)
         finally:
             os.close(descriptor)
     return False
 
 
-def _receipt(destination: Destination, folder: Folder, meeting: Meeting) -> bytes:
+def _receipt(destination: Destination, folder: Folder, terms: Terms) -> bytes:
     """Return what tells the output from any other: the terms of its parts, and the signatures of its files."""
     signatures = [folder.signature(name) for name in destination.commit_order]
-    return _digest([meeting.terms, signatures]).encode()
+    return _digest([terms, signatures]).encode()
 
 
 def _joined(

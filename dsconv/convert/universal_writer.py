@@ -271,6 +271,11 @@ class UniversalOutput(Destination):
         return sorted(found, key=lambda name: name != LATEST)
 
     @property
+    def sources(self) -> Sequence[Path]:
+        """The model states, which are copied as they are."""
+        return [model.source for model in self._plan.models]
+
+    @property
     def pointers(self) -> Mapping[Path, bytes]:
         """``latest_universal`` beside the output, as the official tool leaves it."""
         here = self._target.resolve()

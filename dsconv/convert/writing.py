@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsconv.checkpoint.map.checkpoint import Checkpoint
-from dsconv.checkpoint.storage.local import is_remote
+from dsconv.checkpoint.storage.local import is_remote, stat_signature
 from dsconv.convert.destination import Destination, Place, Written
 from dsconv.convert.filling import WriteOptions as WriteOptions
 from dsconv.convert.filling import commit, fill
@@ -51,6 +51,8 @@ def write(
         MismatchError: ``verify`` found a difference. Nothing was kept.
         RemoteError: a store failed.
     """
+    for path in destination.sources:
+        checkpoint.signatures.setdefault(path, stat_signature(path))
     if options.part is not None:
         return write_part(destination, checkpoint, target, options.part, options, verify)
     older_output(destination, target, options.force)

@@ -166,6 +166,14 @@ def test_a_half_done_output_is_no_model_and_no_run_takes_it_away(
     assert not (half_done / STAGING).exists()
 
 
+def test_a_file_that_is_only_copied_may_not_change_between_parts(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    save_dir = copied(CASE)
+    dsconv.to_universal(save_dir, tmp_path / "out", part="1/2", fsync=False)
+    next(save_dir.rglob("zero_pp_rank_2_*model_states.pt")).touch()
+    with pytest.raises(OutputError, match="its source is another one, or was written to since"):
+        dsconv.to_universal(save_dir, tmp_path / "out", part="2/2", fsync=False)
+
+
 def test_another_version_is_refused(
     half_done: Path, trained: Callable[[str], Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
