@@ -38,7 +38,7 @@ Example:
 @click.option(
     "--optimizer",
     is_flag=True,
-    help="Write the optimizer of a DeepSpeed checkpoint too, with the fp32 masters as the parameters.",
+    help="Write the optimizer too, with the fp32 masters as the parameters.",
 )
 @click.option(
     "--layout",

@@ -209,8 +209,11 @@ def _counters(training: Training) -> dict[str, Any]:
     """Return what the engine counted, its schedule and its loss scale, which no optimizer of torch's keeps."""
     found = {**training.counters()}
     scaler = training.settings.get("loss_scaler")
-    scale = scaler.get("cur_scale") if isinstance(scaler, Instance) else None
-    return found if scale in (None, 1) else {**found, "loss_scale": scale}  # bf16 runs have a scale of 1
+    if not isinstance(scaler, Instance):
+        return found
+    scale = scaler.get("cur_scale")
+    is_used = scaler.get("dynamic") or scale != 1  # a run in bf16 or fp32 keeps one that does nothing
+    return {**found, "loss_scale": scale} if is_used and scale is not None else found
 
 
 def _scheduler(counters: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str]]:

@@ -92,7 +92,7 @@ def to_dcp(
         names: ``torchtitan`` or ``megatron`` for that framework's names and layouts of a model that has Hugging Face's,
             whose config.json lies beside it; ``stored`` keeps the names. Megatron's checkpoint is a run folder.
         optimizer: write the optimizer too: its states, step counts and parameter groups, with the fp32 masters as the
-            parameters. The source is a DeepSpeed checkpoint that holds them.
+            parameters. The source is a checkpoint of DeepSpeed's, or a DCP directory, that holds them.
         layout: how the model and the optimizer are laid out. ``torch``: as ``{"model": …, "optim": …}`` of torch's
             state-dict API, below ``prefix``. ``accelerate``: in ``pytorch_model_fsdp_0/`` and ``optimizer_0/``, as
             ``Accelerator.load_state`` takes them under FSDP. ``torchtitan``: as a step of its own, for a model with

@@ -129,6 +129,7 @@ def test_every_state_is_the_truth(maker: str, name: str, tmp_path: Path) -> None
     steps = facts.get("steps", [2.0])
     check(state, truth, steps)
     assert state["counters"]["global_steps"] == report.step
+    assert ("loss_scale" in state["counters"]) == ("fp16" in name.split("-"))
     assert (report.layout, report.parameter_groups) == ("torch", len(state["optim"]["param_groups"]))
     if "-z3" not in name:  # DeepSpeed gives every group of stage 3 the hyperparameters of the first one
         for group, expected in zip(state["optim"]["param_groups"], facts.get("groups", []), strict=False):
