@@ -26,7 +26,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 1200px; margin: 0 auto;
        padding: 16px; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .25rem } p { margin: .25rem 0 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem }
+.scroll { overflow-x: auto; margin: .75rem 0 } table { border-collapse: collapse; font-size: .875rem }
 td, th { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; overflow-wrap: normal }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 tbody tr:nth-child(odd) { background: #f5f7f9 } .problem { color: #a40e26 } summary { cursor: pointer }

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsconv._version import __version__
 from dsconv.convert.merge import merge
 from dsconv.engine.checkpoints import latest
 from dsconv.engine.comparing import compare_checkpoints, compare_logits, compare_states
@@ -270,8 +271,8 @@ def validate(
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for package in ("dsconv", "torch", "deepspeed", "transformers"):
+    found = {"dsconv": __version__}
+    for package in ("torch", "deepspeed", "transformers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
