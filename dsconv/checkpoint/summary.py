@@ -13,6 +13,7 @@ from typing import Any
 from dsconv.checkpoint.map.checkpoint import Checkpoint
 from dsconv.checkpoint.map.tensors import TensorEntry
 from dsconv.checkpoint.map.training import SmallTensor
+from dsconv.checkpoint.pickles.values import MAX_NUMEL
 from dsconv.checkpoint.storage.hub import HubPath
 from dsconv.checkpoint.storage.local import is_remote
 from dsconv.errors import DsconvError
@@ -200,18 +201,23 @@ def optimizer_of(found: Checkpoint) -> OptimizerSummary | None:
     for of in training.states.values():
         for state in of:
             states[state] = states.get(state, 0) + 1
-    groups = [{key: value for key, value in group.items() if _is_number(value)} for group in training.param_groups]
+    groups: list[dict[str, Any]] = [
+        {key: value for key, value in group.items() if isinstance(key, str) and _is_number(value)}
+        for group in training.param_groups
+    ]
     if len(training.members) == len(groups):
         groups = [{"parameters": len(m), **group} for m, group in zip(training.members, groups, strict=True)]
-    steps: set[Any] = {step.number if isinstance(step, SmallTensor) else step for step in training.steps.values()}
+    steps: Iterable[Any] = (step.number if isinstance(step, SmallTensor) else step for step in training.steps.values())
     return OptimizerSummary(
         states,
         len(training.states),
-        sorted(float(step) for step in steps if _is_number(step)),
+        sorted({float(step) for step in steps if _is_number(step)}),
         groups,
         list(training.left_out),
     )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < MAX_NUMEL  # a larger one is no float
+    return isinstance(value, float) and math.isfinite(value)

@@ -20,7 +20,7 @@ from dsconv.checkpoint.transfer.loading import load_tensors
 from dsconv.checkpoint.transfer.reading import tensor_bytes
 from dsconv.errors import DsconvError
 
-LIMIT_SECONDS = 2.0  # of processor time per input, since a busy machine must not fail a test
+LIMIT_SECONDS = 1.0  # of processor time per input, since a busy machine must not fail a test
 LIMIT_BYTES = 512 << 20  # of address space beyond what the process has when the loop starts
 SAME, REFUSED, OTHER = "same output", "refused", "other values"
 MAX_MESSAGE_CHARS = 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dsconv
+from dsconv.errors import DsconvError
 from tests.fuzz.__main__ import input_of
 from tests.fuzz.fields import Fields
 from tests.fuzz.judging import OTHER, REFUSED, SAME, Failure, judged, limits
@@ -122,3 +124,11 @@ def test_a_tree_is_written_as_it_was_read(found: Seeds, tmp_path: Path) -> None:
         document.file.write_bytes(data)
     for path, tensors in before.items():
         assert tensors_of(dsconv.open_checkpoint(path)) == tensors, path
+
+    # What inspect says of the optimizer takes steps and settings of any type.
+    values: tuple[object, ...] = ({}, [1], 1 << 2000, "x")
+    for document in target.documents:
+        for place in [found for name in ("step", "lr") for found in document.fields.get(name, ())[:1]]:
+            for value in values:
+                with contextlib.suppress(DsconvError):
+                    target.judge((document, document.write({place: value}), 9))

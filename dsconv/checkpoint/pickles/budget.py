@@ -19,7 +19,7 @@ UNCOUNTED_BYTES_PER_BYTE = 20
 TOTAL_BYTES_PER_BYTE = COUNTED_BYTES_PER_BYTE + UNCOUNTED_BYTES_PER_BYTE
 BASE_STEPS = 1_000_000
 SMALL = 1 << 20  # integers below it are dense: a table of them has no collisions that matter
-ODD_KEYS_PER_STEP = 32
+ODD_KEYS_PER_STEP = 16
 MAX_KEY_DEPTH = 4
 
 # Bytes of memory on CPython 3.10 to 3.14, those of an item with the growth of its container.

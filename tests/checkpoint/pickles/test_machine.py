@@ -357,8 +357,8 @@ def test_no_pickle_of_a_megabyte_takes_over_a_second(title: str, tmp_path: Path)
     data = _exhausting()[title]()
     assert len(data) < 1_600_000
     seconds, error = _timed(data) if title not in PERSISTENT_IS_READ_BY_THE_FILE else _timed_in_file(data, tmp_path)
-    # The limit is about 1 s on this machine. Without it, the attacks take from 10 s to hours.
-    assert seconds < 5.0  # other tests run beside this one
+    # They take up to half a second. Without the limit of work, they take from 10 s to hours.
+    assert seconds < 2.0
     assert len(error) < 500
 
 
