@@ -130,7 +130,8 @@ def _to_bfloat16(bits: np.ndarray[Any, Any], out: np.ndarray[Any, Any], nan: int
     work &= 1
     work += 0x7FFF
     work += bits
-    out[:] = work.view(np.uint16)[1::2]
+    work >>= 16  # numpy narrows whole words faster than it takes every second half word
+    out[:] = work
     np.bitwise_and(bits, MAGNITUDE, out=work)
     if int(work.max(initial=0)) < BF16_OVERFLOW:
         return 0
