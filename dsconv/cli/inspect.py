@@ -12,7 +12,6 @@ import click
 
 from dsconv.cli import console
 from dsconv.cli.console import command
-from dsconv.text import count
 
 if TYPE_CHECKING:
     from dsconv.checkpoint import Checkpoint
@@ -141,7 +140,7 @@ def _facts(found: Checkpoint) -> list[tuple[str, str]]:
     from dsconv.names.choosing import names_of
 
     world = ", ".join(
-        count(number, "rank") if name == "ranks" else f"{number} {name.replace('_', ' ')}"
+        console.count(number, "rank") if name == "ranks" else f"{number} {name.replace('_', ' ')}"
         for name, number in found.world.items()
     )
     kinds: dict[str, int] = {}
