@@ -51,7 +51,10 @@ def _in_parts(convert: Callable[..., Any], **options: Any) -> Callable[[Path, Pa
     def run(source: Path, target: Path, force: bool) -> None:
         shares.CUT_BYTES = 64  # so that files of some kilobytes are cut too
         for part in ("2/3", "1/3", "3/3"):
-            if convert(source, target, workers=1, force=force, part=part, **options).part.placed:
+            report = convert(source, target, workers=1, force=force, part=part, **options).part
+            if report.placed and not report.by_this and not force:
+                raise OutputError(f"{target} already holds all parts")  # as a run of one process says
+            if report.placed:
                 return  # a killed run had written all parts
 
     return run
