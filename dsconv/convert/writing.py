@@ -19,7 +19,6 @@ from dsconv.convert.destination import Destination, Place, Written
 from dsconv.convert.filling import WriteOptions as WriteOptions
 from dsconv.convert.filling import commit, fill
 from dsconv.convert.older import older_output
-from dsconv.convert.part_writing import write_part
 from dsconv.convert.staging import open_staging, require_space
 from dsconv.errors import OutputError
 from dsconv.text import redact
@@ -54,6 +53,8 @@ def write(
     for path in destination.sources:
         checkpoint.signatures.setdefault(path, stat_signature(path))
     if options.part is not None:
+        from dsconv.convert.part_writing import write_part
+
         return write_part(destination, checkpoint, target, options.part, options, verify)
     older_output(destination, target, options.force)
     if not is_remote(target):
