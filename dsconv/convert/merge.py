@@ -19,13 +19,12 @@ from dsconv.convert import sidecars
 from dsconv.convert.adapters.choosing import STEM as ADAPTER_STEM
 from dsconv.convert.adapters.choosing import AdapterOptions, Chosen, choose
 from dsconv.convert.adapters.config import CONFIG as ADAPTER_CONFIG
-from dsconv.convert.compare import CompareOptions, compare
 from dsconv.convert.filters import Filters
 from dsconv.convert.loadable import Loading, LoadingCheck
 from dsconv.convert.parts import parse_part
 from dsconv.convert.plan import DEFAULT_SHARD_SIZE, Plan, find_config, make_plan, parse_size
 from dsconv.convert.progress import Progress
-from dsconv.convert.report import Report, tensor_row
+from dsconv.convert.report import Report
 from dsconv.convert.safetensors_output import SafetensorsOutput
 from dsconv.convert.staging import finish_interrupted, recover_interrupted
 from dsconv.convert.ties import tied_keys, tied_pairs
@@ -293,11 +292,7 @@ def _merge(opened: Checkpoint, target: Path, options: MergeOptions) -> MergeRepo
             report.warnings += chosen.warnings
         if options.dry_run:
             report.warnings += refuse_target(destination, target, options.writing)
-            report.plan = [
-                tensor_row(t.name, t.entry, t.dtype, shard.filename, t.offset_bytes)
-                for shard in plan.shards
-                for t in shard.tensors
-            ]
+            report.plan = destination.rows()
         else:
             _write(checkpoint, target, plan, destination, report, options)
         if not loading.known:
@@ -350,6 +345,8 @@ def _plan(chosen: Chosen, target: Path, options: MergeOptions) -> tuple[Plan, di
 
 def _verify(checkpoint: Checkpoint, folder: Path, plan: Plan, report: MergeReport, options: MergeOptions) -> None:
     """Raise MismatchError unless what was written into ``folder`` is what the checkpoint holds."""
+    from dsconv.convert.compare import CompareOptions, compare
+
     comparing = CompareOptions(
         allow_cast=options.dtype is not None,
         subset=options.exclude_frozen,

@@ -16,7 +16,7 @@ from dsconv.convert.destination import Destination, FileRange, FillingFile, Outp
 from dsconv.convert.filters import Filters
 from dsconv.convert.manifest import MANIFEST
 from dsconv.convert.plan import Plan
-from dsconv.convert.report import Report
+from dsconv.convert.report import Report, tensor_row
 
 
 class SafetensorsOutput(Destination):
@@ -73,6 +73,14 @@ class SafetensorsOutput(Destination):
         self._report.note_copy(written)
         small = {**self._sidecars, MANIFEST: self._manifest(written.digests)}
         return small if self._index is None else {**small, self._plan.index_name: self._index}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the plan, a row for each tensor."""
+        return [
+            tensor_row(t.name, t.entry, t.dtype, shard.filename, t.offset_bytes)
+            for shard in self._plan.shards
+            for t in shard.tensors
+        ]
 
     @property
     def commit_order(self) -> Sequence[str]:
