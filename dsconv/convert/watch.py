@@ -396,9 +396,10 @@ def watch(
         otherwise it does not return.
 
     Raises:
-        DsconvError: CheckpointNotFoundError where ``run`` is no run's folder, OutputError where another watcher is at
-            work or its state cannot be kept, RemoteError where the Hub cannot be used at all (no token, offline),
-            MissingPackageError where huggingface_hub is not installed.
+        DsconvError: CheckpointNotFoundError where ``run`` is no run's folder, or with ``once`` where ``latest`` names
+            no checkpoint that is there, OutputError where another watcher is at work or its state cannot be kept,
+            RemoteError where the Hub cannot be used at all (no token, offline), MissingPackageError where
+            huggingface_hub is not installed.
         ValueError: ``repo`` is not written as a repository is.
     """
     check_repo(repo)
@@ -414,12 +415,15 @@ def watch(
         watcher = Watcher(folder, home, repo, private, options, keep)
         while True:
             why = watched.why_empty()
-            if why and why != said:
+            lost = bool(why) and once and watched.names_one()
+            if why and why != said and not lost:
                 on_message(why)
             said = why
             for event in watcher.look(once, progress, seen, None if once else seen.wake):
                 on_event(event)
                 events.append(event)
+            if lost:
+                raise CheckpointNotFoundError(f"{why}: nothing was pushed")
             if once:
                 rest = watcher.unpushed()
                 if rest is not None and all(event.name != rest.name for event in events):

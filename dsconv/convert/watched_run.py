@@ -78,6 +78,10 @@ class WatchedRun:
                 " this one with dsconv merge --push-to-hub"
             )
 
+    def names_one(self) -> bool:
+        """Return whether a file ``latest`` names a checkpoint, which need not be there."""
+        return (self.folder / "latest").is_file()
+
     def why_empty(self) -> str:
         """Say why nothing that was saved is found; "" where something is."""
         if self.saved(()):
