@@ -155,7 +155,7 @@ def require_packages(what: str, extra: str, *packages: str) -> None:
         packages: Names to import.
     """
     for package in packages:
-        if package in sys.modules:
+        if sys.modules.get(package) is not None:
             continue
         try:
             found = importlib.util.find_spec(package)
