@@ -131,7 +131,7 @@ CONTAINERS = [
     Container(
         "the directory counts fewer records",
         lambda r, p: zip_bytes(_poisoned(r, p), count=1),
-        "directory says 1 records",
+        "directory says 1 record and",
     ),
     Container(
         "the two counts of records differ", lambda r, p: zip_bytes(_poisoned(r, p), count_here=1), "several volumes"
