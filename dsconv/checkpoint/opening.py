@@ -28,7 +28,7 @@ from dsconv.errors import (
     SeveralModelsError,
     UsageError,
 )
-from dsconv.text import count
+from dsconv.text import clean, count
 
 TensorEntry.reader = staticmethod(read_tensor)  # the map is a floor below the reading of bytes
 
@@ -37,6 +37,7 @@ TRAINER_SAVE = re.compile(r"checkpoint-\d{1,18}")
 TRAINER_STATE = "trainer_state.json"
 FSDP_MODEL = "pytorch_model_fsdp_0"
 OWN_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp")
+MAX_PATH = 800  # characters of a path in a message
 NO_WEIGHTS = ("training_args.bin",)
 MASTERS, OWN_WEIGHTS = "masters", "16bit"  # what ``weights`` may be
 
@@ -90,7 +91,8 @@ def open_checkpoint(
     except DsconvError:
         raise
     except OSError as error:
-        raise MalformedError(f"{error.filename or root.path}: cannot be read: {error.strerror}") from None
+        path = clean(str(error.filename or root.path), MAX_PATH)  # a file may ask for one of any length
+        raise MalformedError(f"{path}: cannot be read: {error.strerror}") from None
     for entry in checkpoint.values():
         for name in (entry.name, *entry.aliases):
             expect_name(name, root.path, "the name of a tensor")
