@@ -163,7 +163,7 @@ def parse_optim_states(
 
 
 def _refuse_partitioned_experts(states: ModuleStates) -> None:
-    """Raise PartitionedExpertsError for AutoEP at ZeRO-3, as DeepSpeed 0.19.8 ``utils/zero_to_fp32.py``
+    """Raise PartitionedExpertsError for AutoEP at ZeRO-3, as DeepSpeed ``utils/zero_to_fp32.py``
     ``_raise_if_autoep_zero3_partitioned_state`` does.
     """
     layers = states.fields.listing("ds_autoep_layers") or states.fields.listing("autoep_layers")

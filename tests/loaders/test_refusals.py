@@ -141,13 +141,12 @@ def test_damaged_and_foreign_checkpoints(copied: Path) -> None:
 
 def test_no_memory_for_a_block(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dsconv.checkpoint.transfer import copy
+    from dsconv.checkpoint.transfer.reading import new_block
     from dsconv.loaders import memory
 
-    def refuse(nbytes: int) -> bytearray:
-        return bytearray(nbytes << 30)  # more memory than any machine has
-
-    for module in (copy, memory):
-        monkeypatch.setattr(module, "bytearray", refuse, raising=False)
+    # They ask for more memory than any machine has.
+    monkeypatch.setattr(copy, "new_block", lambda nbytes: new_block(nbytes << 30))
+    monkeypatch.setattr(memory, "bytearray", lambda nbytes: bytearray(nbytes << 30), raising=False)
     with pytest.raises(MemoryError):
         dsconv.load_tp(copied)
     with pytest.raises(MemoryError):
