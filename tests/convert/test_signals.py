@@ -26,6 +26,12 @@ MOMENTS = {
 SAID = {143: "Terminated", 129: "Terminated", 130: "Interrupted"}
 
 
+def heard() -> None:
+    """Let a process hear the signals that a background job and nohup ignore, which it would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(hub: WritableHub, home: Path, *arguments: str | Path) -> subprocess.Popen[str]:
     """Start dsconv with a folder of its own for temporary files."""
     (home / "tmp").mkdir(exist_ok=True)
@@ -33,7 +39,7 @@ def start(hub: WritableHub, home: Path, *arguments: str | Path) -> subprocess.Po
     return subprocess.Popen(
         [sys.executable, "-m", "dsconv", *map(str, arguments)], env=environment, cwd=home, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heard,
     )  # fmt: skip
 
 
