@@ -67,21 +67,11 @@ def dequantized(checkpoint: Checkpoint, config: Path | None, dtype: DType | None
     if lost := sorted(name for name in scales if name.removesuffix(SCALE) not in checkpoint):
         raise UnsupportedError(f"{checkpoint.path}: {quote(lost[0])} is the scale of a weight that is not there")
     left_out = {**(checkpoint.info.get("left_out") or {}), "scales of FP8 weights": len(checkpoint) - len(entries)}
-    result = Checkpoint(
-        checkpoint.path,
-        checkpoint.format,
+    return checkpoint.with_entries(
         entries,
-        folder=checkpoint.folder,
-        step=checkpoint.step,
-        world=checkpoint.world,
-        info={**checkpoint.info, "dequantized": dtype.name, "left_out": left_out},
-        warnings=checkpoint.warnings,
-        sources=checkpoint.sources,
-        is_deepspeed=checkpoint.is_deepspeed,
+        {"dequantized": dtype.name, "left_out": left_out},
         no_training="its weights have another dtype than those that were trained",
     )
-    result.signatures = dict(checkpoint.signatures)
-    return result
 
 
 def _block_size(scheme: Any, config: Path | None) -> tuple[int, int] | None:

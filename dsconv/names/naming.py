@@ -236,18 +236,8 @@ def _drop_tied(checkpoint: Checkpoint, entries: dict[str, TensorEntry], config: 
 
 def with_entries(checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], family: Family, names: str) -> Checkpoint:
     """Return a checkpoint of these tensors, which notes that ``names`` were given to those of a family."""
-    result = Checkpoint(
-        checkpoint.path,
-        checkpoint.format,
+    return checkpoint.with_entries(
         entries,
-        folder=checkpoint.folder,
-        step=checkpoint.step,
-        world=checkpoint.world,
-        info={**checkpoint.info, "names": {"from": family.framework, "family": family.name, "to": names}},
-        warnings=checkpoint.warnings,
-        sources=checkpoint.sources,
-        is_deepspeed=checkpoint.is_deepspeed,
+        {"names": {"from": family.framework, "family": family.name, "to": names}},
         no_training="its tensors have other names than those that were trained",
     )
-    result.signatures = dict(checkpoint.signatures)
-    return result

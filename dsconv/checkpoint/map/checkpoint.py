@@ -80,6 +80,37 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._aliases
 
+    def with_entries(
+        self,
+        entries: Mapping[str, TensorEntry],
+        info: Mapping[str, Any],
+        warnings: tuple[str, ...] = (),
+        no_training: str = "",
+    ) -> Checkpoint:
+        """Return a checkpoint of other tensors, out of the same files. It has no training state.
+
+        Args:
+            entries: The tensors by name.
+            info: What is added to ``info``.
+            warnings: What is added to ``warnings``.
+            no_training: Why there is no training state.
+        """
+        result = Checkpoint(
+            self.path,
+            self.format,
+            entries,
+            folder=self.folder,
+            step=self.step,
+            world=self.world,
+            info={**self.info, **info},
+            warnings=(*self.warnings, *warnings),
+            sources=self.sources,
+            is_deepspeed=self.is_deepspeed,
+            no_training=no_training,
+        )
+        result.signatures = dict(self.signatures)
+        return result
+
     @property
     def ties(self) -> dict[str, str]:
         """{alias: the name that holds the data}."""

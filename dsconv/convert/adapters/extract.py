@@ -93,7 +93,8 @@ def extract_adapter(
     _refuse_incomplete(checkpoint, found, config)
     if config["peft_type"] == "LORA" and not keeps_base:
         _refuse_other_config(checkpoint, found, config)
-    return Adapter(name, config, _checkpoint_of(checkpoint, found, warnings), {CONFIG: data})
+    alone = checkpoint.with_entries({entry.name: entry for entry in found}, {"adapter": True}, warnings)
+    return Adapter(name, config, alone, {CONFIG: data})
 
 
 def _choose(checkpoint: Checkpoint, names: list[str], saved: bool, wanted: str | None) -> str:
@@ -326,23 +327,6 @@ def _refuse_other_config(checkpoint: Checkpoint, found: list[TensorEntry], confi
             f"{checkpoint.path}: the adapter's layer {safe_repr(layer)} {wrong}, which belongs to another adapter."
             " Name the folder of this adapter's own with --config-from"
         )
-
-
-def _checkpoint_of(checkpoint: Checkpoint, entries: list[TensorEntry], warnings: tuple[str, ...]) -> Checkpoint:
-    result = Checkpoint(
-        checkpoint.path,
-        checkpoint.format,
-        {entry.name: entry for entry in entries},
-        folder=checkpoint.folder,
-        step=checkpoint.step,
-        world=checkpoint.world,
-        info={**checkpoint.info, "adapter": True},
-        warnings=(*checkpoint.warnings, *warnings),
-        sources=checkpoint.sources,
-        is_deepspeed=checkpoint.is_deepspeed,
-    )
-    result.signatures = checkpoint.signatures
-    return result
 
 
 def original_entries(checkpoint: Checkpoint, adapter: str) -> dict[str, TensorEntry]:
